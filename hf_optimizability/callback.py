@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The callback: when to measure, what to log, and the report at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from . import provenance
+from .configuration import OptimizabilityConfig
+from .files import require_writable
+from .measure import block_indices, measure_objective, measuring_bar
+from .measurement import Measurement, MeasurementError, MeasurementFailure
+from .objective import Objective, trainer_loss
+from .probe import probe_batches
+from .report import OptimizabilityReport
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.get_logger(__name__)
+
+PREFIX = "optimizability/"
+"""Before every key that is logged, so that none collides with the Trainer's."""
+
+
+class OptimizabilityCallback(TrainerCallback):
+    """Measures gradient and curvature while a Trainer trains, and writes the optimizability report.
+
+    Works in any `Trainer`. Without a `trainer` it measures the model's own loss, and its numbers reach
+    `state.log_history` only; with one, it measures the Trainer's loss (label smoothing, `compute_loss_func`, an
+    overridden `compute_loss`) and logs through it, so that TensorBoard, W&B and Trackio get them too.
+
+    Args:
+        config: What to measure and when.
+        trainer: The Trainer this callback is added to; can be given later with `set_trainer`.
+
+    Attributes:
+        report: The report so far; complete after training.
+
+    Example:
+        >>> from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
+        >>> callback = OptimizabilityCallback(OptimizabilityConfig(profile="light"))
+        >>> callback.report.measurements  # Trainer(..., callbacks=[callback]).train() fills it
+        []
+    """
+
+    _objective: Objective  # both are set when training begins
+    _folder: Path
+
+    def __init__(self, config: OptimizabilityConfig | None = None, *, trainer: Trainer | None = None):
+        self.config = config or OptimizabilityConfig()
+        self.report = OptimizabilityReport()
+        self._trainer = trainer
+        if self.config.report_dir is not None:
+            require_writable(Path(self.config.report_dir), "report_dir")
+
+    def set_trainer(self, trainer: Trainer) -> None:
+        """Binds the callback to the Trainer whose loss it measures and through which it logs."""
+        self._trainer = trainer
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Draws the probe set, checks everything that can be wrong, and makes the first measurement.
+
+        Raises:
+            ValueError: If the data, the model, the blocks or the report's folder can't work.
+        """
+        model, dataset = kwargs["model"], kwargs["train_dataloader"].dataset
+        self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
+        if state.is_world_process_zero:
+            require_writable(self._folder, "report_dir")
+        batches = probe_batches(
+            kwargs["train_dataloader"],
+            examples=self.config.budget.probe_examples,
+            batch_size=self.config.probe_batch_size,
+            seed=self.config.seed,
+            required=self.config.probe_examples is not None,
+        )
+        loss_fn = None if self._trainer is None else trainer_loss(self._trainer)
+        self._objective = Objective(model, batches, loss_fn=loss_fn)
+        block_indices(self._objective.names, self.config)
+        self._check()
+        self.report = OptimizabilityReport(
+            model=provenance.describe_model(model),
+            task=provenance.describe_task(model, own_loss=loss_fn is None),
+            data=provenance.describe_data(dataset, batches, model),
+            training=provenance.describe_training(args, kwargs["optimizer"], state.max_steps),
+            config=asdict(self.config) | asdict(self.config.budget),
+            versions=provenance.library_versions(),
+        )
+        self._measure(args, state, control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures every `measure_steps` steps."""
+        if self.config.measure_strategy == "steps" and state.global_step % self.config.measure_steps == 0:
+            self._measure(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures after each epoch."""
+        if self.config.measure_strategy == "epoch":
+            self._measure(args, state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures the final weights, adds the training dynamics and writes the whole report."""
+        best_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self._measure(args, state, control, step=state.best_global_step if best_loaded else state.global_step)
+        trainer = self._trainer
+        if trainer is not None:
+            from .generalization import measure_gap
+
+            gap = self._guarded("measuring the generalization gap", lambda: measure_gap(trainer, self.config))
+            if gap:
+                self._log(gap, state, control)
+        if state.is_world_process_zero:
+            self._guarded("writing the report", lambda: self._finish(state))
+
+    def _check(self) -> None:
+        """Raises on wrong arguments; anything else is for the first measurement to meet and to record."""
+        try:
+            self._objective.check(seed=self.config.seed)
+        except ValueError:
+            raise
+        except Exception as error:
+            logger.debug(f"The loss can't be tried: {error}")
+
+    def _measure(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, step: int | None = None
+    ) -> None:
+        """Makes, records and logs one measurement; whatever goes wrong becomes a warning and a recorded failure.
+
+        Args:
+            args: The Trainer's arguments.
+            state: The Trainer's state.
+            control: The Trainer's control.
+            step: The step whose weights the model has; by default the last one. A step is measured once.
+        """
+        step = state.global_step if step is None else step
+        if step in [m.step for m in self.report.measurements] + [f.step for f in self.report.failures]:
+            return
+        hidden = args.disable_tqdm or not state.is_world_process_zero
+        try:
+            with measuring_bar(self.config, disable=hidden) as bar:
+                measurement = measure_objective(
+                    self._objective, self.config, step=step, epoch=state.epoch, on_products=bar.update
+                )
+        except Exception as error:
+            self._record_failure(error, step, state.epoch)
+        else:
+            self.report.measurements.append(measurement)
+            self._log(log_entry(measurement), state, control)
+        if state.is_world_process_zero:
+            self._guarded("writing the report", lambda: self._stamp().save_json(self._folder))
+
+    def _record_failure(self, error: Exception, step: int, epoch: float | None) -> None:
+        if isinstance(error, MeasurementError):
+            reason, remedy = error.reason, error.remedy
+        else:
+            reason = f"{type(error).__name__}: {error}"
+            remedy = "Try `hf_optimizability.measure` on the same model and batches to see the whole traceback."
+        if reason not in [failure.reason for failure in self.report.failures]:  # once is enough to know
+            logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy} Training goes on.")
+        self.report.failures.append(MeasurementFailure(step=step, epoch=epoch, reason=reason, remedy=remedy))
+
+    def _log(self, logs: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        if self._trainer is None:
+            state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
+            return
+        # `Trainer.log` clears `should_log`, which would swallow the loss that the Trainer is about to log.
+        should_log = control.should_log
+        self._trainer.log(logs)
+        control.should_log = should_log
+
+    def _finish(self, state: TrainerState) -> None:
+        from .dynamics import compute_dynamics
+
+        self.report.log_history = list(state.log_history)
+        self.report.dynamics = compute_dynamics(state.log_history, seed=self.config.seed)
+        path = self._stamp().save(self._folder)
+        logger.info(f"Optimizability report: {path}")
+
+    def _stamp(self) -> OptimizabilityReport:
+        self.report.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return self.report
+
+    def _guarded(self, what: str, action: Callable[[], Any]) -> Any:
+        """Runs what must not take the training down; a failure becomes a warning."""
+        try:
+            return action()
+        except Exception as error:
+            logger.warning(f"Failed at {what}: {type(error).__name__}: {error}. Training goes on.")
+
+
+def log_entry(measurement: Measurement) -> dict[str, float]:
+    """The numbers of a measurement that go to the trackers."""
+    hessian = measurement.hessian
+    numbers: dict[str, float | None] = {
+        "loss": measurement.loss,
+        "grad_norm": measurement.grad_norm,
+        "hessian_trace": hessian.trace.value,
+        "hessian_trace_std_error": hessian.trace.std_error,
+        "hessian_lambda_max": hessian.lambda_max.value,
+        "hessian_lambda_max_residual": hessian.lambda_max.residual,
+    }
+    if hessian.lambda_min is not None:
+        numbers["hessian_lambda_min"] = hessian.lambda_min.value
+        numbers["hessian_lambda_min_residual"] = hessian.lambda_min.residual
+    numbers |= {"hvps": measurement.hvps, "seconds": measurement.seconds}
+    return {PREFIX + name: value for name, value in numbers.items() if value is not None}

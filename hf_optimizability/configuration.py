@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All options of a measurement and of when to make one, in one dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal, get_args, get_type_hints
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a measurement is made on, how precise it shall be, and what it may spend.
+
+    Attributes:
+        probe_examples: Examples to measure on.
+        max_hvps: Most Hessian-vector products.
+        trace_tolerance: Relative standard error of the trace at which to stop.
+        eigen_tolerance: Relative residual of the eigenvalues at which to stop.
+    """
+
+    probe_examples: int
+    max_hvps: int
+    trace_tolerance: float
+    eigen_tolerance: float
+
+
+PROFILES = {
+    "light": Budget(probe_examples=32, max_hvps=24, trace_tolerance=0.25, eigen_tolerance=0.05),
+    "standard": Budget(probe_examples=64, max_hvps=64, trace_tolerance=0.1, eigen_tolerance=0.01),
+    "full": Budget(probe_examples=256, max_hvps=256, trace_tolerance=0.05, eigen_tolerance=0.001),
+}
+"""Presets. A product costs about three gradients of the probe set."""
+
+
+@dataclass
+class OptimizabilityConfig:
+    """What to measure, how precisely, and when.
+
+    Works with `HfArgumentParser`: every field is a command-line flag of the same name.
+
+    Raises:
+        ValueError: If an option has a value that can't work; the message names the option and what it takes.
+
+    Example:
+        >>> OptimizabilityConfig(profile="light", max_hvps=10).budget
+        Budget(probe_examples=32, max_hvps=10, trace_tolerance=0.25, eigen_tolerance=0.05)
+    """
+
+    profile: Literal["light", "standard", "full"] = field(
+        default="standard",
+        metadata={
+            "help": "Preset for the options left unset: probe_examples, max_hvps, trace_tolerance, eigen_tolerance."
+        },
+    )
+    measure_strategy: Literal["no", "steps", "epoch"] = field(
+        default="epoch",
+        metadata={
+            "help": "When to measure between the start and the end of training, where it is always measured: "
+            "never, every `measure_steps` optimizer steps, or after each epoch."
+        },
+    )
+    measure_steps: int = field(
+        default=500,
+        metadata={"help": "Optimizer steps between two measurements if measure_strategy='steps'."},
+    )
+    probe_examples: int | None = field(
+        default=None,
+        metadata={"help": "Examples drawn (seeded, once) from the training set to measure on. Set by the profile."},
+    )
+    probe_batch_size: int = field(
+        default=16,
+        metadata={"help": "Probe examples per forward pass. Lower it if a measurement runs out of memory."},
+    )
+    engine: Literal["double_backward"] = field(
+        default="double_backward",
+        metadata={"help": "How Hessian-vector products are made."},
+    )
+    eigen_method: Literal["lanczos", "power_iteration"] = field(
+        default="lanczos",
+        metadata={"help": "Lanczos gives both ends of the spectrum; power iteration the largest eigenvalue only."},
+    )
+    eigen_tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Stop when the residual is below this share of the eigenvalue. Set by the profile."},
+    )
+    trace_method: Literal["hutchinson", "exact"] = field(
+        default="hutchinson",
+        metadata={
+            "help": "Hutchinson averages over random probes; exact spends one product per parameter, not max_hvps."
+        },
+    )
+    trace_tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Stop when the standard error is below this share of the trace. Set by the profile."},
+    )
+    max_hvps: int | None = field(
+        default=None,
+        metadata={"help": "Most Hessian-vector products one measurement may spend. Set by the profile."},
+    )
+    blocks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Glob patterns of parameter names; each makes one block of the report, the rest goes to 'other'. "
+            "By default: embeddings, each layer, head."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the probe set and of the probe vectors."})
+    report_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the report. By default the folder 'optimizability' inside output_dir."},
+    )
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            choices = get_args(hint)
+            if choices and isinstance(choices[0], str) and getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}."
+                )
+        for name, least in {"measure_steps": 1, "probe_examples": 2, "probe_batch_size": 1, "max_hvps": 4}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
+        for name in ("eigen_tolerance", "trace_tolerance"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"`{name}` is {value}; it must lie between 0 and 1, for example 0.05 for 5 %.")
+        if self.blocks is not None and not self.blocks:
+            raise ValueError("`blocks` is empty; pass at least one pattern, or leave it unset for automatic blocks.")
+
+    @property
+    def budget(self) -> Budget:
+        """The profile's budget, with the options that were set in place of its own."""
+        preset = PROFILES[self.profile]
+        options = {name: getattr(self, name) for name in asdict(preset)}
+        return replace(preset, **{name: value for name, value in options.items() if value is not None})

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an estimator returns: a value, its error, what it cost and whether it converged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One estimated number with its error bar.
+
+    Attributes:
+        value: The estimate.
+        low: Lower end of the error bar: of the 95 % confidence interval for a stochastic estimate, of the residual
+            bound for an eigenvalue.
+        high: Upper end of the error bar.
+        method: How it was estimated, for example `"lanczos"` or `"hutchinson"`.
+        hvps: Hessian-vector products spent on it. Estimates that share products each state the full number.
+        converged: Whether the requested tolerance was reached.
+        std_error: Standard error over the probe vectors; `None` where the estimate is not an average.
+        residual: `‖Hq − θq‖` of an eigenvalue estimate θ: some eigenvalue lies within this distance of `value` (Golub
+            & Van Loan, Matrix Computations, section 8.1); `None` for other quantities.
+
+    Example:
+        >>> Estimate(value=3.0, low=2.5, high=3.5, method="lanczos", hvps=8, converged=True, residual=0.5).error
+        0.5
+    """
+
+    value: float
+    low: float
+    high: float
+    method: str
+    hvps: int
+    converged: bool
+    std_error: float | None = None
+    residual: float | None = None
+
+    @property
+    def error(self) -> float:
+        """The number to print behind ±: the standard error, or the residual bound of an eigenvalue."""
+        error = self.std_error if self.residual is None else self.residual
+        return math.nan if error is None else error
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Estimate:
+        """Rebuilds an estimate from `dataclasses.asdict`; a bound that JSON could not hold (`None`) is infinite."""
+        low = -math.inf if data["low"] is None else data["low"]
+        high = math.inf if data["high"] is None else data["high"]
+        return cls(**{**data, "low": low, "high": high})
+
+
+def eigenvalue_tolerance(value: float, *, scale: float, tolerance: float) -> float:
+    """The residual at which an eigenvalue at one end of the spectrum counts as converged.
+
+    `tolerance` times its own size, not times the largest eigenvalue's: with a spectrum of [−480, 60] and most of it
+    near 0, a random vector has a Rayleigh quotient near 0 and a residual below 1 % of 480, and would pass for the
+    largest eigenvalue. An end that is itself below `tolerance · scale` (the 0 of a convex loss) is measured against
+    that.
+
+    Args:
+        value: The eigenvalue's estimate.
+        scale: The largest magnitude in the spectrum.
+        tolerance: The relative tolerance asked for.
+    """
+    return tolerance * max(abs(value), tolerance * scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """What is known of a matrix's eigenvalues.
+
+    Attributes:
+        lambda_max: Largest algebraic eigenvalue.
+        lambda_min: Smallest algebraic eigenvalue; `None` from power iteration, which finds one end only.
+        ritz_values: All Ritz values of the Lanczos run, ascending. Those at both ends approximate eigenvalues.
+        ritz_weights: Gauss quadrature weight of each Ritz value: the share of the spectrum it stands for. Sum to 1.
+    """
+
+    lambda_max: Estimate
+    lambda_min: Estimate | None = None
+    ritz_values: tuple[float, ...] = ()
+    ritz_weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianEstimates(Spectrum):
+    """Curvature of one objective at one point.
+
+    Attributes:
+        trace: Sum of the eigenvalues.
+    """
+
+    trace: Estimate
+
+    @property
+    def converged(self) -> bool:
+        """Whether every estimate reached its tolerance."""
+        ends = [self.lambda_max] if self.lambda_min is None else [self.lambda_max, self.lambda_min]
+        return self.trace.converged and all(end.converged for end in ends)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> HessianEstimates:
+        """Rebuilds the estimates from `dataclasses.asdict`."""
+        return cls(
+            trace=Estimate.from_dict(data["trace"]),
+            lambda_max=Estimate.from_dict(data["lambda_max"]),
+            lambda_min=None if data["lambda_min"] is None else Estimate.from_dict(data["lambda_min"]),
+            ritz_values=tuple(data["ritz_values"]),
+            ritz_weights=tuple(data["ritz_weights"]),
+        )

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Symmetric matrices that are known by their products with vectors only."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .products import double_backward
+
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+
+class SumOfLosses(Protocol):
+    """A mean loss that is evaluated part by part, so that no more than one part's graph is in memory."""
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The variables."""
+
+    def losses(self) -> Iterable[tuple[Tensor, int]]:
+        """The sum of the losses of each part, with its graph, and the number of items it sums over."""
+
+
+class SymmetricOperator(ABC):
+    """A symmetric n × n matrix A, given by products.
+
+    Attributes:
+        size: n.
+        dtype: Dtype of the vectors it multiplies.
+        device: Device of the vectors it multiplies.
+    """
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """`A V` for the columns of V, of shape (n, k)."""
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """`A v`, of shape (n,)."""
+        return self.matmat(vector[:, None])[:, 0]
+
+    def to_scipy(self) -> LinearOperator:
+        """The same matrix for SciPy's solvers, on NumPy arrays."""
+        from scipy.sparse.linalg import LinearOperator
+
+        def matmat(vectors: np.ndarray) -> np.ndarray:
+            columns = torch.from_numpy(np.ascontiguousarray(vectors)).to(device=self.device, dtype=self.dtype)
+            return self.matmat(columns).cpu().numpy()
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            shape=(self.size, self.size),
+            dtype=dtype,
+            matvec=lambda vector: matmat(vector.reshape(-1, 1))[:, 0],
+            rmatvec=lambda vector: matmat(vector.reshape(-1, 1))[:, 0],
+            matmat=matmat,
+            rmatmat=matmat,
+        )
+
+
+class DenseOperator(SymmetricOperator):
+    """A symmetric matrix held in memory: for examples, and to try an estimator on a known spectrum.
+
+    Args:
+        matrix: The matrix, of shape (n, n).
+    """
+
+    def __init__(self, matrix: Tensor):
+        self._matrix = matrix
+        self.size = len(matrix)
+        self.dtype = matrix.dtype
+        self.device = matrix.device
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """`A V` for the columns of V, of shape (n, k)."""
+        return self._matrix @ vectors
+
+
+class HessianOperator(SymmetricOperator):
+    """The Hessian of a mean loss, over all its parameters laid end to end.
+
+    Args:
+        objective: The loss, in parts.
+        on_products: Called with the number of Hessian-vector products just made; for progress bars.
+
+    Raises:
+        FloatingPointError: From a product that is not finite.
+
+    Example:
+        >>> class Quadratic:
+        ...     parameters = [torch.ones(2, requires_grad=True)]
+        ...     def losses(self):
+        ...         yield (self.parameters[0] * torch.tensor([3.0, 1.0]) * self.parameters[0]).sum(), 1
+        >>> HessianOperator(Quadratic()).matvec(torch.tensor([1.0, 1.0]))
+        tensor([6., 2.])
+    """
+
+    def __init__(self, objective: SumOfLosses, *, on_products: Callable[[int], object] | None = None):
+        self._objective = objective
+        self._on_products = on_products
+        self.size = sum(parameter.numel() for parameter in objective.parameters)
+        self.device = objective.parameters[0].device
+        # Products of half-precision parameters are summed in float32.
+        double = any(parameter.dtype == torch.float64 for parameter in objective.parameters)
+        self.dtype = torch.float64 if double else torch.float32
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """`H V`, each part's forward and first backward pass shared by all k columns."""
+        parameters = self._objective.parameters
+        columns = [self._split(vector) for vector in vectors.T]
+        total = torch.zeros(len(columns), self.size, dtype=self.dtype, device=self.device)
+        items = 0
+        for loss, count in self._objective.losses():
+            for row, product in zip(total, double_backward(loss, parameters, columns), strict=True):
+                for place, piece in zip(row.split([p.numel() for p in parameters]), product, strict=True):
+                    place.add_(piece.detach().reshape(-1).to(place))
+            items += count
+        total /= items
+        if not torch.isfinite(total).all():
+            raise FloatingPointError("A Hessian-vector product is not finite.")
+        if self._on_products is not None:
+            self._on_products(len(columns))
+        return total.T
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        """Cuts a long vector into pieces of the parameters' shapes, dtypes and devices."""
+        parameters = self._objective.parameters
+        pieces = vector.split([parameter.numel() for parameter in parameters])
+        return [piece.reshape(p.shape).to(p) for piece, p in zip(pieces, parameters, strict=True)]

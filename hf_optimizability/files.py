@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing files so that a kill at any moment leaves the old file or the new one, never a torn one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes `content` beside `path`, flushes it to the disk and renames it into place.
+
+    Args:
+        path: Where the content shall be. Its folder is made if missing.
+        content: The whole content of the file.
+
+    Raises:
+        OSError: If the folder can't be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def require_writable(folder: Path, argument: str) -> None:
+    """Makes `folder` and checks that a file can be written there, before hours of training rely on it.
+
+    Args:
+        folder: The folder to write to later.
+        argument: Name of the argument it came from, for the error.
+
+    Raises:
+        ValueError: If it can't be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`{argument}` is {str(folder)!r}, but the report can't be written there ({error.strerror}). "
+            "Pass a folder that you may write to."
+        ) from error

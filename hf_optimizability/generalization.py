@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train and eval loss measured alike, for the generalization gap."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from .callback import PREFIX
+from .configuration import OptimizabilityConfig
+from .objective import Objective, trainer_loss
+from .probe import num_examples, probe_batches, probe_indices
+from .safety import measuring, preserved_rng
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+GAP_EXAMPLES = 512
+"""Most examples of each set. Losses that spread by 1 among examples then give a mean that is known to ±0.044."""
+
+_NO_METRICS = ("_loss", "_runtime", "_per_second", "_preparation_time")
+"""Endings of what `Trainer.predict` adds to the metrics."""
+
+
+def measure_gap(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, float]:
+    """Loss, and the metrics of `compute_metrics`, on equally many training and evaluation examples, both in eval mode.
+
+    Args:
+        trainer: Its data, loss and metrics are used.
+        config: Seed and batch size.
+
+    Returns:
+        What to log: `train_loss`, `eval_loss`, each with `_std_error` (over batches), `gap_examples`, and
+        `train_<metric>`, `eval_<metric>`, all behind the common prefix. Empty where no equal samples can be drawn: if
+        a data set is streamed, or if there is not exactly one evaluation set.
+    """
+    if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
+        return {}
+    with preserved_rng(config.seed):
+        loaders = {"train": trainer.get_train_dataloader(), "eval": trainer.get_eval_dataloader()}
+        sizes = {split: num_examples(loader.dataset) or 0 for split, loader in loaders.items()}
+        examples = min(GAP_EXAMPLES, *sizes.values())
+        if examples == 0:
+            return {}
+        numbers: dict[str, float] = {f"{PREFIX}gap_examples": examples}
+        for split, loader in loaders.items():
+            numbers |= _mean_loss(trainer, split, loader, examples, config)
+            if trainer.compute_metrics is not None:
+                sample = Subset(loader.dataset, probe_indices(sizes[split], examples, seed=config.seed))
+                metrics = trainer.predict(sample, metric_key_prefix=PREFIX + split).metrics or {}
+                numbers |= {key: value for key, value in metrics.items() if not key.endswith(_NO_METRICS)}
+    return numbers
+
+
+def _mean_loss(
+    trainer: Trainer, split: str, loader: DataLoader, examples: int, config: OptimizabilityConfig
+) -> dict[str, float]:
+    """Mean loss over a sample, and its standard error from the spread between batches (that of a ratio of sums)."""
+    batches = probe_batches(loader, examples=examples, batch_size=config.probe_batch_size, seed=config.seed)
+    model = cast(nn.Module, trainer.model)
+    objective = Objective(model, batches, loss_fn=trainer_loss(trainer))
+    with measuring(model, seed=config.seed), torch.no_grad():
+        sums, items = np.array([(float(loss), count) for loss, count in objective.losses()]).T
+    number, mean = len(sums), sums.sum() / items.sum()
+    numbers = {f"{PREFIX}{split}_loss": float(mean)}
+    if number > 1:
+        spread = np.sum((sums - mean * items) ** 2) * number / (number - 1)
+        numbers[f"{PREFIX}{split}_loss_std_error"] = math.sqrt(spread) / float(items.sum())
+    return numbers

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradient of an objective, and norms by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .curvature.operators import SumOfLosses
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A mean loss and its gradient.
+
+    Attributes:
+        loss: The mean loss.
+        items: What the mean is over.
+        tensors: The gradient, shaped like the parameters.
+    """
+
+    loss: float
+    items: int
+    tensors: tuple[Tensor, ...]
+
+
+def gradient(objective: SumOfLosses) -> Gradient:
+    """Loss and gradient over all parts of an objective; leaves `.grad` alone."""
+    totals = [torch.zeros_like(parameter) for parameter in objective.parameters]
+    loss_sum, items = 0.0, 0
+    for loss, count in objective.losses():
+        for total, piece in zip(
+            totals, torch.autograd.grad(loss, objective.parameters, materialize_grads=True), strict=True
+        ):
+            total += piece
+        loss_sum += float(loss.detach())
+        items += count
+    return Gradient(loss_sum / items, items, tuple(total / items for total in totals))
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """2-norm of all entries of all tensors, at least in float32, on the first one's device: reading it synchronizes.
+
+    Example:
+        >>> norm_of([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(5.)
+    """
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(tensor, dtype=dtype).to(tensors[0].device) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))

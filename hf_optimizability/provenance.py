@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says about where its numbers come from: model, task, data, training settings, versions."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from .objective import batch_size, count_items
+from .probe import fingerprint, num_examples
+from .safety import pretrained
+
+
+_ARGUMENTS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_grad_norm", "label_smoothing_factor", "num_train_epochs", "bf16", "fp16", "seed",
+)  # fmt: skip
+"""Training arguments that a reader needs to repeat or to judge the run."""
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Model id (of a local checkpoint, its folder's name), class and size."""
+    inner = pretrained(model)
+    identifier = str(inner.name_or_path) if inner is not None else ""
+    # A local path says where the user keeps things; its last folder is the checkpoint's name.
+    name = Path(identifier).name if Path(identifier).is_absolute() or Path(identifier).exists() else identifier
+    parameters = list(model.parameters())
+    return {
+        "id": name,
+        "class": type(inner or model).__name__,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    }
+
+
+def describe_task(model: nn.Module, *, own_loss: bool) -> dict[str, str]:
+    """The task in the Hub's terms, and whose loss was measured."""
+    from transformers.modelcard import TASK_MAPPING
+
+    name = type(pretrained(model) or model).__name__
+    tasks: dict[str, Any] = TASK_MAPPING
+    task = next((task for task, classes in tasks.items() if name in classes.values()), "")
+    return {"task": task, "loss": "the model's own" if own_loss else "the Trainer's"}
+
+
+def describe_data(dataset: Dataset, batches: list[Any], model: nn.Module) -> dict[str, Any]:
+    """Sizes of the training set and of the probe set, and the latter's fingerprint."""
+    return {
+        "train_examples": num_examples(dataset),
+        "probe_examples": sum(batch_size(batch) for batch in batches),
+        "probe_items": sum(count_items(model, batch) for batch in batches),
+        "probe_batches": len(batches),
+        "probe_fingerprint": fingerprint(batches),
+    }
+
+
+def describe_training(args: TrainingArguments, optimizer: Optimizer, max_steps: int) -> dict[str, Any]:
+    """The optimizer with its settings, and the arguments that shape the run."""
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    group = inner.param_groups[0]
+    settings = {name: value for name, value in group.items() if isinstance(value, (bool, int, float, tuple))}
+    arguments = {name: value for name, value in args.to_dict().items() if name in _ARGUMENTS}
+    return {"optimizer": type(inner).__name__, "optimizer_settings": settings, **arguments, "max_steps": max_steps}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    from . import __version__
+
+    packages = ("torch", "transformers", "accelerate", "numpy", "scipy")
+    return {
+        "hf-optimizability": __version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizability report: its data, to JSON and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+from ..measurement import Measurement, MeasurementFailure
+
+
+SCHEMA_VERSION = 1
+"""Version of the layout of `report.json`; raised when a reader of the old layout would misread the new one."""
+
+
+@dataclass
+class OptimizabilityReport:
+    """Everything known about how a checkpoint optimized on a task.
+
+    The report is data: it holds what was measured and what it was measured on, and knows how to become a file.
+
+    Attributes:
+        model: `id`, `class`, `parameters`, `trainable_parameters`.
+        task: `task` (the head's task, from the model class), `loss` (whose loss was measured).
+        data: `train_examples`, `eval_examples`, `probe_examples`, `probe_batches`, `probe_items`, `probe_fingerprint`.
+        training: `optimizer`, its settings, learning rate, batch size and the like; empty outside a Trainer.
+        config: The `OptimizabilityConfig` in use.
+        versions: Library versions.
+        measurements: In the order of the steps.
+        failures: Measurements that could not be made.
+        dynamics: Results of the training dynamics, by name.
+        log_history: The Trainer's log, from which the dynamics were computed and the plots are drawn.
+        created: UTC time of writing, ISO 8601.
+        schema_version: Layout of the JSON file.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    failures: list[MeasurementFailure] = field(default_factory=list)
+    dynamics: dict[str, Any] = field(default_factory=dict)
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    created: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
+        measurements = [measurement.to_dict() for measurement in self.measurements]
+        return _finite({**asdict(self), "measurements": measurements})
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> OptimizabilityReport:
+        """Rebuilds a report from `to_dict`.
+
+        Raises:
+            ValueError: If the data was written by a later version of this package.
+        """
+        if data["schema_version"] > SCHEMA_VERSION:
+            raise ValueError(
+                f"The report has schema version {data['schema_version']}, this package reads up to {SCHEMA_VERSION}. "
+                "Upgrade hf-optimizability to open it."
+            )
+        measurements = [Measurement.from_dict(measurement) for measurement in data["measurements"]]
+        failures = [MeasurementFailure(**failure) for failure in data["failures"]]
+        return cls(**{**data, "measurements": measurements, "failures": failures})
+
+    def save_json(self, folder: str | Path) -> Path:
+        """Writes `report.json` alone; at any moment the file holds either the old report or the new one, whole.
+
+        Returns:
+            The file's path.
+        """
+        path = Path(folder) / "report.json"
+        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
+        return path
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `report.json`, `report.md` and the plots into `folder`, each file atomically.
+
+        Returns:
+            The path of `report.md`.
+        """
+        from .markdown import to_markdown
+        from .plots import plot_all
+
+        folder = Path(folder)
+        self.save_json(folder)
+        plots = plot_all(self)
+        for name, png in plots.items():
+            write_atomically(folder / f"{name}.png", png)
+        path = folder / "report.md"
+        write_atomically(path, to_markdown(self, plots=list(plots)).encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> OptimizabilityReport:
+        """Reads a report from `report.json` or the folder that holds it.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file was written by a later version of this package.
+        """
+        path = Path(path)
+        file = path / "report.json" if path.is_dir() else path
+        return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+    def summary(self) -> str:
+        """The report in ten lines of plain text."""
+        from .markdown import to_summary
+
+        return to_summary(self)
+
+
+def _finite(value: Any) -> Any:
+    """Replaces numbers that JSON can't hold by `None`, in nested dicts and lists."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

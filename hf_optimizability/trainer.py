@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Trainer that measures as it trains, and the mixin that makes one of any Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .callback import PREFIX, OptimizabilityCallback
+from .configuration import OptimizabilityConfig
+from .gradients import norm_of
+from .measure import block_indices
+from .objective import trainable_parameters
+from .report import OptimizabilityReport
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class OptimizabilityTrainerMixin(_Base):
+    """Adds measurements and the optimizability report to a Trainer class; put it before that class.
+
+    Besides what [`OptimizabilityCallback`] does, it logs the gradient norm of each block beside each training loss, as
+    `optimizability/train_grad_norm/<block>`: of the training batch, summed over accumulation steps, before clipping.
+
+    Args:
+        optimizability: What to measure and when.
+
+    Raises:
+        ValueError: If the model has no trainable parameter, or the configuration's blocks or folder can't work.
+
+    Example:
+        >>> from transformers import Seq2SeqTrainer
+        >>> from hf_optimizability import OptimizabilityTrainerMixin
+        >>> class OptimizabilitySeq2SeqTrainer(OptimizabilityTrainerMixin, Seq2SeqTrainer):
+        ...     pass
+    """
+
+    def __init__(self, *args: Any, optimizability: OptimizabilityConfig | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.optimizability_callback = OptimizabilityCallback(optimizability, trainer=self)
+        self.add_callback(self.optimizability_callback)
+        self._blocks: dict[str, list[nn.Parameter]] = {}
+        self._blocks_model: nn.Module | None = None
+        self._train_grad_norms: dict[str, Tensor] = {}
+        self._parameter_blocks()
+
+    def optimizability_report(self) -> OptimizabilityReport:
+        """The report so far; complete after `train()`."""
+        return self.optimizability_callback.report
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Trains on one batch; where that completes an optimizer step, takes the norms before they are clipped."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._train_grad_norms = {}
+            for name, parameters in self._parameter_blocks().items():
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                if gradients:
+                    self._train_grad_norms[name] = norm_of(gradients)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs; the gradient norms by block join the training loss."""
+        if "loss" in logs:
+            scaler = self.accelerator.scaler
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            norms = {name: float(norm) / scale for name, norm in self._train_grad_norms.items()}
+            logs = {**logs, **{f"{PREFIX}train_grad_norm/{name}": norm for name, norm in norms.items()}}
+        super().log(logs, *args, **kwargs)
+
+    def _parameter_blocks(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters by block, of the model that the Trainer has now (`model_init` makes new ones)."""
+        if self._blocks_model is not self.model:
+            named = trainable_parameters(cast(nn.Module, self.model))
+            parameters = list(named.values())
+            blocks = block_indices(list(named), self.optimizability_callback.config)
+            self._blocks = {name: [parameters[index] for index in indices] for name, indices in blocks.items()}
+            self._blocks_model = self.model
+        return self._blocks
+
+
+class OptimizabilityTrainer(OptimizabilityTrainerMixin, Trainer):
+    """A [`~transformers.Trainer`] that measures as it trains; `optimizability` is its one further argument.
+
+    Example:
+        >>> from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
+        >>> def fine_tune(model, args, train_dataset):
+        ...     config = OptimizabilityConfig(profile="light")
+        ...     trainer = OptimizabilityTrainer(model, args, train_dataset=train_dataset, optimizability=config)
+        ...     trainer.train()
+        ...     return trainer.optimizability_report()
+    """

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a data set's name, files or folders to labelled training and validation splits, for both recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+
+
+FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""What `datasets` calls the formats of local files, by suffix; a compressed file has one more suffix (`.csv.gz`)."""
+
+
+@dataclass
+class LabelledDataArguments:
+    """Which examples to train and evaluate on, with flags named as in Transformers' example scripts.
+
+    Raises:
+        ValueError: If the training data has no source or two, a file's format is unknown, or a number is impossible.
+    """
+
+    SOURCES: ClassVar[tuple[str, ...]] = ("dataset_name", "train_file")
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, or a local folder laid out like one."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local csv, json, jsonl or parquet file to train on; may be compressed (.gz)."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Local file to evaluate on."})
+    train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to evaluate on. By default validation, else test, else a share of the training split."
+        },
+    )
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training split to evaluate on where there is no other split."}
+    )
+    label_column_name: str = field(default="label", metadata={"help": "Column of the class, a number or a name."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many examples, drawn at random."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many examples, drawn at random."}
+    )
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.SOURCES if vars(self)[name] is not None]
+        if len(given) != 1:
+            flags = ", ".join(f"--{name}" for name in self.SOURCES)
+            raise ValueError(f"Pass exactly one of {flags}; got {', '.join(given) or 'none'}.")
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"--train_val_split is {self.train_val_split}; it must lie between 0 and 1.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if vars(self)[name] is not None and vars(self)[name] < 1:
+                raise ValueError(
+                    f"--{name} is {vars(self)[name]}; it must be at least 1, or left out for all examples."
+                )
+        self.loader()
+
+    def loader(self) -> tuple[str, dict[str, str] | None]:
+        """What to call `datasets.load_dataset` with: a name or format, and the files by split if they are local."""
+        if self.train_file is None:
+            return str(self.dataset_name), None
+        files = {"train": self.train_file}
+        if self.validation_file is not None:
+            files["validation"] = self.validation_file
+        formats = {file_format(file) for file in files.values()}
+        if len(formats) > 1:
+            raise ValueError("--train_file and --validation_file have different formats; convert one of them.")
+        return formats.pop(), files
+
+
+def file_format(file: str) -> str:
+    """The format of a local file by its name: `"csv"`, `"json"` or `"parquet"`.
+
+    Raises:
+        ValueError: If the name ends in none of `FILE_FORMATS`.
+
+    Example:
+        >>> file_format("reviews.csv.gz")
+        'csv'
+    """
+    for suffix in Path(file).suffixes[-2:]:
+        if suffix in FILE_FORMATS:
+            return FILE_FORMATS[suffix]
+    raise ValueError(f"The format of {file!r} is unknown; its name must end in one of {', '.join(FILE_FORMATS)}.")
+
+
+def load_splits(
+    args: LabelledDataArguments, *, seed: int, cache_dir: str | None, token: str | None
+) -> tuple[Dataset, Dataset, list[str]]:
+    """Loads the data, encodes the labels and draws the asked number of examples.
+
+    Args:
+        args: Which data.
+        seed: Seed of the split and of the draw.
+        cache_dir: Where `datasets` keeps what it downloads.
+        token: Token for the Hub.
+
+    Returns:
+        The training split, the validation split, and the names of the classes in the order of their numbers.
+
+    Raises:
+        ValueError: If a split or the label column is missing, or the labels are no classes.
+    """
+    name_or_format, files = args.loader()
+    data = load_dataset(name_or_format, args.dataset_config_name, data_files=files, cache_dir=cache_dir, token=token)
+    splits = choose_splits(data, args, seed=seed)
+    splits, names = encode_labels(splits, args.label_column_name)
+    train, validation = splits["train"], splits["validation"]
+    return draw(train, args.max_train_samples, seed=seed), draw(validation, args.max_eval_samples, seed=seed), names
+
+
+def choose_splits(data: DatasetDict, args: LabelledDataArguments, *, seed: int) -> DatasetDict:
+    """Picks the splits by name, or splits the training data where there is only that."""
+    wanted = args.validation_split_name
+    validation = next((name for name in ("validation", "test") if name in data), None) if wanted is None else wanted
+    for name in filter(None, (args.train_split_name, validation)):
+        if name not in data:
+            raise ValueError(
+                f"The data has no split {name!r}, only {', '.join(data)}; pass --train_split_name or "
+                "--validation_split_name."
+            )
+    train = data[args.train_split_name]
+    if validation is None:
+        halves = train.train_test_split(args.train_val_split, seed=seed)
+        return DatasetDict(train=halves["train"], validation=halves["test"])
+    return DatasetDict(train=train, validation=data[validation])
+
+
+def encode_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, list[str]]:
+    """Turns the labels of all splits into class numbers, by the classes of the training split."""
+    features = splits["train"].features
+    if column not in features:
+        raise ValueError(f"There is no column {column!r}, only {', '.join(features)}; pass --label_column_name.")
+    if isinstance(features[column], ClassLabel):
+        # Some data sets mark examples without a label by -1.
+        return splits.filter(lambda label: label >= 0, input_columns=column), features[column].names
+    kind = features[column].dtype
+    if not kind.startswith(("int", "uint", "bool", "string", "large_string")):
+        raise ValueError(f"Column {column!r} holds {kind} values, not classes; pass another --label_column_name.")
+    splits = splits.cast_column(column, Value("string"))
+    names = sorted(splits["train"].unique(column), key=int if "int" in kind else None)
+    unknown = set(splits["validation"].unique(column)) - set(names)
+    if unknown:
+        raise ValueError(f"Classes {sorted(unknown)} of column {column!r} occur in the validation split only.")
+    return splits.cast_column(column, ClassLabel(names=names)), names
+
+
+def draw(examples: Dataset, count: int | None, *, seed: int) -> Dataset:
+    """Draws `count` examples at random (files are often sorted by class), or gives all back if `count` is `None`."""
+    return examples if count is None else examples.shuffle(seed=seed).select(range(min(count, len(examples))))

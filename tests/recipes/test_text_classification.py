@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text recipe from a file of sentences to a report, with a BERT small enough to train in a second."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import text_classification
+import tiny_models
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
+
+
+WORDS = ["good", "bad", "film", "a", "the", "very"]
+SENTENCES = [f"{WORDS[i % 3]} {WORDS[i % 4]} {WORDS[i % 5]}" for i in range(16)]
+LABELS = ["good" if i % 3 else "bad" for i in range(16)]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: number for number, word in enumerate(specials + WORDS)}
+    folder = tmp_path / "tiny-bert"
+    tiny_models.bert(vocab_size=len(vocabulary)).save_pretrained(folder)
+    BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def train_file(tmp_path: Path) -> str:
+    path = tmp_path / "train.parquet"
+    Dataset.from_dict({"sentence": SENTENCES, "label": LABELS}).to_parquet(path)
+    return str(path)
+
+
+def test_a_run_ends_with_checkpoint_metrics_card_and_report(
+    checkpoint: str, train_file: str, run_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = run_recipe(
+        text_classification,
+        model_name_or_path=checkpoint,
+        train_file=train_file,
+        validation_file=train_file,
+        ignore_mismatched_sizes=True,  # the checkpoint has three classes, the data two
+        config_overrides="hidden_dropout_prob=0.25",
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert model.config.hidden_dropout_prob == 0.25
+
+    tokens = AutoTokenizer.from_pretrained(output)(SENTENCES, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        predicted = [model.config.id2label[int(number)] for number in model.eval()(**tokens).logits.argmax(1)]
+    accuracy = sum(name == label for name, label in zip(predicted, LABELS, strict=True)) / len(LABELS)
+    metrics = json.loads((output / "all_results.json").read_text())
+    assert metrics["eval_accuracy"] == pytest.approx(accuracy)
+    assert metrics.keys() >= {"train_loss", "eval_loss", "eval_f1"}
+
+    report = json.loads((output / "optimizability/report.json").read_text())
+    assert [measurement["step"] for measurement in report["measurements"]] == [0, 2]
+    assert not report["failures"]
+    assert "- accuracy" in (output / "README.md").read_text()
+    printed = capsys.readouterr().out
+    assert "Hessian trace" in printed
+    assert printed.endswith(f"Report: {output / 'optimizability/report.md'}\n")
+    assert (output / "optimizability/report.md").exists()
+
+
+def test_flags_on_the_command_line(
+    checkpoint: str, train_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = f"""--model_name_or_path {checkpoint} --train_file {train_file} --text_column_name sentence --do_train
+        --ignore_mismatched_sizes --max_steps 1 --probe_examples 2 --max_hvps 4 --measure_strategy no --seed 3
+        --cache_dir {tmp_path / "cache"} --report_dir {tmp_path / "report"} --output_dir {tmp_path / "out"}"""
+    monkeypatch.setattr(sys, "argv", ["text_classification", *flags.split()])
+    text_classification.main()
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert report["config"]["max_hvps"] == 4
+
+
+def test_pairs_of_sentences_are_joined_and_cut() -> None:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(specials + WORDS)})
+    pairs = Dataset.from_dict({"premise": ["good film"], "hypothesis": ["a very bad film"], "label": [1]})
+    args = text_classification.DataArguments(train_file="pairs.csv", max_seq_length=8)
+    columns = text_classification.text_columns(pairs, args)
+    tokens = text_classification.tokenize(pairs, tokenizer, columns, args)[0]
+    read = [tokenizer.convert_ids_to_tokens(number) for number in tokens["input_ids"]]
+    assert read == ["[CLS]", "good", "film", "[SEP]", "a", "very", "bad", "[SEP]"]
+    assert tokens["labels"] == 1
+
+
+@pytest.mark.parametrize("columns", [None, ["sentense"], ["a", "b", "c"]])
+def test_text_that_cant_be_told_fails_by_name(columns: list[str] | None) -> None:
+    examples = Dataset.from_dict({"a": ["x"], "b": ["x"], "c": ["x"]})
+    args = text_classification.DataArguments(train_file="a.csv", text_column_name=columns)
+    with pytest.raises(ValueError, match=r"one or two of \['a', 'b', 'c'\] as --text_column_name"):
+        text_classification.text_columns(examples, args)
+
+
+def test_an_unknown_argument_fails_by_name(run_recipe: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="learning_rat"):
+        run_recipe(text_classification, model_name_or_path="m", train_file="a.csv", learning_rat=1.0)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A made-up report that looks like a real one, of any size."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hf_optimizability.curvature.estimates import Estimate, HessianEstimates
+from hf_optimizability.measurement import BlockMeasurement, Measurement, MeasurementFailure
+from hf_optimizability.report import OptimizabilityReport
+
+
+def make_estimate(value: float, error: float, *, kind: str = "residual", converged: bool = True) -> Estimate:
+    """An estimate whose error bar is `error`, of an eigenvalue or (`kind="std_error"`) of an average."""
+    width = error if kind == "residual" else 1.96 * error
+    errors: dict[str, float] = {kind: error}
+    method = "lanczos" if kind == "residual" else "hutchinson"
+    return Estimate(value, value - width, value + width, method, hvps=32, converged=converged, **errors)
+
+
+def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, converged: bool = True) -> Measurement:
+    """The measurement at `step` of a run of `total` steps: loss falls, gradient and curvature shrink."""
+    rng = np.random.default_rng(step + 1)
+    decay = math.exp(-3 * step / total)
+    names = ["embeddings", *(f"layer.{index}" for index in range(blocks - 2)), "head"]
+    profile = np.exp(np.linspace(-1.5, 1.5, blocks)) * rng.lognormal(0, 0.3, blocks)
+    traces = 361 * (0.3 + decay) * profile / profile.sum()
+    traces[1] *= -0.4
+    measured = {
+        name: BlockMeasurement(
+            parameters=11_720_448 if index == 0 else 1_774_464 if index < blocks - 1 else 770,
+            grad_norm=float(2 * (0.1 + decay) * profile[index] / math.sqrt(blocks)),
+            weight_norm=float(30 * rng.lognormal(0, 0.2)),
+            trace=make_estimate(float(traces[index]), abs(float(traces[index])) * 0.2 + 0.5, kind="std_error"),
+        )
+        for index, name in enumerate(names)
+    }
+    top = 9.0213 * (0.4 + decay)
+    ritz = np.sort(np.concatenate([rng.laplace(0, 0.3, 20), top * np.array([0.3, 0.55, 1.0])]))
+    weights = np.exp(-4 * np.abs(ritz)) + 1e-7
+    hessian = HessianEstimates(
+        trace=make_estimate(float(traces.sum()), 43.4 * (0.3 + decay), kind="std_error", converged=converged),
+        lambda_max=make_estimate(float(ritz[-1]), 0.0312),
+        lambda_min=make_estimate(float(ritz[0]), 0.08, converged=converged),
+        ritz_values=tuple(ritz.tolist()),
+        ritz_weights=tuple((weights / weights.sum()).tolist()),
+    )
+    return Measurement(
+        step=step,
+        epoch=3 * step / total,
+        loss=0.15 + 0.55 * decay,
+        items=64,
+        grad_norm=math.sqrt(sum(block.grad_norm**2 for block in measured.values())),
+        hessian=hessian,
+        blocks=measured,
+        engine="double_backward",
+        attention="math",
+        dtype="float32",
+        hvps=56,
+        seconds=7.31,
+    )
+
+
+def make_log(names: list[str], *, total: int = 300, every: int = 10) -> list[dict[str, Any]]:
+    """A log as the Trainer writes it: training logs, an evaluation per epoch, the summary at the end."""
+    rng = np.random.default_rng(0)
+    log: list[dict[str, Any]] = []
+    for step in range(every, total + 1, every):
+        decay = math.exp(-3 * step / total)
+        norms = [
+            float((0.1 + decay) * rng.lognormal(0, 0.4)) * 2 * 15 ** (index / len(names) - 1)
+            for index in range(len(names))
+        ]
+        loss = 0.2 + 0.5 * decay + float(rng.normal(0, 0.03))
+        log.append({"loss": loss, "grad_norm": math.hypot(*norms), "learning_rate": 2e-5, "step": step})
+        log[-1].update(
+            (f"optimizability/train_grad_norm/{name}", norm) for name, norm in zip(names, norms, strict=True)
+        )
+        if step % (total // 3) == 0:
+            log.append({"eval_loss": 0.3 + 0.4 * decay, "eval_accuracy": 0.9 - 0.3 * decay, "step": step})
+    return [*log, {"train_runtime": 61.0, "train_loss": 0.4, "step": total}]
+
+
+def make_dynamics() -> dict[str, Any]:
+    """Results of the three training dynamics modules."""
+    series = {
+        "setbacks": 3,
+        "comparisons": 29,
+        "setback_share": 3 / 29,
+        "setback_share_low": 0.036,
+        "setback_share_high": 0.264,
+        "mean_setback": 0.021,
+        "largest_setback": 0.048,
+        "spikes": 0,
+        "non_finite": 0,
+        "note": None,
+    }
+    return {
+        "convergence_speed": {
+            "half_life": 68.4,
+            "half_life_low": 55.2,
+            "half_life_high": 88.1,
+            "steps_to_90": 227.1,
+            "steps_to_90_low": 190.2,
+            "steps_to_90_high": 281.0,
+            "initial_loss": 0.6931,
+            "final_loss": 0.2249,
+            "drop": 0.4682,
+            "normalized_area": 0.3127,
+            "points": 30,
+            "note": None,
+        },
+        "stability": {
+            "loss": series,
+            "eval_loss": {**series, "setbacks": 0, "comparisons": 2, "mean_setback": None, "note": "few evaluations"},
+        },
+        "generalization_gap": {
+            "loss_gap": 0.0812,
+            "std_error": 0.0214,
+            "low": 0.0393,
+            "high": 0.1231,
+            "significant": True,
+            "measured_alike": True,
+            "examples": 64,
+            "metric_gaps": {"accuracy": 0.031},
+            "best_eval_loss": 0.3199,
+            "best_step": 300,
+            "rise_since_best": 0.0,
+            "note": None,
+        },
+    }
+
+
+def make_report(
+    measurements: int = 3, *, blocks: int = 8, failures: int = 0, total: int = 300, converged: bool = True
+) -> OptimizabilityReport:
+    """A report with that many measurements, evenly spread over `total` steps, and failures."""
+    steps = [round(step) for step in np.linspace(0, total, measurements)] if measurements != 1 else [total]
+    measured = [make_measurement(step, blocks=blocks, total=total, converged=converged) for step in steps]
+    failure = MeasurementFailure(
+        step=100,
+        epoch=1.0,
+        reason="The operator aten::_fused_moe has no second derivative.",
+        remedy="Load the model with attn_implementation='eager'.",
+    )
+    return OptimizabilityReport(
+        model={
+            "id": "sentence-transformers/all-MiniLM-L6-v2",
+            "class": "BertForSequenceClassification",
+            "parameters": 22_713_986,
+            "trainable_parameters": 22_713_986,
+        },
+        task={"task": "text-classification", "loss": "the Trainer's loss"},
+        data={
+            "train_examples": 1600,
+            "eval_examples": 400,
+            "probe_examples": 64,
+            "probe_batches": 4,
+            "probe_items": 64,
+            "probe_fingerprint": "5f2a9c01d3e7b684",
+        },
+        training={"optimizer": "AdamW", "optimizer_settings": {"betas": [0.9, 0.999]}, "learning_rate": 2e-5},
+        config={"profile": "standard", "seed": 0, "trace_tolerance": 0.1, "eigen_tolerance": 0.01, "max_hvps": 64},
+        versions={"hf_optimizability": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+        measurements=measured,
+        failures=[failure] * failures,
+        dynamics=make_dynamics() if measurements else {},
+        log_history=make_log(list(measured[-1].blocks), total=total) if measured else [],
+        created="2026-01-02T03:04:05+00:00",
+    )

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report as text, read back with a CommonMark parser that knows nothing of how it was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import re
+
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from hf_optimizability.measurement import MeasurementFailure
+from hf_optimizability.report import OptimizabilityReport
+from hf_optimizability.report.markdown import (
+    ALT_TEXTS,
+    escape,
+    format_interval,
+    format_number,
+    format_percent,
+    format_with_error,
+    to_markdown,
+    to_summary,
+    trace_shares,
+)
+
+from .example import make_estimate, make_measurement, make_report
+
+
+HOSTILE = "a|b <script>alert(1)</script> `c` *d* __e__ [f](http://g) ![h](i) $j$ ~~k~~ &lt; \\| \n# l\n\n- m\x1b[31m"
+
+
+def parse(text: str) -> list[Token]:
+    """The document's tokens, inline ones in place of their container."""
+    blocks = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text)
+    return [token for block in blocks for token in (block.children if block.children is not None else [block])]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The text of every cell, by table and row."""
+    found: list[list[list[str]]] = []
+    for token in parse(text):
+        if token.type == "table_open":
+            found.append([])
+        elif token.type == "tr_open":
+            found[-1].append([])
+        elif token.type in ("th_open", "td_open"):
+            found[-1][-1].append("")
+        elif token.type in ("text", "text_special") and found and found[-1] and found[-1][-1]:
+            found[-1][-1][-1] += token.content
+    return found
+
+
+def headings(text: str) -> list[str]:
+    return [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        ("value", "error", "expected"),
+        [
+            (361.29, 43.41, "361 ± 43"),
+            (9.0213, 0.0312, "9.021 ± 0.031"),
+            (9.0213, 0.0996, "9.02 ± 0.10"),  # the error itself rounds up into the next place
+            (-0.3121, 2.449, "-0.3 ± 2.4"),
+            (-0.004, 2.449, "0.0 ± 2.4"),  # no minus zero
+            (12345.0, 678.0, "12,340 ± 680"),
+            (4.2e6, 3e5, "(4.20 ± 0.30)e+06"),
+            (4.2e-6, 3e-7, "(4.20 ± 0.30)e-06"),
+            (2e-9, 3e-4, "(0.0 ± 3.0)e-04"),
+            (9.02134567, 1.234e-9, "9.02135 ± 1.2e-09"),
+            (9.02134567, 1.234e-7, "9.02135 ± 1.2e-07"),
+            (9.0213, 0.0, "9.02130 ± 0"),
+            (9.0213, None, "9.021 ± ?"),
+            (9.0213, math.nan, "9.021 ± ?"),
+            (math.nan, 1.0, "–"),
+            (None, None, "–"),
+        ],
+    )
+    def test_rounds_to_what_the_error_warrants(self, value, error, expected):
+        assert format_with_error(value, error) == expected
+
+    def test_rounding_loses_less_than_a_tenth_of_the_error(self):
+        draw = random.Random(0)
+        for _ in range(2000):
+            error = 10 ** draw.uniform(-8, 8)
+            value = draw.choice([-1, 1]) * error * 10 ** draw.uniform(-2, 4)
+            printed = format_with_error(value, error).replace(",", "")
+            scale = float(f"1{printed.partition(')')[2]}")
+            shown = [scale * float(number) for number in printed.partition(")")[0].strip("(").split(" ± ")]
+            assert shown == pytest.approx([value, error], abs=0.051 * error, rel=0), printed
+
+    @pytest.mark.parametrize(
+        ("value", "digits", "expected"),
+        [
+            (0.693147, 4, "0.6931"),
+            (9.99999, 4, "10.00"),
+            (12345.6, 4, "12,350"),
+            (2e-5, 2, "2.0e-05"),
+            (1e6, 2, "1.0e+06"),
+            (0.0, 3, "0.00"),
+            (math.inf, 4, "–"),
+            (None, 4, "–"),
+        ],
+    )
+    def test_numbers_without_error(self, value, digits, expected):
+        assert format_number(value, digits=digits) == expected
+
+    @pytest.mark.parametrize(
+        ("value", "low", "high", "expected"),
+        [
+            (35.21, 20.13, 62.34, "35 (20 to 62)"),
+            (0.08123, 0.03931, 0.12314, "0.081 (0.039 to 0.123)"),
+            (35.21, 20.13, None, "35.2 (at least 20.1)"),
+            (35.21, 20.13, math.inf, "35.2 (at least 20.1)"),
+            (35.21, None, 62.34, "35.2"),
+            (0.0, 0.0, 0.0, "0.00"),
+            (None, None, None, "–"),
+        ],
+    )
+    def test_intervals(self, value, low, high, expected):
+        assert format_interval(value, low, high) == expected
+
+    def test_percent(self):
+        assert [format_percent(x) for x in (0.996, 0.999, -0.0031, None)] == ["100 %", "100 %", "-0.31 %", "–"]
+
+    def test_shares_are_of_absolute_traces(self):
+        measurement = make_measurement(blocks=3)
+        traces = dict(zip(measurement.blocks, (3.0, -1.0, 0.0), strict=True))
+        blocks = {
+            name: dataclasses.replace(block, trace=make_estimate(traces[name], 0.1))
+            for name, block in measurement.blocks.items()
+        }
+        shares = trace_shares(dataclasses.replace(measurement, blocks=blocks))
+        assert list(shares.values()) == [0.75, -0.25, 0.0]
+
+
+class TestMarkdown:
+    def test_ends_with_the_versions(self):
+        last = to_markdown(make_report()).splitlines()[-1]
+        assert last.endswith("+00:00 with hf\\_optimizability 0.1.0, torch 2.13.0, transformers 5.23.0.")
+
+    def test_sections_in_order(self):
+        assert headings(to_markdown(make_report(failures=1))) == [
+            "Convergence",
+            "Stability",
+            "Generalization",
+            "Gradient and curvature",
+            "Failures",
+            "How it was measured",
+        ]
+
+    def test_summary_table_compares_first_and_last(self):
+        report = make_report()
+        first, last = report.measurements[0].hessian, report.measurements[-1].hessian
+        header, *rows = tables(to_markdown(report))[0]
+        assert header[:3] == ["", "step 0", "step 300"]
+        cells = {row[0]: row[1:3] for row in rows}
+        assert cells["Loss"] == ["0.7000", "0.1774"]
+        for name, ends in {
+            "Hessian trace": (first.trace, last.trace),
+            "λ_max": (first.lambda_max, last.lambda_max),
+            "λ_min": (first.lambda_min, last.lambda_min),
+        }.items():
+            assert cells[name] == [format_with_error(end.value, end.error) for end in ends]
+
+    def test_measurement_and_block_tables_are_complete(self):
+        report = make_report(4, blocks=5)
+        found = {table[0][0]: table for table in tables(to_markdown(report))}
+        blocks, measurements = found["Block"], found["Step"]
+        assert [row[0] for row in blocks[1:]] == list(report.measurements[-1].blocks)
+        head = report.measurements[-1].blocks["head"]
+        assert blocks[-1][1] == "770"
+        assert float(blocks[-1][3]) == pytest.approx(head.grad_norm / head.weight_norm, rel=5e-3)
+        assert [row[0] for row in measurements[1:]] == ["0", "100", "200", "300"]
+        assert {len(row) for row in measurements} == {10}
+
+    def test_every_table_is_rectangular_and_no_value_is_python_none(self):
+        text = to_markdown(make_report(failures=2), plots=list(ALT_TEXTS))
+        assert "None" not in text
+        assert len(tables(text)) == 9
+        for table in tables(text):
+            assert len({len(row) for row in table}) == 1
+
+    @pytest.mark.parametrize(
+        "report",
+        [
+            OptimizabilityReport(),
+            make_report(0),
+            make_report(0, failures=2),
+            make_report(1),
+            dataclasses.replace(make_report(2), dynamics={}),
+            dataclasses.replace(make_report(2), training={}, versions={}, data={}, config={}, log_history=[]),
+        ],
+        ids=["nothing", "no measurement", "all failed", "one", "no dynamics", "no trainer"],
+    )
+    def test_any_part_may_be_empty(self, report):
+        text = to_markdown(report)
+        assert text.startswith("# Optimizability of ")
+        assert "\n\n\n" not in text
+        assert ("Nothing was measured." in text) == (not report.measurements)
+        assert ("## Failures" in text) == bool(report.failures)
+        assert ("## Gradient and curvature" in text) == bool(report.measurements)
+        assert len(to_summary(report).splitlines()) <= 10
+
+    def test_every_dynamics_value_may_be_none(self):
+        report = make_report()
+        dynamics = report.dynamics
+        empty = {name: dict.fromkeys(values) for name, values in dynamics.items() if name != "stability"}
+        empty["stability"] = {name: dict.fromkeys(values) for name, values in dynamics["stability"].items()}
+        report = dataclasses.replace(report, dynamics=empty)
+        assert "None" not in to_markdown(report)
+        assert [label for label in ("Convergence", "Stability", "Gap") if label in to_summary(report)] == []
+
+    def test_a_report_read_from_json_renders_the_same(self):
+        report = make_report(2, failures=1)
+        again = OptimizabilityReport.from_dict(report.to_dict())
+        assert to_markdown(again) == to_markdown(report)
+        assert to_summary(again) == to_summary(report)
+
+    def test_dagger_marks_what_did_not_converge_and_nothing_else(self):
+        assert "†" not in to_markdown(make_report())
+        text = to_markdown(make_report(1, converged=False))
+        rows = {row[0]: row[1] for row in tables(text)[0][1:]}
+        assert {name: value.endswith(" †") for name, value in rows.items()} == {
+            "Loss": False,
+            "Gradient norm ‖g‖": False,
+            "Hessian trace": True,
+            "λ_max": False,
+            "λ_min": True,
+        }
+        assert "\n† Not converged" in text
+
+    def test_power_iteration_has_no_lambda_min(self):
+        measurement = make_measurement()
+        hessian = dataclasses.replace(measurement.hessian, lambda_min=None, ritz_values=(), ritz_weights=())
+        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, hessian=hessian)])
+        assert tables(to_markdown(report))[0][-1][:2] == ["λ_min", "–"]
+        assert "λ_max; λ_min    12.630 ± 0.031; –" in to_summary(report)
+
+    def test_a_block_of_zero_weights_has_no_relative_gradient(self):
+        measurement = make_measurement(blocks=3)
+        blocks = {**measurement.blocks, "head": dataclasses.replace(measurement.blocks["head"], weight_norm=0.0)}
+        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, blocks=blocks)])
+        table = next(table for table in tables(to_markdown(report)) if table[0][0] == "Block")
+        assert table[-1][3] == "–"
+
+    def test_shows_the_plots_that_exist(self, tmp_path):
+        make_report().save(tmp_path)
+        text = (tmp_path / "report.md").read_text(encoding="utf-8")
+        images = [token for token in parse(text) if token.type == "image"]
+        assert {str(image.attrs["src"]) for image in images} == {path.name for path in tmp_path.glob("*.png")}
+        assert len(images) == 5
+        assert "](gradient_norm.png)" in text  # an escaped address is not every renderer's fare
+        assert all(image.content for image in images)
+        assert "![" not in to_markdown(make_report())
+
+
+class TestEscaping:
+    @pytest.fixture
+    def hostile(self) -> str:
+        """A report that is hostile wherever it can be."""
+        report = make_report(2)
+        report.measurements = [
+            dataclasses.replace(measured, blocks={HOSTILE: measured.blocks["head"]})
+            for measured in report.measurements
+        ]
+        for part in (report.model, report.task, report.data, report.training, report.versions, report.config):
+            part.update(dict.fromkeys(part, HOSTILE))
+        report.training[HOSTILE] = report.versions[HOSTILE] = report.config[HOSTILE] = HOSTILE
+        report.dynamics["stability"][HOSTILE] = {**report.dynamics["stability"]["loss"], "note": HOSTILE}
+        report.dynamics["generalization_gap"]["metric_gaps"] = {HOSTILE: 0.1}
+        report.failures.append(MeasurementFailure(step=1, epoch=None, reason=HOSTILE, remedy=HOSTILE))
+        report.created = HOSTILE
+        return to_markdown(report)
+
+    def test_nothing_from_outside_becomes_markup(self, hostile):
+        plain = to_markdown(make_report(2, failures=1))
+        own = {token.type for token in parse(plain)}
+        assert {token.type for token in parse(hostile)} - own <= {"text_special"}
+        for kind in ("link_open", "em_open", "code_inline"):
+            count = [sum(token.type == kind for token in parse(text)) for text in (plain, hostile)]
+            assert count[0] == count[1], kind
+        assert "<script" not in hostile
+        assert "\x1b" not in hostile
+        assert not re.search(r"(?<!\\)\$", hostile)  # GitHub's mathematics
+
+    def test_it_reads_as_it_was(self, hostile):
+        expected = HOSTILE.replace("\n# l\n\n- m\x1b", "# l - m ")
+        cells = [cell for table in tables(hostile) for row in table for cell in row]
+        assert cells.count(expected) >= 15
+        for table in tables(hostile):
+            assert len({len(row) for row in table}) == 1
+
+    def test_summary_is_plain_lines(self):
+        report = OptimizabilityReport(model={"id": "a\nb\x1b[31m\r\tc"}, task={"task": "t"})
+        assert to_summary(report).splitlines()[0] == "Optimizability  a b [31m c on t"
+
+    def test_escape_keeps_harmless_text(self):
+        assert escape("org/Model-1.5 (v2), 30 % ± λ") == "org/Model-1.5 (v2), 30 % ± λ"
+
+
+class TestSummary:
+    def test_at_most_ten_aligned_lines(self):
+        lines = to_summary(make_report(failures=3, converged=False)).splitlines()
+        assert len(lines) == 10
+        assert all(line[14:16] == "  " and line[16] != " " for line in lines)
+        assert [line[:14].strip() for line in lines] == [
+            "Optimizability",
+            "Loss",
+            "Gradient norm",
+            "Hessian trace",
+            "λ_max; λ_min",
+            "Convergence",
+            "Stability",
+            "Gap",
+            "Cost",
+            "Failed",
+        ]
+
+    def test_says_what_was_found(self):
+        text = to_summary(make_report(failures=1))
+        assert "sentence-transformers/all-MiniLM-L6-v2 on text-classification" in text
+        assert "0.7000 (step 0) → 0.1774 (step 300)" in text
+        assert "half-life 68.4 (55.2 to 88.1) steps, 90 % of the drop after 227 (190 to 281) steps" in text
+        assert "loss: 3 setbacks in 29 comparisons, 0 spikes" in text
+        assert "eval loss - train loss = 0.081 ± 0.021, more than chance" in text
+        assert "3 measurements, 168 HVPs, 21.9 s, all converged" in text
+        assert "1, the last at step 100: The operator aten::_fused_moe has no second derivative. Load" in text
+
+    def test_counts_what_did_not_converge(self):
+        assert "1 measurement, 56 HVPs, 7.31 s, 1 did not converge (†)" in to_summary(make_report(1, converged=False))
+
+    def test_a_long_reason_is_cut_but_the_remedy_stays(self):
+        failure = MeasurementFailure(step=5, epoch=None, reason="out of memory " * 100, remedy="Use fewer examples.")
+        line = to_summary(OptimizabilityReport(failures=[failure])).splitlines()[-1]
+        assert len(line) < 250
+        assert line.endswith("… Use fewer examples.")

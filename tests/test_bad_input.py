@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever can't work is refused before training, by the name of the argument and with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import training
+from torch import nn
+from transformers import BertModel, TrainerCallback
+
+from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer, measure
+
+
+class NoStep(TrainerCallback):
+    """Sees to it that nothing is trained."""
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        pytest.fail("training has begun")
+
+
+def refused(folder: Path, match: str, *, config: dict[str, Any] | None = None, **options: Any) -> None:
+    callback = OptimizabilityCallback(OptimizabilityConfig(**(config or {})))
+    trainer = training.trainer(folder, callbacks=[NoStep(), callback], **options)
+    with pytest.raises(ValueError, match=match):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"profile": "cheap"}, "`profile` is 'cheap'; choose one of 'light', 'standard', 'full'"),
+        ({"engine": "magic"}, "`engine` is 'magic'; choose one of 'double_backward'"),
+        ({"measure_strategy": "often"}, "`measure_strategy` is 'often'; choose one of 'no', 'steps', 'epoch'"),
+        ({"eigen_method": "qr"}, "`eigen_method`"),
+        ({"trace_method": "sum"}, "`trace_method`"),
+        ({"max_hvps": -1}, "`max_hvps` is -1; it must be at least 4"),
+        ({"measure_steps": 0}, "`measure_steps` is 0; it must be at least 1"),
+        ({"probe_examples": 1}, "`probe_examples` is 1; it must be at least 2"),
+        ({"probe_batch_size": 0}, "`probe_batch_size` is 0; it must be at least 1"),
+        ({"trace_tolerance": 0.0}, "`trace_tolerance` is 0.0; it must lie between 0 and 1"),
+        ({"eigen_tolerance": 1.5}, "`eigen_tolerance` is 1.5; it must lie between 0 and 1"),
+        ({"blocks": []}, "`blocks` is empty"),
+    ],
+)
+def test_configuration(options: dict[str, Any], match: str):
+    with pytest.raises(ValueError, match=match):
+        OptimizabilityConfig(**options)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    with pytest.raises(ValueError, match=r"`report_dir` is .*file/report.*Pass a folder that you may write to"):
+        OptimizabilityCallback(OptimizabilityConfig(report_dir=str(file / "report")))
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "optimizability").write_text("not a folder either")
+    refused(output, r"`report_dir` is .*output/optimizability")
+
+
+def test_data_set_that_is_empty_or_too_small(tmp_path: Path):
+    callback = OptimizabilityCallback(OptimizabilityConfig())
+    loader = torch.utils.data.DataLoader([])
+    trainer = training.trainer(tmp_path)
+    with pytest.raises(ValueError, match="has only 0 examples.*Pass a larger training set"):
+        callback.on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=loader
+        )
+    refused(tmp_path, "only 1 examples, but a probe set needs at least 2", train_dataset=training.dataset("bert", 1))
+    refused(
+        tmp_path, "only 24 examples, but `probe_examples` is 100.*lower `probe_examples`", config={"probe_examples": 100}
+    )
+
+
+def test_block_pattern_that_fits_nothing(tmp_path: Path):
+    match = r"'\*layer.7\*' in `blocks` fits no trainable parameter.*bert.embeddings"
+    refused(tmp_path, match, config={"blocks": ["*layer.7*"]})
+    with pytest.raises(ValueError, match=match):
+        training.trainer(
+            tmp_path, cls=OptimizabilityTrainer, optimizability=OptimizabilityConfig(blocks=["*layer.7*"])
+        )
+
+
+def test_labels_that_are_missing(tmp_path: Path):
+    rows = [{"input_ids": row["input_ids"]} for row in training.dataset("bert")]
+    refused(tmp_path, "The batch has no labels: its keys are `input_ids`.*Add the labels", train_dataset=rows)
+
+
+def test_labels_that_are_all_ignored(tmp_path: Path):
+    rows = [{**row, "labels": -100} for row in training.dataset("bert")]
+    refused(tmp_path, "All labels of the probe set are -100.*Check the labels", train_dataset=rows)
+
+
+def test_model_that_returns_no_loss(tmp_path: Path):
+    model = BertModel(tiny_models.bert().config)
+    rows = [{"input_ids": row["input_ids"]} for row in training.dataset("bert")]
+    refused(tmp_path, r"BertModel returned no loss .*`\*For…` class\), or pass a `loss_fn`", model=model, train_dataset=rows)
+
+
+def test_model_without_trainable_parameters(tmp_path: Path):
+    model = tiny_models.bert().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"`model` has no trainable parameter.*Set `requires_grad`"):
+        training.trainer(tmp_path, cls=OptimizabilityTrainer, model=model)
+    with pytest.raises(ValueError, match="`model` has no trainable parameter"):
+        measure(model, tiny_models.cut(tiny_models.examples("bert", 2), 2))
+
+
+@pytest.mark.parametrize(
+    ("batches", "loss_fn", "match"),
+    [
+        ([], None, "`batches` is empty"),
+        ([torch.ones(2, 3)], None, "A batch is a Tensor, but the model's own loss needs a dict"),
+        ([(torch.ones(2, 3),)], lambda model, batch: model(batch[0]), r"loss has shape \(2, 1\); it must be a scalar"),
+        ([(torch.ones(2, 3),)], lambda model, batch: model(batch[0]).mean().detach(), "does not depend on the trainable"),
+    ],
+)
+def test_measure(batches: list[Any], loss_fn: Any, match: str):
+    with pytest.raises(ValueError, match=match):
+        measure(nn.Linear(3, 1), batches, loss_fn=loss_fn)

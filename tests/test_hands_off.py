@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with the callback is bit for bit the training without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training
+from transformers import Trainer
+
+from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer
+
+
+EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 6}
+
+
+def run(trainer: Trainer) -> dict[str, Any]:
+    """All that a training leaves behind."""
+    trainer.train()
+    own = ("loss", "grad_norm", "learning_rate", "epoch", "step", "eval_loss")
+    log = [{k: v for k, v in entry.items() if k in own} for entry in trainer.state.log_history]
+    return {
+        "weights": trainer.model.state_dict(),  # with the buffers
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "log": [entry for entry in log if entry.keys() & {"loss", "eval_loss"}],
+        "rng": torch.get_rng_state(),
+        "numpy rng": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
+        "modes": [module.training for module in trainer.model.modules()],
+        "gradients": [parameter.grad for parameter in trainer.model.parameters()],
+    }
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    """Equal to the last bit, however nested."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{index}")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
+@pytest.mark.parametrize("name", ["bert", "mobilenet"])
+def test_training_is_the_same(tmp_path: Path, name: str, optimizer: str, accumulation: int):
+    options = {"optim": optimizer, "gradient_accumulation_steps": accumulation, "eval_dataset": training.dataset(name, 8)}
+    options |= {"eval_strategy": "steps", "eval_steps": 3}
+    plain = run(training.trainer(tmp_path, name, **options))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP))
+    assert_equal(run(training.trainer(tmp_path, name, callbacks=[callback], **options)), plain)
+    assert len(callback.report.measurements) == 4 and not callback.report.failures
+
+    config = OptimizabilityConfig(**EVERY_STEP)
+    trainer = training.trainer(tmp_path, name, OptimizabilityTrainer, optimizability=config, **options)
+    assert_equal(run(trainer), plain)
+    assert len(trainer.optimizability_report().measurements) == 4 and not trainer.optimizability_report().failures
+    assert len(plain["log"]) == 5  # three losses, two evaluations
+
+
+def test_training_is_the_same_when_measurements_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A product that raises in the middle, when the model is in eval mode and the RNG is seeded anew."""
+    plain = run(training.trainer(tmp_path))
+
+    def fail(*args: object) -> None:
+        torch.rand(3)
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr("hf_optimizability.curvature.operators.double_backward", fail)
+    callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP))
+    assert_equal(run(training.trainer(tmp_path, callbacks=[callback])), plain)
+    assert not callback.report.measurements and len(callback.report.failures) == 4
