@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 
-EMBEDDINGS, HEAD, OTHER = "embeddings", "head", "other"
+EMBEDDINGS, HEAD, OTHER, WHOLE = "embeddings", "head", "other", "model"
 
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 """Prefixes that torch.compile, DDP and PEFT put before a model's own names."""
@@ -30,8 +30,9 @@ def name_blocks(names: Sequence[str]) -> dict[str, list[int]]:
 
     A *stack* is a module with at least two numbered children that hold parameters, outside the head; each child is a
     block, `layer.0`, `layer.1` and so on. With several stacks the module above tells them apart (`encoder.layer.0`,
-    `decoder.layer.0`); stages with layers inside give `stage.0.layer.1`. What comes before the first stack is
-    `embeddings`, as is whatever is called so; what comes after is `head`.
+    `decoder.layer.0`); stages with layers inside give `stage.0.layer.1`. What comes before the first stack, or is
+    called so, is `embeddings`; what comes after the last one, or is called so, is `head`; what stands between two
+    stacks, or in a model without any, is named by its module.
 
     Args:
         names: Parameter names in the model's order.
@@ -44,20 +45,21 @@ def name_blocks(names: Sequence[str]) -> dict[str, list[int]]:
         {'embeddings': [0], 'layer.0': [1], 'layer.1': [2], 'head': [3]}
     """
     paths = [_bare(name).split(".") for name in names]
-    stacks = _stacks(paths)
-    labels = _stack_labels(stacks)
-    in_stack = [_container(path) in stacks for path in paths]
-    first = in_stack.index(True) if any(in_stack) else len(paths)
+    stacks = _stack_labels(paths)
+    places = [index for index, path in enumerate(paths) if _container(path) in stacks]
     blocks: dict[str, list[int]] = {}
     for index, path in enumerate(paths):
-        if in_stack[index]:
-            block = _layer(path, labels[_container(path)], paths)
+        container = _container(path)
+        if container in stacks:
+            block = _layer(path, stacks[container])
         elif _HEAD_NAMES.intersection(path):
             block = HEAD
-        elif index < first or any("embed" in part for part in path[:-1]):
+        elif any("embed" in part for part in path[:-1]) or (places and index < places[0]):
             block = EMBEDDINGS
-        else:
+        elif places and index > places[-1]:
             block = HEAD
+        else:
+            block = ".".join(path[:-1]) or WHOLE
         blocks.setdefault(block, []).append(index)
     return blocks
 
@@ -100,40 +102,44 @@ def _bare(name: str) -> str:
     return name
 
 
-def _container(path: Sequence[str]) -> tuple[str, ...]:
-    """The module path above the first number in a parameter's path, or () where there is none."""
-    first = next((index for index, part in enumerate(path) if part.isdecimal()), 0)
-    return tuple(path[:first])
+def _container(path: Sequence[str]) -> tuple[str, ...] | None:
+    """The module path above the first number in a parameter's path, or `None` where there is none."""
+    first = next((index for index, part in enumerate(path) if part.isdecimal()), None)
+    return None if first is None else tuple(path[:first])
 
 
-def _stacks(paths: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """All stacks, in the model's order."""
+def _stack_labels(paths: Sequence[Sequence[str]]) -> dict[tuple[str, ...] | None, str]:
+    """A short name for each stack: its own, and the module above it where that is needed to tell two apart."""
     children: dict[tuple[str, ...], set[str]] = {}
+    words: dict[tuple[str, ...], str] = {}
     for path in paths:
         container = _container(path)
-        if container and not _HEAD_NAMES.intersection(container):
-            children.setdefault(container, set()).add(path[len(container)])
-    return [container for container, numbers in children.items() if len(numbers) > 1]
+        if container is None or _HEAD_NAMES.intersection(container):
+            continue
+        children.setdefault(container, set()).add(path[len(container)])
+        words.setdefault(container, _stack_word(container))
+        if _inner_layer(path, container):
+            words[container] = "stage"
+    stacks = [container for container, numbers in children.items() if len(numbers) > 1]
+    taken = [words[stack] for stack in stacks]
+    return {s: ".".join([*s[-2:-1], words[s]]) if taken.count(words[s]) > 1 else words[s] for s in stacks}
 
 
-def _stack_labels(stacks: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """A short name for each stack: its own, and the module above it where that is needed to tell two apart."""
-    short = {stack: _layer_word(stack[-1]) for stack in stacks}
-    taken = list(short.values())
-    return {stack: ".".join([*stack[-2:-1], word]) if taken.count(word) > 1 else word for stack, word in short.items()}
-
-
-def _layer_word(name: str) -> str:
+def _stack_word(container: Sequence[str]) -> str:
+    name = container[-1] if container else "layer"
     if name in _LAYER_NAMES:
         return "layer"
     return "stage" if name == "stages" else name
 
 
-def _layer(path: Sequence[str], label: str, paths: Sequence[Sequence[str]]) -> str:
+def _inner_layer(path: Sequence[str], container: Sequence[str]) -> str | None:
+    """Number of the layer inside a stage, or `None`."""
+    inner = path[len(container) + 1 : len(container) + 3]
+    return inner[1] if len(inner) == 2 and inner[0] in _NESTED_STACKS and inner[1].isdecimal() else None
+
+
+def _layer(path: Sequence[str], label: str) -> str:
     """Name of the block of a parameter inside a stack."""
-    depth = len(_container(path))
-    block = f"{label}.{path[depth]}"
-    inner = path[depth + 1 : depth + 3]
-    if len(inner) == 2 and inner[0] in _NESTED_STACKS and inner[1].isdecimal():
-        return f"{block}.{_layer_word(inner[0])}.{inner[1]}"
-    return block
+    container = _container(path) or ()
+    number, inner = path[len(container)], _inner_layer(path, container)
+    return f"{label}.{number}" if inner is None else f"{label}.{number}.layer.{inner}"

@@ -78,25 +78,27 @@ class OptimizabilityCallback(TrainerCallback):
         Raises:
             ValueError: If the data, the model, the blocks or the report's folder can't work.
         """
-        model, dataset = kwargs["model"], kwargs["train_dataloader"].dataset
+        model, loader = kwargs["model"], kwargs["train_dataloader"]
         self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
         if state.is_world_process_zero:
             require_writable(self._folder, "report_dir")
         batches = probe_batches(
-            kwargs["train_dataloader"],
+            loader,
             examples=self.config.budget.probe_examples,
             batch_size=self.config.probe_batch_size,
             seed=self.config.seed,
             required=self.config.probe_examples is not None,
         )
-        loss_fn = None if self._trainer is None else trainer_loss(self._trainer)
+        trainer = self._trainer
+        loss_fn = None if trainer is None else trainer_loss(trainer)
+        eval_dataset = None if trainer is None or isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
         self._objective = Objective(model, batches, loss_fn=loss_fn)
         block_indices(self._objective.names, self.config)
         self._check()
         self.report = OptimizabilityReport(
             model=provenance.describe_model(model),
             task=provenance.describe_task(model, own_loss=loss_fn is None),
-            data=provenance.describe_data(dataset, batches, model),
+            data=provenance.describe_data(loader.dataset, eval_dataset, batches, model),
             training=provenance.describe_training(args, kwargs["optimizer"], state.max_steps),
             config=asdict(self.config) | asdict(self.config.budget),
             versions=provenance.library_versions(),

@@ -51,10 +51,13 @@ def describe_task(model: nn.Module, *, own_loss: bool) -> dict[str, str]:
     return {"task": task, "loss": "the model's own" if own_loss else "the Trainer's"}
 
 
-def describe_data(dataset: Dataset, batches: list[Any], model: nn.Module) -> dict[str, Any]:
-    """Sizes of the training set and of the probe set, and the latter's fingerprint."""
+def describe_data(
+    train_dataset: Dataset, eval_dataset: Dataset | None, batches: list[Any], model: nn.Module
+) -> dict[str, Any]:
+    """Sizes of the data sets (`None`: streamed or absent) and of the probe set, and the latter's fingerprint."""
     return {
-        "train_examples": num_examples(dataset),
+        "train_examples": num_examples(train_dataset),
+        "eval_examples": None if eval_dataset is None else num_examples(eval_dataset),
         "probe_examples": sum(batch_size(batch) for batch in batches),
         "probe_items": sum(count_items(model, batch) for batch in batches),
         "probe_batches": len(batches),

