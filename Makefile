@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CHECKED := hf_optimizability recipes tests
+CHECKED := hf_optimizability recipes tests benchmarks
 
 # Threads that wait give their core away. Spinning, as is the default, makes the many small operations of a convolutional
 # network thirty times slower where another process wants the core.

@@ -86,7 +86,7 @@ class OptimizabilityCallback(TrainerCallback):
             loader,
             examples=self.config.budget.probe_examples,
             batch_size=self.config.probe_batch_size,
-            seed=self.config.seed,
+            seed=self.config.probe_seed,
             required=self.config.probe_examples is not None,
         )
         trainer = self._trainer
@@ -138,7 +138,7 @@ class OptimizabilityCallback(TrainerCallback):
     def _check(self) -> None:
         """Raises on wrong arguments; anything else is for the first measurement to meet and to record."""
         try:
-            self._objective.check(seed=self.config.seed)
+            self._objective.check(seed=self.config.probe_seed)
         except ValueError:
             raise
         except Exception as error:
@@ -195,7 +195,7 @@ class OptimizabilityCallback(TrainerCallback):
         from .dynamics import compute_dynamics
 
         self.report.log_history = list(state.log_history)
-        self.report.dynamics = compute_dynamics(state.log_history, seed=self.config.seed)
+        self.report.dynamics = compute_dynamics(state.log_history, seed=self.config.probe_seed)
         path = self._stamp().save(self._folder)
         logger.info(f"Optimizability report: {path}")
 

@@ -104,7 +104,7 @@ class OptimizabilityConfig:
             "By default: embeddings, each layer, head."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the probe set and of the probe vectors."})
+    probe_seed: int = field(default=0, metadata={"help": "Seed of the probe set and of the probe vectors."})
     report_dir: str | None = field(
         default=None,
         metadata={"help": "Folder of the report. By default the folder 'optimizability' inside output_dir."},

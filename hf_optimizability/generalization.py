@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 GAP_EXAMPLES = 512
 """Most examples of each set. Losses that spread by 1 among examples then give a mean that is known to ±0.044."""
 
+LEAST_BATCHES = 8
+"""Batches to cut a small sample into: the standard error comes from the spread between them."""
+
 _NO_METRICS = ("_loss", "_runtime", "_per_second", "_preparation_time")
 """Endings of what `Trainer.predict` adds to the metrics."""
 
@@ -42,7 +45,7 @@ def measure_gap(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, flo
     """
     if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
         return {}
-    with preserved_rng(config.seed):
+    with preserved_rng(config.probe_seed):
         loaders = {"train": trainer.get_train_dataloader(), "eval": trainer.get_eval_dataloader()}
         sizes = {split: num_examples(loader.dataset) or 0 for split, loader in loaders.items()}
         examples = min(GAP_EXAMPLES, *sizes.values())
@@ -52,7 +55,7 @@ def measure_gap(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, flo
         for split, loader in loaders.items():
             numbers |= _mean_loss(trainer, split, loader, examples, config)
             if trainer.compute_metrics is not None:
-                sample = Subset(loader.dataset, probe_indices(sizes[split], examples, seed=config.seed))
+                sample = Subset(loader.dataset, probe_indices(sizes[split], examples, seed=config.probe_seed))
                 metrics = trainer.predict(sample, metric_key_prefix=PREFIX + split).metrics or {}
                 numbers |= {key: value for key, value in metrics.items() if not key.endswith(_NO_METRICS)}
     return numbers
@@ -62,10 +65,11 @@ def _mean_loss(
     trainer: Trainer, split: str, loader: DataLoader, examples: int, config: OptimizabilityConfig
 ) -> dict[str, float]:
     """Mean loss over a sample, and its standard error from the spread between batches (that of a ratio of sums)."""
-    batches = probe_batches(loader, examples=examples, batch_size=config.probe_batch_size, seed=config.seed)
+    batch_size = min(config.probe_batch_size, -(-examples // LEAST_BATCHES))
+    batches = probe_batches(loader, examples=examples, batch_size=batch_size, seed=config.probe_seed)
     model = cast(nn.Module, trainer.model)
     objective = Objective(model, batches, loss_fn=trainer_loss(trainer))
-    with measuring(model, seed=config.seed), torch.no_grad():
+    with measuring(model, seed=config.probe_seed), torch.no_grad():
         sums, items = np.array([(float(loss), count) for loss, count in objective.losses()]).T
     number, mean = len(sums), sums.sum() / items.sum()
     numbers = {f"{PREFIX}{split}_loss": float(mean)}

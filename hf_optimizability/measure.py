@@ -63,7 +63,7 @@ def measure(
     config = config or OptimizabilityConfig()
     objective = Objective(model, batches, loss_fn=loss_fn)
     block_indices(objective.names, config)
-    objective.check(seed=config.seed)
+    objective.check(seed=config.probe_seed)
     with measuring_bar(config, disable=not progress) as bar:
         return measure_objective(objective, config, on_products=bar.update)
 
@@ -104,7 +104,7 @@ def measure_objective(
     """
     started = time.perf_counter()
     try:
-        with measuring(objective.model, seed=config.seed):
+        with measuring(objective.model, seed=config.probe_seed):
             at_point = gradient(objective)
             _require_finite(at_point)
             operator = HessianOperator(objective, on_products=on_products)
@@ -155,9 +155,9 @@ def _estimate(
     budget = config.budget
     tolerance, half = budget.eigen_tolerance, budget.max_hvps // 2
     if config.eigen_method == "lanczos":
-        run = lanczos(operator, tolerance=tolerance, max_hvps=half, seed=config.seed)
+        run = lanczos(operator, tolerance=tolerance, max_hvps=half, seed=config.probe_seed)
     else:
-        estimate = power_iteration(operator, tolerance=tolerance, max_hvps=half, seed=config.seed)
+        estimate = power_iteration(operator, tolerance=tolerance, max_hvps=half, seed=config.probe_seed)
         run = Spectrum(lambda_max=estimate)
     segments = _segments(objective, block_indices(objective.names, config).values())
     if config.trace_method == "exact":
@@ -168,7 +168,7 @@ def _estimate(
             segments,
             tolerance=budget.trace_tolerance,
             max_hvps=budget.max_hvps - run.lambda_max.hvps,
-            seed=config.seed + 1,
+            seed=config.probe_seed + 1,
         )
     return HessianEstimates(trace=trace.total, **vars(run)), trace
 

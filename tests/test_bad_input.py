@@ -67,13 +67,15 @@ def test_data_set_that_is_empty_or_too_small(tmp_path: Path):
     callback = OptimizabilityCallback(OptimizabilityConfig())
     loader = torch.utils.data.DataLoader([])
     trainer = training.trainer(tmp_path)
-    with pytest.raises(ValueError, match="has only 0 examples.*Pass a larger training set"):
+    with pytest.raises(ValueError, match=r"has only 0 examples.*Pass a larger training set"):
         callback.on_train_begin(
             trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=loader
         )
     refused(tmp_path, "only 1 examples, but a probe set needs at least 2", train_dataset=training.dataset("bert", 1))
     refused(
-        tmp_path, "only 24 examples, but `probe_examples` is 100.*lower `probe_examples`", config={"probe_examples": 100}
+        tmp_path,
+        "only 24 examples, but `probe_examples` is 100.*lower `probe_examples`",
+        config={"probe_examples": 100},
     )
 
 
@@ -99,13 +101,18 @@ def test_labels_that_are_all_ignored(tmp_path: Path):
 def test_model_that_returns_no_loss(tmp_path: Path):
     model = BertModel(tiny_models.bert().config)
     rows = [{"input_ids": row["input_ids"]} for row in training.dataset("bert")]
-    refused(tmp_path, r"BertModel returned no loss .*`\*For…` class\), or pass a `loss_fn`", model=model, train_dataset=rows)
+    refused(
+        tmp_path,
+        r"BertModel returned no loss .*`\*For…` class\), or pass a `loss_fn`",
+        own=model,
+        train_dataset=rows,
+    )
 
 
 def test_model_without_trainable_parameters(tmp_path: Path):
     model = tiny_models.bert().requires_grad_(False)
     with pytest.raises(ValueError, match=r"`model` has no trainable parameter.*Set `requires_grad`"):
-        training.trainer(tmp_path, cls=OptimizabilityTrainer, model=model)
+        training.trainer(tmp_path, cls=OptimizabilityTrainer, own=model)
     with pytest.raises(ValueError, match="`model` has no trainable parameter"):
         measure(model, tiny_models.cut(tiny_models.examples("bert", 2), 2))
 
@@ -116,7 +123,11 @@ def test_model_without_trainable_parameters(tmp_path: Path):
         ([], None, "`batches` is empty"),
         ([torch.ones(2, 3)], None, "A batch is a Tensor, but the model's own loss needs a dict"),
         ([(torch.ones(2, 3),)], lambda model, batch: model(batch[0]), r"loss has shape \(2, 1\); it must be a scalar"),
-        ([(torch.ones(2, 3),)], lambda model, batch: model(batch[0]).mean().detach(), "does not depend on the trainable"),
+        (
+            [(torch.ones(2, 3),)],
+            lambda model, batch: model(batch[0]).mean().detach(),
+            "does not depend on the trainable",
+        ),
     ],
 )
 def test_measure(batches: list[Any], loss_fn: Any, match: str):

@@ -68,8 +68,10 @@ LAYERS = ["embeddings", "layer.0", "layer.1", "head"]
         (lambda: nn.Linear(2, 1), ["model"]),
         (
             t5,
-            ["embeddings", "encoder.layer.0", "encoder.layer.1", "encoder.final_layer_norm"]
-            + ["decoder.layer.0", "decoder.layer.1", "head"],
+            [
+                *["embeddings", "encoder.layer.0", "encoder.layer.1", "encoder.final_layer_norm"],
+                *["decoder.layer.0", "decoder.layer.1", "head"],
+            ],
         ),
     ],
 )

@@ -30,7 +30,9 @@ from hf_optimizability import (
 QUICK = {"probe_examples": 6, "max_hvps": 6, "probe_batch_size": 4}
 
 
-def run(folder: Path, cls: type[Trainer] = OptimizabilityTrainer, *, config: dict[str, Any] | None = None, **options: Any):
+def run(
+    folder: Path, cls: type[Trainer] = OptimizabilityTrainer, *, config: dict[str, Any] | None = None, **options: Any
+):
     config = OptimizabilityConfig(**{**QUICK, **(config or {})})
     if cls is Trainer:
         callback = OptimizabilityCallback(config)
@@ -48,7 +50,11 @@ def run(folder: Path, cls: type[Trainer] = OptimizabilityTrainer, *, config: dic
         ({"measure_strategy": "no"}, {}, [0, 6]),
         ({"measure_strategy": "steps", "measure_steps": 2}, {}, [0, 2, 4, 6]),
         ({"measure_strategy": "steps", "measure_steps": 4}, {}, [0, 4, 6]),
-        ({"measure_strategy": "epoch"}, {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}, [0, 3, 6]),
+        (
+            {"measure_strategy": "epoch"},
+            {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2},
+            [0, 3, 6],
+        ),
     ],
 )
 def test_when(tmp_path: Path, config: dict[str, Any], options: dict[str, Any], steps: list[int]):
@@ -132,9 +138,7 @@ def test_the_trainers_loss_is_measured(tmp_path: Path, cls: type[Trainer], optio
 
 
 def test_label_smoothing_is_measured(tmp_path: Path):
-    _, report = run(
-        tmp_path, config={"probe_examples": 24, "measure_strategy": "no"}, label_smoothing_factor=0.3
-    )
+    _, report = run(tmp_path, config={"probe_examples": 24, "measure_strategy": "no"}, label_smoothing_factor=0.3)
     [whole] = tiny_models.cut(tiny_models.examples("bert", 24, dtype=torch.float32), 24)
     logits = training.model("bert").eval()(**whole).logits
     truth = nn.functional.cross_entropy(logits, whole["labels"], label_smoothing=0.3)
@@ -189,7 +193,9 @@ def test_a_measurement_that_cannot_be_made_is_one_warning_and_a_record(
     assert trainer.state.global_step == 6
     assert [failure.step for failure in report.failures] == [0, 2, 4, 6] and not report.measurements
     assert all(reason in failure.reason and remedy in failure.remedy for failure in report.failures)
-    warnings = [record.getMessage() for record in caplog.records if "No optimizability measurement" in record.getMessage()]
+    warnings = [
+        record.getMessage() for record in caplog.records if "No optimizability measurement" in record.getMessage()
+    ]
     assert len(warnings) == 1 and reason in warnings[0] and remedy in warnings[0] and "Training goes on" in warnings[0]
     loaded = OptimizabilityReport.load(tmp_path / "optimizability")
     assert loaded.failures == report.failures
@@ -226,7 +232,7 @@ def test_the_report_is_complete(tmp_path: Path):
     assert len(loaded.data["probe_fingerprint"]) == 16
     assert loaded.training["optimizer"] == "SGD" and loaded.training["optimizer_settings"]["momentum"] == 0.9
     assert loaded.training["learning_rate"] == 0.01 and loaded.training["lr_scheduler_type"] == "linear"
-    assert loaded.config["seed"] == 0 and loaded.config["max_hvps"] == 6
+    assert loaded.config["probe_seed"] == 0 and loaded.config["max_hvps"] == 6
     assert loaded.versions["torch"] == torch.__version__
     assert set(loaded.dynamics) == {"convergence_speed", "stability", "generalization_gap"}
     assert loaded.dynamics["generalization_gap"]["measured_alike"]

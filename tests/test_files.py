@@ -43,7 +43,10 @@ training.trainer(Path(sys.argv[1]), cls=OptimizabilityTrainer, optimizability=co
 def start(script: str, argument: Path) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(argument)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-c", script, str(argument)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
 
 

@@ -55,7 +55,11 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
 @pytest.mark.parametrize("name", ["bert", "mobilenet"])
 def test_training_is_the_same(tmp_path: Path, name: str, optimizer: str, accumulation: int):
-    options = {"optim": optimizer, "gradient_accumulation_steps": accumulation, "eval_dataset": training.dataset(name, 8)}
+    options = {
+        "optim": optimizer,
+        "gradient_accumulation_steps": accumulation,
+        "eval_dataset": training.dataset(name, 8),
+    }
     options |= {"eval_strategy": "steps", "eval_steps": 3}
     plain = run(training.trainer(tmp_path, name, **options))
     callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP))

@@ -49,21 +49,22 @@ def loader(rows: list[dict[str, torch.Tensor]], **options: object) -> DataLoader
     return DataLoader(rows, shuffle=True, **options)
 
 
-class TestProbeSet:
-    OPTIONS = {"examples": 5, "batch_size": 2, "seed": 0}
+PROBE = {"examples": 5, "batch_size": 2, "seed": 0}
 
+
+class TestProbeSet:
     def test_it_is_the_same_for_the_same_seed_and_does_not_touch_the_rng(self):
         rows = tiny_models.examples("bert", 30)
         before = torch.get_rng_state()
-        first, again = (probe_batches(loader(rows), **self.OPTIONS) for _ in range(2))
-        other = probe_batches(loader(rows), **{**self.OPTIONS, "seed": 1})
+        first, again = (probe_batches(loader(rows), **PROBE) for _ in range(2))
+        other = probe_batches(loader(rows), **{**PROBE, "seed": 1})
         assert [len(batch["labels"]) for batch in first] == [2, 2, 1]
         assert fingerprint(first) == fingerprint(again) != fingerprint(other)
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_it_holds_different_examples_of_the_data_set(self):
         rows = [{"x": torch.tensor(index)} for index in range(30)]
-        drawn = torch.cat([batch["x"] for batch in probe_batches(loader(rows), **self.OPTIONS)]).tolist()
+        drawn = torch.cat([batch["x"] for batch in probe_batches(loader(rows), **PROBE)]).tolist()
         assert len(set(drawn)) == 5 and set(drawn) <= set(range(30))
 
     def test_random_collators_give_the_same_batches(self, tmp_path):
@@ -73,7 +74,7 @@ class TestProbeSet:
         tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
         collator = MaskingCollator(tokenizer=tokenizer, mlm_probability=0.5)
         rows = [{"input_ids": [2, 5 + index % 8, 6, 7, 3]} for index in range(30)]
-        first, again = (probe_batches(loader(rows, collate_fn=collator), **self.OPTIONS) for _ in range(2))
+        first, again = (probe_batches(loader(rows, collate_fn=collator), **PROBE) for _ in range(2))
         assert fingerprint(first) == fingerprint(again)
         assert any((batch["labels"] == -100).any() for batch in first)
 
@@ -82,7 +83,7 @@ class TestProbeSet:
             def __iter__(self):
                 return iter([{"x": torch.tensor(index)} for index in range(100)])
 
-        batches = probe_batches(DataLoader(Stream()), **self.OPTIONS)
+        batches = probe_batches(DataLoader(Stream()), **PROBE)
         assert torch.cat([batch["x"] for batch in batches]).tolist() == [0, 1, 2, 3, 4]
 
     def test_fingerprint_sees_values_shapes_names_and_types(self):

@@ -8,7 +8,18 @@ from typing import Any
 
 import tiny_models
 import torch
-from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+
+TRAINER_OPTIONS = (
+    "callbacks", "optimizability", "compute_metrics", "eval_dataset", "compute_loss_func", "train_dataset",
+)  # fmt: skip
 
 
 def mobilenet() -> MobileNetV2ForImageClassification:
@@ -39,9 +50,15 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(**{**settings, **options})
 
 
-def trainer(folder: Path, name: str = "bert", cls: type[Trainer] = Trainer, **options: Any) -> Trainer:
-    """A Trainer on a tiny model; options that are no Trainer arguments go to `TrainingArguments`."""
-    own = {"callbacks", "optimizability", "compute_metrics", "eval_dataset", "compute_loss_func", "train_dataset", "model"}
-    settings = {"model": None, "train_dataset": dataset(name), **{k: v for k, v in options.items() if k in own}}
-    settings["model"] = settings["model"] or model(name)
-    return cls(args=arguments(folder, **{k: v for k, v in options.items() if k not in own}), **settings)
+def trainer(
+    folder: Path,
+    name: str = "bert",
+    cls: type[Trainer] = Trainer,
+    *,
+    own: PreTrainedModel | None = None,
+    **options: Any,
+) -> Trainer:
+    """A Trainer on a tiny model (or one's `own`); options that `Trainer` does not take go to `TrainingArguments`."""
+    settings = {key: options.pop(key) for key in list(options) if key in TRAINER_OPTIONS}
+    settings = {"train_dataset": dataset(name), **settings}
+    return cls(model=own or model(name), args=arguments(folder, **options), **settings)

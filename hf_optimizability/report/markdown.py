@@ -279,9 +279,10 @@ def _dynamics_lines(dynamics: dict[str, Any]) -> dict[str, str]:
         lines["Convergence"] = f"loss half-life {half_life} steps, 90 % of the drop after {to_90} steps"
     stability = dynamics.get("stability") or {}
     setbacks = [
-        f"{name}: {series['setbacks']} setbacks in {series['comparisons']} comparisons, {series['spikes']} spikes"
+        f"{name}: {series['setbacks']} setbacks in {series['comparisons']} comparisons"
+        + (f", {series['spikes']} spikes" if series["spikes"] else "")
         for name, series in stability.items()
-        if series["comparisons"]
+        if series["comparisons"] and name in ("loss", "eval_loss")
     ]
     if setbacks:
         lines["Stability"] = "; ".join(setbacks)

@@ -46,7 +46,9 @@ class TestWithoutNoise:
         steps = np.array([7.0, 8.0, 11.0, 40.0, 41.0, 90.0, 300.0, 310.0])
         rows = list(zip(steps, exponential(steps, 60.0), strict=True))
         random.Random(0).shuffle(rows)
-        assert fit_convergence(*zip(*rows, strict=True))["half_life"] == pytest.approx(60 * math.log(2), rel=1e-6)
+        result = fit_convergence(*zip(*rows, strict=True))
+        assert result["half_life"] == pytest.approx(60 * math.log(2), rel=1e-6)
+        assert (result["initial_loss"], result["final_loss"]) == pytest.approx((2.5, exponential(steps, 60.0)[-1]))
 
     def test_running_mean_has_the_same_half_life(self):
         losses = exponential(np.arange(400.0), 70.0).reshape(40, 10).mean(axis=1)  # what logging_steps=10 writes
@@ -131,6 +133,12 @@ class TestNoFinding:
         times = [result[name] for name in VALUES[:6]]
         assert times == [None] * 6 and result["note"].startswith(note)
         assert result["drop"] == pytest.approx(losses[0] - losses[-1], rel=1e-3)
+
+    def test_no_times_lost_in_the_scatter(self):
+        result = fit_convergence(STEPS[:15], exponential(STEPS[:15], 50.0, height=0.1) + 0.05 * noise(15, 6))
+        assert result["drop"] > 0
+        assert [result[name] for name in VALUES[:6]] == [None] * 6
+        assert "too large to tell how fast" in result["note"]
 
     def test_no_upper_end_that_the_curve_does_not_show(self):
         result = fit_convergence(STEPS[:8], exponential(STEPS[:8], 50.0) + 0.15 * noise(8, 3))

@@ -86,6 +86,10 @@ class TestGap:
         assert gap["step"] == 55
         assert gap["train_loss"] == pytest.approx(1 + 2 * 0.5 ** (50 / 40))
 
+    def test_no_train_loss_before_the_evaluation(self):
+        gap = compute_dynamics([{"eval_loss": 1.0, "step": 0}, {"loss": 2.0, "step": 1}])["generalization_gap"]
+        assert (gap["train_loss"], gap["loss_gap"], gap["best_eval_loss"]) == (None, None, 1.0)
+
     def test_unknown_errors_measured_alike(self):
         unknown = {"optimizability/train_loss_std_error": None, "optimizability/eval_loss_std_error": math.nan}
         gap = compute_dynamics([ALIKE | unknown])["generalization_gap"]

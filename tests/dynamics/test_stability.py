@@ -88,6 +88,11 @@ class TestSpikes:
     def test_spike_from_a_flat_line(self):
         assert count_setbacks(range(30), [1.0] * 15 + [2.0] + [1.0] * 14)["spikes"] == 1
 
+    def test_wobble_of_a_plateau_is_no_spike(self):
+        accuracies = np.full(40, 0.9)
+        accuracies[[5, 12, 19, 26, 33]] -= 0.01
+        assert count_setbacks(range(40), accuracies, greater_is_better=True)["spikes"] == 0
+
     def test_few_points_are_not_judged(self):
         result = count_setbacks(range(8), [5.0, 4.0, 3.0, 90.0, 2.0, 1.0, 1.0, 1.0])
         assert result["spikes"] is None and result["setbacks"] == 1
