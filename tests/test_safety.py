@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -58,8 +60,15 @@ def test_each_module_gets_its_own_mode_back():
     assert [module.training for module in model.modules()] == [True, True, False]
 
 
-def test_autocast_is_taken_off_and_put_back():
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """One of mixed precision; its state is global, so that of other tests must go before, and its own after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_autocast_is_taken_off_and_put_back(accelerator: Accelerator):
     model = accelerator.prepare(nn.Linear(64, 64))
     patched, x = model.forward, torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     exact = nn.functional.linear(x, model.weight, model.bias)

@@ -58,7 +58,7 @@ def trainer(
     own: PreTrainedModel | None = None,
     **options: Any,
 ) -> Trainer:
-    """A Trainer on a tiny model (or one's `own`); options that `Trainer` does not take go to `TrainingArguments`."""
+    """A Trainer on a tiny model (or one's `own`); options unknown to it go to `TrainingArguments`."""
     settings = {key: options.pop(key) for key in list(options) if key in TRAINER_OPTIONS}
     settings = {"train_dataset": dataset(name), **settings}
     return cls(model=own or model(name), args=arguments(folder, **options), **settings)
