@@ -16,7 +16,7 @@ from . import provenance
 from .configuration import OptimizabilityConfig
 from .files import require_writable
 from .measure import block_indices, measure_objective, measuring_bar
-from .measurement import Measurement, MeasurementError, MeasurementFailure
+from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure
 from .objective import Objective, trainer_loss
 from .probe import probe_batches
 from .report import OptimizabilityReport
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.get_logger(__name__)
-
-PREFIX = "optimizability/"
-"""Before every key that is logged, so that none collides with the Trainer's."""
 
 
 class OptimizabilityCallback(TrainerCallback):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from .callback import PREFIX
 from .configuration import OptimizabilityConfig
+from .measurement import PREFIX
 from .objective import Objective, trainer_loss
 from .probe import num_examples, probe_batches, probe_indices
 from .safety import measuring, preserved_rng

@@ -10,6 +10,10 @@ from typing import Any
 from .curvature.estimates import Estimate, HessianEstimates
 
 
+PREFIX = "optimizability/"
+"""Before every key that is logged, so that none collides with the Trainer's."""
+
+
 class MeasurementError(RuntimeError):
     """A measurement that can't be made, with the reason and what to do about it.
 

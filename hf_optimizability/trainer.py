@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .callback import PREFIX, OptimizabilityCallback
+from .callback import OptimizabilityCallback
 from .configuration import OptimizabilityConfig
 from .gradients import norm_of
 from .measure import block_indices
+from .measurement import PREFIX
 from .objective import trainable_parameters
 from .report import OptimizabilityReport
 

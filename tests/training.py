@@ -44,8 +44,8 @@ def dataset(name: str, number: int = 24) -> list[dict[str, Any]]:
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
     settings = {
-        "output_dir": str(folder), "use_cpu": True, "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 2,
-        "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "seed": 3,
+        "output_dir": str(folder), "use_cpu": True, "per_device_train_batch_size": 4, "max_steps": 6,
+        "logging_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "seed": 3,
     }  # fmt: skip
     return TrainingArguments(**{**settings, **options})
 
@@ -58,7 +58,7 @@ def trainer(
     own: PreTrainedModel | None = None,
     **options: Any,
 ) -> Trainer:
-    """A Trainer on a tiny model (or one's `own`); options unknown to it go to `TrainingArguments`."""
+    """A Trainer on a tiny model, or one's own; options unknown to it go to `TrainingArguments`."""
     settings = {key: options.pop(key) for key in list(options) if key in TRAINER_OPTIONS}
     settings = {"train_dataset": dataset(name), **settings}
     return cls(model=own or model(name), args=arguments(folder, **options), **settings)

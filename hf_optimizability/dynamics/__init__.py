@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from ..callback import PREFIX
+from ..measurement import PREFIX
 from .convergence_speed import ConvergenceSpeed, fit_convergence
 from .generalization_gap import GeneralizationGap, compare_losses
 from .stability import Stability, count_setbacks
