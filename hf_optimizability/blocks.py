@@ -28,11 +28,11 @@ _HEAD_NAMES = {
 def name_blocks(names: Sequence[str]) -> dict[str, list[int]]:
     """Groups parameters into blocks, by their names.
 
-    A *stack* is a module with at least two numbered children that hold parameters, outside the head; each child is a
-    block, `layer.0`, `layer.1` and so on. With several stacks the module above tells them apart (`encoder.layer.0`,
-    `decoder.layer.0`); stages with layers inside give `stage.0.layer.1`. What comes before the first stack, or is
-    called so, is `embeddings`; what comes after the last one, or is called so, is `head`; what stands between two
-    stacks, or in a model without any, is named by its module.
+    A *stack* is a module with numbered children that hold parameters, outside the head: at least two, or one if the
+    module is called as stacks of layers are. Each child is a block, `layer.0`, `layer.1` and so on; with several
+    stacks the modules above tell them apart (`encoder.layer.0`, `decoder.layer.0`), and stages with layers inside give
+    `stage.0.layer.1`. What comes before the first stack, or is called so, is `embeddings`; what comes after the last
+    one, or is called so, is `head`; what stands between two stacks, or in a model without any, is named by its module.
 
     Args:
         names: Parameter names in the model's order.
@@ -109,7 +109,7 @@ def _container(path: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _stack_labels(paths: Sequence[Sequence[str]]) -> dict[tuple[str, ...] | None, str]:
-    """A short name for each stack: its own, and the module above it where that is needed to tell two apart."""
+    """A short name for each stack: its own, with as many modules above it as it takes to tell two apart."""
     children: dict[tuple[str, ...], set[str]] = {}
     words: dict[tuple[str, ...], str] = {}
     for path in paths:
@@ -120,9 +120,18 @@ def _stack_labels(paths: Sequence[Sequence[str]]) -> dict[tuple[str, ...] | None
         words.setdefault(container, _stack_word(container))
         if _inner_layer(path, container):
             words[container] = "stage"
-    stacks = [container for container, numbers in children.items() if len(numbers) > 1]
-    taken = [words[stack] for stack in stacks]
-    return {s: ".".join([*s[-2:-1], words[s]]) if taken.count(words[s]) > 1 else words[s] for s in stacks}
+    stacks = [c for c, numbers in children.items() if len(numbers) > 1 or words[c] in ("layer", "stage")]
+
+    def label(stack: tuple[str, ...], above: int) -> str:
+        return ".".join([*stack[:-1][len(stack) - 1 - above :], words[stack]])
+
+    labels: dict[tuple[str, ...] | None, str] = {}
+    for stack in stacks:
+        others = [other for other in stacks if other != stack]
+        depths = range(len(stack) or 1)
+        unlike = (label(stack, n) for n in depths if label(stack, n) not in [label(o, n) for o in others])
+        labels[stack] = next(unlike, ".".join(stack))
+    return labels
 
 
 def _stack_word(container: Sequence[str]) -> str:

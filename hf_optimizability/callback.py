@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +96,7 @@ class OptimizabilityCallback(TrainerCallback):
             task=provenance.describe_task(model, own_loss=loss_fn is None),
             data=provenance.describe_data(loader.dataset, eval_dataset, batches, model),
             training=provenance.describe_training(args, kwargs["optimizer"], state.max_steps),
-            config=asdict(self.config) | asdict(self.config.budget),
+            config=provenance.describe_config(self.config),
             versions=provenance.library_versions(),
         )
         self._measure(args, state, control)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from .configuration import OptimizabilityConfig
 from .objective import batch_size, count_items
 from .probe import fingerprint, num_examples
 from .safety import pretrained
@@ -54,8 +56,9 @@ def describe_task(model: nn.Module, *, own_loss: bool) -> dict[str, str]:
 def describe_data(
     train_dataset: Dataset, eval_dataset: Dataset | None, batches: list[Any], model: nn.Module
 ) -> dict[str, Any]:
-    """Sizes of the data sets (`None`: streamed or absent) and of the probe set, and the latter's fingerprint."""
+    """Name and sizes of the data (`None`: streamed or absent), size and fingerprint of the probe set."""
     return {
+        "dataset": _dataset_name(train_dataset),
         "train_examples": num_examples(train_dataset),
         "eval_examples": None if eval_dataset is None else num_examples(eval_dataset),
         "probe_examples": sum(batch_size(batch) for batch in batches),
@@ -63,6 +66,19 @@ def describe_data(
         "probe_batches": len(batches),
         "probe_fingerprint": fingerprint(batches),
     }
+
+
+def _dataset_name(dataset: Dataset) -> str:
+    """What `load_dataset` called it; nothing for data sets from elsewhere."""
+    import datasets
+
+    return (dataset.info.dataset_name or "") if isinstance(dataset, datasets.Dataset) else ""
+
+
+def describe_config(config: OptimizabilityConfig) -> dict[str, Any]:
+    """The options, with what the profile filled in, less the folder: it says where the user keeps things."""
+    options = asdict(config) | asdict(config.budget)
+    return {name: value for name, value in options.items() if name != "report_dir"}
 
 
 def describe_training(args: TrainingArguments, optimizer: Optimizer, max_steps: int) -> dict[str, Any]:

@@ -60,6 +60,7 @@ LAYERS = ["embeddings", "layer.0", "layer.1", "head"]
         (tiny_models.gpt2, LAYERS),
         (tiny_models.llama, LAYERS),
         (distilbert, LAYERS),
+        (lambda: tiny_models.bert(num_hidden_layers=1), ["embeddings", "layer.0", "head"]),
         (lambda: torch.compile(tiny_models.bert()), LAYERS),
         (lora, ["layer.0", "layer.1", "head"]),
         (training.mobilenet, ["embeddings", *[f"layer.{i}" for i in range(16)], "head"]),
@@ -81,6 +82,13 @@ def test_names(make, blocks: list[str]):
     found = name_blocks(names)
     assert sorted(index for indices in found.values() for index in indices) == list(range(len(names)))
     assert list(found) == blocks
+
+
+def test_two_towers_are_told_apart():
+    towers = ["text_model.encoder.layers", "vision_model.encoder.layers"]
+    names = [f"{tower}.{number}.weight" for tower in towers for number in range(2)]
+    found = ["text_model.encoder.layer.0", "text_model.encoder.layer.1"]
+    assert list(name_blocks(names)) == [*found, *(name.replace("text", "vision") for name in found)]
 
 
 def test_stages_are_split_into_layers():

@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from ..curvature.estimates import Estimate
+from ..measurement import PREFIX
 from .markdown import format_estimate, format_number, format_percent, one_line, trace_shares
 from .report import OptimizabilityReport
 
@@ -97,7 +98,7 @@ def plot_gradient_norm(report: OptimizabilityReport) -> Figure | None:
     axes = figure.subplots()
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.93, len(blocks)))  # the last yellow is lost on white
     for block, color in zip(blocks, colors, strict=True):
-        steps, norms = _logged(report, f"optimizability/train_grad_norm/{block}")
+        steps, norms = _logged(report, f"{PREFIX}train_grad_norm/{block}")
         _line(axes, steps, norms, color=color, linewidth=0.6)
         norms = [m.blocks[block].grad_norm if block in m.blocks else math.nan for m in report.measurements]
         _line(axes, _steps(report), norms, color=color, linestyle="", marker="o", markersize=4)

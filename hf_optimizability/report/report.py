@@ -26,7 +26,8 @@ class OptimizabilityReport:
     Attributes:
         model: `id`, `class`, `parameters`, `trainable_parameters`.
         task: `task` (the head's task, from the model class), `loss` (whose loss was measured).
-        data: `train_examples`, `eval_examples`, `probe_examples`, `probe_batches`, `probe_items`, `probe_fingerprint`.
+        data: `dataset` (its name), `train_examples`, `eval_examples`, `probe_examples`, `probe_items`,
+            `probe_batches`, `probe_fingerprint`.
         training: `optimizer`, its settings, learning rate, batch size and the like; empty outside a Trainer.
         config: The `OptimizabilityConfig` in use.
         versions: Library versions.
