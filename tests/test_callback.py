@@ -154,22 +154,9 @@ def test_without_a_trainer_the_models_own_loss_is_measured(tmp_path: Path):
     assert report.task["loss"] == "the model's own"
 
 
-class Kink(torch.autograd.Function):
-    """The identity, with a backward pass that can't be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-class OnceDifferentiable(OptimizabilityTrainer):
+class OnceDifferentiableLoss(OptimizabilityTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        return Kink.apply(super().compute_loss(model, inputs, *args, **kwargs)) ** 2
+        return tiny_models.OnceDifferentiable.apply(super().compute_loss(model, inputs, *args, **kwargs)) ** 2
 
 
 class NotFinite(OptimizabilityTrainer):
@@ -180,7 +167,7 @@ class NotFinite(OptimizabilityTrainer):
 @pytest.mark.parametrize(
     ("cls", "reason", "remedy"),
     [
-        (OnceDifferentiable, "can't be differentiated twice", "attn_implementation='eager'"),
+        (OnceDifferentiableLoss, "can't be differentiated twice", "attn_implementation='eager'"),
         (NotFinite, "The loss on the probe set is inf", "learning rate"),
     ],
 )

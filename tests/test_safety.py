@@ -78,22 +78,10 @@ def test_autocast_is_taken_off_and_put_back(accelerator: Accelerator):
     assert model.forward is patched
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    """An attention kernel of the kind that MATH can't replace: its backward pass can't be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
 def fused_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """A kernel of the kind that MATH can't replace."""
     output, _ = sdpa_attention_forward(*args, **kwargs)
-    return OnceDifferentiable.apply(output), None
+    return tiny_models.OnceDifferentiable.apply(output), None
 
 
 def test_eager_is_the_fallback_for_attention_that_cannot_be_differentiated_twice():

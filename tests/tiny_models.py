@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,19 @@ def cut(rows: list[dict[str, Tensor]], size: int) -> list[dict[str, Tensor]]:
     """The rows in batches of `size`, the last one smaller."""
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     return [{key: torch.stack([row[key] for row in batch]) for key in batch[0]} for batch in batches]
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """The identity, with a backward pass that can't be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def dense_hessian(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

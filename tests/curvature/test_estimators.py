@@ -137,6 +137,17 @@ class TestHutchinson:
         variance = 2 * float((dense**2).sum() - (dense.diagonal() ** 2).sum()) / 4000
         assert result.total.std_error == pytest.approx(variance**0.5, rel=0.05)
 
+    def test_two_probes(self):
+        """On paper: mean (a + b) / 2, standard error |a − b| / 2, and Student's t with one degree of freedom: 12.706."""
+        dense, generator = matrix(network_like()), torch.Generator().manual_seed(5)
+        probes = [
+            torch.randint(0, 2, (300,), generator=generator, dtype=torch.int8).double() * 2 - 1 for _ in range(2)
+        ]
+        a, b = (float(probe @ dense @ probe) for probe in probes)
+        total = hutchinson(DenseOperator(dense), self.SEGMENTS, tolerance=0.1, max_hvps=2, seed=5).total
+        assert (total.value, total.std_error) == pytest.approx(((a + b) / 2, abs(a - b) / 2), rel=1e-10)
+        assert total.high - total.value == pytest.approx(12.7062047 * total.std_error, rel=1e-8)
+
     def test_stops_by_its_tolerance_within_its_budget(self):
         dense = matrix(np.linspace(1, 3, 300))
         result = hutchinson(DenseOperator(dense), self.SEGMENTS, tolerance=0.01, max_hvps=1000, seed=0)
