@@ -15,7 +15,7 @@ from .configuration import OptimizabilityConfig
 from .measurement import PREFIX
 from .objective import Objective, trainer_loss
 from .probe import num_examples, probe_batches, probe_indices
-from .safety import measuring, preserved_rng
+from .safety import eval_mode, measuring, preserved_rng
 
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def measure_gap(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, flo
     """
     if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
         return {}
-    with preserved_rng(config.probe_seed):
+    # `predict` leaves the model in eval mode.
+    with preserved_rng(config.probe_seed), eval_mode(cast(nn.Module, trainer.model)):
         loaders = {"train": trainer.get_train_dataloader(), "eval": trainer.get_eval_dataloader()}
         sizes = {split: num_examples(loader.dataset) or 0 for split, loader in loaders.items()}
         examples = min(GAP_EXAMPLES, *sizes.values())

@@ -73,6 +73,15 @@ def test_training_is_the_same(tmp_path: Path, name: str, optimizer: str, accumul
     assert len(plain["log"]) == 5  # three losses, two evaluations
 
 
+def test_training_is_the_same_where_the_gap_is_measured_without_evaluations(tmp_path: Path):
+    """The Trainer's prediction leaves the model in eval mode; its training does not."""
+    options = {"eval_dataset": training.dataset("bert", 8), "compute_metrics": lambda prediction: {"one": 1.0}}
+    plain = run(training.trainer(tmp_path, **options))
+    trainer = training.trainer(tmp_path, cls=OptimizabilityTrainer, **options)
+    assert_equal(run(trainer), plain)
+    assert "optimizability/eval_one" in trainer.state.log_history[-1] and all(plain["modes"])
+
+
 def test_training_is_the_same_when_measurements_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A product that raises in the middle, when the model is in eval mode and the RNG is seeded anew."""
     plain = run(training.trainer(tmp_path))

@@ -12,7 +12,7 @@ from transformers import DataCollatorForLanguageModeling as MaskingCollator
 
 from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.objective import count_items
-from hf_optimizability.probe import fingerprint, probe_batches
+from hf_optimizability.probe import fingerprint, probe_batches, probe_indices
 
 
 LABELS = torch.tensor([[-100, 5, 6, -100], [7, -100, 8, 9]])
@@ -66,6 +66,11 @@ class TestProbeSet:
         rows = [{"x": torch.tensor(index)} for index in range(30)]
         drawn = torch.cat([batch["x"] for batch in probe_batches(loader(rows), **PROBE)]).tolist()
         assert len(set(drawn)) == 5 and set(drawn) <= set(range(30))
+
+    def test_indices_depend_on_the_seed_alone(self):
+        drawn = probe_indices(1000, 5, seed=0)
+        torch.rand(3)
+        assert probe_indices(1000, 5, seed=0) == drawn == sorted(drawn) != probe_indices(1000, 5, seed=1)
 
     def test_random_collators_give_the_same_batches(self, tmp_path):
         from transformers import BertTokenizer

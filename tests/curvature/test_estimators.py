@@ -138,7 +138,7 @@ class TestHutchinson:
         assert result.total.std_error == pytest.approx(variance**0.5, rel=0.05)
 
     def test_two_probes(self):
-        """On paper: mean (a + b) / 2, standard error |a − b| / 2, and Student's t with one degree of freedom: 12.706."""
+        """On paper: mean (a + b) / 2, standard error |a − b| / 2, Student's t with one degree of freedom 12.706."""
         dense, generator = matrix(network_like()), torch.Generator().manual_seed(5)
         probes = [
             torch.randint(0, 2, (300,), generator=generator, dtype=torch.int8).double() * 2 - 1 for _ in range(2)

@@ -49,7 +49,9 @@ def measured(name: str, *, batch_size: int = 3, **options: object) -> Measuremen
     model = tiny_models.make(name)
     assert model.config._attn_implementation == ("eager" if name == "resnet" else "sdpa")
     config = OptimizabilityConfig(**{"eigen_tolerance": 1e-6, "trace_tolerance": 0.02, "max_hvps": 200, **options})
-    return measure(model, tiny_models.cut(tiny_models.examples(name, EXAMPLES), batch_size), config)
+    measurement = measure(model, tiny_models.cut(tiny_models.examples(name, EXAMPLES), batch_size), config)
+    assert measurement.attention == "math"  # not the fallback
+    return measurement
 
 
 @pytest.mark.parametrize("name", NAMES)
