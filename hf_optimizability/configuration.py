@@ -29,7 +29,7 @@ PROFILES = {
     "standard": Budget(probe_examples=64, max_hvps=64, trace_tolerance=0.1, eigen_tolerance=0.01),
     "full": Budget(probe_examples=256, max_hvps=256, trace_tolerance=0.05, eigen_tolerance=0.001),
 }
-"""Presets. A product costs about three gradients of the probe set."""
+"""Presets, each several times the price of the one before. A product costs at least three gradients."""
 
 
 @dataclass

@@ -22,7 +22,8 @@ class Estimate:
         converged: Whether the requested tolerance was reached.
         std_error: Standard error over the probe vectors; `None` where the estimate is not an average.
         residual: `‖Hq − θq‖` of an eigenvalue estimate θ: some eigenvalue lies within this distance of `value` (Golub
-            & Van Loan, Matrix Computations, section 8.1); `None` for other quantities.
+            & Van Loan, Matrix Computations, section 8.1); `None` for other quantities. Converged is a residual that is
+            small beside the eigenvalue itself: beside the largest one, any random vector would do for an end near 0.
 
     Example:
         >>> Estimate(value=3.0, low=2.5, high=3.5, method="lanczos", hvps=8, converged=True, residual=0.5).error
@@ -50,22 +51,6 @@ class Estimate:
         low = -math.inf if data["low"] is None else data["low"]
         high = math.inf if data["high"] is None else data["high"]
         return cls(**{**data, "low": low, "high": high})
-
-
-def eigenvalue_tolerance(value: float, *, scale: float, tolerance: float) -> float:
-    """The residual at which an eigenvalue at one end of the spectrum counts as converged.
-
-    `tolerance` times its own size, not times the largest eigenvalue's: with a spectrum of [−480, 60] and most of it
-    near 0, a random vector has a Rayleigh quotient near 0 and a residual below 1 % of 480, and would pass for the
-    largest eigenvalue. An end that is itself below `tolerance · scale` (the 0 of a convex loss) is measured against
-    that.
-
-    Args:
-        value: The eigenvalue's estimate.
-        scale: The largest magnitude in the spectrum.
-        tolerance: The relative tolerance asked for.
-    """
-    return tolerance * max(abs(value), tolerance * scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from .estimates import Estimate, eigenvalue_tolerance
+from .estimates import Estimate
 from .operators import SymmetricOperator
 from .vectors import dot, norm, rademacher
 
@@ -22,7 +22,7 @@ def power_iteration(operator: SymmetricOperator, *, tolerance: float, max_hvps: 
 
     Args:
         operator: The matrix.
-        tolerance: Relative residual to stop at; see [`eigenvalue_tolerance`].
+        tolerance: Stop when the residual is below this share of the eigenvalue.
         max_hvps: Most products to spend, over both runs.
         seed: Seed of the start vector.
 
@@ -36,7 +36,6 @@ def power_iteration(operator: SymmetricOperator, *, tolerance: float, max_hvps: 
         4.0
     """
     value, residual, hvps = _dominant(operator, shift=0.0, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
-    scale = abs(value)
     if value < 0 and hvps < max_hvps:
         value, residual, more = _dominant(
             operator, shift=value, tolerance=tolerance, max_hvps=max_hvps - hvps, seed=seed
@@ -48,7 +47,7 @@ def power_iteration(operator: SymmetricOperator, *, tolerance: float, max_hvps: 
         high=value + residual,
         method="power_iteration",
         hvps=hvps,
-        converged=residual <= eigenvalue_tolerance(value, scale=scale, tolerance=tolerance),
+        converged=residual <= tolerance * abs(value),
         residual=residual,
     )
 
@@ -66,8 +65,7 @@ def _dominant(
         hvps += 1
         value = dot(vector, product)
         residual = norm(product - value * vector)
-        scale = max(abs(shift), abs(value))
-        if residual <= eigenvalue_tolerance(value, scale=scale, tolerance=tolerance) or hvps == max_hvps:
+        if residual <= tolerance * abs(value) or hvps == max_hvps:
             return value, residual, hvps
         product = product - shift * vector
         vector = product / norm(product)

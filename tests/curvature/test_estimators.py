@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_optimizability.curvature.lanczos import lanczos
-from hf_optimizability.curvature.operators import DenseOperator
+from hf_optimizability.curvature.operators import DenseOperator, SymmetricOperator
 from hf_optimizability.curvature.power_iteration import power_iteration
 from hf_optimizability.curvature.trace import LOCKSTEP, exact_trace, hutchinson
 
@@ -20,6 +20,17 @@ def matrix(eigenvalues: np.ndarray, *, dtype: torch.dtype = torch.float64) -> Te
     size = len(eigenvalues)
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
     return torch.from_numpy((basis * eigenvalues) @ basis.T).to(dtype)
+
+
+class DiagonalOperator(SymmetricOperator):
+    """A large matrix of known eigenvalues."""
+
+    def __init__(self, eigenvalues: np.ndarray):
+        self._diagonal = torch.from_numpy(eigenvalues)
+        self.size, self.dtype, self.device = len(eigenvalues), torch.float64, torch.device("cpu")
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return self._diagonal[:, None] * vectors
 
 
 def network_like(size: int = 300) -> np.ndarray:
@@ -59,9 +70,17 @@ class TestLanczos:
     def test_a_small_end_is_not_taken_for_converged_too_soon(self):
         """λ_max = 60 beside λ_min = −480, the rest 0: at first the upper Ritz value is small, as is its residual."""
         eigenvalues = np.concatenate([[-480.0, 60.0], np.zeros(2000)])
-        operator = DenseOperator(torch.diag(torch.from_numpy(eigenvalues)))
+        operator = DiagonalOperator(eigenvalues)
         run = lanczos(operator, tolerance=0.05, max_hvps=50, seed=3)
         assert run.lambda_max.value == pytest.approx(60, rel=0.05)
+
+    @pytest.mark.parametrize("steps", range(2, 14))
+    def test_the_bulk_near_zero_is_not_taken_for_the_smallest_eigenvalue(self, steps: int):
+        """λ_min = −500 is small beside λ_max = 80000, so for some steps the lower Ritz value is near 0."""
+        bulk = np.random.default_rng(0).normal(size=20_000)
+        operator = DiagonalOperator(np.concatenate([[8e4, 3e4, 4e3, -500.0], bulk]))
+        estimate = lanczos(operator, tolerance=0.05, max_hvps=steps, seed=0).lambda_min
+        assert estimate.converged == (abs(estimate.value + 500) < 25)
 
     def test_keeps_its_basis_orthogonal(self):
         """Without reorthogonalization, found eigenvalues come back as copies once they have converged."""
