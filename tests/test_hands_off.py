@@ -15,7 +15,7 @@ from transformers import Trainer
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer
 
 
-EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 6}
+EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 4}
 
 
 def run(trainer: Trainer) -> dict[str, Any]:

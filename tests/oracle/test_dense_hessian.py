@@ -75,9 +75,9 @@ def test_lanczos_ends_lie_within_their_residuals(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_power_iteration_finds_the_largest_algebraic_eigenvalue(name: str):
-    estimate = measured(name, eigen_method="power_iteration", eigen_tolerance=0.02, max_hvps=400).hessian.lambda_max
+    estimate = measured(name, eigen_method="power_iteration", eigen_tolerance=0.05, max_hvps=200).hessian.lambda_max
     assert estimate.low <= truth(name).eigenvalues[-1] <= estimate.high
-    assert estimate.residual < 0.1 * truth(name).eigenvalues[-1]
+    assert estimate.residual < 0.25 * truth(name).eigenvalues[-1]
 
 
 @pytest.mark.parametrize("name", NAMES)
