@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 CHECKED := hf_optimizability recipes tests benchmarks
 
 # Threads that wait give their core away. Spinning, as is the default, makes the many small operations of a convolutional
-# network thirty times slower where another process wants the core.
+# network many times slower where another process wants the core.
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
