@@ -60,12 +60,16 @@ class Spectrum:
     Attributes:
         lambda_max: Largest algebraic eigenvalue.
         lambda_min: Smallest algebraic eigenvalue; `None` from power iteration, which finds one end only.
+        top: The largest eigenvalues that were asked for, `lambda_max` first.
+        bottom: The smallest ones, `lambda_min` first.
         ritz_values: All Ritz values of the Lanczos run, ascending. Those at both ends approximate eigenvalues.
         ritz_weights: Gauss quadrature weight of each Ritz value: the share of the spectrum it stands for. Sum to 1.
     """
 
     lambda_max: Estimate
     lambda_min: Estimate | None = None
+    top: tuple[Estimate, ...] = ()
+    bottom: tuple[Estimate, ...] = ()
     ritz_values: tuple[float, ...] = ()
     ritz_weights: tuple[float, ...] = ()
 
@@ -93,6 +97,8 @@ class HessianEstimates(Spectrum):
             trace=Estimate.from_dict(data["trace"]),
             lambda_max=Estimate.from_dict(data["lambda_max"]),
             lambda_min=None if data["lambda_min"] is None else Estimate.from_dict(data["lambda_min"]),
+            top=tuple(Estimate.from_dict(estimate) for estimate in data["top"]),
+            bottom=tuple(Estimate.from_dict(estimate) for estimate in data["bottom"]),
             ritz_values=tuple(data["ritz_values"]),
             ritz_weights=tuple(data["ritz_weights"]),
         )

@@ -1,35 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both ends of the spectrum by the Lanczos process."""
+"""Eigenvalues at both ends of the spectrum, and its Gauss quadrature, by the Lanczos process."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .estimates import Estimate, Spectrum
 from .operators import SymmetricOperator
-from .vectors import dot, norm, rademacher
+from .vectors import rademacher
 
 
-def lanczos(operator: SymmetricOperator, *, tolerance: float, max_hvps: int, seed: int) -> Spectrum:
-    """Estimates the largest and the smallest eigenvalue of a symmetric operator.
+_BEYOND = 0.2
+"""How far beyond a found end of the spectrum, as a share of it, an eigenvalue that was missed is looked for."""
 
-    The Lanczos process with full reorthogonalization (Golub & Van Loan, Matrix Computations, section 10.3), from a
-    Rademacher start, tridiagonal matrix in float64. Stops as soon as the residual at each end is below `tolerance`
-    times the Ritz value there. A Ritz value never lies outside the spectrum: `lambda_max` is approached from below,
-    `lambda_min` from above.
+_UNLUCKY = 0.1
+"""A random start is shorter than this share of its typical length along a given vector with a chance of 8 %."""
+
+
+@dataclass(frozen=True, eq=False)
+class LanczosRun:
+    """What a Lanczos run found, and the basis it found it in; the basis stays in memory as long as the run.
+
+    Attributes:
+        spectrum: Both ends with residual bounds, and the quadrature averaged over the starts.
+        nodes: Nodes of the quadratures, of shape (m,), ascending; the Ritz values, where the run did not restart.
+        weights: One quadrature per random start v, of shape (starts, m): `vᵀf(A)v / n ≈ weights @ f(nodes)`, exact
+            for polynomials of a degree below twice the number of steps. A start that a warm start was mixed into is
+            not random, and has no row.
+        hvps: Products spent.
+    """
+
+    spectrum: Spectrum
+    nodes: np.ndarray = field(repr=False)
+    weights: np.ndarray = field(repr=False)
+    hvps: int
+    _krylov: _Krylov = field(repr=False)
+
+    @property
+    def lambda_max(self) -> Estimate:
+        """Largest algebraic eigenvalue."""
+        return self.spectrum.lambda_max
+
+    @property
+    def lambda_min(self) -> Estimate:
+        """Smallest algebraic eigenvalue."""
+        return self.spectrum.bottom[0]
+
+    def ritz_vectors(self, indices: Sequence[int]) -> Tensor:
+        """Orthonormal approximate eigenvectors, as rows, on the device of the basis.
+
+        Args:
+            indices: Which, counted from the smallest Ritz value: `[-1, 0]` for λ_max and λ_min.
+        """
+        return self._krylov.combine(self._krylov.vectors[:, indices].T)
+
+    def ritz_products(self, indices: Sequence[int]) -> Tensor:
+        """`A q` for each of `ritz_vectors(indices)`, as rows, without a further product."""
+        return self._krylov.multiply(self._krylov.vectors[:, indices].T)
+
+    def probes(self) -> tuple[Tensor, Tensor]:
+        """The random starts v (entries ±1, up to rounding) and `A v`, both as rows, without a further product.
+
+        Raises:
+            ValueError: If the run restarted, which overwrites them.
+        """
+        if self._krylov.restarted:
+            raise ValueError("The run restarted, and its starts are gone. Raise `max_basis`.")
+        starts = self._krylov.starts
+        random = starts[len(starts) - len(self.weights) :] * math.sqrt(self._krylov.basis.size)
+        return self._krylov.combine(random), self._krylov.multiply(random)
+
+
+def lanczos(
+    operator: SymmetricOperator,
+    *,
+    tolerance: float,
+    max_hvps: int,
+    seed: int,
+    num_eigenvalues: int = 1,
+    starts: int = 1,
+    warm_start: Tensor | None = None,
+    max_basis: int | None = None,
+    basis_device: torch.device | None = None,
+) -> LanczosRun:
+    """Estimates the eigenvalues at both ends of the spectrum of a symmetric operator, and its quadrature.
+
+    Block Lanczos (Golub & Van Loan, Matrix Computations, section 10.3) from Rademacher starts that are multiplied
+    together, with a basis orthogonal to the square root of the precision (Simon 1984) and the projected matrix in
+    float64. An end of the spectrum has converged when
+
+    - the residual `‖Aq − θq‖` of each wanted Ritz value θ there is at most `tolerance · |θ|`, and
+    - an eigenvalue 20 % further out would have shown: given what was seen, its eigenvector would have to be ten times
+      shorter than is typical along every start. The first products of a warm run know little but the old vectors.
+
+    A Ritz value never lies outside the spectrum: `lambda_max` is approached from below, `lambda_min` from above. One
+    start sees a multiple eigenvalue once, k starts up to k times.
 
     Args:
-        operator: The matrix, of size n.
+        operator: The matrix, of size n. Its `matmat` must return a new tensor, which is overwritten.
         tolerance: Relative residual to stop at.
-        max_hvps: Most products to spend. Memory: one n-vector for each.
-        seed: Seed of the start vector.
+        max_hvps: Most products to spend, at least `starts`. Memory: one n-vector for each, unless `max_basis` is less.
+        seed: Seed of the starts.
+        num_eigenvalues: How many to find at each end.
+        starts: Random starts. One finds the ends with the fewest products; more give the density and the trace an
+            error bar, and products in lockstep are cheaper.
+        warm_start: Orthonormal approximate eigenvectors, of shape (k, n), for example from a run at a nearby point;
+            two or three of each end, where eigenvalues may have changed places. Their sum is mixed in equal shares
+            into the first start, so that a Krylov space of few steps holds both ends.
+        max_basis: Most vectors to keep; beyond, the run restarts from the Ritz vectors at both ends (thick restart, Wu
+            & Simon 2000), which costs further products.
+        basis_device: Where to keep the basis and do the vector arithmetic; by default the operator's device.
 
     Returns:
-        Both ends with residual bounds, and all Ritz values.
+        The run.
+
+    Raises:
+        ValueError: If `max_hvps` or `max_basis` leaves no room.
 
     Example:
         >>> from hf_optimizability.curvature.operators import DenseOperator
@@ -37,77 +131,352 @@ def lanczos(operator: SymmetricOperator, *, tolerance: float, max_hvps: int, see
         >>> run = lanczos(DenseOperator(matrix), tolerance=1e-3, max_hvps=3, seed=0)
         >>> round(run.lambda_max.value, 4), round(run.lambda_min.value, 4)
         (5.0, -1.0)
+        >>> run.ritz_vectors([-1]).abs().round(decimals=3)
+        tensor([[0., 0., 1.]])
+    """
+    if max_hvps < starts:
+        raise ValueError(f"`max_hvps` is {max_hvps}; the first step alone takes {starts} products, one per start.")
+    if max_basis is not None and max_basis < 2 * (num_eigenvalues + starts):
+        raise ValueError(
+            f"`max_basis` is {max_basis}; a restart needs at least {2 * (num_eigenvalues + starts)}: "
+            "twice the eigenvalues at each end, and twice the starts."
+        )
+    device = basis_device or operator.device
+    first = _start_rows(operator, starts, seed, device)
+    if warm_start is not None:
+        first[0] += warm_start.to(first).sum(dim=0) / math.sqrt(len(warm_start))
+    krylov = _Krylov(first)
+    hvps = 0
+    while True:
+        block = krylov.extend()
+        hvps += len(block)
+        krylov.absorb(operator.matmat(block.T.to(operator.device)).T.to(device))
+        done = krylov.exhausted or krylov.converged(tolerance, num_eigenvalues)
+        if done or hvps + krylov.width > max_hvps:
+            break
+        if max_basis is not None and len(krylov.basis) + krylov.width > max_basis:
+            krylov.restart(keep=max(2 * num_eigenvalues, (max_basis - krylov.width) // 2))
+    nodes, weights = krylov.quadrature()
+    if warm_start is not None:
+        weights = weights[1:]
+    spectrum = _spectrum(krylov, tolerance, num_eigenvalues, hvps, nodes, weights)
+    return LanczosRun(spectrum, nodes, weights, hvps, krylov)
+
+
+def lanczos_by_segment(
+    operator: SymmetricOperator, segments: Sequence[Sequence[slice]], *, tolerance: float, max_hvps: int, seed: int
+) -> tuple[Spectrum, ...]:
+    """Both ends of the spectrum of each diagonal block of a block-diagonal operator, all from the same products.
+
+    One Lanczos process per block. Their vectors lie side by side in one vector of length n, so that a product serves
+    all of them; a block that is done gets zeros. (What is done with the blocks of a network's Hessian in
+    Zhang et al. 2024, arXiv 2402.16788.)
+
+    Args:
+        operator: The matrix, of size n, whose entries between different segments are zero.
+        segments: Slices of the rows of each block; no row in two of them.
+        tolerance: Relative residual to stop at, as for `lanczos`.
+        max_hvps: Most products to spend. Memory: one n-vector for each.
+        seed: Seed of the start vector.
+
+    Returns:
+        The spectrum of each block; the number of products in them is that of the whole.
+
+    Example:
+        >>> from hf_optimizability.curvature.operators import DenseOperator
+        >>> blocks = torch.block_diag(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[7.0]]))
+        >>> segments = [[slice(0, 2)], [slice(2, 3)]]
+        >>> both = lanczos_by_segment(DenseOperator(blocks), segments, tolerance=1e-3, max_hvps=9, seed=0)
+        >>> [(round(block.lambda_min.value, 4), round(block.lambda_max.value, 4)) for block in both]
+        [(-1.0, 1.0), (7.0, 7.0)]
     """
     generator = torch.Generator().manual_seed(seed)
-    start = rademacher(operator.size, generator=generator, dtype=operator.dtype, device=operator.device)
-    vector = start / math.sqrt(operator.size)
-    basis = _Basis(operator)
-    alphas: list[float] = []
-    betas: list[float] = []
-    while True:
-        basis.append(vector)
-        product = operator.matvec(vector)
-        alphas.append(dot(vector, product))
-        remainder = basis.orthogonalize(product)
-        betas.append(norm(remainder))
-        values, vectors = _tridiagonal_eigh(alphas, betas[:-1])
-        scale = float(np.abs(values).max())
-        rounding = len(alphas) * torch.finfo(operator.dtype).eps * scale
-        residuals = betas[-1] * np.abs(vectors[-1]) + rounding
-        converged = [residuals[end] <= max(tolerance * abs(values[end]), 2 * rounding) for end in (0, -1)]
-        # A remainder of rounding size means that the Krylov space holds all that the start vector can reach.
-        if all(converged) or len(alphas) == min(max_hvps, operator.size) or betas[-1] <= rounding:
-            break
-        vector = remainder / betas[-1]
+    # Not signs: in a small block these are orthogonal to an eigenvector too often.
+    start = torch.randn(1, operator.size, generator=generator, dtype=operator.dtype).to(operator.device)
+    processes = [_Krylov(functional.normalize(_gather(start, segment))) for segment in segments]
+    vector = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
+    active = dict(enumerate(processes))
+    hvps = 0
+    while active and hvps < max_hvps:
+        vector.zero_()
+        for index, process in active.items():
+            _scatter(process.extend(), segments[index], vector)
+        product = operator.matvec(vector)[None]
+        hvps += 1
+        for index, process in list(active.items()):
+            process.absorb(_gather(product, segments[index]))
+            if process.exhausted or process.converged(tolerance, 1):
+                del active[index]
+    return tuple(_spectrum(process, tolerance, 1, hvps, *process.quadrature()) for process in processes)
 
-    def eigenvalue(index: int) -> Estimate:
-        value, residual = float(values[index]), float(residuals[index])
-        return Estimate(
-            value=value,
-            low=value - residual,
-            high=value + residual,
-            method="lanczos",
-            hvps=len(alphas),
-            converged=bool(converged[index]),
-            residual=residual,
-        )
 
+def _spectrum(
+    krylov: _Krylov, tolerance: float, number: int, hvps: int, nodes: np.ndarray, weights: np.ndarray
+) -> Spectrum:
+    top = krylov.eigenvalues(1, tolerance, number, hvps)
+    bottom = krylov.eigenvalues(-1, tolerance, number, hvps)
+    known = len(weights) > 0
     return Spectrum(
-        lambda_max=eigenvalue(-1),
-        lambda_min=eigenvalue(0),
-        ritz_values=tuple(values.tolist()),
-        ritz_weights=tuple((vectors[0] ** 2).tolist()),
+        lambda_max=top[0],
+        lambda_min=bottom[0],
+        top=top,
+        bottom=bottom,
+        ritz_values=tuple(nodes.tolist()) if known else (),
+        ritz_weights=tuple(weights.mean(axis=0).tolist()) if known else (),
     )
 
 
-def _tridiagonal_eigh(diagonal: list[float], off_diagonal: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues (ascending) and eigenvectors of a symmetric tridiagonal matrix, in float64."""
-    from scipy.linalg import eigh_tridiagonal
+def _start_rows(operator: SymmetricOperator, number: int, seed: int, device: torch.device) -> Tensor:
+    """Rademacher vectors of norm 1, as rows."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [rademacher(operator.size, generator=generator, dtype=operator.dtype, device=device) for _ in range(number)]
+    return torch.stack(rows).div_(math.sqrt(operator.size))
 
-    return eigh_tridiagonal(np.array(diagonal), np.array(off_diagonal))
+
+def _gather(row: Tensor, segment: Sequence[slice]) -> Tensor:
+    return torch.cat([row[:, part] for part in segment], dim=1)
+
+
+def _scatter(row: Tensor, segment: Sequence[slice], vector: Tensor) -> None:
+    first = 0
+    for part in segment:
+        place = vector[part]
+        place.copy_(row[0, first : first + len(place)])
+        first += len(place)
+
+
+class _Krylov:
+    """A Krylov decomposition `AQᵀ = QᵀT + ZᵀCᵀ` that grows by blocks; the rows of Q and Z are orthonormal, Z ⟂ Q.
+
+    Attributes:
+        basis: Q, of shape (m, n).
+        values: Eigenvalues of T, ascending: the Ritz values.
+        vectors: Eigenvectors of T as columns, of shape (m, m).
+    """
+
+    def __init__(self, starts: Tensor):
+        number, size = starts.shape
+        self.basis = _Basis(size, starts.dtype, starts.device)
+        self.values, self.vectors = np.zeros(0), np.zeros((0, 0))
+        self._eps = torch.finfo(starts.dtype).eps
+        self._T = np.zeros((0, 0))
+        self._first_quadrature: tuple[np.ndarray, np.ndarray] | None = None
+        # Dependence among the starts shows in their Gram matrix to the square root of float64's precision only.
+        self._starts = self._orthonormalize(starts, np.zeros((number, 0)), floor=1e-7)
+        self._C = np.zeros((0, len(self._mix)))
+
+    @property
+    def width(self) -> int:
+        """Vectors in the next block Z; fewer than there are starts once their Krylov spaces meet."""
+        return len(self._mix)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the basis holds all that the starts can reach."""
+        return self.width == 0 or len(self.basis) >= self.basis.size
+
+    @property
+    def restarted(self) -> bool:
+        """Whether the basis has been shrunk, and does not hold the starts any more."""
+        return self._first_quadrature is not None
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Coordinates of the starts in Q, of shape (k, m), until a restart."""
+        return np.pad(self._starts, ((0, 0), (0, len(self._T) - self._starts.shape[1])))
+
+    def extend(self) -> Tensor:
+        """Appends the next block Z to the basis and returns it, as rows; `absorb` wants its product."""
+        return self.basis.append(_like(self._mix, self._remainder), self._remainder)
+
+    def absorb(self, product: Tensor) -> None:
+        """Takes `Az` for each row z of the block that `extend` returned, as rows, and overwrites it."""
+        corner = _gram(self.basis.last(len(product)), product)
+        self._T = np.block([[self._T, self._C], [self._C.T, (corner + corner.T) / 2]])
+        self.values, self.vectors = np.linalg.eigh(self._T)
+        old = len(self._C)
+        links = self._orthonormalize(product, self._T[old:], floor=self._rounding)
+        self._C = np.concatenate([np.zeros((old, self.width)), links])
+
+    def restart(self, *, keep: int) -> None:
+        """Shrinks the basis to `keep` Ritz vectors, half of them from each end (Wu & Simon 2000)."""
+        self._first_quadrature = self.quadrature()
+        order = np.arange(len(self.values))
+        ends = np.concatenate([order[: keep // 2], order[keep // 2 - keep :]])
+        self.basis.compress(self.vectors[:, ends].T)
+        self._T, self._C = np.diag(self.values[ends]), self.vectors[:, ends].T @ self._C
+
+    def combine(self, coordinates: np.ndarray) -> Tensor:
+        """The vectors with these coordinates in Q, as rows."""
+        return self.basis.combine(coordinates)
+
+    def multiply(self, coordinates: np.ndarray) -> Tensor:
+        """A times the vectors with these coordinates in Q, as rows."""
+        outside = _like(coordinates @ self._C @ self._mix, self._remainder) @ self._remainder
+        return outside.add_(self.basis.combine(coordinates @ self._T))
+
+    def quadrature(self) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes (m,) and each start's weights (k, m); Golub & Meurant, Matrices, Moments and Quadrature, chapter 6."""
+        return self._first_quadrature or (self.values, (self.starts @ self.vectors) ** 2)
+
+    def converged(self, tolerance: float, number: int) -> bool:
+        """Whether the `number` outermost values at both ends have converged."""
+        ends = self._end(1, tolerance, number), self._end(-1, tolerance, number)
+        return len(self.values) >= number and all(converged.all() for _, _, converged in ends)
+
+    def eigenvalues(self, sign: int, tolerance: float, number: int, hvps: int) -> tuple[Estimate, ...]:
+        """The `number` outermost values at the upper (1) or lower (-1) end, the outermost first."""
+        return tuple(
+            Estimate(
+                value=float(value),
+                low=float(value - residual),
+                high=float(value + residual),
+                method="lanczos",
+                hvps=hvps,
+                converged=bool(converged),
+                residual=float(residual),
+            )
+            for value, residual, converged in zip(*self._end(sign, tolerance, number), strict=True)
+        )
+
+    def _end(self, sign: int, tolerance: float, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Values, residuals, and whether converged, at one end, the outermost first."""
+        indices = np.argsort(-sign * self.values)[:number]
+        values = self.values[indices]
+        residuals = np.linalg.norm(self.vectors[:, indices].T @ self._C, axis=1) + self._rounding
+        converged = residuals <= np.maximum(tolerance * np.abs(values), 2 * self._rounding)
+        if converged.any():
+            scale = max(abs(values[0]), tolerance * float(np.abs(self.values).max()))
+            converged &= self._would_have_shown(values[0] + sign * _BEYOND * scale)
+        return values, residuals, converged
+
+    def _would_have_shown(self, eigenvalue: float) -> bool:
+        """Whether an eigenvalue there is unlikely to have been missed.
+
+        Its eigenvector u has `uᵀQᵀ(λ − T) = uᵀZᵀCᵀ`. So its share in a start with coordinates c in Q is at most
+        `‖Cᵀ(λ − T)⁻¹c‖`, while its share in a random vector of norm 1 is about 1/√n.
+        """
+        if self.exhausted or self.restarted:  # a run that restarted has made steps enough
+            return True
+        shares = (self.starts @ self.vectors) / (eigenvalue - self.values) @ self.vectors.T @ self._C
+        return bool(np.linalg.norm(shares, axis=1).min() <= _UNLUCKY / math.sqrt(self.basis.size))
+
+    @property
+    def _rounding(self) -> float:
+        """What rounding alone makes of a residual."""
+        return len(self.values) * self._eps * float(np.abs(self.values).max())
+
+    def _orthonormalize(self, rows: Tensor, along: np.ndarray, *, floor: float) -> np.ndarray:
+        """Finds L and an orthonormal Z ⟂ Q with `rows = along Q + LZ`, without directions shorter than `floor`.
+
+        Overwrites `rows`, and keeps Z as `mix @ remainder`, to be written once, into the basis. A basis orthogonal to
+        the square root of the precision makes T exact to the precision (Simon 1984), so one pass is mostly enough.
+        """
+        links = np.eye(len(rows))
+        for _ in range(3):
+            along, gram = self.basis.subtract(_like(along, rows), rows)
+            squares, axes = np.linalg.eigh(gram)
+            kept = squares > floor**2
+            lengths, axes = np.sqrt(squares[kept]), axes[:, kept]
+            self._mix, self._remainder = axes.T / lengths[:, None], rows
+            links, along = links @ (axes * lengths), self._mix @ along
+            well_conditioned = not kept.any() or lengths[0] > 1e-3 * lengths[-1]
+            if well_conditioned and np.linalg.norm(along) <= math.sqrt(self._eps):
+                break
+            rows = _like(self._mix, rows) @ rows
+            floor = 0.1  # all have norm 1 now, but for those made of rounding errors
+        return links
 
 
 class _Basis:
-    """Orthonormal vectors, stored in slabs so that it grows without being copied and multiplies at gemv speed."""
+    """Orthonormal rows, stored in slabs so that they grow without being copied.
+
+    Whatever is done with them is done columns by columns that fit into the cache: memory traffic is what it costs.
+    """
 
     _SLAB = 8
 
-    def __init__(self, operator: SymmetricOperator):
-        self._operator = operator
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
+        self.size = size
+        self._dtype, self._device = dtype, device
         self._slabs: list[Tensor] = []
-        self._size = 0
+        self._used: list[int] = []
 
-    def append(self, vector: Tensor) -> None:
-        if self._size % self._SLAB == 0:
-            operator = self._operator
-            self._slabs.append(torch.empty(self._SLAB, operator.size, dtype=operator.dtype, device=operator.device))
-        self._slabs[-1][self._size % self._SLAB] = vector
-        self._size += 1
+    def __len__(self) -> int:
+        return sum(self._used)
 
-    def orthogonalize(self, vector: Tensor) -> Tensor:
-        """What is left of `vector` orthogonal to the basis; Gram-Schmidt twice is enough (Parlett, section 6.9)."""
-        for _ in range(2):
-            for number, slab in enumerate(self._slabs):
-                rows = slab[: self._size - number * self._SLAB]
-                vector = vector - rows.T @ (rows @ vector)
-        return vector
+    def append(self, mix: Tensor, rows: Tensor) -> Tensor:
+        """Appends `mix @ rows`, and returns a view of it."""
+        number = len(mix)
+        if not self._slabs or self._used[-1] + number > len(self._slabs[-1]):
+            shape = (max(self._SLAB, number), self.size)
+            self._slabs.append(torch.empty(shape, dtype=self._dtype, device=self._device))
+            self._used.append(0)
+        self._used[-1] += number
+        place = self.last(number)
+        for columns in _columns(rows):
+            torch.mm(mix, rows[:, columns], out=place[:, columns])
+        return place
+
+    def last(self, number: int) -> Tensor:
+        """A view of the last rows."""
+        return self._slabs[-1][self._used[-1] - number : self._used[-1]]
+
+    def subtract(self, coordinates: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """`rows −= coordinates Q`, in place; returns what `rows` has left along Q, and its Gram matrix."""
+        along = torch.zeros(len(rows), len(self), dtype=torch.float64, device=rows.device)
+        gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        for columns in _columns(rows):
+            part = rows[:, columns]
+            if self._slabs:
+                basis = self._part(columns)
+                part.addmm_(coordinates, basis, alpha=-1)
+                along += part @ basis.T
+            part = part.double()
+            gram += part @ part.T
+        return along.cpu().numpy(), gram.cpu().numpy()
+
+    def combine(self, coordinates: np.ndarray) -> Tensor:
+        """`coordinates Q`."""
+        result = torch.empty(len(coordinates), self.size, dtype=self._dtype, device=self._device)
+        factors = _like(coordinates, result)
+        for columns in _columns(result):
+            result[:, columns] = factors @ self._part(columns)
+        return result
+
+    def compress(self, coordinates: np.ndarray) -> None:
+        """Replaces the rows by `coordinates Q`, which are fewer, in place."""
+        factors = _like(coordinates, self._slabs[0])
+        capacities = [len(slab) for slab in self._slabs]
+        starts = accumulate(capacities, initial=-len(coordinates))
+        used = [min(max(-start, 0), room) for start, room in zip(starts, capacities, strict=False)]
+        for columns in _columns(self._slabs[0]):
+            rows = factors @ self._part(columns)
+            for slab, piece in zip(self._slabs, rows.split(used), strict=True):
+                slab[: len(piece), columns] = piece
+        self._slabs = [slab for slab, number in zip(self._slabs, used, strict=True) if number]
+        self._used = [number for number in used if number]
+
+    def _part(self, columns: slice) -> Tensor:
+        """These columns of all rows."""
+        parts = [slab[:number, columns] for slab, number in zip(self._slabs, self._used, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _columns(rows: Tensor) -> Iterator[slice]:
+    """Cuts n columns into runs that fit into a CPU's cache, or that keep another device busy."""
+    step = 1 << (15 if rows.device.type == "cpu" else 22)
+    return (slice(first, first + step) for first in range(0, rows.shape[1], step))
+
+
+def _gram(left: Tensor, right: Tensor) -> np.ndarray:
+    """`left @ right.T` for rows, accumulated in float64."""
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    for columns in _columns(left):
+        total += left[:, columns].double() @ right[:, columns].double().T
+    return total.cpu().numpy()
+
+
+def _like(array: np.ndarray, tensor: Tensor) -> Tensor:
+    """The array with a tensor's dtype and device."""
+    return torch.from_numpy(array).to(tensor)

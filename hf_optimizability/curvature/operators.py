@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 
-class SumOfLosses(Protocol):
-    """A mean loss that is evaluated part by part, so that no more than one part's graph is in memory."""
+class Variables(Protocol):
+    """Anything that depends on parameters."""
 
     @property
     def parameters(self) -> Sequence[Tensor]:
         """The variables."""
+
+
+class SumOfLosses(Variables, Protocol):
+    """A mean loss that is evaluated part by part, so that no more than one part's graph is in memory."""
 
     def losses(self) -> Iterable[tuple[Tensor, int]]:
         """The sum of the losses of each part, with its graph, and the number of items it sums over."""
@@ -87,8 +91,55 @@ class DenseOperator(SymmetricOperator):
         return self._matrix @ vectors
 
 
-class HessianOperator(SymmetricOperator):
-    """The Hessian of a mean loss, over all its parameters laid end to end.
+class ObjectiveOperator(SymmetricOperator):
+    """A matrix over all parameters laid end to end, that is a mean over an objective's items, had part by part.
+
+    Args:
+        objective: What depends on the parameters.
+        on_products: Called with the number of products just made; for progress bars.
+
+    Raises:
+        FloatingPointError: From a product that is not finite.
+    """
+
+    def __init__(self, objective: Variables, *, on_products: Callable[[int], object] | None = None):
+        parameters = objective.parameters
+        self._on_products = on_products
+        self._sizes = [parameter.numel() for parameter in parameters]
+        self.size = sum(self._sizes)
+        self.device = parameters[0].device
+        # Products of half-precision parameters are summed in float32.
+        double = any(parameter.dtype == torch.float64 for parameter in parameters)
+        self.dtype = torch.float64 if double else torch.float32
+
+    @abstractmethod
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+        """Yields each part's products with the rows of `vectors`, shaped like the parameters, and its items."""
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """`A V` for the columns of V, of shape (n, k)."""
+        total = torch.zeros(vectors.shape[1], self.size, dtype=self.dtype, device=self.device)
+        items = 0
+        for products, count in self._parts(vectors.T):
+            for row, product in zip(total, products, strict=True):
+                for place, piece in zip(row.split(self._sizes), product, strict=True):
+                    place.add_(piece.detach().reshape(-1).to(place))
+            items += count
+        total /= items
+        if not torch.isfinite(total).all():
+            raise FloatingPointError("A product with the curvature matrix is not finite.")
+        if self._on_products is not None:
+            self._on_products(len(total))
+        return total.T
+
+    def _split(self, vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Cuts a long vector into pieces of the parameters' shapes, dtypes and devices."""
+        pieces = zip(vector.split(self._sizes), parameters, strict=True)
+        return [piece.reshape(parameter.shape).to(parameter) for piece, parameter in pieces]
+
+
+class HessianOperator(ObjectiveOperator):
+    """The Hessian of a mean loss, over all its parameters laid end to end, by double backward.
 
     Args:
         objective: The loss, in parts.
@@ -107,34 +158,12 @@ class HessianOperator(SymmetricOperator):
     """
 
     def __init__(self, objective: SumOfLosses, *, on_products: Callable[[int], object] | None = None):
+        super().__init__(objective, on_products=on_products)
         self._objective = objective
-        self._on_products = on_products
-        self.size = sum(parameter.numel() for parameter in objective.parameters)
-        self.device = objective.parameters[0].device
-        # Products of half-precision parameters are summed in float32.
-        double = any(parameter.dtype == torch.float64 for parameter in objective.parameters)
-        self.dtype = torch.float64 if double else torch.float32
 
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """`H V`, each part's forward and first backward pass shared by all k columns."""
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+        """Each part's forward and first backward pass are shared by all the vectors."""
         parameters = self._objective.parameters
-        columns = [self._split(vector) for vector in vectors.T]
-        total = torch.zeros(len(columns), self.size, dtype=self.dtype, device=self.device)
-        items = 0
+        pieces = [self._split(vector, parameters) for vector in vectors]
         for loss, count in self._objective.losses():
-            for row, product in zip(total, double_backward(loss, parameters, columns), strict=True):
-                for place, piece in zip(row.split([p.numel() for p in parameters]), product, strict=True):
-                    place.add_(piece.detach().reshape(-1).to(place))
-            items += count
-        total /= items
-        if not torch.isfinite(total).all():
-            raise FloatingPointError("A Hessian-vector product is not finite.")
-        if self._on_products is not None:
-            self._on_products(len(columns))
-        return total.T
-
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        """Cuts a long vector into pieces of the parameters' shapes, dtypes and devices."""
-        parameters = self._objective.parameters
-        pieces = vector.split([parameter.numel() for parameter in parameters])
-        return [piece.reshape(p.shape).to(p) for piece, p in zip(pieces, parameters, strict=True)]
+            yield double_backward(loss, parameters, pieces), count

@@ -35,7 +35,7 @@ def double_backward(
         tensor([ 6., 12.])
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-    _require_second_derivative(gradients)
+    require_second_derivative(gradients)
     # A gradient that is constant in the parameters has no graph; its rows of the Hessian are zero.
     live = [index for index, gradient in enumerate(gradients) if gradient.requires_grad]
     for position, vector in enumerate(vectors):
@@ -51,7 +51,7 @@ def double_backward(
         )
 
 
-def _require_second_derivative(gradients: Sequence[Tensor]) -> None:
+def require_second_derivative(gradients: Sequence[Tensor]) -> None:
     """Finds backward passes marked `once_differentiable`.
 
     Autograd puts an error node in their place, but never runs it when asked for the derivative by given leaves: the

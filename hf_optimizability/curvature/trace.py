@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trace of an operator, in all and by segment of its rows, from products with probe vectors."""
+"""The trace of an operator, in all and by segment of its rows, from products with random probe vectors.
+
+Three estimators with one error formula. `hutchinson` averages vᵀAv. `hutchplusplus` first finds the dominant subspace
+and treats it exactly, so that only the rest is averaged. `xtrace` lets every probe serve both ends.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,47 +17,119 @@ from torch import Tensor
 
 from .estimates import Estimate
 from .operators import SymmetricOperator
-from .vectors import rademacher, segment_sums
+from .vectors import rademacher
 
 
 MIN_PROBES = 8
-"""Probes before the spread among them is trusted to stop: with fewer, the standard error itself is a guess."""
+"""Probes before their spread is trusted to stop: with fewer, the standard error itself is a guess."""
 
 LOCKSTEP = 4
 """Probes multiplied at once: they share the forward and the first backward pass; more save little and cost memory."""
 
+_CHUNK = 1 << 16  # columns of a float64 copy: of 32 vectors it takes 16 MB, however long they are
+
+_NORMAL_QUANTILE = 1.959964  # of a two-sided 95 % interval
+
+_PRIOR_PROBES = 12  # probes that the upper bound of a segment's variance weighs as much as, see `_result`
+
+Segments = Sequence[Sequence[slice]]
+
 
 @dataclass(frozen=True)
 class TraceResult:
-    """A trace and its parts.
+    """A trace, its parts, and what the same products tell besides.
 
     Attributes:
         total: The trace.
-        segments: The trace of the diagonal block of each segment, from the same probes.
+        segments: The trace of the diagonal block of each segment.
+        frobenius_squared: `‖A‖_F²`, the sum of the squared eigenvalues.
+        diagonal: The diagonal, of shape (n,); `None` from `xtrace`. The 2-norm of its error is `total.std_error / √2`.
     """
 
     total: Estimate
     segments: tuple[Estimate, ...]
+    frobenius_squared: Estimate
+    diagonal: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Deflation:
+    """What a subspace accounts for: A − PAP, where P = I − QᵀQ removes the span of the rows of Q.
+
+    That part is known exactly; probes are needed for PAP only, whose variance is smaller by all that Q holds of A.
+
+    Attributes:
+        vectors: Q: orthonormal rows, of shape (k, n). They must not depend on the probes: a Krylov basis grown from a
+            probe contains it.
+        products: The rows A q, of shape (k, n).
+    """
+
+    vectors: Tensor
+    products: Tensor
+
+    def reduce(self, probes: Tensor, products: Tensor) -> Tensor:
+        """`PAPv` for rows v, from their products Av; written over `products`."""
+        products.addmm_(probes @ self.vectors.T, self.products, alpha=-1)
+        return products.addmm_(products @ self.vectors.T, self.vectors, alpha=-1)
+
+    def extend(self, vectors: Tensor, products: Tensor) -> Deflation:
+        """A larger subspace; the new rows must be orthonormal, and orthogonal to those it has."""
+        return Deflation(torch.cat([self.vectors, vectors]), torch.cat([self.products, products]))
+
+    def traces(self, segments: Segments) -> tuple[np.ndarray, float]:
+        """The trace of A − PAP by segment, and `‖A − PAP‖_F²`, by which `‖A‖_F²` exceeds `‖PAP‖_F²`.
+
+        The diagonal is `2 Σ q ⊙ Aq − Σ h_ij q_i ⊙ q_j` with H = Q A Qᵀ.
+        """
+        size, both = len(self.vectors), [self.vectors, self.products]
+        gram = _gram(both, both, segments)
+        inner = _symmetric(gram[:, :size, size:].sum(0))
+        traces = 2 * np.trace(gram[:, :size, size:], axis1=1, axis2=2) - np.tensordot(gram[:, :size, :size], inner)
+        return traces, float(2 * np.trace(gram[:, size:, size:].sum(0)) - (inner**2).sum())
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of A − PAP, of shape (n,)."""
+        inner = torch.from_numpy(_symmetric(_gram([self.vectors], [self.products]).sum(0))).to(self.vectors)
+        diagonal = torch.empty_like(self.vectors[0])
+        chunks = (matrix.split(_CHUNK, dim=-1) for matrix in (self.vectors, self.products))
+        for place, vectors, products in zip(diagonal.split(_CHUNK), *chunks, strict=True):
+            place.copy_(((2 * products - inner @ vectors) * vectors).sum(0))
+        return diagonal
 
 
 def hutchinson(
-    operator: SymmetricOperator, segments: Sequence[Sequence[slice]], *, tolerance: float, max_hvps: int, seed: int
+    operator: SymmetricOperator,
+    segments: Segments,
+    *,
+    tolerance: float,
+    max_hvps: int,
+    seed: int,
+    known: tuple[Tensor, Tensor] | None = None,
+    deflation: Deflation | None = None,
 ) -> TraceResult:
     """Estimates the trace, and the trace of each segment's diagonal block, with standard errors.
 
-    Averages vᵀAv over Rademacher vectors v (Hutchinson 1990); a segment s averages v_sᵀ(Av)_s over the same vectors,
-    at no further product (Dong et al., HAWQ, arXiv 1905.03696). Stops when the standard error of the whole trace is
-    below `tolerance` times its value. Intervals are Student's t at 95 %.
+    Averages vᵀAv over Rademacher vectors v (Hutchinson 1990). The same products give at no further cost the segments'
+    traces `v_sᵀ(Av)_s` (Dong et al., HAWQ, arXiv 1905.03696), the diagonal `v ⊙ Av` (Bekas, Kokiopoulou & Saad 2007)
+    and `‖A‖_F² = E‖Av‖²`. Stops when the standard error of the whole trace is below `tolerance` times its value.
+
+    The standard error is not the spread of the m samples, which for few samples of a skewed distribution is too small
+    too often. vᵀAv has the variance 2(‖A‖_F² − Σ aᵢᵢ²) for a symmetric A, and the n terms of `v ⊙ Av` vary by
+    ‖A‖_F² − Σ aᵢᵢ² in all: twice the sum of their sample variances is the same number from n times as much data.
 
     Args:
         operator: The matrix.
         segments: Slices of the rows; together they must hold each row once.
         tolerance: Relative standard error to stop at.
-        max_hvps: Most products to spend, at least 2.
+        max_hvps: Most products to spend; with those already known at least 2.
         seed: Seed of the probes.
+        known: Rademacher probes that were multiplied already, as rows of shape (m, n), and their products. They count
+            as the first probes, not as products spent.
+        deflation: A subspace to treat exactly, independent of all probes, those in `known` included.
 
     Returns:
-        The trace and the segments' traces.
+        The trace and the segments' traces with 95 % intervals, and the rest that the probes tell. Memory: about ten
+        n-vectors besides the deflation.
 
     Example:
         >>> from hf_optimizability.curvature.operators import DenseOperator
@@ -62,16 +138,137 @@ def hutchinson(
         >>> result.total.value, [segment.value for segment in result.segments]
         (6.0, [1.0, 5.0])
     """
-    samples: list[list[float]] = []
-    for probes in _rademacher_probes(operator, max_hvps, seed):
-        samples += _segment_products(operator, probes, segments)
-        total = _average(np.sum(samples, axis=1), tolerance)
-        if total.converged and len(samples) >= MIN_PROBES:
+    tally = _Tally(operator, segments, deflation)
+    if known is not None:
+        tally.add(known[0], known[1].clone())
+    return _average(
+        tally, torch.Generator().manual_seed(seed), tolerance=tolerance, max_hvps=max_hvps, method="hutchinson"
+    )
+
+
+def hutchplusplus(
+    operator: SymmetricOperator,
+    segments: Segments,
+    *,
+    tolerance: float,
+    max_hvps: int,
+    seed: int,
+    deflation: Deflation | None = None,
+) -> TraceResult:
+    """Estimates the trace with the dominant subspace treated exactly.
+
+    Hutch++ (Meyer, Musco, Musco & Woodruff 2021, arXiv 2010.09649): Q spans A S for random S, and Hutchinson's probes
+    see only what Q leaves of A. How many columns S gets is decided on the way (as in Persson, Cortinovis & Kressner
+    2022, arXiv 2109.10659): each block of S first serves as probes of what is left so far, which tells how many probes
+    the rest would need; Q grows as long as its last block saved more of them than it cost. So a flat spectrum costs at
+    most one block more than with `hutchinson`.
+
+    Args:
+        operator: The matrix.
+        segments: Slices of the rows; together they must hold each row once.
+        tolerance: Relative standard error to stop at.
+        max_hvps: Most products to spend, at least 2.
+        seed: Seed of the sketch and the probes.
+        deflation: A subspace to start from, such as the Ritz vectors of a Lanczos run from other vectors.
+
+    Returns:
+        As `hutchinson`. Memory: two n-vectors for each column of S, twice that for a moment while Q grows.
+
+    Example:
+        >>> from hf_optimizability.curvature.operators import DenseOperator
+        >>> vector = torch.arange(20.0, dtype=torch.float64)
+        >>> rank_one = DenseOperator(torch.outer(vector, vector))
+        >>> result = hutchplusplus(rank_one, [[slice(0, 20)]], tolerance=0.01, max_hvps=30, seed=0)
+        >>> round(result.total.value, 6), round(result.total.std_error, 6)
+        (2470.0, 0.0)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tally = _Tally(operator, segments, deflation)
+    while max_hvps - tally.hvps >= 2 * LOCKSTEP + MIN_PROBES:
+        remainder = tally.multiply(_signs(operator, LOCKSTEP, generator))
+        rest = float(np.mean(np.sum(tally.squares, axis=1)))  # ‖PAP‖_F²
+        target = tolerance * abs(tally.mean())
+        left = max_hvps - tally.hvps
+        probes = min(2 * rest / target**2, left) if target > 0 else left
+        if probes <= MIN_PROBES or rest == 0:  # then the sketch stays what it has been so far: the first probes
             break
-    return TraceResult(total, tuple(_average(column, tolerance) for column in np.transpose(samples)))
+        vectors = _orthonormalize(remainder, [] if deflation is None else [deflation.vectors])
+        products = operator.matmat(vectors.T).T
+        deflation = Deflation(vectors, products) if deflation is None else deflation.extend(vectors, products)
+        grown = _Tally(operator, segments, deflation, hvps=tally.hvps + len(vectors))
+        gain = grown.exact_squared - tally.exact_squared
+        tally = grown
+        if gain * probes <= 2 * LOCKSTEP * rest:
+            break
+    return _average(tally, generator, tolerance=tolerance, max_hvps=max_hvps, method="hutch++")
 
 
-def exact_trace(operator: SymmetricOperator, segments: Sequence[Sequence[slice]]) -> TraceResult:
+def xtrace(
+    operator: SymmetricOperator, segments: Segments, *, tolerance: float, max_hvps: int, seed: int
+) -> TraceResult:
+    """Estimates the trace with every test vector serving as sketch and as probe.
+
+    XTrace (Epperly, Tropp & Webber 2024, arXiv 2301.07825): with Q spanning A Ω for k test vectors Ω, each test vector
+    in turn is the probe of what the others' span leaves of A; the trace is the mean of these k leave-one-out values,
+    none of which needs a product beyond A Ω and A Q. All of them, by segment too, follow from the Gram matrix of Q,
+    A Q and Ω. Grows by `LOCKSTEP` test vectors until the standard error is below `tolerance` times the trace.
+
+    The paper's error estimate, `√(Σ (tᵢ − t̄)² / (k (k − 1)))`, takes the leave-one-out values tᵢ for independent. They
+    are positively correlated once k is not small beside the effective rank: its 95 % intervals then hold the truth in
+    as few as 77 % of runs (eigenvalues 1/i, k = 32, n = 200). Here the standard error is `√(2 f / k)` with f the mean
+    of ‖PᵢAPᵢ ωᵢ‖², where Pᵢ removes the others' span, and the interval is Student's t. It held the truth in 91 to
+    100 % of runs: it is too wide where the diagonal outweighs the rest of A.
+
+    Args:
+        operator: The matrix.
+        segments: Slices of the rows; together they must hold each row once.
+        tolerance: Relative standard error to stop at.
+        max_hvps: Most products to spend, at least 4; two for each test vector.
+        seed: Seed of the test vectors.
+
+    Returns:
+        The trace and the segments' traces; `frobenius_squared` from A Ω; no diagonal. Memory: one n-vector for each
+        product, and one byte an entry for each test vector.
+
+    Example:
+        >>> from hf_optimizability.curvature.operators import DenseOperator
+        >>> decaying = DenseOperator(torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64) ** -4))
+        >>> total = xtrace(decaying, [[slice(0, 100)]], tolerance=1e-3, max_hvps=40, seed=0).total
+        >>> total.hvps, abs(total.value - 1.0823232) < 3 * total.std_error
+        (16, True)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[Tensor] = []  # Q, A Q and Ω of each round
+    gram = np.zeros((len(segments), 0, 0))
+    hvps = 0
+    while True:
+        probes = _signs(operator, min(LOCKSTEP, (max_hvps - hvps) // 2), generator)
+        products = operator.matmat(probes.T).T
+        vectors = _orthonormalize(products, rows[0::3])
+        hvps += len(probes) + len(vectors)
+        new = [vectors, operator.matmat(vectors.T).T if len(vectors) else vectors, probes.to(torch.int8)]
+        rows += new
+        border = _gram(rows, new, segments)
+        gram = np.block([[gram, border[:, : gram.shape[1]]], [border.swapaxes(1, 2)]])
+        owner = np.repeat(np.arange(len(rows)) % 3, [len(block) for block in rows])
+        q, z, w = (np.flatnonzero(owner == kind) for kind in range(3))
+        values, squares = _leave_one_out(gram, q, z, w)
+        images = gram.sum(0)[np.ix_(z, w)]  # R of A Ω = Q R
+        result = _result(
+            values,
+            squares.mean(axis=0),
+            (images**2).sum(axis=0),
+            _pairs(images.T @ images),
+            quantile=_student_quantile(len(values)),
+            tolerance=tolerance,
+            method="xtrace",
+            hvps=hvps,
+        )
+        if result.total.converged or max_hvps - hvps < 2 or len(vectors) < len(probes):
+            return result
+
+
+def exact_trace(operator: SymmetricOperator, segments: Segments) -> TraceResult:
     """The trace without error, from one product with each unit vector: n products, for small n.
 
     Args:
@@ -79,61 +276,257 @@ def exact_trace(operator: SymmetricOperator, segments: Sequence[Sequence[slice]]
         segments: Slices of the rows; together they must hold each row once.
 
     Returns:
-        The trace and the segments' traces, with standard error 0.
+        The trace, the segments' traces, `‖A‖_F²` and the diagonal, with standard error 0.
     """
-    sums = np.zeros(len(segments))
-    for probes in _unit_probes(operator):
-        sums += np.sum(_segment_products(operator, probes, segments), axis=0)
+    tally = _Tally(operator, segments)
+    for probes in _unit_vectors(operator):
+        tally.multiply(probes)
 
     def exactly(value: float) -> Estimate:
         value = float(value)
         return Estimate(value, value, value, method="exact", hvps=operator.size, converged=True, std_error=0.0)
 
-    return TraceResult(exactly(sums.sum()), tuple(exactly(value) for value in sums))
+    traces, squares = np.sum(tally.samples, axis=0), np.sum(tally.squares, axis=0)
+    return TraceResult(
+        exactly(traces.sum()), tuple(exactly(value) for value in traces), exactly(squares.sum()), tally.terms
+    )
 
 
-def _segment_products(
-    operator: SymmetricOperator, probes: Tensor, segments: Sequence[Sequence[slice]]
-) -> list[list[float]]:
-    """v_sᵀ(Av)_s for each row v of `probes` and each segment s."""
-    products = operator.matmat(probes.T).T
-    return [segment_sums(probe * product, segments) for probe, product in zip(probes, products, strict=True)]
+class _Tally:
+    """What deflation tells of A − PAP, and what the probes have told of PAP so far.
+
+    Attributes:
+        exact: Trace of each segment of A − PAP.
+        exact_squared: `‖A − PAP‖_F²`.
+        samples: `v_sᵀ(PAPv)_s` of each probe, by segment.
+        squares: `‖(PAPv)_s‖²` of each probe, by segment.
+        pairs: `((PAPv) · (PAPw))²` of the pairs of probes that were multiplied together.
+        terms: Sum of `v ⊙ PAPv` over the probes.
+        hvps: Products spent.
+    """
+
+    def __init__(
+        self, operator: SymmetricOperator, segments: Segments, deflation: Deflation | None = None, *, hvps: int = 0
+    ):
+        self.operator = operator
+        self.hvps = hvps
+        self.exact, self.exact_squared = np.zeros(len(segments)), 0.0
+        if deflation is not None:
+            self.exact, self.exact_squared = deflation.traces(segments)
+        self.samples: list[np.ndarray] = []
+        self.squares: list[np.ndarray] = []
+        self.pairs: list[float] = []
+        self.terms = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
+        self._segments = segments
+        self._deflation = deflation
+
+    def multiply(self, probes: Tensor) -> Tensor:
+        """Spends products on new probes and counts them in; returns the rows PAPv."""
+        self.hvps += len(probes)
+        return self.add(probes, self.operator.matmat(probes.T).T)
+
+    def add(self, probes: Tensor, products: Tensor) -> Tensor:
+        """Counts in probes and their products with A, which are overwritten by those with PAP."""
+        if self._deflation is not None:
+            products = self._deflation.reduce(probes, products)
+        gram = _gram([products], [products, probes], self._segments)
+        squares, samples = np.split(gram, 2, axis=2)
+        self.samples += list(np.diagonal(samples, axis1=1, axis2=2).T)
+        self.squares += list(np.diagonal(squares, axis1=1, axis2=2).T)
+        self.pairs += _pairs(squares.sum(0))
+        for probe, product in zip(probes, products, strict=True):
+            self.terms.addcmul_(probe, product)
+        return products
+
+    def mean(self) -> float:
+        """The trace of A as it stands."""
+        return float(self.exact.sum() + np.mean(self.samples, axis=0).sum())
+
+    def result(self, *, tolerance: float, method: str) -> TraceResult:
+        number = len(self.samples)
+        # Over the probes, the sample variances of the terms of each segment add up to
+        # (m Σ ‖PAPv‖² − ‖Σ v ⊙ PAPv‖²) / (m (m − 1)), since v ⊙ v = 1.
+        terms = _gram([self.terms[None]], [self.terms[None]], self._segments)[:, 0, 0]
+        spreads = (number * np.sum(self.squares, axis=0) - terms) / (number * (number - 1))
+        return _result(
+            self.exact + self.samples,
+            np.maximum(spreads, 0),
+            self.exact_squared + np.sum(self.squares, axis=1),
+            self.pairs,
+            quantile=_NORMAL_QUANTILE,
+            tolerance=tolerance,
+            method=method,
+            hvps=self.hvps,
+        )
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of A as it stands; ends the tally."""
+        diagonal = self.terms.div_(len(self.samples))
+        return diagonal if self._deflation is None else diagonal.add_(self._deflation.diagonal())
 
 
-def _rademacher_probes(operator: SymmetricOperator, number: int, seed: int) -> Iterator[Tensor]:
-    """`number` probes as the rows of matrices of at most `LOCKSTEP` rows."""
-    generator = torch.Generator().manual_seed(seed)
-    for first in range(0, number, LOCKSTEP):
-        rows = [
-            rademacher(operator.size, generator=generator, dtype=operator.dtype, device=operator.device)
-            for _ in range(min(LOCKSTEP, number - first))
-        ]
-        yield torch.stack(rows)
+def _average(
+    tally: _Tally, generator: torch.Generator, *, tolerance: float, max_hvps: int, method: str
+) -> TraceResult:
+    """Multiplies probes until the trace's standard error is small enough or the budget is spent."""
+    while True:
+        if len(tally.samples) >= MIN_PROBES or tally.hvps >= max_hvps:
+            result = tally.result(tolerance=tolerance, method=method)
+            if result.total.converged or tally.hvps >= max_hvps:
+                return replace(result, diagonal=tally.diagonal())
+        tally.multiply(_signs(tally.operator, min(LOCKSTEP, max_hvps - tally.hvps), generator))
 
 
-def _unit_probes(operator: SymmetricOperator) -> Iterator[Tensor]:
+def _result(
+    samples: np.ndarray,
+    spreads: np.ndarray,
+    squares: np.ndarray,
+    pairs: Sequence[float],
+    *,
+    quantile: float,
+    tolerance: float,
+    method: str,
+    hvps: int,
+) -> TraceResult:
+    """Estimates from samples and the sizes of their variances.
+
+    Args:
+        samples: Samples of each segment's trace, of shape (m, segments).
+        spreads: V of each segment, the sum of the variances of its terms. The whole sample's variance is 2 V. That of
+            a segment lies between V (its rows couple to other segments only) and 2 V (to themselves only); its sample
+            variance, noisy from few probes, is pulled towards the upper end.
+        squares: Samples of `‖A‖_F²`, of shape (m,).
+        pairs: Samples of `‖A²‖_F²`, half the largest variance that the samples of `‖A‖_F²` can have.
+        quantile: Of the intervals of the traces, in standard errors.
+        tolerance: Relative standard error of a converged estimate.
+        method: Recorded in the estimates.
+        hvps: Recorded in the estimates.
+    """
+    number = len(samples)
+
+    def estimate(value: float, variance: float) -> Estimate:
+        std_error = math.sqrt(variance / number)
+        margin = quantile * std_error
+        converged = std_error <= tolerance * abs(value)
+        return Estimate(value, value - margin, value + margin, method, hvps, converged, std_error)
+
+    total = estimate(float(samples.sum(1).mean()), float(2 * spreads.sum()))
+    observed = (number - 1) * samples.var(axis=0, ddof=1)
+    variances = (observed + _PRIOR_PROBES * 2 * spreads) / (number - 1 + _PRIOR_PROBES)
+    variances = np.clip(variances, spreads, 2 * spreads)
+    segments = tuple(map(estimate, samples.mean(axis=0).tolist(), variances.tolist()))
+
+    # ‖A‖_F² is positive and its samples are skewed: its interval is one of its logarithm.
+    value = float(squares.mean())
+    std_error = math.sqrt(max(float(squares.var(ddof=1)), 2 * float(np.mean(pairs)) if pairs else 0.0) / number)
+    factor = math.exp(_student_quantile(number) * std_error / value) if value > 0 else 1.0
+    frobenius_squared = Estimate(
+        value, value / factor, value * factor, method, hvps, std_error <= tolerance * value, std_error
+    )
+    return TraceResult(total, segments, frobenius_squared)
+
+
+def _leave_one_out(gram: np.ndarray, q: np.ndarray, z: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """XTrace's leave-one-out values and the squared norms of their residual products, by segment.
+
+    Without column i, A Ω spans Q up to one direction: Qᵢ Qᵢᵀ = Q M Qᵀ with M = I − s sᵀ and s along column i of R⁻ᵀ,
+    where A Ω = Q R. The value is the trace of A − PᵢAPᵢ plus
+    ωᵢᵀPᵢAPᵢωᵢ with Pᵢ = I − Q M Qᵀ, a linear function of the Gram matrix of Q, Z = A Q and Ω.
+
+    Args:
+        gram: Gram matrix of each segment's rows of Q, Z and Ω.
+        q: Places of Q's columns in it.
+        z: Places of Z's columns.
+        w: Places of Ω's columns.
+
+    Returns:
+        Both of shape (k, segments).
+    """
+    whole = gram.sum(0)
+    H, R, W = _symmetric(whole[np.ix_(q, z)]), whole[np.ix_(z, w)], whole[np.ix_(q, w)]
+    inverse = np.linalg.pinv(R)
+    # Where A Ω has dependent columns, most can be left out without losing a direction.
+    needed = np.einsum("ia,ai->i", inverse, R) > 1 - 1e-6
+    directions = inverse * needed[:, None] / np.maximum(np.linalg.norm(inverse, axis=1, keepdims=True), 1e-300)
+    values, squares = np.zeros((2, len(w), len(gram)))
+    for i, s in enumerate(directions):
+        M = np.eye(len(q)) - np.outer(s, s)
+        inside = M @ W[:, i]  # PᵢAPᵢωᵢ = Q outside − Z inside
+        outside = R[:, i] - M @ (R[:, i] - H @ inside)
+        form = np.zeros_like(whole)
+        form[np.ix_(q, z)] = 2 * M
+        form[np.ix_(q, q)] = -M @ H @ M
+        form[w[i], q], form[w[i], z] = outside, -inside
+        values[i] = np.tensordot(gram, form)
+        residual = np.zeros(len(whole))
+        residual[q], residual[z] = outside, -inside
+        squares[i] = gram @ residual @ residual
+    return values, np.maximum(squares, 0)
+
+
+def _orthonormalize(rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
+    """Orthonormal rows that span what `rows` add to the span of `bases`, whose rows are orthonormal.
+
+    Twice: removes the bases, then whitens by the eigenvectors of the Gram matrix (Stathopoulos & Wu 2002), which needs
+    no more than two passes over the rows and leaves out what is zero to rounding.
+    """
+    smallest = max(10 * torch.finfo(rows.dtype).eps, 1e-7)
+    for _ in range(2):
+        largest = torch.linalg.vector_norm(rows, dim=1).max()
+        for basis in bases:
+            rows = torch.addmm(rows, rows @ basis.T, basis, alpha=-1)
+        values, vectors = np.linalg.eigh(_gram([rows], [rows]).sum(0))
+        keep = values > (smallest * float(largest)) ** 2
+        if not keep.any():
+            return rows[:0]
+        rows = torch.from_numpy((vectors[:, keep] / np.sqrt(values[keep])).T).to(rows) @ rows
+    return rows
+
+
+def _gram(x: Sequence[Tensor], y: Sequence[Tensor], segments: Segments = ((slice(None),),)) -> np.ndarray:
+    """X_s Y_sᵀ in float64 for the columns of each segment s, where X and Y are blocks of rows on one another."""
+    grams = []
+    for segment in segments:
+        gram = torch.zeros(sum(map(len, x)), sum(map(len, y)), dtype=torch.float64, device=x[0].device)
+        for part in segment:
+            start, stop, _ = part.indices(x[0].shape[1])
+            for first in range(start, stop, _CHUNK):
+                columns = slice(first, min(first + _CHUNK, stop))
+                left = torch.cat([rows[:, columns].double() for rows in x])
+                right = left if y is x else torch.cat([rows[:, columns].double() for rows in y])
+                gram.addmm_(left, right.T)
+        grams.append(gram)
+    return torch.stack(grams).cpu().numpy()
+
+
+def _symmetric(matrix: np.ndarray) -> np.ndarray:
+    return (matrix + matrix.T) / 2
+
+
+def _pairs(gram: np.ndarray) -> list[float]:
+    """Squares of the entries above the diagonal."""
+    return list(gram[np.triu_indices(len(gram), 1)] ** 2)
+
+
+def _student_quantile(number: int) -> float:
+    """Of a two-sided 95 % interval from the spread of `number` samples."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(number - 1, 0.975))
+
+
+def _signs(operator: SymmetricOperator, number: int, generator: torch.Generator) -> Tensor:
+    """Rademacher vectors as rows."""
+    signs = torch.empty(number, operator.size, dtype=operator.dtype, device=operator.device)
+    for row in signs:
+        row.copy_(rademacher(operator.size, generator=generator, dtype=operator.dtype, device=operator.device))
+    return signs
+
+
+def _unit_vectors(operator: SymmetricOperator) -> Iterator[Tensor]:
     """All unit vectors as the rows of matrices of at most `LOCKSTEP` rows."""
     for first in range(0, operator.size, LOCKSTEP):
         number = min(LOCKSTEP, operator.size - first)
         rows = torch.zeros(number, operator.size, dtype=operator.dtype, device=operator.device)
         rows[range(number), range(first, first + number)] = 1
         yield rows
-
-
-def _average(samples: np.ndarray, tolerance: float) -> Estimate:
-    """Mean of independent samples with its standard error and 95 % interval."""
-    from scipy.special import stdtrit
-
-    number = len(samples)
-    mean = float(np.mean(samples))
-    std_error = float(np.std(samples, ddof=1)) / math.sqrt(number)
-    margin = float(stdtrit(number - 1, 0.975)) * std_error
-    return Estimate(
-        value=mean,
-        low=mean - margin,
-        high=mean + margin,
-        method="hutchinson",
-        hvps=number,
-        converged=std_error <= tolerance * abs(mean),
-        std_error=std_error,
-    )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hessian by forward-mode differentiation of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from .operators import ObjectiveOperator, Variables
+
+
+class FunctionalLosses(Variables, Protocol):
+    """A mean loss whose parts are functions of tensors in the place of the parameters."""
+
+    @property
+    def quantized(self) -> str | None:
+        """Why exact second derivatives can't be had of quantized weights, or `None`."""
+
+    def functional_losses(self) -> Iterable[Callable[[Sequence[Tensor]], tuple[Tensor, int]]]:
+        """For each part, the sum of its losses and the number of items, given the parameters."""
+
+
+class ForwardOverReverseHessian(ObjectiveOperator):
+    """The Hessian of a mean loss, as the forward-mode derivative of its gradient (Pearlmutter 1994, section 3).
+
+    The k tangents of a product are carried through one forward and one backward pass (`vmap`), at a cost, measured on
+    a small BERT, of 2.1 gradients a product for k = 4 and 3.3 for k = 1; their activations take k + 1 times the memory
+    of one pass. Never the other way round: reverse mode through a `jvp` is silently wrong through LayerNorm in torch
+    2.13. Refused by reentrant and other activation checkpointing, by losses with an operation that has no forward-mode
+    derivative (mean squared error is one), and by fused attention kernels.
+
+    Args:
+        objective: The loss, in parts.
+        on_products: Called with the number of products just made; for progress bars.
+
+    Raises:
+        RuntimeError: If the weights are quantized, or, from a product, if an operation has no forward-mode derivative.
+        FloatingPointError: From a product that is not finite.
+
+    Example:
+        >>> import torch
+        >>> class Cubic:
+        ...     parameters = [torch.tensor([1.0, 2.0], requires_grad=True)]
+        ...     quantized = None
+        ...     def functional_losses(self):
+        ...         yield lambda parameters: ((parameters[0] ** 3).sum(), 1)
+        >>> ForwardOverReverseHessian(Cubic()).matvec(torch.ones(2))
+        tensor([ 6., 12.])
+    """
+
+    def __init__(self, objective: FunctionalLosses, *, on_products: Callable[[int], object] | None = None):
+        if objective.quantized is not None:
+            raise RuntimeError(objective.quantized)
+        super().__init__(objective, on_products=on_products)
+        self._objective = objective
+
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+        point = tuple(parameter.detach() for parameter in self._objective.parameters)
+        rows = zip(vectors.split(self._sizes, dim=1), point, strict=True)
+        tangents = tuple(piece.reshape(len(vectors), *p.shape).to(p) for piece, p in rows)
+        for function in self._objective.functional_losses():
+            items = 0
+
+            def loss(*parameters: Tensor, function=function) -> Tensor:
+                nonlocal items
+                value, items = function(parameters)
+                return value
+
+            gradient = grad(loss, argnums=tuple(range(len(point))))
+            products = vmap(lambda *tangent, gradient=gradient: jvp(gradient, point, tangent)[1])(*tangents)
+            yield zip(*products, strict=True), items

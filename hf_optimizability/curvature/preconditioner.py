@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the optimizer in use makes of a gradient: its diagonal preconditioner, its stability limit, its next update."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from transformers.optimization import Adafactor
+
+from .operators import SymmetricOperator
+
+
+SUPPORTED = (SGD, Adam, AdamW, Adafactor)
+"""Optimizers whose state can be read; with accelerate's wrapper around them or without."""
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Preconditioner:
+    """An optimizer as preconditioned gradient descent, θ ← θ − η P⁻¹m, where m is a moving average of the gradient.
+
+    Attributes:
+        diagonal: The diagonal of P, of shape (n,), in the order of the parameters. Infinite for a parameter whose
+            learning rate is 0 while others move.
+        name: Class of the optimizer.
+        learning_rate: η, the largest learning rate among the parameters' groups. A smaller one is folded into P: a
+            group at η/10 has 10 times the P.
+        limit: Gradient descent with this P held still is stable where λ_max(P^-½ H P^-½) is below `limit`; infinite
+            at η = 0. Weight decay is left out.
+    """
+
+    diagonal: Tensor
+    name: str
+    learning_rate: float
+    limit: float
+
+
+def read_preconditioner(
+    optimizer: Optimizer, parameters: Sequence[Tensor], *, gradients: Sequence[Tensor] | None = None
+) -> Preconditioner:
+    """Reads the diagonal preconditioner P from an optimizer's state, and leaves the optimizer as it is.
+
+    P is 1 for SGD, √v̂ + ε for Adam and AdamW (v̂ the bias-corrected second moment, or its maximum under `amsgrad`;
+    Cohen et al., arXiv 2207.14484), and √v̂ over the parameter scale for Transformers' Adafactor, with the
+    second moment put together from its factors (its clipping of the update left out). A parameter that has no state
+    yet gets the P that one step on the given gradient would make.
+
+    Args:
+        optimizer: SGD, Adam, AdamW or Adafactor, bare or inside accelerate's wrapper.
+        parameters: The parameters to read for, in the order wanted. n entries in all.
+        gradients: Gradients shaped like `parameters`; needed before the first step only. Memory: one parameter's state
+            at a time.
+
+    Returns:
+        The preconditioner, in float32 (float64 if a parameter is); memory: one n-vector.
+
+    Raises:
+        TypeError: If the optimizer is not supported.
+        ValueError: If a parameter is not in the optimizer, the groups differ in momentum, or state and gradients are
+            both missing.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = torch.optim.Adam([weight], lr=0.1, eps=0.0)
+        >>> preconditioner = read_preconditioner(optimizer, [weight], gradients=[torch.tensor([3.0, -4.0])])
+        >>> preconditioner.diagonal.round(decimals=3), round(preconditioner.limit)
+        (tensor([3., 4.]), 380)
+    """
+    optimizer = unwrapped(optimizer)
+    groups = _groups_of(optimizer, parameters)
+    present, relative = _learning_rates(groups)
+    limits = {stability_limit(present, **_momentum(optimizer, group)) for group in groups}
+    if len(limits) > 1:
+        raise ValueError("The parameter groups differ in momentum, so there is no one stability limit.")
+    pieces = []
+    for index, (parameter, group, rate) in enumerate(zip(parameters, groups, relative, strict=True)):
+        state = optimizer.state.get(parameter, {})
+        if not state and not isinstance(optimizer, SGD):
+            if gradients is None:
+                raise ValueError(
+                    f"{type(optimizer).__name__} has no state yet for the parameter at position {index}. "
+                    "Pass `gradients`, or read it after the first step."
+                )
+            state = _lone_step(optimizer, parameter, gradients[index], group)[1]
+        pieces.append(_denominator(optimizer, parameter, group, state) / rate)
+    return Preconditioner(_joined(pieces, parameters), type(optimizer).__name__, present, limits.pop())
+
+
+def optimizer_update(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """The direction u that the optimizer would step along: θ ← θ − ηu on its next step, if it met these gradients.
+
+    The optimizer's own `step` says so, on a float64 copy of one parameter and its state at a time: momentum, bias
+    correction, weight decay and clipping of the update included. The optimizer stays as it is, and so do `.grad`s.
+    Gradients are taken as given: clip them first if training does.
+
+    Args:
+        optimizer: SGD, Adam, AdamW or Adafactor, bare or inside accelerate's wrapper.
+        parameters: The parameters, n entries in all.
+        gradients: Shaped like `parameters`.
+
+    Returns:
+        u, of shape (n,), for η the largest learning rate among the parameters' groups; where that is 0 (as at the
+        start of a warm-up), in the proportions of the groups' `initial_lr`. In float32 (float64 if a parameter is).
+
+    Raises:
+        TypeError: If the optimizer is not supported.
+        ValueError: If a parameter is not in the optimizer.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> sgd = torch.optim.SGD([weight], lr=0.1, weight_decay=0.5)
+        >>> optimizer_update(sgd, [weight], [torch.tensor([3.0, 4.0])])
+        tensor([3.5000, 5.0000])
+    """
+    optimizer = unwrapped(optimizer)
+    groups = _groups_of(optimizer, parameters)
+    present, relative = _learning_rates(groups)
+    reference = present or 1.0
+    pieces = []
+    for parameter, gradient, group, rate in zip(parameters, gradients, groups, relative, strict=True):
+        after, _ = _lone_step(optimizer, parameter, gradient, {**group, "lr": rate * reference})
+        pieces.append((parameter.detach().double() - after) / reference)
+    return _joined(pieces, parameters)
+
+
+def stability_limit(
+    learning_rate: float, *, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False
+) -> float:
+    """The largest curvature λ at which gradient descent with momentum does not diverge on ½λx².
+
+    2/η without momentum, (2 + 2β)/η for the heavy ball, (2 + 2β)/((1 + 2β)η) for Nesterov (Cohen et al., arXiv
+    2103.00065). A moving average m ← βm + (1 − β)g has dampening β: (2 + 2β)/((1 − β)η), 38/η for Adam's
+    β₁ = 0.9 (arXiv 2207.14484).
+
+    Args:
+        learning_rate: η.
+        momentum: β.
+        dampening: The gradient enters the momentum buffer with weight `1 - dampening`.
+        nesterov: Whether the step looks ahead.
+
+    Example:
+        >>> stability_limit(0.5), stability_limit(0.5, momentum=0.5), stability_limit(0.5, momentum=0.5, nesterov=True)
+        (4.0, 6.0, 3.0)
+        >>> stability_limit(0.0)
+        inf
+    """
+    if learning_rate == 0:
+        return math.inf
+    weight = 1 + 2 * momentum if nesterov else 1 - dampening
+    return (2 + 2 * momentum) / (weight * learning_rate)
+
+
+class PreconditionedOperator(SymmetricOperator):
+    """P^-½ A P^-½, which has the eigenvalues of P⁻¹A.
+
+    Args:
+        operator: A, of size n.
+        diagonal: The diagonal of P, of shape (n,); an infinite entry makes a zero row and column.
+
+    Raises:
+        ValueError: If the diagonal has another size or an entry that is not positive.
+
+    Example:
+        >>> from hf_optimizability.curvature.operators import DenseOperator
+        >>> operator = PreconditionedOperator(DenseOperator(torch.ones(2, 2)), torch.tensor([1.0, 4.0]))
+        >>> operator.matmat(torch.eye(2))
+        tensor([[1.0000, 0.5000],
+                [0.5000, 0.2500]])
+    """
+
+    def __init__(self, operator: SymmetricOperator, diagonal: Tensor):
+        if diagonal.shape != (operator.size,):
+            raise ValueError(f"`diagonal` has shape {tuple(diagonal.shape)}, the operator size {operator.size}.")
+        if not (diagonal > 0).all():
+            raise ValueError("`diagonal` has an entry that is not positive.")
+        self._operator = operator
+        self._scale = diagonal.to(device=operator.device, dtype=operator.dtype).rsqrt()[:, None]
+        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """`P^-½ A P^-½ V` for the columns of V, of shape (n, k)."""
+        return self._scale * self._operator.matmat(self._scale * vectors)
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside accelerate's wrapper, once it is known to be supported.
+
+    Raises:
+        TypeError: If it is not, or if Adafactor sets its own learning rate.
+    """
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if not isinstance(inner, SUPPORTED):
+        supported = ", ".join(kind.__name__ for kind in SUPPORTED)
+        raise TypeError(
+            f"The state of {type(inner).__name__} can't be read as a preconditioner; supported are {supported}. "
+            "Use one of them to have this quantity measured."
+        )
+    if isinstance(inner, Adafactor) and any(group["relative_step"] for group in inner.param_groups):
+        raise TypeError("Adafactor with `relative_step` has no learning rate. Pass `relative_step=False` and an `lr`.")
+    return inner
+
+
+def _groups_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Group]:
+    """The parameter group of each parameter."""
+    owners = {id(member): group for group in optimizer.param_groups for member in group["params"]}
+    missing = [index for index, parameter in enumerate(parameters) if id(parameter) not in owners]
+    if missing:
+        raise ValueError(f"The optimizer does not hold the parameters at positions {missing} of {len(parameters)}.")
+    return [owners[id(parameter)] for parameter in parameters]
+
+
+def _learning_rates(groups: Sequence[Group]) -> tuple[float, list[float]]:
+    """The largest learning rate now, and each parameter's relative to it (by `initial_lr` where all are 0)."""
+    present = [float(group["lr"]) for group in groups]
+    rates = present if max(present) > 0 else [float(group.get("initial_lr", 1.0)) for group in groups]
+    return max(present), [rate / max(rates) for rate in rates]
+
+
+def _momentum(optimizer: Optimizer, group: Group) -> dict[str, Any]:
+    """How the group averages gradients, as arguments of `stability_limit`."""
+    if isinstance(optimizer, SGD):
+        if group["momentum"] == 0:  # then there is no buffer to dampen
+            return {}
+        return {name: group[name] for name in ("momentum", "dampening", "nesterov")}
+    beta = (group["beta1"] or 0.0) if isinstance(optimizer, Adafactor) else float(group["betas"][0])
+    return {"momentum": beta, "dampening": beta}
+
+
+def _denominator(optimizer: Optimizer, parameter: Tensor, group: Group, state: dict[str, Any]) -> Tensor:
+    """What the optimizer divides the averaged gradient of one parameter by."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    if isinstance(optimizer, SGD):
+        return torch.ones_like(parameter, dtype=dtype)
+    if isinstance(optimizer, Adafactor):
+        scale = max(group["eps"][1], float(state["RMS"])) if group["scale_parameter"] else 1.0
+        if "exp_avg_sq" in state:
+            return state["exp_avg_sq"].to(dtype).sqrt() / scale
+        row, column = state["exp_avg_sq_row"].to(dtype), state["exp_avg_sq_col"].to(dtype)
+        share = row / row.mean(dim=-1, keepdim=True)
+        return (share[..., None] * column[..., None, :]).sqrt() / scale
+    second_moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].to(dtype)
+    correction = 1 - float(group["betas"][1]) ** float(state["step"])
+    return (second_moment / correction).sqrt() + group["eps"]
+
+
+@torch.no_grad()
+def _lone_step(
+    optimizer: Optimizer, parameter: Tensor, gradient: Tensor, group: Group
+) -> tuple[Tensor, dict[str, Any]]:
+    """One step of the optimizer on float64 copies of one parameter and its state: both as they are after it.
+
+    The supported optimizers treat each parameter by itself, so one at a time is the same and needs little memory.
+    """
+    copy = parameter.detach().to(torch.float64, copy=True)
+    copy.grad = gradient.detach().to(copy)
+    alone: Optimizer = object.__new__(type(optimizer))
+    alone.__setstate__(
+        {
+            "defaults": dict(optimizer.defaults),
+            "param_groups": [{**group, "params": [copy], "foreach": False, "fused": False}],
+            "state": defaultdict(dict, {copy: _copied(optimizer.state.get(parameter, {}))}),
+        }
+    )
+    alone.step()
+    return copy, alone.state[copy]
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state with its tensors in float64."""
+    return {
+        name: value.to(torch.float64, copy=True) if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
+
+
+def _joined(pieces: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """One long vector from one piece for each parameter."""
+    double = any(parameter.dtype == torch.float64 for parameter in parameters)
+    dtype = torch.float64 if double else torch.float32
+    return torch.cat([piece.reshape(-1).to(device=parameters[0].device, dtype=dtype) for piece in pieces])

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaves out the embedding rows that no token of the probe set looks up: their rows of the Hessian are zero."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .operators import SumOfLosses
+
+
+class LossesOfAModel(SumOfLosses, Protocol):
+    """A mean loss whose variables are parameters of a model, read anew from it by their names."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the variables in the model."""
+
+
+@contextmanager
+def used_rows(objective: LossesOfAModel) -> Iterator[int]:
+    """Puts compact weights, of the rows that are looked up, in the place of embedding weights; and the originals back.
+
+    Inside, the objective's loss is the same and its variables are fewer, in the same order: its Hessian is the one
+    outside without rows and columns that are zero. So trace, Frobenius norm and nonzero eigenvalues stay; the
+    multiplicity of the eigenvalue zero shrinks by what is yielded. One forward pass over all parts finds the rows.
+
+    Compacted are weights of plain `nn.Embedding` modules on which the loss depends by the modules' lookups alone, as
+    its graph shows: none that is tied, nor one that a penalty reads. Nothing else of the model changes. To be held
+    with the mode and precision that the measurement has, around the construction of operators as well.
+
+    Args:
+        objective: The loss; its `parameters` must be read from the model each time.
+
+    Yields:
+        The number of parameters left out.
+
+    Raises:
+        RuntimeError: From a forward pass inside that looks up a row which the first pass did not.
+
+    Example:
+        >>> from hf_optimizability.objective import Objective
+        >>> model = nn.Sequential(nn.Embedding(1000, 2), nn.Flatten(), nn.Linear(4, 1))
+        >>> batch = (torch.tensor([[7, 900]]),)
+        >>> objective = Objective(model, [batch], loss_fn=lambda model, batch: model(batch[0]).square().mean())
+        >>> with used_rows(objective) as left_out:
+        ...     print(left_out, [tuple(parameter.shape) for parameter in objective.parameters])
+        1996 [(2, 2), (1, 4), (1,)]
+        >>> tuple(model[0].weight.shape)
+        (1000, 2)
+    """
+    with ExitStack() as stack:
+        left_out = 0
+        for embedding, rows in _looked_up(objective).items():
+            left_out += (embedding.num_embeddings - len(rows)) * embedding.embedding_dim
+            stack.enter_context(_compact(embedding, rows))
+        yield left_out
+
+
+def _looked_up(objective: LossesOfAModel) -> dict[nn.Embedding, Tensor]:
+    """The embeddings that can be compacted, and the rows that they look up, ascending."""
+    lookups: dict[nn.Embedding, list[tuple[Tensor, Any]]] = {}
+    rows: dict[nn.Embedding, list[Tensor]] = {embedding: [] for embedding in _candidates(objective)}
+
+    def record(module: nn.Embedding, args: Any, kwargs: Any, output: Tensor) -> None:
+        lookups.setdefault(module, []).append((_ids(args, kwargs), output.grad_fn))
+
+    with ExitStack() as stack:
+        for embedding in rows:
+            stack.enter_context(embedding.register_forward_hook(record, with_kwargs=True))
+        for loss, _ in objective.losses():
+            users = _users(loss, [embedding.weight for embedding in rows])
+            for embedding in list(rows):
+                found = lookups.pop(embedding, [])
+                nodes = {node for _, node in found}
+                # Without a graph (`None`), as under reentrant checkpointing, other uses would be hidden as well.
+                if None in nodes or not users[embedding.weight] <= nodes:
+                    del rows[embedding]
+                else:
+                    rows[embedding] += [ids.unique() for ids, _ in found]
+    return {embedding: torch.cat(ids).unique() for embedding, ids in rows.items() if ids}
+
+
+def _candidates(objective: LossesOfAModel) -> Iterator[nn.Embedding]:
+    """Plain embeddings whose weight is among the variables, and no other module's as well."""
+    named = objective.model.named_parameters(remove_duplicate=False)
+    owned = [id(parameter) for _, parameter in named]
+    for name in objective.names:
+        module = objective.model.get_submodule(name.rpartition(".")[0])
+        if (
+            isinstance(module, nn.Embedding)
+            and type(module).forward is nn.Embedding.forward
+            and "forward" not in vars(module)
+            and type(module.weight) is nn.Parameter
+            and owned.count(id(module.weight)) == 1
+            and module.max_norm is None
+            and not module.sparse
+        ):
+            yield module
+
+
+def _users(loss: Tensor, weights: Collection[Tensor]) -> dict[Tensor, set[Any]]:
+    """The nodes of the loss's graph that take each weight."""
+    users: dict[Tensor, set[Any]] = {weight: set() for weight in weights}
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            if following is not None and following.name() == "torch::autograd::AccumulateGrad":
+                variable: Any = following.variable  # type: ignore[attr-defined]
+                if variable in users:
+                    users[variable].add(node)
+            else:
+                waiting.append(following)
+    return users
+
+
+@contextmanager
+def _compact(embedding: nn.Embedding, rows: Tensor) -> Iterator[None]:
+    """Holds only `rows` of an embedding's weight, and looks them up by the same ids as before."""
+    weight, padding = embedding.weight, embedding.padding_idx
+    places = torch.full((len(weight),), -1, device=weight.device)
+    places[rows] = torch.arange(len(rows), device=weight.device)
+
+    def translate(module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Tensor], dict[str, Any]]:
+        translated = places[_ids(args, kwargs)]
+        if (translated < 0).any():
+            raise RuntimeError(
+                "A forward pass looked up an embedding row that the first pass over the batches did not."
+            )
+        return (translated,), {}
+
+    hook = embedding.register_forward_pre_hook(translate, with_kwargs=True)
+    try:
+        embedding.weight = nn.Parameter(weight.detach()[rows])
+        place = -1 if padding is None else int(places[padding])
+        embedding.padding_idx = None if place < 0 else place
+        yield
+    finally:
+        embedding.weight, embedding.padding_idx = weight, padding
+        hook.remove()
+
+
+def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["input"]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoupled Hessian: the Hessian's diagonal, exactly, and less of the rest; also where weights are shared."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_optimizability.curvature.decoupled import DecoupledHessian
+from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.objective import Objective
+from hf_optimizability.safety import math_attention, measuring
+
+
+def dense(objective: Objective) -> tuple[Tensor, Tensor]:
+    """The decoupled matrix, and the Hessian by plain double backward (which other tests hold against dense truth)."""
+    with measuring(objective.model, seed=0), math_attention():
+        operator = DecoupledHessian(objective)
+        return operator.matmat(torch.eye(operator.size).double()), HessianOperator(objective).matmat(
+            torch.eye(operator.size).double()
+        )
+
+
+@pytest.mark.parametrize("name", sorted(tiny_models.MODELS))
+def test_diagonal_of_transformers_models(name: str):
+    objective = Objective(tiny_models.make(name), tiny_models.cut(tiny_models.examples(name, 3), 3))
+    decoupled, hessian = dense(objective)
+    # Causal language models compute their loss in float32.
+    tolerance = 1e-5 if name in ("gpt2", "llama") else 1e-10
+    tolerance *= float(hessian.abs().max())
+    torch.testing.assert_close(decoupled, decoupled.T, rtol=0, atol=tolerance)
+    torch.testing.assert_close(decoupled.diagonal(), hessian.diagonal(), rtol=0, atol=tolerance)
+    assert float(decoupled.norm()) < 0.999 * float(hessian.norm())
+
+
+class Shared(nn.Module):
+    """One layer used twice, whose mixed derivatives do stand on the diagonal, beside one that is used once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.once = nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.once(self.twice(torch.tanh(self.twice(x))))
+
+
+class InPlace(nn.Module):
+    """Operations that write to what they are given, and a mask of infinite entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.bias, self.other = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(torch.tanh(self.bias[:3]) * x)
+        hidden += self.bias
+        hidden.add_(self.other)
+        masked = hidden.masked_fill(torch.tensor([False, False, True, False]), -torch.inf) + self.other
+        return self.last(masked.softmax(-1))
+
+
+@pytest.mark.parametrize("kind", [Shared, InPlace])
+def test_diagonal_where_care_is_needed(kind: type[nn.Module]):
+    torch.manual_seed(1)
+    model = kind().double()
+    data = (torch.randn(5, 3).double(), torch.randn(5, 1).double())
+    objective = Objective(model, [data], loss_fn=lambda model, batch: F.mse_loss(model(batch[0]), batch[1]))
+    decoupled, hessian = dense(objective)
+    torch.testing.assert_close(decoupled.diagonal(), hessian.diagonal(), rtol=0, atol=1e-12)
+    assert float(decoupled.norm()) < 0.999 * float(hessian.norm())
+
+
+def test_linear_layers_leave_the_gauss_newton_matrix():
+    """With squared error and layers that are (piecewise) linear in their weights, H̃ = JᵀJ · 2/N."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    objective = Objective(model, [(x, y)], loss_fn=lambda model, batch: F.mse_loss(model(batch[0]), batch[1]))
+    decoupled, _ = dense(objective)
+    names = [name for name, _ in model.named_parameters()]
+
+    def outputs(*tensors: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(names, tensors, strict=True)), (x,)).flatten()
+
+    jacobian = torch.autograd.functional.jacobian(outputs, tuple(p.detach() for p in model.parameters()))
+    J = torch.cat([piece.flatten(1) for piece in jacobian], dim=1)
+    torch.testing.assert_close(decoupled, J.T @ J * 2 / 12, rtol=0, atol=1e-12)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward-over-reverse products against dense Hessians, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
+from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
+from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.objective import Objective
+from hf_optimizability.safety import math_attention
+
+
+# Transformers computes the loss of language models in float32.
+PRECISION = {"bert": 1e-10, "vit": 1e-10, "resnet": 1e-10, "gpt2": 1e-6, "llama": 1e-6}
+
+
+def columns(size: int, number: int = 3) -> Tensor:
+    return torch.randn(size, number, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", tiny_models.MODELS)
+def test_columns_are_multiplied_by_the_dense_hessian(name: str):
+    rows = tiny_models.examples(name, 5)
+    model = tiny_models.make(name).eval()
+    [whole] = tiny_models.cut(rows, 5)
+    dense = tiny_models.dense_hessian(model, whole)
+    spent: list[int] = []
+    operator = ForwardOverReverseHessian(Objective(model, tiny_models.cut(rows, 2)), on_products=spent.append)
+    vectors = columns(len(dense))
+    with math_attention():
+        product = operator.matmat(vectors)
+    assert (product - dense @ vectors).norm() <= PRECISION[name] * (dense @ vectors).norm()
+    assert spent == [3]
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_tied_frozen_and_unused_parameters():
+    model = tiny_models.make("gpt2").eval()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.transformer.h[0].requires_grad_(False)
+    model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    objective = Objective(model, tiny_models.cut(tiny_models.examples("gpt2", 3), 3))
+    exact, operator = HessianOperator(objective), ForwardOverReverseHessian(objective)
+    vectors = columns(exact.size)
+    with math_attention():
+        expected, product = exact.matmat(vectors), operator.matmat(vectors)
+    assert (product - expected).norm() <= 1e-6 * expected.norm()
+    assert torch.equal(product[:3], torch.zeros(3, 3))  # a model's own parameters come before those of its modules
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_adapters_of_peft():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny_models.make("bert"), config).double().eval()
+    objective = Objective(model, tiny_models.cut(tiny_models.examples("bert", 5), 3))
+    exact = HessianOperator(objective)
+    vectors = columns(exact.size)
+    assert any("lora_A" in name for name in objective.names) and any("classifier" in name for name in objective.names)
+    with math_attention():
+        expected = exact.matmat(vectors)
+        product = ForwardOverReverseHessian(objective).matmat(vectors)
+    assert (product - expected).norm() <= 1e-10 * expected.norm()
+    difference = CentralDifferenceHessian(objective).matmat(vectors)
+    assert (difference - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_pairs_of_sum_and_count_are_one_mean():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    inputs, labels = columns(7), torch.tensor([0, 1, -100, 1, 0, -100, 1])
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return functional.cross_entropy(model(batch[0]), batch[1], reduction="sum"), (batch[1] != -100).sum()
+
+    whole = ForwardOverReverseHessian(Objective(model, [(inputs, labels)], loss_fn=loss_fn))
+    parts = ForwardOverReverseHessian(Objective(model, [(inputs, labels)], loss_fn=loss_fn).cut(3))
+    vectors = columns(8)
+    assert torch.allclose(parts.matmat(vectors), whole.matmat(vectors), rtol=1e-12, atol=0)
+
+
+def test_attention_without_forward_mode_is_refused():
+    model = tiny_models.make("bert").eval()
+    operator = ForwardOverReverseHessian(Objective(model, tiny_models.cut(tiny_models.examples("bert", 2), 2)))
+    with pytest.raises(RuntimeError, match="forward AD"):
+        operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+
+
+def test_custom_functions_without_forward_mode_are_refused():
+    def loss_fn(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+        return tiny_models.OnceDifferentiable.apply(model(batch[0])).square().mean()
+
+    operator = ForwardOverReverseHessian(Objective(nn.Linear(2, 2), [(torch.ones(1, 2),)], loss_fn=loss_fn))
+    with pytest.raises(RuntimeError):
+        operator.matvec(torch.ones(6))
+
+
+def test_a_product_that_is_not_finite_is_refused():
+    point = nn.ParameterDict({"x": torch.zeros(2)})
+    objective = Objective(point, [(torch.ones(1),)], loss_fn=lambda model, batch: model["x"].abs().pow(1.5).sum())
+    with pytest.raises(FloatingPointError, match="not finite"):
+        ForwardOverReverseHessian(objective).matvec(torch.ones(2))

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Gauss-Newton matrix against JᵀH_ℓJ from dense Jacobians, and what it refuses."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import BertForQuestionAnswering
+
+from hf_optimizability.curvature import gauss_newton
+from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace
+from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.objective import Objective
+from hf_optimizability.safety import math_attention
+
+
+NAMES = ["bert", "vit", "resnet", "gpt2"]
+PRECISION = {"bert": 1e-10, "vit": 1e-10, "resnet": 1e-10, "gpt2": 1e-6}  # the last computes its loss in float32
+EXAMPLES = 5
+
+
+def columns(size: int, number: int = 3) -> Tensor:
+    return torch.randn(size, number, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@cache
+def dense(name: str) -> Tensor:
+    """`JᵀH_ℓJ` of the mean over all labels that count: H_ℓ = diag(p) − ppᵀ for each, as on paper."""
+    model = tiny_models.make(name).eval()
+    [batch] = tiny_models.cut(tiny_models.examples(name, EXAMPLES), EXAMPLES)
+    named = {key: parameter.detach() for key, parameter in model.named_parameters()}
+    labels = batch.pop("labels")
+
+    def logits(*tensors: Tensor) -> Tensor:
+        output = functional_call(model, dict(zip(named, tensors, strict=True)), kwargs=batch).logits
+        if name == "gpt2":
+            return output[:, :-1][labels[:, 1:] != -100]
+        return output
+
+    with sdpa_kernel(SDPBackend.MATH):
+        pieces = torch.autograd.functional.jacobian(logits, tuple(named.values()))
+    jacobian = torch.cat([piece.flatten(2) for piece in pieces], dim=2)
+    p = logits(*named.values()).softmax(dim=1)
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("icn,icd,idm->nm", jacobian, curvature, jacobian) / len(p)
+
+
+def objective(name: str, size: int = 2) -> Objective:
+    return Objective(tiny_models.make(name).eval(), tiny_models.cut(tiny_models.examples(name, EXAMPLES), size))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_columns_are_multiplied_by_the_dense_matrix(name: str):
+    spent: list[int] = []
+    operator = GaussNewtonOperator(objective(name), on_products=spent.append)
+    vectors = columns(operator.size)
+    expected = dense(name) @ vectors
+    with math_attention():
+        assert (operator.matmat(vectors) - expected).norm() <= PRECISION[name] * expected.norm()
+    assert spent == [3]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_traces(name: str):
+    lossy = objective(name)
+    size = sum(parameter.numel() for parameter in lossy.parameters)
+    segments = [[slice(0, 7), slice(50, size)], [slice(7, 50)]]
+    with math_attention():
+        total, parts = gauss_newton_trace(lossy, segments)
+    diagonal = dense(name).diagonal().numpy()
+    expected = [diagonal[:7].sum() + diagonal[50:].sum(), diagonal[7:50].sum()]
+    assert [part.value for part in parts] == pytest.approx(expected, rel=PRECISION[name])
+    assert total.value == pytest.approx(sum(expected), rel=PRECISION[name])
+    assert total.converged and total.std_error == 0 and total.low == total.high == total.value
+
+
+def test_it_is_positive_semidefinite_where_the_hessian_is_not():
+    whole = objective("vit", EXAMPLES)
+    unit_vectors = torch.eye(sum(parameter.numel() for parameter in whole.parameters), dtype=torch.float64)
+    with math_attention():
+        matrix = GaussNewtonOperator(whole).matmat(unit_vectors).numpy()
+        hessian = HessianOperator(whole).matmat(unit_vectors).numpy()
+    assert np.abs(matrix - matrix.T).max() <= 1e-14
+    eigenvalues = np.linalg.eigvalsh(matrix)
+    assert eigenvalues[0] >= -1e-13 * eigenvalues[-1]
+    assert np.linalg.eigvalsh(hessian)[0] < -0.01 * eigenvalues[-1]
+
+
+LOSSES = {
+    "cross-entropy": lambda z, y: functional.cross_entropy(z, y),
+    "smoothed": lambda z, y: functional.cross_entropy(z, y, label_smoothing=0.1),
+    "squared error": lambda z, y: functional.mse_loss(z, functional.one_hot(y, 3).double()),
+    "fourth powers": lambda z, y: (z**4).sum(dim=1).mean(),
+    "cosines, not convex": lambda z, y: (2 * z).cos().sum(dim=1).mean(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_of_a_linear_model_it_is_the_hessian(loss):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, dtype=torch.float64)
+    batch = (columns(20).reshape(15, 4), torch.arange(15) % 3)
+    linear = Objective(model, [batch], loss_fn=lambda model, batch: loss(model(batch[0]), batch[1]))
+    vectors = columns(15)
+    hessian = HessianOperator(linear)
+    assert torch.allclose(GaussNewtonOperator(linear).matmat(vectors), hessian.matmat(vectors), rtol=1e-10)
+    trace = torch.trace(hessian.matmat(torch.eye(15, dtype=torch.float64)))
+    assert gauss_newton_trace(linear, [[slice(0, 15)]])[0].value == pytest.approx(float(trace), rel=1e-12)
+
+
+def test_a_loss_without_curvature_gives_zero():
+    model = nn.Linear(4, 3, dtype=torch.float64)
+    linear = Objective(model, [(columns(4, 2).T,)], loss_fn=lambda model, batch: model(batch[0]).mean())
+    assert torch.equal(GaussNewtonOperator(linear).matmat(columns(15)), torch.zeros(15, 3))
+    assert gauss_newton_trace(linear, [[slice(0, 15)]])[0].value == 0
+
+
+def test_question_answering_has_two_outputs():
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(tiny_models.bert(num_labels=2).config).double().eval()
+    positions = torch.tensor([0, 3, 5])
+    inputs = {"input_ids": torch.arange(18).reshape(3, 6) % 13}
+    answers = {"start_positions": positions, "end_positions": positions.flip(0)}
+    whole = Objective(model, [{**inputs, **answers}])
+    named = {key: parameter.detach() for key, parameter in model.named_parameters()}
+
+    def logits(*tensors: Tensor) -> Tensor:
+        output = functional_call(model, dict(zip(named, tensors, strict=True)), kwargs=inputs)
+        return torch.stack([output.start_logits, output.end_logits])
+
+    with sdpa_kernel(SDPBackend.MATH):
+        pieces = torch.autograd.functional.jacobian(logits, tuple(named.values()))
+    jacobian = torch.cat([piece.flatten(3) for piece in pieces], dim=3).flatten(0, 1)
+    p = logits(*named.values()).softmax(dim=2).flatten(0, 1)
+    curvature = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]) / 6  # a mean of two losses, of three examples
+    expected = torch.einsum("icn,icd,idm->nm", jacobian, curvature, jacobian)
+    vectors = columns(len(expected))
+    with math_attention():
+        product = GaussNewtonOperator(whole).matmat(vectors)
+        trace = gauss_newton_trace(whole, [[slice(0, len(expected))]])[0].value
+    assert (product - expected @ vectors).norm() <= 1e-10 * (expected @ vectors).norm()
+    assert trace == pytest.approx(float(expected.trace()), rel=1e-10)
+
+
+def test_frozen_and_unused_parameters():
+    model = tiny_models.make("vit").eval()
+    model.vit.embeddings.requires_grad_(False)
+    model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    operator = GaussNewtonOperator(Objective(model, tiny_models.cut(tiny_models.examples("vit", EXAMPLES), 2)))
+    named = dict(tiny_models.make("vit").named_parameters())
+    kept = torch.cat([torch.full((p.numel(),), "embeddings" not in name) for name, p in named.items()])
+    vectors = columns(operator.size)
+    assert operator.size == kept.sum() + 3
+    with math_attention():
+        product = operator.matmat(vectors)
+    assert torch.equal(product[:3], torch.zeros(3, 3))
+    assert torch.allclose(product[3:], dense("vit")[kept][:, kept] @ vectors[3:], rtol=1e-9, atol=1e-12)
+
+
+def test_adapters_of_peft():
+    """They reach the logits by the module that they wrap: the matrix of the whole model, pulled back to A and B."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny_models.make("bert"), config).double().eval()
+    [batch] = tiny_models.cut(tiny_models.examples("bert", EXAMPLES), EXAMPLES)
+    adapted = Objective(model, [batch])
+    inputs = {"input_ids": batch["input_ids"]}
+
+    def logits(*tensors: Tensor) -> Tensor:
+        return functional_call(model, dict(zip(adapted.names, tensors, strict=True)), kwargs=inputs).logits
+
+    point = tuple(parameter.detach() for parameter in adapted.parameters)
+    with math_attention():
+        pieces = torch.autograd.functional.jacobian(logits, point)
+        jacobian = torch.cat([piece.flatten(2) for piece in pieces], dim=2)
+        p = logits(*point).softmax(dim=1)
+        curvature = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]) / EXAMPLES
+        expected = torch.einsum("icn,icd,idm->nm", jacobian, curvature, jacobian)
+        product = GaussNewtonOperator(adapted).matmat(torch.eye(len(expected), dtype=torch.float64)[:, :20])
+        trace, _ = gauss_newton_trace(adapted, [[slice(0, len(expected))]])
+    assert torch.allclose(product, expected[:, :20], rtol=1e-9, atol=1e-13)
+    assert trace.value == pytest.approx(float(expected.trace()), rel=1e-10)
+
+
+class TestRefusals:
+    def test_a_penalty_on_the_weights(self):
+        def loss_fn(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+            return model(batch[0]).square().mean() + 0.01 * model.weight.square().sum()
+
+        penalized = Objective(nn.Linear(2, 2), [(torch.ones(1, 2),)], loss_fn=loss_fn)
+        with pytest.raises(ValueError, match="otherwise than through"):
+            GaussNewtonOperator(penalized).matvec(torch.ones(6))
+        with pytest.raises(ValueError, match="otherwise than through"):
+            gauss_newton_trace(penalized, [[slice(0, 6)]])
+
+    def test_a_loss_of_hidden_states(self):
+        def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return model(**batch, output_hidden_states=True).hidden_states[-1].square().mean()
+
+        hidden = Objective(tiny_models.make("bert").eval(), objective("bert").batches, loss_fn=loss_fn)
+        operator = GaussNewtonOperator(hidden)
+        with pytest.raises(ValueError, match="otherwise than through"):
+            operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+
+    def test_a_model_that_is_not_called(self):
+        def loss_fn(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+            return functional.linear(batch[0], model.weight).square().mean()
+
+        operator = GaussNewtonOperator(Objective(nn.Linear(2, 2), [(torch.ones(1, 2),)], loss_fn=loss_fn))
+        with pytest.raises(ValueError, match="does not call the model"):
+            operator.matvec(torch.ones(6))
+
+    def test_outputs_without_logits(self):
+        model = tiny_models.make("bert").bert.eval()
+        batches = [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]
+        loss_fn = lambda model, batch: model(**batch).last_hidden_state.square().mean()  # noqa: E731
+        operator = GaussNewtonOperator(Objective(model, batches, loss_fn=loss_fn))
+        with pytest.raises(ValueError, match="without logits"):
+            operator.matvec(torch.ones(operator.size, dtype=torch.float64))
+
+    def test_functions_that_are_once_differentiable(self):
+        def loss_fn(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+            return tiny_models.OnceDifferentiable.apply(model(batch[0])).square().mean()
+
+        once = Objective(nn.Linear(2, 2), [(torch.ones(1, 2),)], loss_fn=loss_fn)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            GaussNewtonOperator(once).matvec(torch.ones(6))
+
+    def test_an_exact_trace_of_too_many_outputs_of_an_example(self, monkeypatch: pytest.MonkeyPatch):
+        batch = (torch.ones(5, 1),)
+        wide = Objective(nn.Linear(1, 4), [batch], loss_fn=lambda model, batch: model(batch[0]).square().mean())
+        monkeypatch.setattr(gauss_newton, "MAX_OUTPUTS", 4)
+        gauss_newton_trace(wide, [[slice(0, 8)]])
+        monkeypatch.setattr(gauss_newton, "MAX_OUTPUTS", 3)
+        with pytest.raises(ValueError, match=r"4 outputs.*hutchinson"):
+            gauss_newton_trace(wide, [[slice(0, 8)]])

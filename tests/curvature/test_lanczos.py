@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanczos on matrices whose spectrum is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import scipy.fft
+import torch
+from torch import Tensor
+
+from hf_optimizability.curvature import lanczos as module
+from hf_optimizability.curvature.estimates import Estimate, HessianEstimates
+from hf_optimizability.curvature.lanczos import LanczosRun, lanczos, lanczos_by_segment
+from hf_optimizability.curvature.operators import DenseOperator, SymmetricOperator
+
+
+TOP, BOTTOM = [9.0, 5.0, 3.0], [-6.0, -2.0, -1.0]
+
+
+def matrix(eigenvalues: np.ndarray, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """A symmetric matrix with the given eigenvalues and random eigenvectors."""
+    basis, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(eigenvalues), len(eigenvalues))))
+    return torch.from_numpy((basis * eigenvalues) @ basis.T).to(dtype)
+
+
+def network_like(size: int = 300) -> np.ndarray:
+    """A few outliers at both ends and a bulk near zero, as Hessians of networks have them."""
+    return np.sort(np.concatenate([TOP, BOTTOM, np.random.default_rng(1).normal(size=size - 6) / 50]))
+
+
+def slow(size: int = 600) -> np.ndarray:
+    """Ends that are close to their neighbours."""
+    bulk = np.random.default_rng(1).normal(size=size - 25) / 3
+    return np.sort(np.concatenate([np.linspace(3, 10, 15), np.linspace(-5, -2, 10), bulk]))
+
+
+class DiagonalOperator(SymmetricOperator):
+    """A large matrix of known eigenvalues."""
+
+    def __init__(self, eigenvalues: np.ndarray):
+        self._diagonal = torch.from_numpy(eigenvalues)
+        self.size, self.dtype, self.device = len(eigenvalues), torch.float64, torch.device("cpu")
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return self._diagonal[:, None] * vectors
+
+
+class Counting(DenseOperator):
+    """A dense matrix that keeps what it multiplied."""
+
+    def __init__(self, dense: Tensor):
+        super().__init__(dense)
+        self.multiplied: list[Tensor] = []
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        self.multiplied.append(vectors.clone())
+        return super().matmat(vectors)
+
+
+def spectrum_of(run: LanczosRun) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(run.spectrum.ritz_values), np.array(run.spectrum.ritz_weights)
+
+
+class Rotated(SymmetricOperator):
+    """A large matrix of known eigenvalues and eigenvectors without structure (cosine transforms with random signs).
+
+    `angle` turns each eigenvector towards its neighbour in the spectrum, and towards a random other one.
+    """
+
+    def __init__(self, eigenvalues: np.ndarray, *, angle: float = 0.0):
+        self.size, self.dtype, self.device = len(eigenvalues), torch.float64, torch.device("cpu")
+        self._eigenvalues, self._angle = eigenvalues, angle
+        rng = np.random.default_rng(7)
+        self._signs = rng.choice([-1.0, 1.0], size=(2, self.size, 1))
+        self._pairings = [np.arange(self.size).reshape(-1, 2), rng.permutation(self.size).reshape(-1, 2)]
+
+    def eigenvectors(self, indices: list[int]) -> Tensor:
+        return torch.from_numpy(self._from_eigenbasis(np.eye(self.size)[:, indices]).T.copy())
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        coordinates = self._into_eigenbasis(vectors.numpy())
+        return torch.from_numpy(self._from_eigenbasis(self._eigenvalues[:, None] * coordinates))
+
+    def _from_eigenbasis(self, columns: np.ndarray) -> np.ndarray:
+        columns = self._signs[0] * self._turned(self._turned(columns, 0, self._angle), 1, self._angle)
+        columns = self._signs[1] * scipy.fft.dct(columns, axis=0, norm="ortho")
+        return scipy.fft.dct(columns, axis=0, norm="ortho")
+
+    def _into_eigenbasis(self, columns: np.ndarray) -> np.ndarray:
+        columns = self._signs[1] * scipy.fft.idct(columns, axis=0, norm="ortho")
+        columns = self._signs[0] * scipy.fft.idct(columns, axis=0, norm="ortho")
+        return self._turned(self._turned(columns, 1, -self._angle), 0, -self._angle)
+
+    def _turned(self, columns: np.ndarray, pairing: int, angle: float) -> np.ndarray:
+        first, second = self._pairings[pairing].T
+        turned = np.empty_like(columns)
+        turned[first] = np.cos(angle) * columns[first] - np.sin(angle) * columns[second]
+        turned[second] = np.sin(angle) * columns[first] + np.cos(angle) * columns[second]
+        return turned
+
+
+def outliers_and_bulk(kind: str, size: int = 2000) -> np.ndarray:
+    """Outliers in a geometric row or evenly spaced, the largest at 0, the smallest at 14, and a normal bulk."""
+    bulk = np.random.default_rng(0).normal(size=size - 24)
+    if kind == "geometric":
+        return np.concatenate([np.geomspace(9, 0.5, 14), -np.geomspace(5.9, 0.5, 10), bulk / 20])
+    return np.concatenate([np.linspace(10, 3, 14), np.linspace(-5, -2, 10), bulk / 3])
+
+
+class TestEnds:
+    @pytest.mark.parametrize("starts", [1, 3])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_bounds_hold_at_every_number_of_steps(self, dtype: torch.dtype, starts: int):
+        eigenvalues = network_like()
+        operator = DenseOperator(matrix(eigenvalues, dtype=dtype))
+        rounding = 9 * torch.finfo(dtype).eps
+        for products in range(starts, 25, starts):
+            run = lanczos(operator, tolerance=1e-9, max_hvps=products, seed=0, starts=starts)
+            for estimate in (run.lambda_max, run.lambda_min):
+                distance = np.abs(eigenvalues - estimate.value).min()
+                assert distance <= estimate.residual + rounding
+                assert estimate.low <= estimate.value <= estimate.high
+            assert run.lambda_max.hvps == run.hvps == len(run.nodes) <= products
+            assert run.lambda_min.value >= -6 - 10 * rounding and run.lambda_max.value <= 9 + 10 * rounding
+
+    def test_stops_by_its_tolerance(self):
+        operator = DenseOperator(matrix(network_like()))
+        spent = []
+        for tolerance in (0.1, 1e-3, 1e-8):
+            run = lanczos(operator, tolerance=tolerance, max_hvps=200, seed=0)
+            assert run.lambda_max.converged and run.lambda_min.converged
+            assert run.lambda_max.residual <= tolerance * 9 and run.lambda_min.residual <= tolerance * 6
+            spent.append(run.hvps)
+        assert spent[0] < spent[1] < spent[2] < 100
+
+    def test_says_when_it_did_not_converge(self):
+        run = lanczos(DenseOperator(matrix(network_like())), tolerance=1e-6, max_hvps=5, seed=0)
+        assert not run.lambda_max.converged and run.hvps == 5
+
+    def test_a_small_end_is_not_taken_for_converged_too_soon(self):
+        """λ_max = 60 beside λ_min = −480, the rest 0: at first the upper Ritz value is small, as is its residual."""
+        operator = DiagonalOperator(np.concatenate([[-480.0, 60.0], np.zeros(2000)]))
+        run = lanczos(operator, tolerance=0.05, max_hvps=50, seed=3)
+        assert run.lambda_max.value == pytest.approx(60, rel=0.05)
+
+    @pytest.mark.parametrize("steps", range(2, 14))
+    def test_the_bulk_near_zero_is_not_taken_for_the_smallest_eigenvalue(self, steps: int):
+        """λ_min = −500 is small beside λ_max = 80000, so for some steps the lower Ritz value is near 0."""
+        bulk = np.random.default_rng(0).normal(size=20_000)
+        operator = DiagonalOperator(np.concatenate([[8e4, 3e4, 4e3, -500.0], bulk]))
+        estimate = lanczos(operator, tolerance=0.05, max_hvps=steps, seed=0).lambda_min
+        assert estimate.converged == (abs(estimate.value + 500) < 25)
+
+    @pytest.mark.parametrize("eigenvalues", [np.zeros(7), np.full(7, -2.5), np.array([3.0])])
+    @pytest.mark.parametrize("starts", [1, 2])
+    def test_ends_when_the_krylov_space_is_exhausted(self, eigenvalues: np.ndarray, starts: int):
+        run = lanczos(DenseOperator(matrix(eigenvalues)), tolerance=1e-6, max_hvps=50, seed=0, starts=starts)
+        assert run.hvps <= 2 and run.lambda_max.converged
+        assert run.lambda_max.value == pytest.approx(eigenvalues[0], abs=1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_a_small_matrix_is_solved_by_more_starts_than_rows(self, dtype: torch.dtype):
+        eigenvalues = np.array([-2.0, 1.0, 4.0])
+        operator = DenseOperator(matrix(eigenvalues, dtype=dtype))
+        run = lanczos(operator, tolerance=1e-6, max_hvps=8, seed=1, starts=5)
+        assert run.nodes == pytest.approx(eigenvalues, abs=1e-5)
+        assert run.weights.shape == (5, 3) and run.weights.sum(axis=1) == pytest.approx(np.ones(5), rel=1e-6)
+
+    def test_same_seed_same_numbers(self):
+        operator = DenseOperator(matrix(network_like()))
+        first, again, other = (lanczos(operator, tolerance=0.1, max_hvps=8, seed=seed, starts=2) for seed in (0, 0, 1))
+        assert first.spectrum == again.spectrum != other.spectrum
+
+    def test_arguments_that_leave_no_room(self):
+        operator = DenseOperator(matrix(network_like()))
+        with pytest.raises(ValueError, match="max_hvps"):
+            lanczos(operator, tolerance=0.1, max_hvps=3, seed=0, starts=4)
+        with pytest.raises(ValueError, match="max_basis"):
+            lanczos(operator, tolerance=0.1, max_hvps=30, seed=0, starts=2, num_eigenvalues=2, max_basis=7)
+
+
+class TestRitzPairs:
+    @pytest.mark.parametrize("starts", [1, 4])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_several_at_both_ends(self, dtype: torch.dtype, starts: int):
+        dense = matrix(network_like(), dtype=dtype)
+        run = lanczos(DenseOperator(dense), tolerance=1e-4, max_hvps=200, seed=0, num_eigenvalues=3, starts=starts)
+        ends = [*run.spectrum.top, *run.spectrum.bottom]
+        assert [end.value for end in ends] == pytest.approx([*TOP, *BOTTOM], rel=1e-6)
+        assert all(end.converged and end.residual <= 1e-4 * abs(end.value) for end in ends)
+        vectors = run.ritz_vectors([-1, -2, -3, 0, 1, 2]).double()
+        precision = 3e-4 if dtype == torch.float32 else 1e-8
+        assert torch.allclose(vectors @ vectors.T, torch.eye(6, dtype=torch.float64), atol=precision)
+        for end, vector in zip(ends, vectors, strict=True):
+            residual = float((dense.double() @ vector - end.value * vector).norm())
+            assert residual <= end.residual + 10 * precision
+
+    def test_the_residual_is_the_real_one(self):
+        dense = matrix(network_like())
+        for products in (4, 6, 8):
+            run = lanczos(DenseOperator(dense), tolerance=1e-9, max_hvps=products, seed=0, starts=2)
+            [vector] = run.ritz_vectors([0])
+            residual = float((dense @ vector - run.lambda_min.value * vector).norm())
+            assert run.lambda_min.residual == pytest.approx(residual, rel=1e-6)
+            assert residual > 1e-6  # so that there is something to compare
+
+    @pytest.mark.parametrize("max_basis", [None, 12])
+    def test_products_with_ritz_vectors_come_for_free(self, max_basis: int | None):
+        dense = matrix(slow())
+        run = lanczos(DenseOperator(dense), tolerance=1e-9, max_hvps=40, seed=0, starts=2, max_basis=max_basis)
+        vectors = run.ritz_vectors([-1, 0, 1])
+        assert torch.allclose(run.ritz_products([-1, 0, 1]), vectors @ dense, atol=1e-10)
+
+    def test_probes_and_their_products_come_for_free(self):
+        operator = Counting(matrix(network_like()))
+        run = lanczos(operator, tolerance=1e-9, max_hvps=3, seed=0, starts=3)
+        probes, products = run.probes()
+        assert torch.allclose(probes.abs(), torch.ones(3, 300, dtype=torch.float64), atol=1e-12)
+        assert torch.allclose(products, probes @ matrix(network_like()), atol=1e-10)
+        assert len(operator.multiplied) == 1
+
+    def test_several_starts_see_a_multiple_eigenvalue(self):
+        eigenvalues = np.concatenate([[7.0, 7.0, 2.0], np.random.default_rng(0).normal(size=200) / 9])
+        operator = DenseOperator(matrix(eigenvalues))
+        for starts, second in ((1, 2.0), (2, 7.0)):
+            run = lanczos(operator, tolerance=1e-6, max_hvps=12 * starts, seed=0, num_eigenvalues=2, starts=starts)
+            assert run.spectrum.top[1].value == pytest.approx(second, rel=1e-6)
+
+    def test_survive_json(self):
+        run = lanczos(DenseOperator(matrix(network_like())), tolerance=1e-2, max_hvps=30, seed=0, num_eigenvalues=2)
+        trace = Estimate(1.0, 0.5, 1.5, method="hutchinson", hvps=4, converged=False, std_error=0.2)
+        estimates = HessianEstimates(trace=trace, **vars(run.spectrum))
+        assert HessianEstimates.from_dict(json.loads(json.dumps(asdict(estimates)))) == estimates
+
+
+class TestBasis:
+    @pytest.mark.parametrize("starts", [1, 4])
+    def test_stays_orthogonal(self, starts: int):
+        """Without reorthogonalization, found eigenvalues come back as copies once they have converged."""
+        operator = DenseOperator(matrix(network_like(), dtype=torch.float32))
+        run = lanczos(operator, tolerance=1e-30, max_hvps=120, seed=0, starts=starts, num_eigenvalues=50)
+        assert np.sum(np.abs(run.nodes - 9) < 0.01) == 1
+        assert np.sum(np.abs(run.nodes + 6) < 0.01) == 1
+        basis = run.ritz_vectors(range(120)).double()
+        assert float((basis @ basis.T - torch.eye(120, dtype=torch.float64)).abs().max()) < 1e-3
+
+    def test_stays_orthogonal_where_the_starts_are_nearly_parallel_after_a_step(self):
+        """One eigenvalue is so large that every product points along its vector."""
+        eigenvalues = np.concatenate([[1.0], 1e-8 * np.random.default_rng(0).normal(size=299)])
+        operator = DenseOperator(matrix(eigenvalues))
+        run = lanczos(operator, tolerance=1e-30, max_hvps=12, seed=0, starts=3, num_eigenvalues=6)
+        basis = run.ritz_vectors(range(12)).double()
+        assert float((basis @ basis.T - torch.eye(12, dtype=torch.float64)).abs().max()) < 1e-6
+
+    @pytest.mark.parametrize("starts", [1, 2])
+    def test_restarts_reach_the_same_tolerance(self, starts: int, monkeypatch: pytest.MonkeyPatch):
+        restarts = []
+        restart = module._Krylov.restart
+        monkeypatch.setattr(
+            module._Krylov, "restart", lambda self, *, keep: (restart(self, keep=keep), restarts.append(keep))
+        )
+        dense = matrix(slow())
+        options = {"tolerance": 1e-5, "max_hvps": 400, "seed": 0, "starts": starts, "num_eigenvalues": 2}
+        whole = lanczos(DenseOperator(dense), **options)
+        assert not restarts
+        run = lanczos(DenseOperator(dense), max_basis=12, **options)
+        assert len(restarts) >= 3 and len(run.ritz_vectors(range(4))) == 4
+        assert len(run._krylov.basis) <= 12
+        expected = np.linalg.eigvalsh(dense.numpy())
+        for ends, values in ((run.spectrum.top, expected[:-3:-1]), (run.spectrum.bottom, expected[:2])):
+            assert [end.value for end in ends] == pytest.approx(values, abs=1e-8)
+            assert all(end.converged and end.residual <= 1e-5 * abs(end.value) for end in ends)
+        assert whole.hvps < run.hvps < 4 * whole.hvps
+        for vector, value in zip(run.ritz_vectors([-1, 0]), expected[[-1, 0]], strict=True):
+            assert float((dense @ vector - value * vector).norm()) <= 2e-4
+
+    def test_a_restarted_run_keeps_its_first_quadrature_but_not_its_starts(self):
+        dense = matrix(slow())
+        run = lanczos(DenseOperator(dense), tolerance=1e-5, max_hvps=100, seed=0, max_basis=12)
+        same = lanczos(DenseOperator(dense), tolerance=1e-5, max_hvps=12, seed=0)
+        assert run.spectrum.ritz_values == same.spectrum.ritz_values
+        assert run.spectrum.ritz_weights == same.spectrum.ritz_weights
+        with pytest.raises(ValueError, match="max_basis"):
+            run.probes()
+
+    def test_may_lie_on_another_device(self):
+        operator = DenseOperator(matrix(network_like()))
+        here = lanczos(operator, tolerance=1e-4, max_hvps=30, seed=0)
+        there = lanczos(operator, tolerance=1e-4, max_hvps=30, seed=0, basis_device=torch.device("cpu"))
+        assert here.spectrum == there.spectrum
+
+    def test_a_basis_on_the_cpu_meets_the_operator_in_products_only(self):
+        """A device that refuses to mix stands in for an accelerator: its vectors come and go by `.to`."""
+        meta = torch.device("meta")
+        dense = matrix(network_like())
+
+        class Elsewhere(DenseOperator):
+            def matmat(self, vectors: Tensor) -> Tensor:
+                assert vectors.device == meta
+                raise NotImplementedError
+
+        operator = Elsewhere(dense)
+        operator.device = meta
+        with pytest.raises(NotImplementedError):
+            lanczos(operator, tolerance=1e-4, max_hvps=30, seed=0, basis_device=torch.device("cpu"))
+
+
+class TestQuadrature:
+    def test_one_start(self):
+        run = lanczos(DenseOperator(matrix(network_like())), tolerance=1e-30, max_hvps=20, seed=0)
+        values, weights = spectrum_of(run)
+        signs = torch.randint(0, 2, (300,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+        start = signs.double() * 2 - 1
+        moment = start @ matrix(network_like()) @ start / 300
+        assert weights.sum() == pytest.approx(1, rel=1e-12)
+        assert weights @ values == pytest.approx(float(moment), rel=1e-10)
+
+    @pytest.mark.parametrize("starts", [1, 3])
+    def test_is_exact_to_its_degree(self, starts: int):
+        """vᵀAᵖv / n for every start and p < 2 · steps, and no further."""
+        dense, steps = matrix(network_like()), 4
+        run = lanczos(DenseOperator(dense), tolerance=1e-30, max_hvps=starts * steps, seed=0, starts=starts)
+        probes, powers = run.probes()
+        for degree in range(1, 2 * steps):
+            moments = (probes * powers).mean(dim=1).numpy()
+            assert run.weights @ run.nodes**degree == pytest.approx(moments, rel=1e-9)
+            powers = powers @ dense
+        moments = (probes * powers).mean(dim=1).numpy()
+        assert run.weights @ run.nodes ** (2 * steps) != pytest.approx(moments, rel=1e-9)
+
+
+def drifted(kind: str, seed: int) -> tuple[Tensor, np.ndarray, Rotated]:
+    """Ritz vectors of a matrix, and one whose eigenvectors are turned by 7 %, its eigenvalues up by 10 to 30 %."""
+    eigenvalues = outliers_and_bulk(kind)
+    old = lanczos(Rotated(eigenvalues), tolerance=1e-2, max_hvps=100, seed=9)
+    later = eigenvalues * np.random.default_rng(seed).uniform(1.1, 1.3, size=len(eigenvalues))
+    return old.ritz_vectors([-1, 0]), later, Rotated(later, angle=0.07)
+
+
+def products_for_small_residuals(operator: Rotated, seed: int, warm_start: Tensor | None) -> int:
+    """How many it takes until the residuals at both ends are 1 %, whatever else convergence asks for."""
+    for products in range(2, 100):
+        run = lanczos(operator, tolerance=1e-2, max_hvps=products, seed=seed, warm_start=warm_start)
+        if all(end.residual <= 1e-2 * abs(end.value) for end in (run.lambda_max, run.lambda_min)):
+            return products
+    raise AssertionError
+
+
+@pytest.mark.parametrize("kind", ["geometric", "even"])
+class TestWarmStart:
+    def test_gets_to_the_same_residuals_with_about_half_of_the_products(self, kind: str):
+        spent = []
+        for seed in range(4):
+            warm_start, _, operator = drifted(kind, seed)
+            spent.append([products_for_small_residuals(operator, seed, start) for start in (None, warm_start)])
+        cold, warm = np.sum(spent, axis=0)
+        assert warm <= 0.6 * cold
+
+    def test_converges_to_the_ends(self, kind: str):
+        for seed in range(4):
+            warm_start, eigenvalues, operator = drifted(kind, seed)
+            cold = lanczos(operator, tolerance=1e-3, max_hvps=100, seed=seed)
+            warm = lanczos(operator, tolerance=1e-3, max_hvps=100, seed=seed, warm_start=warm_start)
+            assert warm.hvps <= cold.hvps and warm.lambda_max.converged and warm.lambda_min.converged
+            assert warm.lambda_max.value == pytest.approx(eigenvalues.max(), rel=1e-3)
+            assert warm.lambda_min.value == pytest.approx(eigenvalues.min(), rel=1e-3)
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_does_not_miss_an_eigenvalue_that_its_vectors_know_nothing_of(self, kind: str, sign: int):
+        """The old vectors are exact eigenvectors still, orthogonal to the new outlier: their residual is 0 at once."""
+        eigenvalues = outliers_and_bulk(kind)
+        old = Rotated(eigenvalues).eigenvectors([0, 14])
+        eigenvalues[1000] = 1.3 * (eigenvalues.max() if sign == 1 else eigenvalues.min())
+        for seed in range(10):
+            run = lanczos(Rotated(eigenvalues), tolerance=1e-2, max_hvps=100, seed=seed, warm_start=old)
+            end = run.lambda_max if sign == 1 else run.lambda_min
+            assert end.converged and end.value == pytest.approx(eigenvalues[1000], rel=1e-2)
+
+    def test_vectors_of_no_use_do_no_harm(self, kind: str):
+        eigenvalues = outliers_and_bulk(kind)
+        inner = Rotated(eigenvalues).eigenvectors([500, 600])
+        run = lanczos(Rotated(eigenvalues), tolerance=1e-2, max_hvps=100, seed=0, warm_start=inner)
+        assert run.lambda_max.value == pytest.approx(eigenvalues.max(), rel=1e-3)
+        assert run.lambda_min.value == pytest.approx(eigenvalues.min(), rel=1e-3)
+
+    def test_leaves_the_other_starts_random(self, kind: str):
+        warm_start, _, operator = drifted(kind, 0)
+        alone = lanczos(operator, tolerance=1e-2, max_hvps=100, seed=0, warm_start=warm_start)
+        assert alone.weights.shape == (0, len(alone.nodes))
+        assert alone.spectrum.ritz_values == alone.spectrum.ritz_weights == ()
+        run = lanczos(operator, tolerance=1e-2, max_hvps=100, seed=0, starts=3, warm_start=warm_start)
+        probes, products = run.probes()
+        assert torch.allclose(probes.abs(), torch.ones(2, operator.size, dtype=torch.float64), atol=1e-10)
+        assert torch.allclose(products, operator.matmat(probes.T).T, atol=1e-8)
+        assert run.weights @ run.nodes == pytest.approx((probes * products).mean(dim=1).numpy(), rel=1e-10)
+        assert run.weights.sum(axis=1) == pytest.approx(np.ones(2), rel=1e-12)
+
+
+class TestBySegment:
+    SEGMENTS = ([slice(0, 40), slice(90, 150)], [slice(40, 90)], [slice(150, 153)])
+
+    def blocks(self) -> list[Tensor]:
+        rng = np.random.default_rng(3)
+        spectra = [
+            np.concatenate([[9.0, 5.0, -3.0], rng.normal(size=97) / 20]),
+            np.concatenate([[0.2, -0.7], rng.normal(size=48) / 50]),
+            np.array([40.0, 41.0, 50.0]),
+        ]
+        return [matrix(spectrum, seed=seed) for seed, spectrum in enumerate(spectra)]
+
+    def operator(self) -> Counting:
+        dense = torch.zeros(153, 153, dtype=torch.float64)
+        for segment, block in zip(self.SEGMENTS, self.blocks(), strict=True):
+            rows = torch.cat([torch.arange(153)[part] for part in segment])
+            dense[rows[:, None], rows] = block
+        return Counting(dense)
+
+    def test_finds_the_ends_of_every_block(self):
+        operator = self.operator()
+        found = lanczos_by_segment(operator, self.SEGMENTS, tolerance=1e-6, max_hvps=60, seed=0)
+        for spectrum, block in zip(found, self.blocks(), strict=True):
+            eigenvalues = np.linalg.eigvalsh(block.numpy())
+            assert spectrum.lambda_max.converged and spectrum.lambda_min.converged
+            assert spectrum.lambda_max.value == pytest.approx(eigenvalues[-1], rel=1e-9)
+            assert spectrum.lambda_min.value == pytest.approx(eigenvalues[0], rel=1e-9)
+            assert spectrum.lambda_max.hvps == len(operator.multiplied) < 40
+            assert sum(spectrum.ritz_weights) == pytest.approx(1, rel=1e-10)
+
+    def test_a_block_that_is_done_gets_zeros(self):
+        operator = self.operator()
+        found = lanczos_by_segment(operator, self.SEGMENTS, tolerance=1e-6, max_hvps=60, seed=0)
+        assert [bool(vector[150:].any()) for vector in operator.multiplied[:4]] == [True, True, True, False]
+        assert found[2].ritz_values == pytest.approx([40, 41, 50], rel=1e-10)
+
+    def test_says_what_did_not_converge(self):
+        found = lanczos_by_segment(self.operator(), self.SEGMENTS, tolerance=1e-6, max_hvps=3, seed=0)
+        assert [spectrum.lambda_max.converged for spectrum in found] == [False, False, True]
+        for spectrum, block in zip(found, self.blocks(), strict=True):
+            estimate = spectrum.lambda_max
+            assert np.abs(np.linalg.eigvalsh(block.numpy()) - estimate.value).min() <= estimate.residual

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cheap second derivatives against torch's own, operation by operation and model by model, and that nothing leaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.products import double_backward
+from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
+from hf_optimizability.objective import Objective
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def derivatives(function: Callable[..., Tensor], inputs: list[Tensor | None]) -> list[Tensor]:
+    """Value, gradients, and the second and third derivatives along random directions, by all inputs that have one."""
+    generator = torch.Generator().manual_seed(7)
+    variables = [x for x in inputs if x is not None and x.requires_grad]
+    results = [function(*inputs)]
+    scalar = results[0].sin().sum()
+    for order in (1, 2, 3):
+        pieces = torch.autograd.grad(scalar, variables, create_graph=order < 3, materialize_grads=True)
+        results += pieces
+        directions = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in variables]
+        scalar = sum((piece * direction).sum() for piece, direction in zip(pieces, directions, strict=True))
+    return [result.detach() for result in results]
+
+
+def assert_same(function: Callable[..., Tensor], inputs: list[Tensor | None], *, tolerance: float = 1e-10) -> None:
+    expected = derivatives(function, inputs)
+    with CheapSecondDerivatives():
+        found = derivatives(function, inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        assert (one - other).abs().max() <= tolerance * (1 + other.abs().max())
+
+
+CONVOLUTIONS = [
+    (1, {}),
+    (1, {"stride": 2, "padding": 1, "dilation": 2}),
+    (2, {}),
+    (2, {"groups": 2, "padding": (1, 0)}),
+    (2, {"groups": 4, "stride": 2, "padding": 1}),  # depthwise
+    (2, {"groups": 4, "stride": (1, 2), "dilation": (2, 1)}),
+    (2, {"padding": "valid", "stride": 3}),
+    (2, {"padding": "same", "dilation": (1, 2)}),
+    (3, {"groups": 2, "padding": 1}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("dims", "options"), CONVOLUTIONS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_convolutions(dims: int, options: dict, size: int, bias: bool):
+    torch.manual_seed(0)
+    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+    x, w = normal(2, 4, *[5, 6, 5][:dims]), normal(8, 4 // options.get("groups", 1), *[size] * dims)
+    assert_same(lambda x, w, b: convolve(x, w, b, **options), [x, w, normal(8) if bias else None])
+
+
+@pytest.mark.parametrize("dims", [2, 3, 4])
+def test_batch_normalization_by_running_statistics(dims: int):
+    torch.manual_seed(0)
+    mean, variance = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
+
+    def normalize(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return F.batch_norm(x, mean, variance, w, b, eps=0.1)
+
+    assert_same(normalize, [normal(4, 3, 2, 2)[(..., *[0] * (4 - dims))], normal(3), normal(3)])
+    assert_same(normalize, [normal(4, 3, 2, 2), normal(3), None])
+
+
+@pytest.mark.parametrize("held", range(7))
+def test_inputs_that_need_no_gradient(held: int):
+    """Each non-empty set of x, w and b that varies."""
+    torch.manual_seed(0)
+    frozen = [bool(held >> place & 1) for place in range(3)]
+    convolved = [normal(2, 4, 5, 5), normal(4, 2, 3, 3), normal(4)]
+    normalized = [normal(2, 4, 5), normal(4), normal(4)]
+    statistics = torch.zeros(4, dtype=torch.float64) + 0.3, torch.ones(4, dtype=torch.float64) * 2
+    for inputs in (convolved, normalized):
+        for tensor, frozen_here in zip(inputs, frozen, strict=True):
+            tensor.requires_grad_(not frozen_here)
+    assert_same(lambda x, w, b: F.conv2d(x, w, b, padding=1, groups=2), convolved)
+    assert_same(lambda x, w, b: F.batch_norm(x, *statistics, w, b), normalized)
+
+
+def test_float32_to_rounding_and_every_memory_format():
+    torch.manual_seed(0)
+    x, w = normal(2, 6, 8, 8, dtype=torch.float32), normal(6, 1, 3, 3, dtype=torch.float32)
+    for format in (torch.contiguous_format, torch.channels_last):
+        assert_same(lambda x, w, f=format: F.conv2d(x.to(memory_format=f), w, groups=6), [x, w], tolerance=1e-5)
+    assert_same(lambda x, w: F.conv2d(x.transpose(2, 3), w, groups=6), [x, w], tolerance=1e-5)
+
+
+def test_views_of_images():
+    torch.manual_seed(0)
+    x, w = normal(2, 4, 5, 5), normal(4, 2, 3, 3)
+    assert_same(lambda x, w: F.conv2d(x, w, groups=2).view(2, -1).cumsum(1), [x, w])
+    assert_same(lambda x, w: F.conv2d(x, w, groups=2).view((8, 9)).cumsum(1), [x, w])
+    with CheapSecondDerivatives():
+        assert torch.ones(2).view(torch.int32).dtype == torch.ones(2).view(dtype=torch.int32).dtype == torch.int32
+
+
+class Labelled(Tensor):
+    pass
+
+
+def test_what_is_left_to_torch():
+    torch.manual_seed(0)
+    x, w = normal(4, 6, 6), normal(3, 4, 3, 3)
+    assert_same(lambda x, w: F.conv2d(x, w), [x, w])  # no batch dimension
+    batch, scale = normal(5, 4), normal(4)
+    zeros, ones = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    assert_same(lambda x, s: F.batch_norm(x, None, None, s, training=True), [batch, scale])
+    assert_same(lambda x: F.batch_norm(x, zeros, ones), [batch])
+    with CheapSecondDerivatives(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = F.conv2d(x[None].float(), w.float())
+        assert y.dtype == torch.bfloat16 and "Apply" not in y.grad_fn.name()
+    with CheapSecondDerivatives():
+        y = F.conv2d(x[None].as_subclass(Labelled), w)
+        assert type(y) is Labelled and "Apply" not in y.grad_fn.name()
+    running = torch.zeros(4, dtype=torch.float64)
+    with CheapSecondDerivatives():
+        F.batch_norm(batch, running, ones.clone(), scale, training=True)
+    assert running.any()
+
+
+def test_parametrized_weights():
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=4, dtype=torch.float64))
+    assert_same(lambda x, *_: layer(x), [normal(2, 4, 5, 5), *layer.parameters()])
+
+
+def test_errors_of_torch_come_through():
+    with CheapSecondDerivatives(), pytest.raises(RuntimeError, match="channels"):
+        F.conv2d(torch.ones(1, 2, 5, 5), torch.ones(3, 4, 3, 3))
+    with CheapSecondDerivatives(), pytest.raises(RuntimeError, match="padding='same'"):
+        F.conv2d(torch.ones(1, 4, 5, 5), torch.ones(3, 4, 3, 3), padding="same", stride=2)
+    assert "Convolution" in F.conv2d(normal(1, 4, 5, 5), normal(3, 4, 3, 3)).grad_fn.name()
+
+
+def mobilenet() -> PreTrainedModel:
+    return MobileNetV2ForImageClassification(
+        MobileNetV2Config(num_channels=1, depth_multiplier=0.1, min_depth=2, image_size=16, num_labels=3)
+    )
+
+
+def resnet() -> PreTrainedModel:
+    return ResNetForImageClassification(
+        ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4, 6], depths=[1, 2], num_labels=3)
+    )
+
+
+def convnext() -> PreTrainedModel:
+    return ConvNextForImageClassification(
+        ConvNextConfig(num_channels=1, hidden_sizes=[4, 6], depths=[1, 2], num_stages=2, patch_size=2, num_labels=3)
+    )
+
+
+@pytest.mark.parametrize("make", [mobilenet, resnet, convnext])
+def test_hessian_vector_products_of_models(make: Callable[[], PreTrainedModel]):
+    torch.manual_seed(0)
+    model = make().double().eval()
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    batch = {"pixel_values": torch.randn(3, 1, 16, 16, dtype=torch.float64), "labels": torch.tensor([0, 1, 2])}
+    operator = HessianOperator(Objective(model, [batch]))
+    vectors = torch.randn(operator.size, 3, dtype=torch.float64)
+    expected = operator.matmat(vectors)
+    with CheapSecondDerivatives():
+        assert (operator.matmat(vectors) - expected).norm() <= 1e-10 * expected.norm()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_no_convolution_is_taken_apart_by_groups():
+    x, w = normal(2, 64, 4, 4), normal(64, 1, 3, 3)
+    calls = {}
+    for context in (nullcontext(), CheapSecondDerivatives()):
+        with torch.profiler.profile() as profile, context:
+            list(double_backward(F.conv2d(x, w, groups=64).sin().sum(), [x, w], [[x.detach(), w.detach()]]))
+        calls[type(context)] = sum(event.count for event in profile.key_averages() if "convolution" in event.key)
+    assert calls[CheapSecondDerivatives] <= 40 < 64 < calls[nullcontext]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_is_left_behind(error: type[BaseException]):
+    x, w = normal(2, 4, 5, 5), normal(4, 1, 3, 3)
+    before = F.conv2d, F.batch_norm, torch.conv2d
+    with pytest.raises(error), CheapSecondDerivatives():
+        assert F.conv2d(x, w, groups=4).grad_fn.name() == "_ApplyBackward"
+        raise error
+    assert (F.conv2d, F.batch_norm, torch.conv2d) == before
+    assert F.conv2d(x, w, groups=4).grad_fn.name() == "ConvolutionBackward0"
+    assert torch.overrides._get_current_function_mode() is None
+
+
+def test_a_compiled_module_gives_the_same_values_inside_and_after():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, 3, groups=4, dtype=torch.float64)
+    compiled = torch.compile(layer, backend="eager")
+    x = normal(2, 4, 5, 5)
+    expected = layer(x)
+    assert torch.allclose(compiled(x), expected)
+    with CheapSecondDerivatives():
+        assert torch.allclose(compiled(x), expected)
+    assert compiled(x).grad_fn.name() == "ConvolutionBackward0" and torch.allclose(compiled(x), expected)
