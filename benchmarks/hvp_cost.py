@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hessian-vector product costs beside a gradient, on the checkpoints of the demo, in one process, in turn."""
+"""What a Hessian-vector product costs, in gradients: medians of interleaved repeats on two real checkpoints.
+
+A gradient is a forward and a backward pass as Transformers runs them by default. By matrix products alone, each of k
+Hessian-vector products in lockstep costs 2 + 1/k gradients. With one thread the time of the processor is taken, which
+other processes disturb less; else that of the clock on the wall.
+"""
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -13,12 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_optimizability.curvature.operators import HessianOperator
-from hf_optimizability.gradients import gradient
+from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
+from hf_optimizability.curvature.used_rows import used_rows
 from hf_optimizability.objective import Objective
 from hf_optimizability.safety import math_attention
 
 
-ROUNDS = 5
 EXAMPLES = 16
 LOCKSTEPS = (1, 4)
 
@@ -36,30 +43,57 @@ def cases() -> dict[str, tuple[PreTrainedModel, dict[str, Tensor]]]:
     }
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Time of one call."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+@contextmanager
+def fast(objective: Objective) -> Iterator[None]:
+    """Everything that makes products cheaper."""
+    with used_rows(objective), CheapSecondDerivatives():
+        yield
+
+
+@contextmanager
+def plain(objective: Objective) -> Iterator[None]:
+    """Second derivatives as torch has them."""
+    yield
 
 
 def main() -> None:
-    """Prints medians: seconds of a gradient, and of a product in gradients."""
-    print(f"{'':24}{'gradient':>12}" + "".join(f"{f'HVP, {k} at once':>18}" for k in LOCKSTEPS))
+    """Prints the median seconds of a gradient, and those of a product over them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    print(f"{arguments.threads} threads, {arguments.repeats} repeats, torch {torch.__version__}")
+    columns = "".join(f"{f'{way.__name__}, {k}':>10}" for way in (plain, fast) for k in LOCKSTEPS)
+    print(f"{'':22}{'gradient':>10}{columns}")
     for name, (model, batch) in cases().items():
         objective = Objective(model.eval(), [batch])
-        operator = HessianOperator(objective)
-        vectors = torch.randn(operator.size, max(LOCKSTEPS))
-        actions: dict[int, Callable[[], object]] = {0: partial(gradient, objective)}
-        actions |= {k: partial(operator.matmat, vectors[:, :k]) for k in LOCKSTEPS}
-        times: dict[int, list[float]] = {k: [] for k in actions}
-        with math_attention():
-            for _ in range(ROUNDS + 1):  # the first one warms up
-                for k, action in actions.items():
-                    times[k].append(seconds(action) / max(k, 1))
-        medians = {k: statistics.median(values[1:]) for k, values in times.items()}
-        ratios = "".join(f"{medians[k] / medians[0]:>8.1f} gradients" for k in LOCKSTEPS)
-        print(f"{name:24}{medians[0]:>10.2f} s{ratios}")
+        times: dict[object, list[float]] = {}
+
+        def measure(key: object, action: Callable[[], object], times=times) -> None:
+            start = clock()
+            action()
+            times.setdefault(key, []).append(clock() - start)
+
+        for _ in range(arguments.repeats + 1):
+            measure("gradient", partial(gradient, objective))
+            for way in (plain, fast):
+                with math_attention(), way(objective):
+                    operator = HessianOperator(objective)
+                    vectors = torch.randn(max(LOCKSTEPS), operator.size)
+                    for k in LOCKSTEPS:
+                        measure((way, k), partial(operator.matmat, vectors[:k].T))
+        medians = {key: statistics.median(values[1:]) for key, values in times.items()}  # the first one warms up
+        one = medians.pop("gradient")
+        ratios = "".join(f"{seconds / k / one:>10.2f}" for (_, k), seconds in medians.items())
+        print(f"{name:22}{one:>8.3f} s{ratios}")
+
+
+def gradient(objective: Objective) -> None:
+    """One forward and one backward pass."""
+    for loss, _ in objective.losses():
+        torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
 
 
 if __name__ == "__main__":

@@ -71,9 +71,12 @@ class OptimizabilityConfig:
         default=16,
         metadata={"help": "Probe examples per forward pass. Lower it if a measurement runs out of memory."},
     )
-    engine: Literal["double_backward"] = field(
-        default="double_backward",
-        metadata={"help": "How Hessian-vector products are made."},
+    engine: Literal["auto", "double_backward", "forward_over_reverse", "central_difference"] = field(
+        default="auto",
+        metadata={
+            "help": "How Hessian-vector products are made. 'auto' is double_backward, or central_difference where the "
+            "loss has no second derivative or the weights are quantized."
+        },
     )
     eigen_method: Literal["lanczos", "power_iteration"] = field(
         default="lanczos",
@@ -83,10 +86,11 @@ class OptimizabilityConfig:
         default=None,
         metadata={"help": "Stop when the residual is below this share of the eigenvalue. Set by the profile."},
     )
-    trace_method: Literal["hutchinson", "exact"] = field(
+    trace_method: Literal["hutchinson", "hutch++", "xtrace", "exact"] = field(
         default="hutchinson",
         metadata={
-            "help": "Hutchinson averages over random probes; exact spends one product per parameter, not max_hvps."
+            "help": "Hutchinson averages over random probes; hutch++ and xtrace treat a random subspace exactly; "
+            "exact spends one product per parameter, not max_hvps."
         },
     )
     trace_tolerance: float | None = field(

@@ -58,7 +58,11 @@ class Measurement:
         hessian: Trace and extreme eigenvalues.
         blocks: The same by block, in the model's order.
         engine: How the Hessian was multiplied with vectors.
-        attention: `"math"` where SDPA ran its twice differentiable kernel, `"eager"` where the model was switched.
+        attention: `"math"` where SDPA ran its twice differentiable kernel, `"eager"` where the model was switched,
+            `"unchanged"` where no second derivative was needed.
+        fallback: Why the engine or the attention is not the first choice; `None` if it is.
+        engine_error: Relative error of one product by central differences: against the exact product where that can be
+            had, else against half the step; `None` from exact engines. Kinks (ReLU) make it large.
         dtype: Precision of the products, for example `"float32"`.
         hvps: Hessian-vector products spent.
         seconds: Wall-clock time spent.
@@ -73,6 +77,8 @@ class Measurement:
     blocks: Mapping[str, BlockMeasurement]
     engine: str
     attention: str
+    fallback: str | None
+    engine_error: float | None
     dtype: str
     hvps: int
     seconds: float

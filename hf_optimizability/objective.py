@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
-from .safety import measuring, pretrained
+from .safety import measuring, pretrained, quantization
 
 
 if TYPE_CHECKING:
@@ -45,23 +47,76 @@ class Objective:
         named = trainable_parameters(model)
         self.model = model
         self.names = list(named)
-        self.parameters = list(named.values())
         self.batches = [send_to_device(batch, self.parameters[0].device) for batch in batches]
         self._loss_fn = loss_fn or model_loss
         if not self.batches:
             raise ValueError("`batches` is empty, so there is nothing to measure on. Pass at least one batch.")
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The variables as the model holds them now: inside `full_precision` they are the float32 copies."""
+        return [self.model.get_parameter(name) for name in self.names]
+
+    @property
+    def quantized(self) -> str | None:
+        """Why exact second derivatives can't be had of this model's quantized weights; `None` if it has none."""
+        method = quantization(self.model)
+        if method is None:
+            return None
+        return (
+            f"The weights are quantized ({method}), and the backward passes of quantized kernels can't be relied on "
+            "to be differentiated again (bitsandbytes issue 1070). Use central differences."
+        )
+
     def losses(self) -> Iterator[tuple[Tensor, int]]:
         """Yields each batch's sum of losses, with its graph, and the number of items it sums over."""
-        for batch in self.batches:
-            items = count_items(self.model, batch)
-            if items == 0:  # the mean of nothing is NaN
-                continue
-            loss = self._loss_fn(self.model, batch)
-            if isinstance(loss, tuple):
-                yield loss[0], int(loss[1])
-            else:
-                yield loss * items, items
+        for batch in self._counted_batches():
+            yield self._sum_of_losses(self.model, batch)
+
+    def functional_losses(self) -> Iterator[Callable[[Sequence[Tensor]], tuple[Tensor, int]]]:
+        """Yields, for each batch, what `losses` gives as a function of tensors in the place of the parameters."""
+        module = _Functional(self.model, self._sum_of_losses)
+        names = [f"model.{name}" for name in self.names]
+
+        def loss_at(batch: Batch, tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
+            return functional_call(module, dict(zip(names, tensors, strict=True)), (batch,))
+
+        for batch in self._counted_batches():
+            yield partial(loss_at, batch)
+
+    def outputs_and_losses(self) -> Iterator[tuple[list[Tensor], Tensor, int]]:
+        """Yields the model's outputs (its logits) on each batch, and what `losses` gives, in one graph.
+
+        Raises:
+            ValueError: If the model returns neither a tensor nor an output with logits, or the loss does not call it.
+        """
+        for batch in self._counted_batches():
+            outputs: list[Tensor] = []
+            with self.model.register_forward_hook(lambda *call, outputs=outputs: outputs.extend(_logits(call[-1]))):
+                loss, items = self._sum_of_losses(self.model, batch)
+            if not outputs:
+                raise ValueError("`loss_fn` does not call the model it is given, so that its outputs are not known.")
+            yield outputs, loss, items
+
+    def cut(self, size: int) -> Objective:
+        """The same objective, in batches of at most `size` examples.
+
+        Raises:
+            ValueError: If the batches can't be cut, because their tensors differ in their first dimension.
+        """
+        pieces = [piece for batch in self.batches for piece in cut_batch(batch, size)]
+        return Objective(self.model, pieces, loss_fn=self._loss_fn)
+
+    def _counted_batches(self) -> Iterator[Batch]:
+        """The batches with an item that counts: the mean of nothing is NaN."""
+        return (batch for batch in self.batches if count_items(self.model, batch))
+
+    def _sum_of_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        loss = self._loss_fn(model, batch)
+        if isinstance(loss, tuple):
+            return loss[0], int(loss[1])
+        items = count_items(model, batch)
+        return loss * items, items
 
     def check(self, *, seed: int) -> None:
         """Tries the loss on one batch, so that a wrong argument shows before any training.
@@ -89,6 +144,18 @@ class Objective:
                 "The loss does not depend on the trainable parameters: it has no gradient. "
                 "Check that `loss_fn` neither detaches the model's output nor runs under `torch.no_grad`."
             )
+
+
+class _Functional(nn.Module):
+    """A loss as a module, so that `functional_call` can put other tensors in the place of the model's parameters."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[nn.Module, Batch], tuple[Tensor, int]]):
+        super().__init__()
+        self.model = model
+        self._loss_fn = loss_fn
+
+    def forward(self, batch: Batch) -> tuple[Tensor, int]:
+        return self._loss_fn(self.model, batch)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -171,6 +238,52 @@ def batch_size(batch: Batch) -> int:
     """Number of examples in a batch: the length of its first tensor."""
     values = batch.values() if isinstance(batch, Mapping) else batch
     return len(next(value for value in values if isinstance(value, Tensor)))
+
+
+def cut_batch(batch: Batch, size: int) -> list[Batch]:
+    """A batch in pieces of at most `size` examples, each of the batch's own type.
+
+    Tensors and lists with one entry per example are sliced; values without a length (`None`, numbers, switches, 0-d
+    tensors) and strings go into each piece as they are.
+
+    Raises:
+        ValueError: If the values have different lengths.
+
+    Example:
+        >>> cut_batch({"x": torch.arange(3), "return_dict": True}, 2)
+        [{'x': tensor([0, 1]), 'return_dict': True}, {'x': tensor([2]), 'return_dict': True}]
+    """
+    named = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
+    lengths = {name: len(value) for name, value in named.items() if _has_examples(value)}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(
+            f"A batch can't be cut into smaller ones, because its values have the lengths {lengths}. "
+            "The first dimension of each tensor must be the batch."
+        )
+    kind: Any = type(batch)
+    pieces = []
+    for start in range(0, next(iter(lengths.values())), size):
+        piece = {name: value[start : start + size] if name in lengths else value for name, value in named.items()}
+        pieces.append(kind(piece if isinstance(batch, Mapping) else piece.values()))
+    return pieces
+
+
+def _has_examples(value: Any) -> bool:
+    return value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, (list, tuple))
+
+
+def _logits(output: Any) -> list[Tensor]:
+    """What the loss is a function of: a tensor that the model returns, or the logits in its output."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        logits = [output[name] for name in output if name == "logits" or name.endswith("_logits")]
+        if logits:
+            return logits
+    raise ValueError(
+        f"The Gauss-Newton matrix needs the outputs that the loss is a function of, but the model returned a "
+        f"{type(output).__name__} without logits. Return a tensor, or a `ModelOutput` with `logits`."
+    )
 
 
 def _shifts_labels(model: nn.Module) -> bool:

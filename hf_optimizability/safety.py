@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from accelerate.utils import convert_to_fp32
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
@@ -32,14 +33,47 @@ def preserved_rng(seed: int) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off and holds running statistics still; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Switches dropout off and holds running statistics still; each module gets its own mode and attributes back.
+
+    Attributes, because some models write to themselves in a forward pass in eval mode, which later training or
+    evaluation would read: NLLB-MoE its experts' capacity, LeViT a cache of biases.
+    """
+    kept = [(module, _plain_attributes(module)) for module in model.modules()]
+    versions = [parameter._version for parameter in model.parameters()]
     try:
         model.eval()
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        # A model that writes to its weights in eval mode (RWKV) notes so in an attribute, and undoes it by that.
+        untouched = versions == [parameter._version for parameter in model.parameters()]
+        for module, attributes in kept:
+            if not untouched:
+                module.training = bool(attributes["training"])
+                continue
+            for name in _plain_attributes(module).keys() - attributes.keys():
+                delattr(module, name)
+            vars(module).update(attributes)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, object]:
+    """All but parameters, buffers, submodules and hooks; dicts are copied, since caches are filled in place."""
+    registries = vars(nn.Module()).keys() - {"training"}
+    plain = {name: value for name, value in vars(module).items() if name not in registries}
+    return {name: dict(value) if type(value) is dict else value for name, value in plain.items()}
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value cache, as while training: it takes memory, and some are written in place (RWKV)."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    using = [config for config in configs.values() if vars(config).get("use_cache")]
+    try:
+        for config in using:
+            config.use_cache = False
+        yield
+    finally:
+        for config in using:
+            config.use_cache = True
 
 
 @contextmanager
@@ -64,6 +98,7 @@ def measuring(model: nn.Module, *, seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(seed))
         stack.enter_context(eval_mode(model))
+        stack.enter_context(without_cache(model))
         stack.enter_context(unpatched_forward(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.enable_grad())
@@ -94,3 +129,47 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Puts float32 copies in the place of half-precision parameters and buffers, and the originals back after.
+
+    The originals are taken out of their modules, not changed: values, `.grad`, hooks and the optimizer's hold on them
+    stay as they are. (A tensor of another dtype put under a parameter by `.data` would drop its gradient accumulator,
+    and with it the hooks by which DistributedDataParallel averages gradients.) Tied weights stay tied. Half-precision
+    inputs of the model are cast as well. Weights in integers or 8-bit floats mean nothing without their scales and are
+    left alone. Parameters must be read anew inside, as `Objective.parameters` does.
+    """
+    copies: dict[int, Tensor] = {}
+    originals: list[tuple[nn.Module, str, Tensor]] = []
+    cast_inputs = model.register_forward_pre_hook(
+        lambda module, args, kwargs: (convert_to_fp32(args), convert_to_fp32(kwargs)), prepend=True, with_kwargs=True
+    )
+    try:
+        for module in model.modules():
+            parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+            buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+            for name, tensor in [*parameters, *buffers]:
+                if tensor.dtype in (torch.float16, torch.bfloat16):
+                    originals.append((module, name, tensor))
+                    setattr(module, name, copies.setdefault(id(tensor), _float32(tensor)))
+        yield
+    finally:
+        for module, name, tensor in originals:
+            setattr(module, name, tensor)
+        cast_inputs.remove()
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().float()
+    return nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
+def quantization(model: nn.Module) -> str | None:
+    """How the model's weights are quantized (the method's name, or the dtype they are stored in); `None` if not."""
+    inner = pretrained(model)
+    if inner is not None and vars(inner).get("is_quantized"):
+        return vars(inner)["quantization_method"].lower()  # a string, or an enum of strings
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return next((str(dtype) for dtype in dtypes if not dtype.is_floating_point or dtype.itemsize == 1), None)

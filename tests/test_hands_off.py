@@ -91,6 +91,6 @@ def test_training_is_the_same_when_measurements_fail(tmp_path: Path, monkeypatch
         raise RuntimeError("broken on purpose")
 
     monkeypatch.setattr("hf_optimizability.curvature.operators.double_backward", fail)
-    callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP, engine="double_backward"))
     assert_equal(run(training.trainer(tmp_path, callbacks=[callback])), plain)
     assert not callback.report.measurements and len(callback.report.failures) == 4

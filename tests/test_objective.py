@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch's mean loss is over, and probe sets."""
+"""What a batch's mean loss is over, smaller batches of the same, and probe sets."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import pytest
 import tiny_models
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import BatchEncoding, T5Config, T5ForConditionalGeneration
 from transformers import DataCollatorForLanguageModeling as MaskingCollator
+from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_optimizability import OptimizabilityConfig, measure
-from hf_optimizability.objective import count_items
+from hf_optimizability.gradients import gradient
+from hf_optimizability.objective import Objective, batch_size, count_items, cut_batch
 from hf_optimizability.probe import fingerprint, probe_batches, probe_indices
 
 
@@ -43,6 +48,93 @@ def test_batch_encodings_are_batches():
     config = OptimizabilityConfig(max_hvps=4)
     encoded = measure(tiny_models.make("bert"), [BatchEncoding(batch)], config)
     assert encoded.loss == measure(tiny_models.make("bert"), [batch], config).loss
+
+
+class TestCut:
+    @pytest.mark.parametrize("name", ["gpt2", "bert"])
+    @pytest.mark.parametrize("size", [1, 2, 9])
+    def test_mean_gradient_and_items_do_not_change(self, name: str, size: int):
+        rows = tiny_models.examples(name, 7)  # of a language model, each with another number of ignored labels
+        whole = Objective(tiny_models.make(name).eval(), tiny_models.cut(rows, 5))
+        parts = whole.cut(size)
+        assert [batch_size(batch) for batch in parts.batches] == {1: [1] * 7, 2: [2, 2, 1, 2], 9: [5, 2]}[size]
+        expected, result = gradient(whole), gradient(parts)
+        assert result.items == expected.items
+        assert result.loss == pytest.approx(expected.loss, rel=1e-6)  # language models compute it in float32
+        for a, b in zip(result.tensors, expected.tensors, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-8)
+
+    def test_an_example_without_a_label_that_counts_is_left_out(self):
+        [batch] = tiny_models.cut(tiny_models.examples("gpt2", 2), 2)
+        batch["labels"][0] = -100
+        parts = Objective(tiny_models.make("gpt2").eval(), [batch]).cut(1)
+        assert len(parts.batches) == 2 and [items for _, items in parts.losses()] == [5]
+
+    def test_the_loss_function_goes_along(self):
+        def loss_fn(model: nn.Module, batch: tuple[torch.Tensor]) -> tuple[torch.Tensor, int]:
+            return model(batch[0]).sum(), 2 * len(batch[0])
+
+        parts = Objective(nn.Linear(2, 1), [(torch.ones(3, 2),)], loss_fn=loss_fn).cut(2)
+        assert [items for _, items in parts.losses()] == [4, 2]
+
+    @pytest.mark.parametrize(
+        "batch",
+        [
+            {"x": torch.arange(3), "names": ["a", "b", "c"]},
+            BatchEncoding({"x": torch.arange(3), "names": ["a", "b", "c"]}),
+            (torch.arange(3), ["a", "b", "c"]),
+            [torch.arange(3), ["a", "b", "c"]],
+        ],
+    )
+    def test_pieces_are_of_the_type_of_the_batch(self, batch):
+        pieces = cut_batch(batch, 2)
+        assert [type(piece) for piece in pieces] == [type(batch)] * 2
+        values = [list(piece.values()) if hasattr(piece, "values") else list(piece) for piece in pieces]
+        assert [names for _, names in values] == [["a", "b"], ["c"]]
+        assert [x.tolist() for x, _ in values] == [[0, 1], [2]]
+
+    def test_what_is_not_of_an_example_stays(self):
+        switches = {"use_cache": False, "past": None, "scale": torch.tensor(2.0), "task": "nli"}
+        pieces = cut_batch({"x": torch.arange(2), **switches}, 1)
+        assert [{name: piece[name] for name in switches} for piece in pieces] == [switches] * 2
+
+    @pytest.mark.parametrize(
+        "batch", [{"x": torch.ones(4, 2), "image": torch.ones(5, 2)}, (torch.ones(2), [1, 2, 3]), {"scale": 1.0}]
+    )
+    def test_batches_with_different_lengths_are_refused(self, batch):
+        with pytest.raises(ValueError, match="can't be cut"):
+            cut_batch(batch, 1)
+
+
+def numbers(losses: Iterable[tuple[torch.Tensor, int]]) -> list[tuple[float, int]]:
+    return [(float(loss.detach()), items) for loss, items in losses]
+
+
+@pytest.mark.parametrize("name", tiny_models.MODELS)
+def test_losses_as_functions_of_the_parameters_and_with_outputs_are_the_losses(name: str):
+    objective = Objective(tiny_models.make(name).eval(), tiny_models.cut(tiny_models.examples(name, 5), 2))
+    expected = numbers(objective.losses())
+    doubled = [2 * parameter.detach() for parameter in objective.parameters]
+    with_outputs = list(objective.outputs_and_losses())
+    assert numbers(function(objective.parameters) for function in objective.functional_losses()) == expected
+    assert numbers(function(doubled) for function in objective.functional_losses()) != expected
+    assert numbers((loss, items) for _, loss, items in with_outputs) == expected
+    for batch, ([logits], _, _) in zip(objective.batches, with_outputs, strict=True):
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        assert torch.equal(logits, objective.model(**inputs).logits)
+    assert not objective.model._forward_hooks
+    assert numbers(objective.losses()) == expected
+
+
+def test_quantized_weights_are_told():
+    model = tiny_models.make("bert")
+    objective = Objective(model, tiny_models.cut(tiny_models.examples("bert", 2), 2))
+    assert objective.quantized is None
+    for dtype in (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn):
+        model.classifier.weight = nn.Parameter(torch.zeros(3, 4).to(dtype), requires_grad=False)
+        assert f"({dtype})" in objective.quantized
+    model.is_quantized, model.quantization_method = True, QuantizationMethod.BITS_AND_BYTES
+    assert "(bitsandbytes)" in objective.quantized
 
 
 def loader(rows: list[dict[str, torch.Tensor]], **options: object) -> DataLoader:

@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel, T5Config, T5ForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_optimizability import OptimizabilityConfig, measure
-from hf_optimizability.safety import eager_attention, eval_mode, preserved_rng, unpatched_forward
+from hf_optimizability.safety import eager_attention, eval_mode, full_precision, preserved_rng, unpatched_forward
 
 
 def draw() -> tuple[float, float, float]:
@@ -92,6 +92,7 @@ def test_eager_is_the_fallback_for_attention_that_cannot_be_differentiated_twice
     measurement = measure(fused, batches, config)
     expected = measure(tiny_models.make("vit"), batches, config)
     assert (measurement.attention, expected.attention) == ("eager", "math")
+    assert "once_differentiable" in measurement.fallback and expected.fallback is None
     assert measurement.hessian.lambda_max.value == pytest.approx(expected.hessian.lambda_max.value, rel=1e-5)
     assert fused.config._attn_implementation == "fused"
     assert {module.config._attn_implementation for module in fused.modules() if "config" in vars(module)} == {"fused"}
@@ -103,3 +104,89 @@ def test_attention_is_given_back_after_an_error():
         assert model.config._attn_implementation == "eager"
         raise KeyboardInterrupt
     assert model.config._attn_implementation == "sdpa"
+
+
+def half(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A model whose config says its dtype, as `from_pretrained` leaves it, and a batch in that dtype."""
+    if name == "t5":
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(
+            T5Config(vocab_size=9, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        )
+        tokens = torch.arange(12).reshape(3, 4) % 9
+        batch = {"input_ids": tokens, "labels": tokens}
+    else:
+        model = tiny_models.make(name)
+        [batch] = tiny_models.cut(tiny_models.examples(name, 3, dtype=dtype), 3)
+    model.to(dtype).eval().config.dtype = dtype
+    return model, batch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*tiny_models.MODELS, "t5"])
+def test_full_precision_computes_in_float32_and_gives_the_same_tensors_back(name: str, dtype: torch.dtype):
+    model, batch = half(name, dtype)
+    model(**batch).loss.backward()
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [tensor.clone() for tensor in tensors]
+    gradients = [parameter.grad for parameter in model.parameters()]
+    twin, _ = half(name, dtype)
+    twin = twin.float()
+    twin.config.dtype = torch.float32
+    single = {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
+    with full_precision(model):
+        assert model.dtype == torch.float32
+        assert torch.equal(model(**batch).logits, twin(**single).logits)
+        assert not {p.dtype for p in [*model.parameters(), *model.buffers()]} & {torch.bfloat16, torch.float16}
+    assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], tensors, strict=True))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tensors, values, strict=True))
+    assert all(p.grad is gradient for p, gradient in zip(model.parameters(), gradients, strict=True))
+    assert not model._forward_pre_hooks
+
+
+def test_full_precision_keeps_ties_names_and_what_is_frozen():
+    model, _ = half("gpt2", torch.bfloat16)
+    model.transformer.h[0].requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with full_precision(model):
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_full_precision_keeps_gradient_accumulators_and_their_hooks():
+    """DistributedDataParallel averages gradients in such hooks."""
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    model = nn.ParameterDict({"x": parameter})
+    accumulator = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+    calls: list[int] = []
+    accumulator.register_hook(lambda *gradients: calls.append(1))
+    with full_precision(model):
+        torch.autograd.grad(model["x"].sum(), model["x"])
+    model["x"].sum().backward()
+    assert calls == [1]
+
+
+def test_full_precision_leaves_float32_integers_and_8_bit_floats_alone():
+    model = nn.Module()
+    for index, dtype in enumerate([torch.float32, torch.float64, torch.int8, torch.uint8, torch.float8_e4m3fn]):
+        model.register_parameter(f"p{index}", nn.Parameter(torch.ones(2).to(dtype), requires_grad=False))
+    before = list(model.parameters())
+    with full_precision(model):
+        assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_full_precision_reaches_recurrent_layers():
+    model = nn.LSTM(2, 2).bfloat16()
+    with full_precision(model):
+        assert model(torch.ones(1, 1, 2))[0].dtype == torch.float32
+    assert model(torch.ones(1, 1, 2, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+
+
+def test_full_precision_is_left_after_an_error():
+    model = nn.Linear(2, 2).bfloat16()
+    weight = model.weight
+    with pytest.raises(KeyboardInterrupt), full_precision(model):
+        assert model.weight.dtype == torch.float32
+        raise KeyboardInterrupt
+    assert model.weight is weight and not model._forward_pre_hooks

@@ -57,6 +57,8 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
         hessian=hessian,
         blocks=measured,
         engine="double_backward",
+        fallback=None,
+        engine_error=None,
         attention="math",
         dtype="float32",
         hvps=56,

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Side by side with PyHessian, hessian-eigenthings and curvlinops: cost, accuracy, and what each takes at all.
+
+    pip install -e '.[peers,vision]' && pip install --no-deps pyhessian
+    python benchmarks/peers.py
+    python benchmarks/peers.py --workload text --library curvlinops --rows cost trace
+
+Each row of each library runs in a process of its own, and replaces that row in `benchmarks/results/peers.json`, from
+which `peers.md` beside it is drawn; what was stopped can thus go on. The first row of a workload that is judged waits
+for the long runs that errors are measured by (hours; kept under `out/`). Needs Linux, for the peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from features import failure, try_features
+from libraries import LIBRARIES, LOCKSTEP, Call, Ends, Library, OutOfTimeError, Products, Quadrature, Way, shortened
+from tables import markdown, problems
+from transformers.utils import logging
+from truth import Truth, pooled, truth
+from workloads import WORKLOADS, Batch, Workload, WorkloadName, load
+
+
+RESULTS = Path(__file__).parent / "results"
+ROW_SECONDS = 15 * 60
+REPEATS = 5
+EIGENVALUE_TARGETS = (0.01, 0.001)
+TRACE_TARGETS = (0.1, 0.05)
+DENSITY_TARGET = 1e-3
+DENSITY_STEPS = 20
+DENSITY_RUNS = 10
+
+
+# The rows: each runs in a process of its own, and returns what goes into the results.
+
+
+def cost(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
+    """Time and peak memory of one product over those of one gradient, in turn, on one batch."""
+    workload = load(name, batches=1)
+    workload.gradient()  # warms up
+    base = memory()
+    gradient_mebibytes = peak_memory(workload.gradient) - base
+    default = workload.model.config._attn_implementation
+    peer, note = opened(library, workload, products)
+    eager = note is not None
+    vectors = torch.randn(workload.size, LOCKSTEP, generator=torch.Generator().manual_seed(0))
+    base += vectors.nbytes / 2**20
+    ways = {}
+    for way in peer.ways(vectors):
+        multiply, mebibytes = built(way)
+        mebibytes -= base
+        times = []
+        for _ in range(REPEATS):
+            if eager:
+                workload.model.set_attn_implementation(default)
+            gradient = seconds(workload.gradient)
+            if eager:
+                workload.model.set_attn_implementation("eager")
+            times.append((gradient, seconds(multiply) / way.columns))
+        ways[way.name] = {
+            "seconds": statistics.median(product for _, product in times),
+            "gradient_seconds": statistics.median(gradient for gradient, _ in times),
+            "time_ratio": statistics.median(product / gradient for gradient, product in times),
+            "mebibytes": mebibytes,
+            "gradient_mebibytes": gradient_mebibytes,
+            "memory_ratio": mebibytes / gradient_mebibytes,
+        }
+        del multiply
+        workload.model.zero_grad()
+        gc.collect()
+    return {"note": note, "ways": ways}
+
+
+def eigenvalues(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
+    """The library's own call, and the fewest products that give λ_max, and both ends, to the targets."""
+    true = truth(name)
+    peer, note = opened(library, probe_set(library, name), products)
+    found: dict[str, Any] = {"note": note, "default": called(peer.defaults()["eigenvalues"], products, true)}
+    history: list[Ends] = []
+    products.restart()
+    try:
+        history.extend(peer.ends())
+    except OutOfTimeError:
+        found["stopped"] = f"over {ROW_SECONDS // 60} min"
+    found["targets"] = {}
+    for target in EIGENVALUE_TARGETS:
+        for which, ends in (("λ_max", slice(1)), ("both", slice(2))):
+            close = partial(within, true=true, ends=ends, target=target)
+            found["targets"][f"{which} to {target:.1%}"] = reached(history, close)
+    return found
+
+
+def trace(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
+    """The library's own call, and what it takes to a standard error of the targets."""
+    true = truth(name)
+    peer, note = opened(library, probe_set(library, name), products)
+    found: dict[str, Any] = {"note": note, "default": called(peer.defaults()["trace"], products, true)}
+    found["targets"] = {}
+    products.restart()
+    for target in peer.trace_to(TRACE_TARGETS):
+        found["targets"][f"{target['tolerance']:.0%}"] = target | errors(target, true)
+    return found
+
+
+def density(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
+    """The fewest products, as Lanczos runs of equal length, that come within the target of the true density."""
+    true = truth(name)
+    peer, note = opened(library, probe_set(library, name), products)
+    runs: list[Quadrature] = []
+    spent: list[list[float]] = []
+    for number in range(1, DENSITY_RUNS + 1):
+        first, started = len(products.ended), products.now()
+        runs.append(peer.quadrature(DENSITY_STEPS))
+        spent.append([ended - started for ended in products.ended[first:]])
+        for steps in range(1, DENSITY_STEPS + 1):
+            distance = true.distance(pooled([shortened(run, steps) for run in runs]))
+            if distance <= DENSITY_TARGET:
+                return {
+                    "note": note,
+                    "runs": number,
+                    "steps": steps,
+                    "hvps": number * steps,
+                    "seconds": sum(ended[steps - 1] for ended in spent),
+                    "distance": distance,
+                }
+    return {"note": note, "hvps": len(products.ended), "seconds": products.now(), "distance": distance}
+
+
+def card(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
+    """Everything that a model card shows, by the library's own calls with its own defaults."""
+    true = truth(name)
+    peer, note = opened(library, probe_set(library, name), products)
+    return {"note": note, "calls": [called(call, products, true) for call in peer.defaults().values()]}
+
+
+def features(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
+    """What the library takes; no workload is needed."""
+    return {"outcomes": try_features(library)}
+
+
+ROWS = {row.__name__: row for row in (cost, eigenvalues, trace, density, card, features)}
+
+
+# What the rows share.
+
+
+def opened(library: type[Library], workload: Workload, products: Products) -> tuple[Library, str | None]:
+    """The library on a workload, tried with one product; with eager attention where the default one fails.
+
+    Returns:
+        The library, and how it failed with the default attention, if it did.
+    """
+    vector = torch.ones(workload.size)
+    try:
+        peer = library(workload.model, workload.batches, Products())
+        peer.product(vector)
+    except Exception as error:
+        if not workload.model._supports_sdpa:
+            raise
+        note = failure(error)
+    else:
+        peer.products = products
+        return library(workload.model, workload.batches, products), None
+    workload.model.set_attn_implementation("eager")
+    return library(workload.model, workload.batches, products), note
+
+
+def probe_set(library: type[Library], name: WorkloadName) -> Workload:
+    """The workload, its probe set as one batch where that is the library's fastest."""
+    workload = load(name)
+    if library.one_batch:
+        whole = {key: torch.cat([batch[key] for batch in workload.batches]) for key in workload.batches[0]}
+        return Workload(workload.name, workload.model, [cast(Batch, whole)])
+    return workload
+
+
+def built(way: Way) -> tuple[Callable[[], object], float]:
+    """The action that multiplies, and the peak memory of building it and multiplying once."""
+    made = []
+
+    def build_and_multiply() -> None:
+        made.append(way.build())
+        made[0]()
+
+    mebibytes = peak_memory(build_and_multiply)
+    return made[0], mebibytes
+
+
+def called(call: Call, products: Products, true: Truth) -> dict[str, Any]:
+    """A call's findings, errors and cost; or how it failed and the products it made."""
+    products.restart()
+    first, started = len(products.ended), products.now()
+    found: dict[str, Any]
+    try:
+        found = call.run()
+        found |= errors(found, true)
+    except OutOfTimeError:
+        found = {"failed": f"over {ROW_SECONDS // 60} min"}
+    except Exception as error:
+        found = {"failed": failure(error)}
+    found |= {"call": call.text, "hvps": len(products.ended) - first, "seconds": products.now() - started}
+    return {key: value for key, value in found.items() if key not in ("nodes", "weights")}
+
+
+def errors(found: dict[str, Any], true: Truth) -> dict[str, float]:
+    """True errors of the quantities that were found: relative ones, and the distance of densities."""
+    relative = {}
+    for name in ("lambda_max", "lambda_min", "trace"):
+        if name in found:
+            value = getattr(true, name)
+            relative[f"{name}_error"] = abs(found[name] - value) / abs(value)
+    if "nodes" in found:
+        run = Quadrature(torch.tensor(found["nodes"]).numpy(), torch.tensor(found["weights"]).numpy())
+        relative["distance"] = true.distance(run)
+    return relative
+
+
+def within(found: Ends, *, true: Truth, ends: slice, target: float) -> bool:
+    """Whether λ_max, λ_min or both are relatively as close as the target."""
+    pairs = [(found.lambda_max, true.lambda_max), (found.lambda_min, true.lambda_min)][ends]
+    return all(value is not None and abs(value - known) <= target * abs(known) for value, known in pairs)
+
+
+def reached(history: Iterable[Ends], enough: Callable[[Ends], bool]) -> dict[str, Any] | None:
+    """Where a run has come close enough and stays so, in the run that needs the fewest products; `None` if none does.
+
+    Example:
+        >>> run = [Ends("a", hvps, float(hvps), value, None) for hvps, value in enumerate([9.0, 7.0, 9.1, 9.0], 1)]
+        >>> reached(run, lambda ends: abs(ends.lambda_max - 9) < 0.5)["hvps"]
+        3
+    """
+    found = []
+    for _, run in groupby(history, key=lambda ends: ends.run):
+        arrived = None
+        for ends in run:
+            arrived = (arrived or ends) if enough(ends) else None
+        if arrived is not None:
+            found.append(arrived)
+    return min(found, key=lambda ends: ends.hvps)._asdict() if found else None
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Time of one call."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def memory(pid: int | str = "self", *, peak: bool = False) -> float:
+    """What a process holds in memory, in MiB, now or at most since `peak_memory` began to watch."""
+    key = "VmHWM" if peak else "VmRSS"
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    return 0.0  # a process that has just ended
+
+
+def peak_memory(action: Callable[[], object]) -> float:
+    """The most this process held in memory during a call, in MiB."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak before
+    action()
+    return memory(peak=True)
+
+
+# The command: one process a row, results merged into one file.
+
+
+def run_row(row: str, library: str, workload: WorkloadName, max_mebibytes: float) -> dict[str, Any]:
+    """Runs one row in a process of its own, within limits of time and memory."""
+    command = [sys.executable, __file__, "--child", row, library, workload]
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as complaints:
+        with subprocess.Popen(command, stdout=output, stderr=complaints, env=environment) as process:
+            stopped = watch(process, max_mebibytes)
+        output.seek(0)
+        complaints.seek(0)
+        said = [json.loads(line) for line in output if line.startswith("{")]
+        last_complaint = (complaints.read().strip().splitlines() or [""])[-1]
+    result = next((line["result"] for line in said if "result" in line), None)
+    if result is not None:
+        return result
+    hvps = max((line["hvps"] for line in said), default=0)
+    return {"failed": stopped or f"ends with code {process.returncode}: {last_complaint}", "hvps": hvps}
+
+
+def watch(process: subprocess.Popen[Any], max_mebibytes: float) -> str | None:
+    """Waits for a process, and ends it where it passes a limit; says which."""
+    started = time.perf_counter()
+    while process.poll() is None:
+        time.sleep(0.5)
+        try:
+            used = memory(process.pid)
+        except OSError:
+            continue
+        stopped = f"over {max_mebibytes / 1024:.0f} GiB" if used > max_mebibytes else None
+        if time.perf_counter() - started > 5 * ROW_SECONDS:  # no row has more parts; a product does not end
+            stopped = f"over {ROW_SECONDS // 60} min"
+        if stopped:
+            process.kill()
+            process.wait()
+            return stopped
+    return None
+
+
+def child(row: str, library: str, workload: WorkloadName) -> None:
+    """One row, in its own process; prints how many products it has made, and at last the result."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        result = ROWS[row](LIBRARIES[library], workload, Products(seconds=ROW_SECONDS, announce=True))
+    except OutOfTimeError:
+        result = {"failed": f"over {ROW_SECONDS // 60} min"}
+    except Exception as error:
+        result = {"failed": failure(error)}
+    print(json.dumps({"result": result}), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what was asked for; returns 1 where this package missed what it promises."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=WORKLOADS)
+    parser.add_argument("--library", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--max_gib", type=float, default=16, help="End a row that takes more memory.")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        child(*options.child)
+        return 0
+
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "peers.json"
+    results = json.loads(file.read_text()) if file.exists() else {"truth": {}, "rows": {}}
+    results["versions"] = {name: version(name) for name in ("torch", "transformers", *packages())}
+    results["machine"] = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    for workload in options.workload:
+        if set(options.rows) - {"cost", "features"}:
+            results["truth"][workload] = truth(workload).summary()
+        else:
+            load(workload)
+        for row in options.rows:
+            for library in options.library:
+                if row == "features" and workload != options.workload[0]:
+                    continue
+                print(f"{workload}: {row} of {library}", flush=True)
+                place = results["rows"].setdefault("any" if row == "features" else workload, {}).setdefault(row, {})
+                place[library] = run_row(row, library, workload, options.max_gib * 1024)
+                file.write_text(json.dumps(results, indent=1) + "\n")
+                (RESULTS / "peers.md").write_text(markdown(results))
+    print(markdown(results))
+    wrong = problems(results)
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
+def packages() -> list[str]:
+    """The names under which the libraries are installed."""
+    return [library.package for library in LIBRARIES.values()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sample of the architectures that `benchmarks/architectures.py` goes through, and what its check sees."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def load() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "architectures.py"
+    spec = importlib.util.spec_from_file_location("architectures", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["architectures"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+architectures = load()
+BERT = architectures.Case("masked LM", "bert", "BertForMaskedLM")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models are slower on many."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("task", "class_name"),
+    [
+        ("sequence classification", "BertForSequenceClassification"),
+        ("sequence classification", "MixtralForSequenceClassification"),  # experts, by a grouped kernel
+        ("image classification", "MobileNetV2ForImageClassification"),  # kinks in every layer
+        ("image classification", "SwinForImageClassification"),
+        ("causal LM", "LlamaForCausalLM"),
+        ("causal LM", "MambaForCausalLM"),
+        ("causal LM", "Qwen3NextForCausalLM"),  # linear and full attention
+        ("token classification", "LayoutLMv3ForTokenClassification"),  # parameters used under `no_grad`
+        ("question answering", "BertForQuestionAnswering"),  # looks at padding
+        ("seq2seq LM", "T5ForConditionalGeneration"),
+    ],
+)
+def test_product_is_the_derivative_of_the_gradient_and_leaves_no_trace(task: str, class_name: str):
+    [case, *_] = [case for case in architectures.all_cases() if (case.task, case.class_name) == (task, class_name)]
+    row = architectures.examine(case)
+    assert row.outcome == "works", row.reason
+    assert row.error < 1e-6 and row.float32_error < 1e-3 and 1000 < row.parameters < 500_000
+
+
+def test_list_is_that_of_the_auto_classes():
+    cases = list(architectures.all_cases())
+    assert len(cases) > 500 and len(set(cases)) == len(cases)
+    for auto in ("AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForImageClassification"):
+        listed = {config.model_type for config in getattr(transformers, auto)._model_mapping}
+        assert listed <= {case.model_type for case in cases}
+
+
+def one_tensor_lost(model: PreTrainedModel, products: Tensor) -> Tensor:
+    """The part of the smallest bias of a layer norm, a millionth of the whole."""
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    index = names.index("bert.encoder.layer.0.output.LayerNorm.bias")
+    products = products.clone()
+    products.split(sizes, dim=1)[index].zero_()
+    return products
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda model, products: products * (1 + 1e-5),
+        lambda model, products: products.flip(0),
+        lambda model, products: products + 1e-4 * products.norm() / products.numel() ** 0.5,
+        one_tensor_lost,
+    ],
+)
+def test_wrong_product_is_seen(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[PreTrainedModel, Tensor], Tensor]):
+    right = architectures.our_products
+    monkeypatch.setattr(architectures, "our_products", lambda model, *rest: spoil(model, right(model, *rest)))
+    row = architectures.examine(BERT)
+    assert row.outcome == "wrong", row
+
+
+def test_wrong_product_in_float32_is_seen(monkeypatch: pytest.MonkeyPatch):
+    right = architectures.our_products
+    monkeypatch.setitem(architectures.LIBRARIES, architectures.OURS, lambda *all: 1.01 * right(*all))
+    assert architectures.examine(BERT).reason == "deviates by 1e-02 in float32"
+
+
+def test_model_without_a_hessian_is_told_apart():
+    row = architectures.examine(architectures.Case("masked LM", "yoso", "YosoForMaskedLM"))
+    assert row.outcome == "no Hessian" and "not that of its loss" in row.reason
+
+
+def change_parameter(model: PreTrainedModel) -> None:
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        parameter[0, 0] = torch.nextafter(parameter[0, 0], torch.tensor(1.0))
+
+
+def change_gradient(model: PreTrainedModel) -> None:
+    gradient = next(model.parameters()).grad
+    assert gradient is not None
+    gradient.zero_()
+
+
+def change_buffer(model: PreTrainedModel) -> None:
+    model.register_buffer("count", torch.zeros(1), persistent=False)
+
+
+def change_attention(model: PreTrainedModel) -> None:
+    model.config._attn_implementation = "eager"
+
+
+def change_mode(model: PreTrainedModel) -> None:
+    model.get_submodule("bert.encoder.layer.0").eval()
+
+
+def change_configuration(model: PreTrainedModel) -> None:
+    model.config.problem_type = "regression"
+
+
+def change_place(model: PreTrainedModel) -> None:
+    parameter = next(model.parameters())
+    parameter.data = parameter.data.clone()
+
+
+def change_attribute(model: PreTrainedModel) -> None:
+    vars(model)["cached"] = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("parameters", change_parameter),
+        ("places", change_place),
+        ("buffers", change_buffer),
+        ("gradients", change_gradient),
+        ("modes", change_mode),
+        ("attributes", change_attribute),
+        ("attention", change_attention),
+        ("configurations", change_configuration),
+        ("random numbers", lambda model: torch.rand(1)),
+        ("random numbers", lambda model: np.random.rand()),
+        ("random numbers", lambda model: random.random()),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_trace_is_seen(
+    monkeypatch: pytest.MonkeyPatch, kind: str, change: Callable[[PreTrainedModel], Any], fails: bool
+):
+    def measure_once(model: PreTrainedModel, batch: Any) -> None:
+        change(model)
+        if fails:
+            raise architectures.MeasurementError("No.", "Never mind.")
+
+    monkeypatch.setattr(architectures, "measure_once", measure_once)
+    row = architectures.examine(BERT)
+    assert row.outcome == ("raises" if fails else "traces")
+    assert kind in row.reason.lower().split("changed: ")[1].split(", ")
+
+
+@pytest.mark.parametrize(
+    ("disaster", "outcome", "reason"),
+    [
+        (lambda: os._exit(3), "crashes", "measure: the process died with exit code 3"),
+        (lambda: time.sleep(60), "crashes", "measure: took more than 1 s"),
+        (lambda: 1 / 0, "crashes", "measure: ZeroDivisionError: division by zero"),
+        (lambda: bytearray(12 << 30), "crashes", "measure: MemoryError:"),
+    ],
+)
+def test_disaster_is_a_row(monkeypatch: pytest.MonkeyPatch, disaster: Callable[[], object], outcome: str, reason: str):
+    def examine(case: object, library: str, say: Callable[[str], object]) -> None:
+        say("measure")
+        disaster()
+
+    monkeypatch.setattr(architectures, "examine", examine)
+    row = architectures.run(BERT, seconds=1 if "1 s" in reason else 60)
+    assert (row.outcome, row.reason) == (outcome, reason)
+
+
+def test_results_are_read_back_and_told(tmp_path: Path):
+    case = ("masked LM", "bert", "BertForMaskedLM")
+    rows = [
+        architectures.Row(*case, "works", error=2e-9),
+        architectures.Row("causal LM", "rwkv", "RwkvForCausalLM", "crashes", "measure: RuntimeError: a|b"),
+        architectures.Row("causal LM", "dinat", "Dinat", "excluded", "build: ImportError: natten"),
+    ]
+    results = {architectures.OURS: rows, "pyhessian": [architectures.Row(*case, "raises", "no second derivative")]}
+    path = tmp_path / "architectures.json"
+    architectures.save(results, path)
+    assert architectures.load(path) == results
+    text = path.with_suffix(".md").read_text()
+    assert "| hf_optimizability | 0 of 0 | 0 of 0 | 0 of 1 | 1 of 1 |" in text and "| 1 of 2 = 50.0% |" in text
+    assert "RwkvForCausalLM | **crashes** | measure: RuntimeError: a\\|b |" in text
+    assert "| bert |  |  |  | ✓ |  |  |  |" in text and "2e-09" in text
