@@ -9,6 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,6 +106,23 @@ def test_wrong_product_in_float32_is_seen(monkeypatch: pytest.MonkeyPatch):
     assert architectures.examine(BERT).reason == "deviates by 1e-02 in float32"
 
 
+def test_wrong_matrix_for_the_trace_is_seen(monkeypatch: pytest.MonkeyPatch):
+    class Spoilt(architectures.DecoupledHessian):  # type: ignore[name-defined, misc]
+        def matmat(self, vectors: Tensor) -> Tensor:
+            return super().matmat(vectors) * (1 + 1e-5)
+
+    monkeypatch.setattr(architectures, "DecoupledHessian", Spoilt)
+    assert architectures.examine(BERT).reason == "deviates by 1e-05 in float64"
+
+
+def test_differences_are_not_counted_as_exact(monkeypatch: pytest.MonkeyPatch):
+    right = architectures.measure_once
+    fallen_back = {"engine": "central_difference"}
+    monkeypatch.setattr(architectures, "measure_once", lambda *batch: replace(right(*batch), **fallen_back))
+    row = architectures.examine(BERT)
+    assert (row.outcome, row.reason) == ("raises", "measured by central_difference, and says so")
+
+
 def test_model_without_a_hessian_is_told_apart():
     row = architectures.examine(architectures.Case("masked LM", "yoso", "YosoForMaskedLM"))
     assert row.outcome == "no Hessian" and "not that of its loss" in row.reason
@@ -167,10 +185,13 @@ def change_attribute(model: PreTrainedModel) -> None:
 def test_trace_is_seen(
     monkeypatch: pytest.MonkeyPatch, kind: str, change: Callable[[PreTrainedModel], Any], fails: bool
 ):
-    def measure_once(model: PreTrainedModel, batch: Any) -> None:
+    right = architectures.measure_once
+
+    def measure_once(model: PreTrainedModel, batch: Any) -> Any:
         change(model)
         if fails:
             raise architectures.MeasurementError("No.", "Never mind.")
+        return right(model, batch)
 
     monkeypatch.setattr(architectures, "measure_once", measure_once)
     row = architectures.examine(BERT)

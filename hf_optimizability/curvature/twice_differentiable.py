@@ -206,7 +206,12 @@ def _normalize(
 
 def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor | None:
     """`Tensor.view` for images that are channels-last in here alone: a copy where their memory can't be viewed so."""
-    return None if named or isinstance(shape[0], torch.dtype) else input.reshape(*shape)
+    if named or isinstance(shape[0], torch.dtype):
+        return None
+    try:
+        return input.view(*shape)
+    except RuntimeError:
+        return input.reshape(*shape)
 
 
 def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
