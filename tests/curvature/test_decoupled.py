@@ -53,14 +53,15 @@ class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
-        self.bias, self.other = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(4)) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(torch.tanh(self.bias[:3]) * x)
-        hidden += self.bias
-        hidden.add_(self.other)
-        masked = hidden.masked_fill(torch.tensor([False, False, True, False]), -torch.inf) + self.other
-        return self.last(masked.softmax(-1))
+        hidden = self.first(x)
+        hidden += self.a
+        hidden = torch.tanh(hidden) * 2
+        hidden.add_(self.b)
+        masked = hidden.masked_fill(torch.tensor([False, False, True, False]), -torch.inf)
+        return self.last(torch.tanh(masked + self.c).square())
 
 
 @pytest.mark.parametrize("kind", [Shared, InPlace])
