@@ -1,35 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the estimates are judged by: both ends of the spectrum, the trace and the density, from long converged runs.
+"""What the estimates are judged by: both ends of the spectrum, the trace and the density, from long float64 runs.
+
+    python benchmarks/truth.py vision text decoder
 
 Eigenvalues by SciPy's ARPACK, with residuals computed apart from it; trace and density by plain sampling, written here
-and not taken from the package. Each part is kept under `out/`, so that a run that was stopped goes on where it was.
+and not taken from the package. The trace is had twice: from the Hessian, and far sharper from the decoupled matrix, which
+has the same diagonal; the results say whether they agree. The products are the package's, in float64, checked against
+double backward of the plain mean loss. Each part is kept under `out/`, so that what was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from libraries import Ours, Products, Quadrature
+from libraries import Quadrature
 from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import eigsh
 from scipy.stats import wasserstein_distance
 from torch import Tensor
-from workloads import CACHE, WorkloadName, load
+from workloads import CACHE, WORKLOADS, Workload, WorkloadName, load
 
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.decoupled import DecoupledHessian
+from hf_optimizability.curvature.operators import HessianOperator, SymmetricOperator
+from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
+from hf_optimizability.curvature.used_rows import used_rows
+from hf_optimizability.objective import Objective
+from hf_optimizability.safety import math_attention, measuring
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to spend: probes of the trace; Lanczos runs of the density, their steps, and how many go at once."""
+    """How much to spend: probes of each trace; Lanczos runs of the density, their steps, and how many go at once."""
 
     probes: int
     runs: int
@@ -38,12 +49,14 @@ class Effort:
 
 
 EFFORT: dict[WorkloadName, Effort] = {
-    "text": Effort(probes=400, runs=10, steps=60, at_once=2),  # two bases of 60 vectors are 11 GB
-    "vision": Effort(probes=400, runs=10, steps=60, at_once=10),
+    "text": Effort(probes=160, runs=4, steps=40, at_once=1),  # a basis is 3.5 GB
+    "vision": Effort(probes=600, runs=4, steps=40, at_once=4),
     "decoder": Effort(probes=0, runs=0, steps=0, at_once=1),  # its products take too long for more than the ends
 }
 PROBES_AT_ONCE = 4
 CONVERGED = 1e-3  # relative residual of a Ritz value that counts as an eigenvalue
+EIGENVALUE_TOLERANCE = 1e-5
+EXACT = 1e-5  # relative difference allowed between two ways to one product; a decoder takes its loss in float32
 
 
 class Run(NamedTuple):
@@ -55,6 +68,28 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Mean:
+    """An average and its standard error."""
+
+    value: float
+    std_error: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Mean:
+        """The mean of independent samples."""
+        return cls(float(np.mean(samples)), float(np.std(samples, ddof=1)) / math.sqrt(len(samples)))
+
+    def agrees(self, other: Mean) -> bool:
+        """Whether the difference is within 3 standard errors.
+
+        Example:
+            >>> Mean(10.0, 1.0).agrees(Mean(12.9, 0.0)), Mean(10.0, 1.0).agrees(Mean(13.1, 0.0))
+            (True, False)
+        """
+        return abs(self.value - other.value) <= 3 * math.hypot(self.std_error, other.std_error)
+
+
+@dataclass(frozen=True)
 class Truth:
     """The long runs' results.
 
@@ -62,19 +97,19 @@ class Truth:
         lambda_max: Largest eigenvalue.
         lambda_min: Smallest eigenvalue.
         residuals: `‖Hq − λq‖` of the largest and of the smallest.
-        trace: The trace, where it was sampled.
-        trace_std_error: Its standard error.
+        trace: The trace, from the decoupled matrix, where it was sampled.
+        plain_trace: The same from the Hessian itself.
         density: Nodes and weights from all runs, as `sharpened` puts them together, where they were made.
         density_noise: Distance between the densities of half the runs and of the other half, as `distance` gives it.
     """
 
     lambda_max: float
     lambda_min: float
-    residuals: tuple[float, float]
-    trace: float | None
-    trace_std_error: float | None
-    density: Quadrature | None
-    density_noise: float | None
+    residuals: tuple[float, float] = (0.0, 0.0)
+    trace: Mean | None = None
+    plain_trace: Mean | None = None
+    density: Quadrature | None = None
+    density_noise: float | None = None
 
     def distance(self, run: Quadrature) -> float:
         """Wasserstein-1 distance of a density to this one, as a share of the root mean square eigenvalue."""
@@ -83,35 +118,39 @@ class Truth:
 
     def summary(self) -> dict[str, Any]:
         """What goes into the results: everything but the nodes and weights."""
-        return {name: value for name, value in vars(self).items() if name != "density"}
+        agree = self.trace and self.plain_trace and self.trace.agrees(self.plain_trace)
+        return {name: value for name, value in asdict(self).items() if name != "density"} | {"traces_agree": agree}
 
 
 def truth(name: WorkloadName) -> Truth:
-    """The long runs of a workload; takes hours where they have not been made yet."""
-    effort = EFFORT[name]
-    workload = load(name)
-    hessian = Ours(workload.model, workload.batches, Products()).operator
-    folder = CACHE / name / "truth"
-
-    ends = _part(folder / "ends.json", partial(_ends, hessian))
-    samples: list[float] = []
-    for first in range(0, effort.probes, PROBES_AT_ONCE):
-        samples += _part(folder / f"probes-{first}.json", partial(_samples, hessian, first))
+    """What is known of a workload; takes hours where the long runs have not been made yet."""
+    effort, folder = EFFORT[name], CACHE / name / "truth"
+    exact = _Exact(name)
+    check = _part(folder / "check.json", exact.check)
+    ends = _part(folder / "ends.json", exact.ends)
     runs: list[Run] = []
     for first in range(0, effort.runs, effort.at_once):
-        part = _part(folder / f"runs-{first}.json", partial(_runs, hessian, effort, first))
+        part = _part(folder / f"runs-{first}.json", partial(exact.runs, effort, first))
         runs += [Run(*(np.array(column) for column in columns)) for columns in part]
-    density = sharpened(runs, hessian.size) if runs else None
-    noise = None
-    if density is not None:
-        halves = [sharpened(half, hessian.size) for half in (runs[::2], runs[1::2])]
+    traces = {}
+    for matrix in ("decoupled", "hessian"):
+        samples: list[float] = []
+        for first in range(0, effort.probes, PROBES_AT_ONCE):
+            samples += _part(folder / f"{matrix}-{first}.json", partial(exact.samples, matrix, first))
+        traces[matrix] = Mean.of(samples) if samples else None
+    density, noise = None, None
+    if runs:
+        density, *halves = (
+            with_zeros(sharpened(some, check["size"]), check["left_out"] / (check["size"] + check["left_out"]))
+            for some in (runs, runs[::2], runs[1::2])
+        )
         noise = _distance(*halves) / _root_mean_square(density)
     return Truth(
         lambda_max=ends["lambda_max"],
         lambda_min=ends["lambda_min"],
         residuals=tuple(ends["residuals"]),
-        trace=float(np.mean(samples)) if samples else None,
-        trace_std_error=float(np.std(samples, ddof=1)) / math.sqrt(len(samples)) if samples else None,
+        trace=traces["decoupled"],
+        plain_trace=traces["hessian"],
         density=density,
         density_noise=noise,
     )
@@ -165,6 +204,16 @@ def _root_mean_square(run: Quadrature) -> float:
     return math.sqrt(run.nodes**2 @ run.weights)
 
 
+def with_zeros(run: Quadrature, share: float) -> Quadrature:
+    """A density to which a share of eigenvalues that are zero comes: those of rows that were left out.
+
+    Example:
+        >>> with_zeros(Quadrature(np.array([2.0]), np.array([1.0])), 0.25)
+        Quadrature(nodes=array([2., 0.]), weights=array([0.75, 0.25]))
+    """
+    return Quadrature(np.append(run.nodes, 0.0), np.append((1 - share) * run.weights, share))
+
+
 def _part(file: Path, compute: Callable[[], Any]) -> Any:
     """A part of the truth, read if it was kept, else computed and kept."""
     if not file.exists():
@@ -176,44 +225,130 @@ def _part(file: Path, compute: Callable[[], Any]) -> Any:
     return json.loads(file.read_text())
 
 
-def _ends(hessian: HessianOperator) -> dict[str, Any]:
-    start = np.random.default_rng(0).standard_normal(hessian.size, dtype=np.float32)
-    values, vectors = eigsh(hessian.to_scipy(), k=2, which="BE", tol=1e-6, v0=start)
-    residuals = []
-    for value, vector in zip(values[::-1], vectors.T[::-1], strict=True):
-        vector = torch.from_numpy(np.ascontiguousarray(vector))
-        residuals.append(float((hessian.matvec(vector) - float(value) * vector).norm()))
-    return {"lambda_max": float(values[1]), "lambda_min": float(values[0]), "residuals": residuals}
+class _Exact:
+    """The Hessian of a workload in float64, without rows of zeros, loaded when the first part asks for it."""
+
+    def __init__(self, name: WorkloadName):
+        self._name = name
+        self._held = ExitStack()  # to the end of the process
+
+    @cached_property
+    def hessian(self) -> HessianOperator:
+        """The Hessian itself."""
+        return HessianOperator(self._objective)
+
+    @cached_property
+    def decoupled(self) -> DecoupledHessian:
+        """The matrix with its diagonal, whose other entries are smaller."""
+        return DecoupledHessian(self._objective)
+
+    @cached_property
+    def _objective(self) -> Objective:
+        workload = in_float64(load(self._name))
+        objective = Objective(workload.model, workload.batches)
+        self._held.enter_context(measuring(workload.model, seed=0))
+        self._held.enter_context(math_attention())
+        self._held.enter_context(used_rows(objective))
+        self._held.enter_context(CheapSecondDerivatives())
+        return objective
+
+    def check(self) -> dict[str, Any]:
+        """Compares one product with that of plain double backward over all rows, along a function of the weights.
+
+        Such a vector is the same with and without the rows that are left out: equal norms and equal vᵀHv show that
+        these are zero.
+        """
+        workload = in_float64(load(self._name, attention="eager"))
+        expected = _fingerprint(workload.parameters, lambda vector: plain_product(workload, vector))
+        found = _fingerprint(self._objective.parameters, self.hessian.matvec)
+        difference = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+        if difference > EXACT:
+            raise RuntimeError(f"The products of {self._name} differ by {difference:.1g}: {found}, not {expected}.")
+        size = self.hessian.size
+        return {"size": size, "left_out": workload.size - size, "difference": difference}
+
+    def ends(self) -> dict[str, Any]:
+        """Both ends of the spectrum."""
+        start = np.random.default_rng(0).standard_normal(self.hessian.size)
+        values, vectors = eigsh(self.hessian.to_scipy(), k=2, which="BE", tol=EIGENVALUE_TOLERANCE, v0=start)
+        residuals = []
+        for value, vector in zip(values[::-1], vectors.T[::-1], strict=True):
+            vector = torch.from_numpy(np.ascontiguousarray(vector))
+            residuals.append(float((self.hessian.matvec(vector) - float(value) * vector).norm()))
+        return {"lambda_max": float(values[1]), "lambda_min": float(values[0]), "residuals": residuals}
+
+    def samples(self, matrix: str, seed: int) -> list[float]:
+        """Samples of vᵀAv, of the Hessian or of the matrix with its diagonal."""
+        operator: SymmetricOperator = self.decoupled if matrix == "decoupled" else self.hessian
+        probes = _rademacher(operator.size, PROBES_AT_ONCE, seed)
+        products = operator.matmat(probes.T).T
+        return [float(probe @ product) for probe, product in zip(probes, products, strict=True)]
+
+    def runs(self, effort: Effort, seed: int) -> list[list[list[float]]]:
+        """What `Run` takes, of Lanczos runs in lockstep, each orthogonalized in full against its own basis."""
+        size, number = self.hessian.size, effort.at_once
+        basis = torch.empty(number, effort.steps, size, dtype=torch.float64)
+        vectors = _rademacher(size, number, 500_000 + seed) / math.sqrt(size)
+        diagonals, off_diagonals = np.empty((number, effort.steps)), np.empty((number, effort.steps))
+        for step in range(effort.steps):
+            basis[:, step] = vectors
+            products = self.hessian.matmat(vectors.T).T
+            diagonals[:, step] = (vectors * products).sum(dim=1)
+            for product, known in zip(products, basis[:, : step + 1], strict=True):
+                for _ in range(2):
+                    product -= known.T @ (known @ product)
+            off_diagonals[:, step] = products.norm(dim=1)
+            vectors = products / products.norm(dim=1, keepdim=True)
+        found = []
+        for diagonal, off_diagonal in zip(diagonals, off_diagonals, strict=True):
+            nodes, eigenvectors = eigh_tridiagonal(diagonal, off_diagonal[:-1])
+            residuals = off_diagonal[-1] * np.abs(eigenvectors[-1])
+            found.append([nodes.tolist(), (eigenvectors[0] ** 2).tolist(), residuals.tolist()])
+        return found
+
+
+def in_float64(workload: Workload) -> Workload:
+    """The workload, its model and its batches' floating-point tensors in double precision."""
+    batches = [
+        {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+        for batch in workload.batches
+    ]
+    return Workload(workload.name, workload.model.double(), batches)
+
+
+def plain_product(workload: Workload, vector: Tensor) -> Tensor:
+    """`H v` of the mean over batches of the model's own loss, by double backward and nothing else."""
+    total = torch.zeros_like(vector)
+    for batch in workload.batches:
+        gradient = torch.autograd.grad(
+            workload.model(**batch).loss, workload.parameters, create_graph=True, materialize_grads=True
+        )
+        along = torch.cat([piece.flatten() for piece in gradient]) @ vector
+        total += torch.cat([
+            piece.flatten() for piece in torch.autograd.grad(along, workload.parameters, materialize_grads=True)
+        ])
+    return total / len(workload.batches)
+
+
+def _fingerprint(parameters: Sequence[Tensor], multiply: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """`vᵀHv` and `‖Hv‖` along a vector that is a function of each parameter."""
+    vector = torch.cat([torch.sin(1e4 * parameter.detach()).flatten() for parameter in parameters])
+    product = multiply(vector)
+    return float(vector @ product), float(product.norm())
 
 
 def _rademacher(size: int, number: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(1_000_003 + seed)  # far from the seeds of those that are judged
-    return torch.randint(0, 2, (number, size), generator=generator, dtype=torch.int8).float().mul_(2).sub_(1)
+    return torch.randint(0, 2, (number, size), generator=generator, dtype=torch.int8).double().mul_(2).sub_(1)
 
 
-def _samples(hessian: HessianOperator, seed: int) -> list[float]:
-    probes = _rademacher(hessian.size, PROBES_AT_ONCE, seed)
-    products = hessian.matmat(probes.T).T
-    return [float((probe.double() * product).sum()) for probe, product in zip(probes, products, strict=True)]
+def main() -> None:
+    """Makes the long runs of the workloads that are named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
+    for name in parser.parse_args().workloads:
+        print(json.dumps({name: truth(name).summary()}, indent=1), flush=True)
 
 
-def _runs(hessian: HessianOperator, effort: Effort, seed: int) -> list[list[list[float]]]:
-    """What `Run` takes, of Lanczos runs in lockstep, each orthogonalized in full against its own basis."""
-    basis = torch.empty(effort.at_once, effort.steps, hessian.size)
-    vectors = _rademacher(hessian.size, effort.at_once, 500_000 + seed) / math.sqrt(hessian.size)
-    diagonals, off_diagonals = np.empty((effort.at_once, effort.steps)), np.empty((effort.at_once, effort.steps))
-    for step in range(effort.steps):
-        basis[:, step] = vectors
-        products = hessian.matmat(vectors.T).T
-        diagonals[:, step] = (vectors.double() * products).sum(dim=1)
-        for product, known in zip(products, basis[:, : step + 1], strict=True):
-            for _ in range(2):
-                product -= known.T @ (known @ product)
-        off_diagonals[:, step] = products.double().norm(dim=1)
-        vectors = products / products.norm(dim=1, keepdim=True)
-    found = []
-    for diagonal, off_diagonal in zip(diagonals, off_diagonals, strict=True):
-        nodes, eigenvectors = eigh_tridiagonal(diagonal, off_diagonal[:-1])
-        residuals = off_diagonal[-1] * np.abs(eigenvectors[-1])
-        found.append([nodes.tolist(), (eigenvectors[0] ** 2).tolist(), residuals.tolist()])
-    return found
+if __name__ == "__main__":
+    main()

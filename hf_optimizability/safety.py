@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,33 +34,67 @@ def preserved_rng(seed: int) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off and holds running statistics still; each module gets its own mode and attributes back.
+    """Switches dropout off and holds running statistics still; modes, attributes and trainable weights come back.
 
-    Attributes, because some models write to themselves in a forward pass in eval mode, which later training or
-    evaluation would read: NLLB-MoE its experts' capacity, LeViT a cache of biases.
+    Some models write to themselves in a forward pass in eval mode, which later training or evaluation would read:
+    NLLB-MoE its experts' capacity, LeViT a cache of biases, RWKV its weights and a note that it did so. Trainable
+    weights come back from copies. Frozen ones, which may be many more, are not copied: where a model wrote to those,
+    all that it wrote stays as it left it, so that its notes fit.
     """
-    kept = [(module, _plain_attributes(module)) for module in model.modules()]
-    versions = [parameter._version for parameter in model.parameters()]
+    attributes = [(module, _plain_attributes(module)) for module in model.modules()]
+    dicts = _contents([held for _, held in attributes])
+    frozen = [(parameter, parameter._version) for parameter in model.parameters() if not parameter.requires_grad]
+    trainable = [(p, p._version, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     try:
+        model.train()  # so that models drop what they cached in eval mode
         model.eval()
+        with _fresh_caches(model):
+            yield
+    finally:
+        if any(parameter._version != version for parameter, version in frozen):
+            for module, held in attributes:
+                module.training = bool(held["training"])
+        else:
+            with torch.no_grad():
+                for parameter, version, copy in trainable:
+                    if parameter._version != version:
+                        parameter.copy_(copy)
+            for module, held in attributes:
+                for name in _plain_attributes(module).keys() - held.keys():
+                    delattr(module, name)
+                vars(module).update(held)
+            _refill(dicts)
+
+
+@contextmanager
+def _fresh_caches(model: nn.Module) -> Iterator[None]:
+    """Each forward pass finds the modules' dicts as they are now.
+
+    LeViT keeps biases computed from its parameters in one, with a graph that the first backward pass frees.
+    """
+    dicts = _contents([_plain_attributes(module) for module in model.modules()])
+    hook = model.register_forward_pre_hook(lambda *call: _refill(dicts))
+    try:
         yield
     finally:
-        # A model that writes to its weights in eval mode (RWKV) notes so in an attribute, and undoes it by that.
-        untouched = versions == [parameter._version for parameter in model.parameters()]
-        for module, attributes in kept:
-            if not untouched:
-                module.training = bool(attributes["training"])
-                continue
-            for name in _plain_attributes(module).keys() - attributes.keys():
-                delattr(module, name)
-            vars(module).update(attributes)
+        hook.remove()
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, object]:
-    """All but parameters, buffers, submodules and hooks; dicts are copied, since caches are filled in place."""
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """All but parameters, buffers, submodules and hooks."""
     registries = vars(nn.Module()).keys() - {"training"}
-    plain = {name: value for name, value in vars(module).items() if name not in registries}
-    return {name: dict(value) if type(value) is dict else value for name, value in plain.items()}
+    return {name: value for name, value in vars(module).items() if name not in registries}
+
+
+def _contents(attributes: Iterable[dict[str, Any]]) -> list[tuple[dict, dict]]:
+    """The dicts among the attributes, each with a copy of what it holds."""
+    return [(value, dict(value)) for held in attributes for value in held.values() if type(value) is dict]
+
+
+def _refill(contents: list[tuple[dict, dict]]) -> None:
+    for original, copy in contents:
+        original.clear()
+        original.update(copy)
 
 
 @contextmanager

@@ -24,6 +24,8 @@ class Estimate:
         residual: `‖Hq − θq‖` of an eigenvalue estimate θ: some eigenvalue lies within this distance of `value` (Golub
             & Van Loan, Matrix Computations, section 8.1); `None` for other quantities. Converged is a residual that is
             small beside the eigenvalue itself: beside the largest one, any random vector would do for an end near 0.
+        data_std_error: Standard error over the data, apart from that over the probe vectors: how far the value would
+            move with another probe set of the same size. `None` where it is not known.
 
     Example:
         >>> Estimate(value=3.0, low=2.5, high=3.5, method="lanczos", hvps=8, converged=True, residual=0.5).error
@@ -38,6 +40,7 @@ class Estimate:
     converged: bool
     std_error: float | None = None
     residual: float | None = None
+    data_std_error: float | None = None
 
     @property
     def error(self) -> float:

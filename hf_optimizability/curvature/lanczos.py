@@ -31,7 +31,9 @@ class LanczosRun:
 
     Attributes:
         spectrum: Both ends with residual bounds, and the quadrature averaged over the starts.
-        nodes: Nodes of the quadratures, of shape (m,), ascending; the Ritz values, where the run did not restart.
+        nodes: Nodes of the quadratures, of shape (m,), ascending: the Ritz values; those of the first cycle, where the
+            run restarted.
+        residuals: `‖Aq − θq‖` of the Ritz pair of each of `nodes`, of shape (m,), up to rounding.
         weights: One quadrature per random start v, of shape (starts, m): `vᵀf(A)v / n ≈ weights @ f(nodes)`, exact
             for polynomials of a degree below twice the number of steps. A start that a warm start was mixed into is
             not random, and has no row.
@@ -40,6 +42,7 @@ class LanczosRun:
 
     spectrum: Spectrum
     nodes: np.ndarray = field(repr=False)
+    residuals: np.ndarray = field(repr=False)
     weights: np.ndarray = field(repr=False)
     hvps: int
     _krylov: _Krylov = field(repr=False)
@@ -156,11 +159,11 @@ def lanczos(
             break
         if max_basis is not None and len(krylov.basis) + krylov.width > max_basis:
             krylov.restart(keep=max(2 * num_eigenvalues, (max_basis - krylov.width) // 2))
-    nodes, weights = krylov.quadrature()
+    nodes, residuals, weights = krylov.first_cycle()
     if warm_start is not None:
         weights = weights[1:]
     spectrum = _spectrum(krylov, tolerance, num_eigenvalues, hvps, nodes, weights)
-    return LanczosRun(spectrum, nodes, weights, hvps, krylov)
+    return LanczosRun(spectrum, nodes, residuals, weights, hvps, krylov)
 
 
 def lanczos_by_segment(
@@ -207,7 +210,11 @@ def lanczos_by_segment(
             process.absorb(_gather(product, segments[index]))
             if process.exhausted or process.converged(tolerance, 1):
                 del active[index]
-    return tuple(_spectrum(process, tolerance, 1, hvps, *process.quadrature()) for process in processes)
+    cycles = [process.first_cycle() for process in processes]
+    return tuple(
+        _spectrum(process, tolerance, 1, hvps, nodes, weights)
+        for process, (nodes, _, weights) in zip(processes, cycles, strict=True)
+    )
 
 
 def _spectrum(
@@ -260,7 +267,7 @@ class _Krylov:
         self.values, self.vectors = np.zeros(0), np.zeros((0, 0))
         self._eps = torch.finfo(starts.dtype).eps
         self._T = np.zeros((0, 0))
-        self._first_quadrature: tuple[np.ndarray, np.ndarray] | None = None
+        self._first_cycle: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         # Dependence among the starts shows in their Gram matrix to the square root of float64's precision only.
         self._starts = self._orthonormalize(starts, np.zeros((number, 0)), floor=1e-7)
         self._C = np.zeros((0, len(self._mix)))
@@ -278,7 +285,7 @@ class _Krylov:
     @property
     def restarted(self) -> bool:
         """Whether the basis has been shrunk, and does not hold the starts any more."""
-        return self._first_quadrature is not None
+        return self._first_cycle is not None
 
     @property
     def starts(self) -> np.ndarray:
@@ -300,7 +307,7 @@ class _Krylov:
 
     def restart(self, *, keep: int) -> None:
         """Shrinks the basis to `keep` Ritz vectors, half of them from each end (Wu & Simon 2000)."""
-        self._first_quadrature = self.quadrature()
+        self._first_cycle = self.first_cycle()
         order = np.arange(len(self.values))
         ends = np.concatenate([order[: keep // 2], order[keep // 2 - keep :]])
         self.basis.compress(self.vectors[:, ends].T)
@@ -315,9 +322,14 @@ class _Krylov:
         outside = _like(coordinates @ self._C @ self._mix, self._remainder) @ self._remainder
         return outside.add_(self.basis.combine(coordinates @ self._T))
 
-    def quadrature(self) -> tuple[np.ndarray, np.ndarray]:
-        """Nodes (m,) and each start's weights (k, m); Golub & Meurant, Matrices, Moments and Quadrature, chapter 6."""
-        return self._first_quadrature or (self.values, (self.starts @ self.vectors) ** 2)
+    def first_cycle(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ritz values and residuals, both (m,), and each start's quadrature weights (k, m), before any restart.
+
+        Golub & Meurant, Matrices, Moments and Quadrature, chapter 6.
+        """
+        if self._first_cycle is not None:
+            return self._first_cycle
+        return self.values, self._residuals(self.vectors), (self.starts @ self.vectors) ** 2
 
     def converged(self, tolerance: float, number: int) -> bool:
         """Whether the `number` outermost values at both ends have converged."""
@@ -343,12 +355,16 @@ class _Krylov:
         """Values, residuals, and whether converged, at one end, the outermost first."""
         indices = np.argsort(-sign * self.values)[:number]
         values = self.values[indices]
-        residuals = np.linalg.norm(self.vectors[:, indices].T @ self._C, axis=1) + self._rounding
+        residuals = self._residuals(self.vectors[:, indices]) + self._rounding
         converged = residuals <= np.maximum(tolerance * np.abs(values), 2 * self._rounding)
         if converged.any():
             scale = max(abs(values[0]), tolerance * float(np.abs(self.values).max()))
             converged &= self._would_have_shown(values[0] + sign * _BEYOND * scale)
         return values, residuals, converged
+
+    def _residuals(self, vectors: np.ndarray) -> np.ndarray:
+        """`‖Aq − θq‖` of Ritz vectors whose coordinates in Q are these columns."""
+        return np.linalg.norm(vectors.T @ self._C, axis=1)
 
     def _would_have_shown(self, eigenvalue: float) -> bool:
         """Whether an eigenvalue there is unlikely to have been missed.

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .products import double_backward
+from .products import first_backward, second_backward
 
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ class SymmetricOperator(ABC):
     def matvec(self, vector: Tensor) -> Tensor:
         """`A v`, of shape (n,)."""
         return self.matmat(vector[:, None])[:, 0]
+
+    def matmat_by_part(self, vectors: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Yields `A_p V` and the number of items of each part p, where A is the mean of the A_p, weighted by items.
+
+        A matrix that is not made of parts is one part. What is yielded may be overwritten when the next part comes.
+        """
+        yield self.matmat(vectors), 1
 
     def to_scipy(self) -> LinearOperator:
         """The same matrix for SciPy's solvers, on NumPy arrays."""
@@ -121,16 +129,32 @@ class ObjectiveOperator(SymmetricOperator):
         total = torch.zeros(vectors.shape[1], self.size, dtype=self.dtype, device=self.device)
         items = 0
         for products, count in self._parts(vectors.T):
-            for row, product in zip(total, products, strict=True):
-                for place, piece in zip(row.split(self._sizes), product, strict=True):
-                    place.add_(piece.detach().reshape(-1).to(place))
+            self._add(products, total)
             items += count
         total /= items
-        if not torch.isfinite(total).all():
-            raise FloatingPointError("A product with the curvature matrix is not finite.")
-        if self._on_products is not None:
-            self._on_products(len(total))
+        _require_finite(total)
+        self._count(len(total))
         return total.T
+
+    def matmat_by_part(self, vectors: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Yields `A_p V` and the number of items of each part p, where A is the mean of the A_p, weighted by items."""
+        part = torch.empty(vectors.shape[1], self.size, dtype=self.dtype, device=self.device)
+        for products, count in self._parts(vectors.T):
+            self._add(products, part.zero_())
+            part /= count
+            _require_finite(part)
+            yield part.T, count
+        self._count(len(part))
+
+    def _add(self, products: Iterable[Sequence[Tensor]], total: Tensor) -> None:
+        """Adds products, shaped like the parameters, to the rows of `total`."""
+        for row, product in zip(total, products, strict=True):
+            for place, piece in zip(row.split(self._sizes), product, strict=True):
+                place.add_(piece.detach().reshape(-1).to(place))
+
+    def _count(self, products: int) -> None:
+        if self._on_products is not None:
+            self._on_products(products)
 
     def _split(self, vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Cuts a long vector into pieces of the parameters' shapes, dtypes and devices."""
@@ -140,6 +164,9 @@ class ObjectiveOperator(SymmetricOperator):
 
 class HessianOperator(ObjectiveOperator):
     """The Hessian of a mean loss, over all its parameters laid end to end, by double backward.
+
+    Where the loss comes in one part, the graph of its gradient is kept from the second product on, for as long as the
+    operator: each product then costs two gradients.
 
     Args:
         objective: The loss, in parts.
@@ -160,10 +187,36 @@ class HessianOperator(ObjectiveOperator):
     def __init__(self, objective: SumOfLosses, *, on_products: Callable[[int], object] | None = None):
         super().__init__(objective, on_products=on_products)
         self._objective = objective
+        self._one_part = False  # until the first product has shown it
+        self._kept: _Kept | None = None
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
         """Each part's forward and first backward pass are shared by all the vectors."""
         parameters = self._objective.parameters
         pieces = [self._split(vector, parameters) for vector in vectors]
-        for loss, count in self._objective.losses():
-            yield double_backward(loss, parameters, pieces), count
+        point = [(id(parameter), parameter._version) for parameter in parameters]
+        if self._kept is not None and self._kept.point == point:
+            yield second_backward(self._kept.gradients, parameters, pieces, keep_graph=True), self._kept.items
+            return
+        self._kept, number = None, 0
+        for loss, items in self._objective.losses():
+            gradients = first_backward(loss, parameters)
+            yield second_backward(gradients, parameters, pieces, keep_graph=self._one_part), items
+            if self._one_part:
+                self._kept = _Kept(point, gradients, items)
+            number += 1
+        self._one_part = number == 1
+
+
+class _Kept(NamedTuple):
+    """The gradient of the only part, with its graph, at the point where it was taken."""
+
+    point: list[tuple[int, int]]
+    gradients: Sequence[Tensor]
+    items: int
+
+
+def _require_finite(products: Tensor) -> None:
+    # The sum is finite if all entries are, and is had sooner than a look at each of them.
+    if not math.isfinite(products.sum(dtype=torch.float64)):
+        raise FloatingPointError("A product with the curvature matrix is not finite.")

@@ -34,8 +34,35 @@ def double_backward(
         >>> product[0]
         tensor([ 6., 12.])
     """
+    yield from second_backward(first_backward(loss, parameters), parameters, vectors)
+
+
+def first_backward(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradient, with its graph.
+
+    Raises:
+        RuntimeError: If an operation of the loss is marked to have no second derivative.
+    """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     require_second_derivative(gradients)
+    return gradients
+
+
+def second_backward(
+    gradients: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    vectors: Sequence[Sequence[Tensor]],
+    *,
+    keep_graph: bool = False,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the product of the Hessian with each vector, from a gradient with its graph.
+
+    Args:
+        gradients: From `first_backward`.
+        parameters: The leaves to differentiate by.
+        vectors: One sequence of tensors per vector, shaped like `parameters`.
+        keep_graph: Whether the graph is wanted again after the last vector.
+    """
     # A gradient that is constant in the parameters has no graph; its rows of the Hessian are zero.
     live = [index for index, gradient in enumerate(gradients) if gradient.requires_grad]
     for position, vector in enumerate(vectors):
@@ -46,7 +73,7 @@ def double_backward(
             [gradients[index] for index in live],
             parameters,
             grad_outputs=[vector[index] for index in live],
-            retain_graph=position < len(vectors) - 1,
+            retain_graph=keep_graph or position < len(vectors) - 1,
             materialize_grads=True,
         )
 

@@ -209,6 +209,18 @@ class TestRitzPairs:
             assert residual > 1e-6  # so that there is something to compare
 
     @pytest.mark.parametrize("max_basis", [None, 12])
+    @pytest.mark.parametrize("starts", [1, 2])
+    def test_there_is_a_residual_for_every_node(self, starts: int, max_basis: int | None):
+        """A run that restarted has those of its first cycle, after 12 products."""
+        dense = matrix(slow())
+        options = {"tolerance": 1e-9, "seed": 0, "starts": starts}
+        run = lanczos(DenseOperator(dense), max_hvps=30 if max_basis else 12, max_basis=max_basis, **options)
+        vectors = lanczos(DenseOperator(dense), max_hvps=12, **options).ritz_vectors(range(12)).numpy()
+        true = np.linalg.norm(vectors @ dense.numpy() - run.nodes[:, None] * vectors, axis=1)
+        assert run.residuals == pytest.approx(true, rel=1e-6)
+        assert run.residuals.shape == run.nodes.shape and true.min() > 1e-6  # so that there is something to compare
+
+    @pytest.mark.parametrize("max_basis", [None, 12])
     def test_products_with_ritz_vectors_come_for_free(self, max_basis: int | None):
         dense = matrix(slow())
         run = lanczos(DenseOperator(dense), tolerance=1e-9, max_hvps=40, seed=0, starts=2, max_basis=max_basis)
