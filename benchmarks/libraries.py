@@ -26,9 +26,13 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from hf_optimizability import OptimizabilityConfig, measure
+from hf_optimizability.curvature.decoupled import DecoupledHessian
 from hf_optimizability.curvature.lanczos import lanczos
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.operators import HessianOperator, SymmetricOperator
 from hf_optimizability.curvature.trace import hutchinson
+from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
+from hf_optimizability.curvature.used_rows import used_rows
 from hf_optimizability.objective import Objective
 from hf_optimizability.safety import math_attention, measuring
 
@@ -36,6 +40,7 @@ from hf_optimizability.safety import math_attention, measuring
 Batch = dict[str, Tensor]
 LOCKSTEP = 4
 MIN_PROBES = 8
+LANCZOS_STEPS = 30
 SEED = 0
 
 
@@ -96,10 +101,12 @@ class Call(NamedTuple):
     """A call as a user would write it, and what it finds.
 
     That is `lambda_max` and `lambda_min`, `trace` and `std_error`, or `nodes` and `weights`, as far as it gives them.
+    `planned` is the number of products that it will make, where that is fixed beforehand.
     """
 
     text: str
     run: Callable[[], dict[str, Any]]
+    planned: int | None = None
 
 
 class Ends(NamedTuple):
@@ -153,8 +160,8 @@ class Library(ABC):
         """The ways to multiply the columns of a matrix of shape (n, LOCKSTEP)."""
 
     @abstractmethod
-    def defaults(self) -> dict[str, Call]:
-        """Calls for `eigenvalues`, `trace` and `density` with nothing chosen that has a default."""
+    def card(self) -> list[Call]:
+        """Calls that give both ends, trace and density, with nothing chosen that has a default."""
 
     @abstractmethod
     def ends(self) -> Iterator[Ends]:
@@ -168,11 +175,21 @@ class Library(ABC):
     def quadrature(self, steps: int) -> Quadrature:
         """One run of stochastic Lanczos quadrature."""
 
+    def _ends_by_steps(self, run: str, quadrature: Callable[[int], Quadrature]) -> Iterator[Ends]:
+        """What a Lanczos run knows of both ends after each step, of which it may take fewer than it is asked for."""
+        first, started = len(self.products.ended), self.products.now()
+        found = quadrature(LANCZOS_STEPS)
+        for hvps in range(1, len(found.nodes) + 1):
+            nodes = shortened(found, hvps).nodes
+            seconds = self.products.ended[first + hvps - 1] - started
+            yield Ends(run, hvps, seconds, float(nodes.max()), float(nodes.min()))
+
     def trace_to(self, tolerances: Sequence[float]) -> Iterator[dict[str, Any]]:
         """Samples until the standard error is below each tolerance, times the mean: no peer stops by an error itself.
 
         Yields:
-            `tolerance`, `trace`, `std_error`, `hvps` and `seconds` so far; where time runs out, `expected_hvps` too.
+            `tolerance`, `trace`, `std_error`, `hvps` and `seconds` so far; where time runs out, what is to be expected
+            of both too, as `expected_hvps` and `expected_seconds`.
         """
         samples: list[float] = []
         started = self.products.now()
@@ -186,6 +203,7 @@ class Library(ABC):
                     raise
                 missing = (_std_error(samples) / (tolerance * float(np.mean(samples)))) ** 2
                 found["expected_hvps"] = math.ceil(len(samples) * missing)
+                found["expected_seconds"] = missing * (self.products.now() - started)
             yield {
                 **found,
                 "trace": float(np.mean(samples)),
@@ -200,38 +218,38 @@ def _std_error(samples: Sequence[float]) -> float:
 
 
 class Ours(Library):
-    """This package."""
+    """This package: its estimators on the operators that `measure` builds, and `measure` itself for the whole card."""
 
     package = "hf-optimizability"
+    one_batch = True
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], products: Products):
         super().__init__(model, batches, products)
-        self.operator = _AsMeasured(Objective(model, batches), on_products=products.add)
+        self._objective = Objective(model, batches)
 
     def product(self, vector: Tensor) -> Tensor:
-        return self.operator.matvec(vector)
+        with self._twice_differentiable():
+            return self._hessian().matvec(vector)
 
     def ways(self, vectors: Tensor) -> Iterator[Way]:
-        yield Way("one", 1, lambda: lambda: self.operator.matvec(vectors[:, 0]))
-        yield Way("four at once", LOCKSTEP, lambda: lambda: self.operator.matmat(vectors))
+        def kept() -> Callable[[], object]:
+            hessian = self._hessian()
+            multiply(hessian, vectors[:, :1])  # shows that there is one part, whose graph is kept from the next on
+            return lambda: multiply(hessian, vectors[:, :1])
 
-    def defaults(self) -> dict[str, Call]:
-        return {
-            "eigenvalues": Call("lanczos(tolerance=0.01)", lambda: self._lanczos(tolerance=0.01)),
-            "trace": Call("hutchinson(tolerance=0.1)", lambda: self._trace(tolerance=0.1)),
-        }
+        def multiply(hessian: SymmetricOperator, columns: Tensor) -> Tensor:
+            with self._twice_differentiable():
+                return hessian.matmat(columns)
+
+        yield Way("one, graph kept", 1, kept)
+        yield Way("one", 1, lambda: lambda: multiply(self._hessian(), vectors[:, :1]))
+        yield Way("four at once", LOCKSTEP, lambda: lambda: multiply(self._hessian(), vectors))
+
+    def card(self) -> list[Call]:
+        return [Call("measure(model, batches)", self._measure)]
 
     def ends(self) -> Iterator[Ends]:
-        for tolerance in (0.1, 0.01, 0.001):
-            first, started = len(self.products.ended), self.products.now()
-            found = self._lanczos(tolerance=tolerance)
-            yield Ends(
-                f"tolerance={tolerance}",
-                len(self.products.ended) - first,
-                self.products.now() - started,
-                found["lambda_max"],
-                found["lambda_min"],
-            )
+        yield from self._ends_by_steps("lanczos", lambda steps: self._quadrature(steps)[0])
 
     def trace_sample(self) -> float:
         raise NotOfferedError("probes go in lockstep")
@@ -239,36 +257,49 @@ class Ours(Library):
     def trace_to(self, tolerances: Sequence[float]) -> Iterator[dict[str, Any]]:
         for tolerance in tolerances:
             started = self.products.now()
-            found = self._trace(tolerance=tolerance)
-            yield {"tolerance": tolerance, **found, "seconds": self.products.now() - started}
+            with self._twice_differentiable(), used_rows(self._objective):
+                decoupled = DecoupledHessian(self._objective, on_products=self.products.add)
+                everything = [[slice(0, decoupled.size)]]
+                total = hutchinson(decoupled, everything, tolerance=tolerance, max_hvps=4000, seed=SEED).total
+            yield {
+                "tolerance": tolerance,
+                "trace": total.value,
+                "std_error": total.std_error,
+                "hvps": total.hvps,
+                "seconds": self.products.now() - started,
+            }
 
     def quadrature(self, steps: int) -> Quadrature:
-        run = lanczos(self.operator, tolerance=0, max_hvps=steps, seed=len(self.products.ended))
-        return Quadrature(run.nodes, run.weights[0])
+        run, left_out = self._quadrature(steps)
+        return with_zeros(run, left_out / self.size)
 
-    def _lanczos(self, *, tolerance: float) -> dict[str, Any]:
-        run = lanczos(self.operator, tolerance=tolerance, max_hvps=60, seed=SEED)
+    def _quadrature(self, steps: int) -> tuple[Quadrature, int]:
+        """That of the rows in use, and how many others there are."""
+        with self._twice_differentiable(), used_rows(self._objective) as left_out:
+            run = lanczos(self._hessian(), tolerance=0, max_hvps=steps, seed=len(self.products.ended))
+        return Quadrature(run.nodes, run.weights[0]), left_out
+
+    @contextmanager
+    def _twice_differentiable(self) -> Iterator[None]:
+        with measuring(self.model, seed=SEED), math_attention(), CheapSecondDerivatives():
+            yield
+
+    def _hessian(self) -> HessianOperator:
+        return HessianOperator(self._objective, on_products=self.products.add)
+
+    def _measure(self) -> dict[str, Any]:
+        found = measure(self.model, self.batches, OptimizabilityConfig())
+        hessian = found.hessian
+        assert hessian.lambda_min is not None and hessian.density is not None
+        self.products.add(found.hvps)
         return {
-            "lambda_max": run.lambda_max.value,
-            "lambda_min": run.lambda_min.value,
-            "nodes": run.nodes.tolist(),
-            "weights": run.weights[0].tolist(),
+            "lambda_max": hessian.lambda_max.value,
+            "lambda_min": hessian.lambda_min.value,
+            "trace": hessian.trace.value,
+            "std_error": hessian.trace.std_error,
+            "nodes": hessian.density.nodes,
+            "weights": hessian.density.weights,
         }
-
-    def _trace(self, *, tolerance: float) -> dict[str, Any]:
-        everything = [[slice(0, self.size)]]
-        total = hutchinson(self.operator, everything, tolerance=tolerance, max_hvps=4000, seed=SEED).total
-        return {"trace": total.value, "std_error": total.std_error, "hvps": total.hvps}
-
-
-class _AsMeasured(HessianOperator):
-    """The Hessian as `measure` takes it: in eval mode, under attention kernels that have a second derivative."""
-
-    _objective: Objective
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        with measuring(self._objective.model, seed=SEED), math_attention():
-            return super().matmat(vectors)
 
 
 class PyHessian(Library):
@@ -343,12 +374,12 @@ class PyHessian(Library):
         yield Way("one, graph kept", 1, kept)
         yield Way("one", 1, rebuilt)
 
-    def defaults(self) -> dict[str, Call]:
-        return {
-            "eigenvalues": Call("hessian.eigenvalues()", lambda: {"lambda_max": self._run("eigenvalues")[0][0]}),
-            "trace": Call("hessian.trace()", lambda: {"trace": float(np.mean(self._run("trace")))}),
-            "density": Call("hessian.density()", self._density),
-        }
+    def card(self) -> list[Call]:
+        return [
+            Call("hessian.eigenvalues()", lambda: {"lambda_max": self._run("eigenvalues")[0][0]}),
+            Call("hessian.trace()", lambda: {"trace": float(np.mean(self._run("trace")))}),
+            Call("hessian.density()", self._density, planned=100),
+        ]
 
     def ends(self) -> Iterator[Ends]:
         first, started = len(self.products.ended), self.products.now()
@@ -402,7 +433,7 @@ class HessianEigenthings(Library):
         vector = vectors[:, 0].contiguous()
         yield Way("one", 1, lambda: lambda: self._operator.matvec(vector))
 
-    def defaults(self) -> dict[str, Call]:
+    def card(self) -> list[Call]:
         package, operator = self._package, self._operator
 
         def eigenvalues() -> dict[str, Any]:
@@ -418,19 +449,14 @@ class HessianEigenthings(Library):
             weights = found.raw_weights.flatten() / len(found.raw_weights)
             return {"nodes": found.raw_eigenvalues.flatten().tolist(), "weights": weights.tolist()}
 
-        return {
-            "eigenvalues": Call("lanczos(operator)", eigenvalues),
-            "trace": Call("trace(operator)", trace),
-            "density": Call("spectral_density(operator)", density),
-        }
+        return [
+            Call("lanczos(operator)", eigenvalues, planned=20),
+            Call("trace(operator)", trace, planned=100),
+            Call("spectral_density(operator)", density, planned=800),
+        ]
 
     def ends(self) -> Iterator[Ends]:
-        first, started = len(self.products.ended), self.products.now()
-        run = self.quadrature(20)
-        for hvps in range(1, len(run.nodes) + 1):
-            nodes = shortened(run, hvps).nodes
-            seconds = self.products.ended[first + hvps - 1] - started
-            yield Ends("lanczos_tridiagonal", hvps, seconds, float(nodes.max()), float(nodes.min()))
+        yield from self._ends_by_steps("lanczos_tridiagonal", self.quadrature)
 
     def trace_sample(self) -> float:
         self._runs += 1
@@ -484,7 +510,7 @@ class Curvlinops(Library):
         yield Way("one", 1, lambda: lambda: self._operator @ vector)
         yield Way("four at once", LOCKSTEP, lambda: lambda: self._operator @ vectors)
 
-    def defaults(self) -> dict[str, Call]:
+    def card(self) -> list[Call]:
         def trace() -> dict[str, Any]:
             return {"trace": float(np.mean([self.trace_sample() for _ in range(100)]))}
 
@@ -492,11 +518,11 @@ class Curvlinops(Library):
             run = self.quadrature(128)
             return {"nodes": run.nodes.tolist(), "weights": run.weights.tolist()}
 
-        return {
-            "eigenvalues": Call('eigsh(A.to_scipy(), k=2, which="BE")', self._eigsh),
-            "trace": Call("hutchinson_trace(A, num_matvecs=1), 100 times", trace),
-            "density": Call("fast_lanczos(A, ncv=128)", density),
-        }
+        return [
+            Call('eigsh(A.to_scipy(), k=2, which="BE")', self._eigsh),
+            Call("hutchinson_trace(A, num_matvecs=1), 100 times", trace, planned=100),
+            Call("fast_lanczos(A, ncv=128)", density, planned=128),
+        ]
 
     def ends(self) -> Iterator[Ends]:
         for tolerance in (1e-1, 1e-2, 1e-3):
@@ -549,6 +575,18 @@ def shortened(run: Quadrature, steps: int) -> Quadrature:
         basis.append(product / off_diagonal[-1])
     nodes, vectors = eigh_tridiagonal(diagonal, off_diagonal[:-1])
     return Quadrature(nodes, vectors[0] ** 2)
+
+
+def with_zeros(run: Quadrature, share: float) -> Quadrature:
+    """A density to which a share of eigenvalues that are zero comes: those of rows that were left out.
+
+    Example:
+        >>> with_zeros(Quadrature(np.array([2.0]), np.array([1.0])), 0.25)
+        Quadrature(nodes=array([2., 0.]), weights=array([0.75, 0.25]))
+    """
+    if share == 0:
+        return run
+    return Quadrature(np.append(run.nodes, 0.0), np.append((1 - share) * run.weights, share))
 
 
 class _Logits(nn.Module):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .callback import OptimizabilityCallback
 from .configuration import OptimizabilityConfig
+from .forecast import Forecast, forecast
 from .measure import measure
 from .measurement import Measurement, MeasurementError
 from .report import OptimizabilityReport
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Forecast",
     "Measurement",
     "MeasurementError",
     "OptimizabilityCallback",
@@ -23,6 +25,7 @@ __all__ = [
     "OptimizabilityReport",
     "OptimizabilityTrainer",
     "OptimizabilityTrainerMixin",
+    "forecast",
     "measure",
 ]
 

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from . import provenance
 from .configuration import OptimizabilityConfig
+from .curvature.preconditioner import unwrapped
 from .files import require_writable
 from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure
@@ -48,7 +51,8 @@ class OptimizabilityCallback(TrainerCallback):
         []
     """
 
-    _objective: Objective  # both are set when training begins
+    _objective: Objective  # all are set when training begins
+    _optimizer: Optimizer | None
     _folder: Path
 
     def __init__(self, config: OptimizabilityConfig | None = None, *, trainer: Trainer | None = None):
@@ -89,6 +93,7 @@ class OptimizabilityCallback(TrainerCallback):
         loss_fn = None if trainer is None else trainer_loss(trainer)
         eval_dataset = None if trainer is None or isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
         self._objective = Objective(model, batches, loss_fn=loss_fn)
+        self._optimizer = _readable(kwargs["optimizer"])
         block_indices(self._objective.names, self.config)
         self._check()
         self.report = OptimizabilityReport(
@@ -157,8 +162,13 @@ class OptimizabilityCallback(TrainerCallback):
         hidden = args.disable_tqdm or not state.is_world_process_zero
         try:
             with measuring_bar(self.config, disable=hidden) as bar:
-                measurement = measure_objective(
-                    self._objective, self.config, step=step, epoch=state.epoch, on_products=bar.update
+                measurement, self._objective = measure_objective(
+                    self._objective,
+                    self.config,
+                    optimizer=self._optimizer,
+                    step=step,
+                    epoch=state.epoch,
+                    on_products=bar.update,
                 )
         except Exception as error:
             self._record_failure(error, step, state.epoch)
@@ -207,19 +217,39 @@ class OptimizabilityCallback(TrainerCallback):
             logger.warning(f"Failed at {what}: {type(error).__name__}: {error}. Training goes on.")
 
 
+def _readable(optimizer: Optimizer) -> Optimizer | None:
+    """The optimizer, if its state can be read."""
+    try:
+        return unwrapped(optimizer)
+    except TypeError as error:
+        logger.info(f"How far the optimizer may step is not measured. {error}")
+        return None
+
+
 def log_entry(measurement: Measurement) -> dict[str, float]:
     """The numbers of a measurement that go to the trackers."""
-    hessian = measurement.hessian
+    hessian, step_size, noise = measurement.hessian, measurement.step_size, measurement.noise_scale
     numbers: dict[str, float | None] = {
         "loss": measurement.loss,
         "grad_norm": measurement.grad_norm,
         "hessian_trace": hessian.trace.value,
         "hessian_trace_std_error": hessian.trace.std_error,
+        "hessian_trace_data_std_error": hessian.trace.data_std_error,
         "hessian_lambda_max": hessian.lambda_max.value,
         "hessian_lambda_max_residual": hessian.lambda_max.residual,
     }
     if hessian.lambda_min is not None:
         numbers["hessian_lambda_min"] = hessian.lambda_min.value
         numbers["hessian_lambda_min_residual"] = hessian.lambda_min.residual
+    if hessian.density is not None:
+        numbers["hessian_frobenius_norm"] = hessian.density.frobenius_norm.value
+        numbers["hessian_effective_rank"] = hessian.density.effective_rank.value
+        numbers["hessian_negative_mass"] = hessian.density.negative_mass.value
+    if noise is not None:
+        numbers["gradient_noise_scale"] = noise.value
+    if step_size is not None:
+        numbers["sharpness"] = step_size.sharpness.value
+        numbers["sharpness_limit"] = step_size.limit
+        numbers["critical_learning_rate"] = step_size.critical.value
     numbers |= {"hvps": measurement.hvps, "seconds": measurement.seconds}
-    return {PREFIX + name: value for name, value in numbers.items() if value is not None}
+    return {PREFIX + name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -16,20 +16,46 @@ class Budget:
         max_hvps: Most Hessian-vector products.
         trace_tolerance: Relative standard error of the trace at which to stop.
         eigen_tolerance: Relative residual of the eigenvalues at which to stop.
+        block_eigenvalues: Whether to find the largest and the smallest eigenvalue of each block too.
     """
 
     probe_examples: int
     max_hvps: int
     trace_tolerance: float
     eigen_tolerance: float
+    block_eigenvalues: bool
+
+    def shares(self, *, sharpness: bool, blocks: bool) -> Shares:
+        """What each part of a measurement may spend.
+
+        Args:
+            sharpness: Whether the sharpness that the optimizer sees takes products of its own.
+            blocks: Whether the eigenvalues of the blocks do.
+        """
+        each = self.max_hvps // 5
+        taken = Shares(sketch=0, along_gradient=2, sharpness=each * sharpness, blocks=each * blocks)
+        return taken._replace(sketch=self.max_hvps - sum(taken))
+
+
+class Shares(NamedTuple):
+    """Products for the ends, density and trace; along the gradient; for the sharpness; for the blocks."""
+
+    sketch: int
+    along_gradient: int
+    sharpness: int
+    blocks: int
 
 
 PROFILES = {
-    "light": Budget(probe_examples=32, max_hvps=24, trace_tolerance=0.25, eigen_tolerance=0.05),
-    "standard": Budget(probe_examples=64, max_hvps=64, trace_tolerance=0.1, eigen_tolerance=0.01),
-    "full": Budget(probe_examples=256, max_hvps=256, trace_tolerance=0.05, eigen_tolerance=0.001),
+    "light": Budget(32, max_hvps=32, trace_tolerance=0.25, eigen_tolerance=0.05, block_eigenvalues=False),
+    "standard": Budget(64, max_hvps=64, trace_tolerance=0.1, eigen_tolerance=0.01, block_eigenvalues=False),
+    "full": Budget(256, max_hvps=256, trace_tolerance=0.05, eigen_tolerance=0.001, block_eigenvalues=True),
 }
-"""Presets, each several times the price of the one before. A product costs at least three gradients."""
+"""Presets, each several times the price of the one before."""
+
+
+LEAST_HVPS = 16
+"""Products that every part of a measurement has enough of to give an estimate and an error."""
 
 
 @dataclass
@@ -42,14 +68,15 @@ class OptimizabilityConfig:
         ValueError: If an option has a value that can't work; the message names the option and what it takes.
 
     Example:
-        >>> OptimizabilityConfig(profile="light", max_hvps=10).budget
-        Budget(probe_examples=32, max_hvps=10, trace_tolerance=0.25, eigen_tolerance=0.05)
+        >>> OptimizabilityConfig(profile="light", max_hvps=20, trace_tolerance=0.2).budget.trace_tolerance
+        0.2
     """
 
     profile: Literal["light", "standard", "full"] = field(
         default="standard",
         metadata={
-            "help": "Preset for the options left unset: probe_examples, max_hvps, trace_tolerance, eigen_tolerance."
+            "help": "Preset for the options left unset: probe_examples, max_hvps, trace_tolerance, eigen_tolerance, "
+            "block_eigenvalues."
         },
     )
     measure_strategy: Literal["no", "steps", "epoch"] = field(
@@ -78,6 +105,13 @@ class OptimizabilityConfig:
             "loss has no second derivative or the weights are quantized."
         },
     )
+    curvature: Literal["hessian", "gauss_newton", "empirical_fisher"] = field(
+        default="hessian",
+        metadata={
+            "help": "Which matrix to measure: the Hessian; gauss_newton, without the curvature of the network itself; "
+            "empirical_fisher, the second moment of the examples' gradients."
+        },
+    )
     eigen_method: Literal["lanczos", "power_iteration"] = field(
         default="lanczos",
         metadata={"help": "Lanczos gives both ends of the spectrum; power iteration the largest eigenvalue only."},
@@ -85,6 +119,16 @@ class OptimizabilityConfig:
     eigen_tolerance: float | None = field(
         default=None,
         metadata={"help": "Stop when the residual is below this share of the eigenvalue. Set by the profile."},
+    )
+    num_eigenvalues: int = field(
+        default=1, metadata={"help": "Eigenvalues to find at each end of the spectrum; Lanczos only."}
+    )
+    block_eigenvalues: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Find the largest and the smallest eigenvalue of each block as well; a product for all blocks "
+            "costs up to as much as one for each. Set by the profile."
+        },
     )
     trace_method: Literal["hutchinson", "hutch++", "xtrace", "exact"] = field(
         default="hutchinson",
@@ -121,7 +165,13 @@ class OptimizabilityConfig:
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}."
                 )
-        for name, least in {"measure_steps": 1, "probe_examples": 2, "probe_batch_size": 1, "max_hvps": 4}.items():
+        for name, least in {
+            "measure_steps": 1,
+            "probe_examples": 2,
+            "probe_batch_size": 1,
+            "num_eigenvalues": 1,
+            "max_hvps": LEAST_HVPS,
+        }.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` is {value}; it must be at least {least}.")

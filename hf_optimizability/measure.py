@@ -5,49 +5,48 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .blocks import match_blocks, name_blocks
 from .configuration import OptimizabilityConfig
-from .curvature.central_difference import RELATIVE_STEP, CentralDifferenceHessian
+from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.decoupled import DecoupledHessian
-from .curvature.estimates import HessianEstimates, Spectrum
-from .curvature.forward_over_reverse import ForwardOverReverseHessian
-from .curvature.lanczos import lanczos
-from .curvature.operators import HessianOperator, ObjectiveOperator
-from .curvature.power_iteration import power_iteration
-from .curvature.trace import MIN_PROBES, Deflation, TraceResult, exact_trace, hutchinson, hutchplusplus, xtrace
-from .curvature.twice_differentiable import CheapSecondDerivatives
-from .curvature.vectors import norm, rademacher
+from .curvature.estimates import Estimate, Spectrum
+from .curvature.gauss_newton import split_trace
+from .curvature.lanczos import lanczos, lanczos_by_segment
+from .curvature.noise_scale import MIN_PARTS, noise_scale
+from .curvature.operators import ObjectiveOperator
+from .curvature.preconditioner import PreconditionedOperator, Preconditioner, optimizer_update, read_preconditioner
+from .curvature.preconditioner import unwrapped as unwrapped_optimizer
+from .curvature.sketch import Sketch, sketch
+from .curvature.step import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
+from .curvature.used_rows import used_rows
+from .curvature.vectors import dot, norm, rademacher
+from .engines import OnProducts, Way, first_that_works
 from .gradients import Gradient, gradient, norm_of
-from .measurement import BlockMeasurement, Measurement, MeasurementError
+from .measurement import BlockMeasurement, Measurement, MeasurementError, StepMeasurement
+from .memory import in_memory
 from .objective import Batch, LossFunction, Objective
-from .safety import eager_attention, full_precision, math_attention, measuring, pretrained
+from .safety import full_precision, measuring
 
 
 logger = logging.get_logger(__name__)
 
-LARGEST_DIFFERENCE_ERROR = 0.1
-"""Relative error of central differences above which `engine="auto"` does not take them for a product."""
+LARGEST_ASYMMETRY = 1e-4
+"""`|uᵀHv − vᵀHu| / (‖u‖‖Hv‖)` above which a backward pass is not the derivative of its loss: rounding makes 1e-6."""
 
-DEFLATED = 4
-"""Ritz vectors of the largest eigenvalues that the trace treats exactly; as many as are multiplied at once."""
-
-_ENGINES: dict[str, Callable[..., ObjectiveOperator]] = {
-    "double_backward": HessianOperator,
-    "forward_over_reverse": ForwardOverReverseHessian,
-    "central_difference": CentralDifferenceHessian,
-}
+_START = 1e-3
+"""Where the search for the critical learning rate starts if the learning rate is 0, as at the start of a warm-up."""
 
 
 def measure(
@@ -56,6 +55,7 @@ def measure(
     config: OptimizabilityConfig | None = None,
     *,
     loss_fn: LossFunction | None = None,
+    optimizer: Optimizer | None = None,
     progress: bool = False,
 ) -> Measurement:
     """Measures gradient and curvature of a model's loss over given batches, without a Trainer.
@@ -67,12 +67,14 @@ def measure(
         config: Precision and budget; when to measure does not matter here.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
+        optimizer: SGD, Adam, AdamW or Adafactor over the model's parameters: how far it may step is measured too.
         progress: Whether to show a progress bar.
 
     Returns:
         The measurement.
 
     Raises:
+        TypeError: If the state of the optimizer can't be read.
         ValueError: If an argument can't work: no trainable parameter, no batch, no loss, an unknown block.
         MeasurementError: If the measurement can't be made: a loss that is not finite, no second derivative, no memory.
 
@@ -86,11 +88,13 @@ def measure(
         1.0
     """
     config = config or OptimizabilityConfig()
+    if optimizer is not None:
+        optimizer = unwrapped_optimizer(optimizer)
     objective = Objective(model, batches, loss_fn=loss_fn)
     block_indices(objective.names, config)
     objective.check(seed=config.probe_seed)
     with measuring_bar(config, disable=not progress) as bar:
-        return measure_objective(objective, config, on_products=bar.update)
+        return measure_objective(objective, config, optimizer=optimizer, on_products=bar.update)[0]
 
 
 def measuring_bar(config: OptimizabilityConfig, *, disable: bool) -> tqdm:
@@ -108,154 +112,166 @@ def measure_objective(
     objective: Objective,
     config: OptimizabilityConfig,
     *,
+    optimizer: Optimizer | None = None,
     step: int = 0,
     epoch: float | None = None,
-    on_products: Callable[[int], object] | None = None,
-) -> Measurement:
+    on_products: OnProducts = lambda products: None,
+) -> tuple[Measurement, Objective]:
     """Measures an objective at the present parameters.
+
+    Where memory does not suffice the batches are cut into halves. That changes what is measured by rounding alone; the
+    noise scale and the errors over the data are then from more, smaller parts.
 
     Args:
         objective: What to measure.
         config: Precision and budget.
+        optimizer: The optimizer in use, if how far it may step shall be measured.
         step: Recorded in the measurement.
         epoch: Recorded in the measurement.
         on_products: Called with the number of Hessian-vector products just made.
 
     Returns:
-        The measurement.
+        The measurement, and the objective in batches that fit into memory.
 
     Raises:
         MeasurementError: If it can't be made; the message says why and what to do.
     """
     started = time.perf_counter()
-    model = objective.model
-    spent: Counter[str] = Counter()
+    spent: list[int] = []
 
     def count(products: int) -> None:
-        spent["hvps"] += products
-        if on_products is not None:
-            on_products(products)
+        spent.append(products)
+        on_products(products)
 
-    try:
-        with measuring(model, seed=config.probe_seed), full_precision(model):
-            versions = [parameter._version for parameter in model.parameters()]
-            at_point = gradient(objective)
-            if versions != [parameter._version for parameter in model.parameters()]:
-                raise MeasurementError(
-                    "The model changes its own weights in eval mode.",
-                    "Switch that off; for RWKV by `model.config.rescale_every = 0`.",
-                )
-            _require_finite(at_point)
-            curvature = _with_second_derivative(objective, config, count)
-            blocks = _blocks(objective, config, at_point, curvature.trace)
-    except torch.OutOfMemoryError as error:
-        raise MeasurementError(
-            "The device ran out of memory while measuring.", "Lower `probe_batch_size`, or free memory on the device."
-        ) from error
-    except FloatingPointError as error:
-        raise MeasurementError(
-            str(error), "Check the loss for overflow (logarithms, divisions); measure in float32 or better."
-        ) from error
-    except MeasurementError:
-        raise
-    except Exception as error:  # whatever the model's code raises
-        raise MeasurementError(
-            f"The model can't be measured: {type(error).__name__}: {error}",
-            "Check that it gives a loss and a gradient in eval mode: `model.eval(); model(**batch).loss.backward()`.",
-        ) from error
-    return Measurement(
-        step=step,
-        epoch=epoch,
-        loss=at_point.loss,
-        items=at_point.items,
-        grad_norm=math.hypot(*(block.grad_norm for block in blocks.values())),
-        hessian=curvature.hessian,
-        blocks=blocks,
-        engine=curvature.engine,
-        attention=curvature.attention,
-        fallback=curvature.fallback,
-        engine_error=curvature.engine_error,
-        dtype=str(at_point.tensors[0].dtype).removeprefix("torch."),
-        hvps=spent["hvps"],
-        seconds=time.perf_counter() - started,
-    )
+    found, objective = in_memory(objective, lambda objective: _found(objective, config, optimizer, count))
+    seconds = time.perf_counter() - started
+    measurement = Measurement(step=step, epoch=epoch, hvps=sum(spent), seconds=seconds, **found)
+    return measurement, objective
 
 
-def _require_finite(at_point: Gradient) -> None:
-    if not math.isfinite(at_point.loss):
+def _found(
+    objective: Objective,
+    config: OptimizabilityConfig,
+    optimizer: Optimizer | None,
+    count: OnProducts,
+) -> dict[str, Any]:
+    """The fields of the measurement."""
+    in_optimizer = objective.parameters  # `full_precision` may put copies in their place
+    with measuring(objective.model, seed=config.probe_seed), full_precision(objective.model):
+        point = finite_gradient(objective)
+        preconditioner = None
+        if optimizer is not None:
+            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors)
+
+        def curvature_by(way: Way) -> _Curvature:
+            return _curvature(way, objective, config, point, preconditioner, count)
+
+        curvature, way = first_that_works(objective, config, curvature_by, count)
+        step_size = None
+        if optimizer is not None and preconditioner is not None and curvature.sharpness is not None:
+            update = optimizer_update(optimizer, in_optimizer, point.tensors)
+            step_size = _step_size(objective, preconditioner, update, curvature.sharpness)
+        blocks = _blocks(objective, config, point, curvature)
+        noise = noise_scale(objective, mean_gradient=point.tensors) if objective.parts >= MIN_PARTS else None
+        return {
+            "loss": point.loss,
+            "items": point.items,
+            "grad_norm": math.hypot(*(block.grad_norm for block in blocks.values())),
+            "hessian": curvature.sketch.estimates,
+            "blocks": blocks,
+            "curvature": config.curvature,
+            "along_gradient": curvature.along_gradient,
+            "noise_scale": None if noise is None else noise.noise_scale,
+            "step_size": step_size,
+            "engine": way.engine,
+            "attention": way.attention,
+            "fallback": way.fallback,
+            "engine_error": way.error,
+            "dtype": str(point.tensors[0].dtype).removeprefix("torch."),
+            "batch_size": objective.batch_size,
+            "left_out": curvature.left_out,
+        }
+
+
+def finite_gradient(objective: Objective) -> Gradient:
+    """The gradient, once it is known to be finite and the model to leave its weights alone.
+
+    Raises:
+        MeasurementError: If it is not, or the model does not.
+    """
+    versions = [parameter._version for parameter in objective.model.parameters()]
+    point = gradient(objective)
+    if versions != [parameter._version for parameter in objective.model.parameters()]:
         raise MeasurementError(
-            f"The loss on the probe set is {at_point.loss}.",
+            "The model changes its own weights in eval mode.",
+            "Switch that off; for RWKV by `model.config.rescale_every = 0`.",
+        )
+    if not math.isfinite(point.loss):
+        raise MeasurementError(
+            f"The loss on the probe set is {point.loss}.",
             "Look for a learning rate that is too high, or for inputs and labels that are not finite.",
         )
-    if not all(torch.isfinite(tensor).all() for tensor in at_point.tensors):
+    if not all(torch.isfinite(tensor).all() for tensor in point.tensors):
         raise MeasurementError(
             "The gradient on the probe set is not finite.", "Look for operations whose derivative is infinite."
         )
+    return point
 
 
 @dataclass(frozen=True)
 class _Curvature:
-    """What one engine found."""
+    """What one way to multiply found."""
 
-    hessian: HessianEstimates
-    trace: TraceResult
-    engine: str
-    attention: str
-    fallback: str | None = None
-    engine_error: float | None = None
-
-
-def _estimate(
-    objective: Objective, config: OptimizabilityConfig, engine: str, count: Callable[[int], None]
-) -> tuple[HessianEstimates, TraceResult]:
-    """Eigenvalues first, with at most half the budget; the trace gets the rest."""
-    budget = config.budget
-    operator = _ENGINES[engine](objective, on_products=count)
-    half: dict[str, Any] = {"tolerance": budget.eigen_tolerance, "max_hvps": budget.max_hvps // 2}
-    half["seed"] = config.probe_seed
-    vectors: Tensor | None = None
-    if config.eigen_method == "lanczos":
-        run = lanczos(operator, **half)
-        spectrum = run.spectrum
-        if run.lambda_max.converged:
-            vectors = run.ritz_vectors(range(-min(DEFLATED, len(run.nodes)), 0))
-        del run  # and its basis
-    else:
-        spectrum = Spectrum(lambda_max=power_iteration(operator, **half))
-    left = budget.max_hvps - spectrum.lambda_max.hvps
-    # The trace needs the diagonal alone, so it is had from the matrix whose other entries are small.
-    decoupled = DecoupledHessian(objective, on_products=count) if engine == "double_backward" else operator
-    trace = _trace(
-        decoupled, _segments(objective, block_indices(objective.names, config).values()), config, left, vectors
-    )
-    return HessianEstimates(trace=trace.total, **vars(spectrum)), trace
+    sketch: Sketch
+    left_out: int
+    by_block: tuple[Spectrum, ...] | None
+    along_gradient: QuadraticModel
+    sharpness: Estimate | None
 
 
-def _trace(
-    operator: ObjectiveOperator,
-    segments: list[list[slice]],
+def _curvature(
+    way: Way,
+    objective: Objective,
     config: OptimizabilityConfig,
-    max_hvps: int,
-    vectors: Tensor | None,
-) -> TraceResult:
-    """The trace by the configured method, deflated by `vectors` where the method has use for them and they pay."""
-    options: dict[str, Any] = {
-        "tolerance": config.budget.trace_tolerance, "max_hvps": max_hvps, "seed": config.probe_seed + 1,
-    }  # fmt: skip
-    if config.trace_method == "exact":
-        return exact_trace(operator, segments)
-    if config.trace_method == "xtrace":
-        return xtrace(operator, segments, **options)
-    if config.trace_method == "hutch++":
-        return hutchplusplus(operator, segments, **options)
-    if vectors is None or max_hvps < len(vectors) + MIN_PROBES:
-        return hutchinson(operator, segments, **options)
-    deflation = Deflation(vectors, operator.matmat(vectors.T).T)
-    options["max_hvps"] -= len(vectors)
-    result = hutchinson(operator, segments, deflation=deflation, **options)
-    hvps = result.total.hvps + len(vectors)
-    segments_ = tuple(replace(segment, hvps=hvps) for segment in result.segments)
-    return replace(result, total=replace(result.total, hvps=hvps), segments=segments_)
+    point: Gradient,
+    preconditioner: Preconditioner | None,
+    count: OnProducts,
+) -> _Curvature:
+    preconditions = preconditioner is not None and not preconditioner.is_identity
+    twice = way.exact and config.curvature == "hessian"  # the Hessian itself, by differentiating twice
+    shares = config.budget.shares(sharpness=preconditions, blocks=twice and config.budget.block_eigenvalues)
+    options: dict[str, Any] = {"tolerance": config.budget.eigen_tolerance, "seed": config.probe_seed}
+    matrix = partial(way.operator, objective, curvature=config.curvature, on_products=count)
+    with used_rows(objective) as left_out:
+        blocks = list(block_indices(objective.names, config).values())
+        segments = _segments(objective, blocks)
+        found = sketch(
+            matrix,
+            segments,
+            trace_matrix=partial(DecoupledHessian, objective, on_products=count) if twice else None,
+            split_trace=partial(split_trace, objective, segments, on_products=count) if twice else None,
+            eigen_tolerance=config.budget.eigen_tolerance,
+            trace_tolerance=config.budget.trace_tolerance,
+            max_hvps=shares.sketch,
+            seed=config.probe_seed,
+            eigen_method=config.eigen_method,
+            trace_method=config.trace_method,
+            num_eigenvalues=config.num_eigenvalues,
+            left_out=left_out,
+        )
+        by_block = None
+        if shares.blocks:
+            block_diagonal = BlockDiagonalHessian(objective, blocks, on_products=count)
+            by_block = lanczos_by_segment(block_diagonal, segments, max_hvps=shares.blocks, **options)
+    operator = matrix()
+    along_gradient = _along_gradient(operator, point, config, exact=way.exact)
+    sharpness = None
+    if preconditioner is not None:
+        sharpness = found.estimates.lambda_max
+        if preconditions:
+            preconditioned = PreconditionedOperator(operator, preconditioner.diagonal)
+            sharpness = lanczos(preconditioned, max_hvps=shares.sharpness, **options).lambda_max
+    return _Curvature(found, left_out, by_block, along_gradient, sharpness)
 
 
 def _segments(objective: Objective, blocks: Iterable[list[int]]) -> list[list[slice]]:
@@ -265,107 +281,53 @@ def _segments(objective: Objective, blocks: Iterable[list[int]]) -> list[list[sl
     return [[places[index] for index in block] for block in blocks]
 
 
-def _with_second_derivative(
-    objective: Objective, config: OptimizabilityConfig, count: Callable[[int], None]
-) -> _Curvature:
-    """Estimates by the first way that works: exactly under math attention, under eager attention, by differences."""
-    refusals: list[RuntimeError] = []
-    for engine, attention in _ways(objective, config):
-        if engine != "central_difference" and objective.quantized is not None:
-            raise MeasurementError(objective.quantized, "Set `engine='central_difference'`, or leave it at 'auto'.")
-        try:
-            with _attention(objective.model, attention), _cheap(engine):
-                hessian, trace = _estimate(objective, config, engine, count)
-        except (torch.OutOfMemoryError, FloatingPointError):
-            raise
-        except RuntimeError as error:  # that is what autograd raises; NotImplementedError is one
-            refusals.append(error)
-            continue
-        found = _Curvature(hessian, trace, engine, attention)
-        if engine == "central_difference":
-            found = replace(found, engine_error=_difference_error(objective, config, count))
-        if config.engine == "auto" and (engine, attention) != ("double_backward", "math"):
-            found = replace(found, fallback=str(refusals[0]) if refusals else objective.quantized)
-            _report_fallback(found)
-        return found
-    raise _no_second_derivative(refusals[0]) from refusals[0]
-
-
-def _ways(objective: Objective, config: OptimizabilityConfig) -> list[tuple[str, str]]:
-    """Engines and attention kernels, in the order to try."""
-    kernels = ["math", "eager"] if pretrained(objective.model) is not None else ["math"]
-    differences = ("central_difference", "unchanged")
-    if config.engine == "central_difference" or (config.engine == "auto" and objective.quantized is not None):
-        return [differences]
-    exact: str = "double_backward" if config.engine == "auto" else config.engine
-    ways = [(exact, kernel) for kernel in kernels]
-    return [*ways, differences] if config.engine == "auto" else ways
-
-
-def _attention(model: nn.Module, kernel: str) -> AbstractContextManager[None]:
-    inner = pretrained(model)
-    if kernel == "eager" and inner is not None:
-        return eager_attention(inner)
-    return math_attention() if kernel == "math" else nullcontext()
-
-
-def _cheap(engine: str) -> AbstractContextManager[Any]:
-    return CheapSecondDerivatives() if engine == "double_backward" else nullcontext()
-
-
-def _difference_error(objective: Objective, config: OptimizabilityConfig, count: Callable[[int], None]) -> float:
-    """Relative error of a product by central differences, along random signs.
-
-    Against the exact product where there is one, else against the product with half the step: where that changes it
-    by much, the gradient has kinks within the step (ReLU), or drowns in rounding.
-    """
-    differences = CentralDifferenceHessian(objective, on_products=count)
+def _along_gradient(
+    operator: ObjectiveOperator, point: Gradient, config: OptimizabilityConfig, *, exact: bool
+) -> QuadraticModel:
+    """The quadratic model along −g; a second product in lockstep tells whether the matrix is symmetric at all."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in point.tensors]).to(operator.device, operator.dtype)
     generator = torch.Generator().manual_seed(config.probe_seed)
-    probe = rademacher(differences.size, generator=generator, dtype=differences.dtype, device=differences.device)
-    product = differences.matvec(probe)
-    try:
-        if objective.quantized is not None:
-            raise RuntimeError(objective.quantized)
-        with math_attention(), CheapSecondDerivatives():
-            reference = HessianOperator(objective, on_products=count).matvec(probe)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        half = RELATIVE_STEP[differences.dtype] / 2
-        reference = CentralDifferenceHessian(objective, relative_step=half, on_products=count).matvec(probe)
-    return norm(product - reference) / (norm(reference) or 1.0)
-
-
-def _report_fallback(found: _Curvature) -> None:
-    """Warns once; refuses differences that are no derivative."""
-    if found.engine_error is not None and found.engine_error > LARGEST_DIFFERENCE_ERROR:
+    probe = rademacher(operator.size, generator=generator, dtype=operator.dtype, device=operator.device)
+    along, other = operator.matmat(torch.stack([flat, probe], dim=1)).T
+    asymmetry = abs(dot(flat, other) - dot(probe, along)) / ((norm(flat) * norm(other)) or 1.0)
+    if exact and asymmetry > LARGEST_ASYMMETRY:
         raise MeasurementError(
-            f"The loss can't be differentiated twice: {found.fallback}. Central differences of its gradient are off "
-            f"by {found.engine_error:.0%}, as kinks (ReLU) make them.",
-            "Replace the operation that has no second derivative.",
+            f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
+            "derivative of its forward pass.",
+            "Look for custom autograd functions (straight-through estimators, approximate attention).",
         )
-    way = f"{found.engine} under {found.attention} attention"
-    logger.warning_once(f"Hessian-vector products are made by {way}, because of this: {found.fallback}")
+    return quadratic_model(flat, along)
 
 
-def _no_second_derivative(error: RuntimeError) -> MeasurementError:
-    return MeasurementError(
-        f"The loss can't be differentiated twice: {error}",
-        "Use `attn_implementation='eager'`, and replace custom autograd functions by differentiable operations.",
+def _step_size(
+    objective: Objective, preconditioner: Preconditioner, update: Tensor, sharpness: Estimate
+) -> StepMeasurement:
+    with loss_along(objective, update) as loss:
+        critical = critical_learning_rate(loss, start=preconditioner.learning_rate or _START)
+    return StepMeasurement(
+        optimizer=preconditioner.name,
+        learning_rate=preconditioner.learning_rate,
+        sharpness=sharpness,
+        limit=preconditioner.limit,
+        critical=critical,
     )
 
 
 def _blocks(
-    objective: Objective, config: OptimizabilityConfig, at_point: Gradient, trace: TraceResult
+    objective: Objective, config: OptimizabilityConfig, point: Gradient, curvature: _Curvature
 ) -> dict[str, BlockMeasurement]:
     blocks = block_indices(objective.names, config)
     parameters = [parameter.detach() for parameter in objective.parameters]
+    traces = curvature.sketch.segments
+    ends = curvature.by_block or [None] * len(blocks)
     return {
         name: BlockMeasurement(
             parameters=sum(parameters[index].numel() for index in indices),
-            grad_norm=float(norm_of([at_point.tensors[index] for index in indices])),
+            grad_norm=float(norm_of([point.tensors[index] for index in indices])),
             weight_norm=float(norm_of([parameters[index] for index in indices])),
-            trace=estimate,
+            trace=trace,
+            lambda_max=None if spectrum is None else spectrum.lambda_max,
+            lambda_min=None if spectrum is None else spectrum.lambda_min,
         )
-        for (name, indices), estimate in zip(blocks.items(), trace.segments, strict=True)
+        for (name, indices), trace, spectrum in zip(blocks.items(), traces, ends, strict=True)
     }

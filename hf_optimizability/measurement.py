@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .curvature.estimates import Estimate, HessianEstimates
+from .curvature.estimates import Estimate
+from .curvature.sketch import HessianEstimates
+from .curvature.step import CriticalLearningRate, QuadraticModel
 
 
 PREFIX = "optimizability/"
@@ -37,12 +40,55 @@ class BlockMeasurement:
         grad_norm: 2-norm of the block's gradient.
         weight_norm: 2-norm of the block's parameters.
         trace: Trace of the block's diagonal block of the Hessian.
+        lambda_max: Its largest eigenvalue, where `block_eigenvalues` asks for it.
+        lambda_min: Its smallest eigenvalue, likewise.
     """
 
     parameters: int
     grad_norm: float
     weight_norm: float
     trace: Estimate
+    lambda_max: Estimate | None = None
+    lambda_min: Estimate | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BlockMeasurement:
+        """Rebuilds a block from `dataclasses.asdict`."""
+        estimates = {name: Estimate.from_dict(value) for name, value in data.items() if isinstance(value, dict)}
+        return cls(**{**data, **estimates})
+
+
+@dataclass(frozen=True)
+class StepMeasurement:
+    """How far the optimizer in use may step from here.
+
+    Attributes:
+        optimizer: Its class.
+        learning_rate: η, the largest among the parameter groups.
+        sharpness: λ_max(P^-½HP^-½), P the optimizer's diagonal preconditioner (1 for SGD).
+        limit: The sharpness above which this optimizer diverges on a quadratic at η; infinite at η = 0.
+        critical: The learning rate at which the loss first rises along the optimizer's next update.
+    """
+
+    optimizer: str
+    learning_rate: float
+    sharpness: Estimate
+    limit: float
+    critical: CriticalLearningRate
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> StepMeasurement:
+        """Rebuilds it from `dataclasses.asdict`; what JSON could not hold (`None`) is infinite."""
+        critical: dict[str, Any] = {
+            name: math.inf if value is None else value for name, value in data["critical"].items()
+        }
+        return cls(
+            optimizer=data["optimizer"],
+            learning_rate=data["learning_rate"],
+            sharpness=Estimate.from_dict(data["sharpness"]),
+            limit=math.inf if data["limit"] is None else data["limit"],
+            critical=CriticalLearningRate(**critical),
+        )
 
 
 @dataclass(frozen=True)
@@ -55,8 +101,12 @@ class Measurement:
         loss: Mean loss over the probe set, in eval mode.
         items: What the mean is over: examples, or labels other than -100.
         grad_norm: 2-norm of the gradient of `loss`.
-        hessian: Trace and extreme eigenvalues.
+        hessian: Trace, extreme eigenvalues and spectral density of `curvature`.
         blocks: The same by block, in the model's order.
+        curvature: Which matrix `hessian` and `blocks` are about.
+        along_gradient: gᵀHg, the best single step along −g, and what it would gain.
+        noise_scale: Items over which a mean gradient has as much noise as signal; `None` from fewer than 3 batches.
+        step_size: How far the optimizer may step; `None` without one whose state can be read.
         engine: How the Hessian was multiplied with vectors.
         attention: `"math"` where SDPA ran its twice differentiable kernel, `"eager"` where the model was switched,
             `"unchanged"` where no second derivative was needed.
@@ -64,6 +114,9 @@ class Measurement:
         engine_error: Relative error of one product by central differences: against the exact product where that can be
             had, else against half the step; `None` from exact engines. Kinks (ReLU) make it large.
         dtype: Precision of the products, for example `"float32"`.
+        batch_size: Most examples in one graph; less than asked for where memory did not suffice.
+        left_out: Embedding parameters that no token of the probe set looks up: their rows of the matrix are zero, and
+            were left out of the products.
         hvps: Hessian-vector products spent.
         seconds: Wall-clock time spent.
     """
@@ -75,11 +128,17 @@ class Measurement:
     grad_norm: float
     hessian: HessianEstimates
     blocks: Mapping[str, BlockMeasurement]
+    curvature: str
+    along_gradient: QuadraticModel | None
+    noise_scale: Estimate | None
+    step_size: StepMeasurement | None
     engine: str
     attention: str
     fallback: str | None
     engine_error: float | None
     dtype: str
+    batch_size: int
+    left_out: int
     hvps: int
     seconds: float
 
@@ -95,12 +154,18 @@ class Measurement:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Measurement:
         """Rebuilds a measurement from `to_dict`."""
-        fields = {key: value for key, value in data.items() if key != "converged"}
-        blocks = {
-            name: BlockMeasurement(**{**block, "trace": Estimate.from_dict(block["trace"])})
-            for name, block in data["blocks"].items()
+        rebuilt = {
+            "hessian": HessianEstimates.from_dict(data["hessian"]),
+            "blocks": {name: BlockMeasurement.from_dict(block) for name, block in data["blocks"].items()},
+            "along_gradient": _rebuilt(data["along_gradient"], lambda values: QuadraticModel(**values)),
+            "noise_scale": _rebuilt(data["noise_scale"], Estimate.from_dict),
+            "step_size": _rebuilt(data["step_size"], StepMeasurement.from_dict),
         }
-        return cls(**{**fields, "hessian": HessianEstimates.from_dict(data["hessian"]), "blocks": blocks})
+        return cls(**{key: value for key, value in {**data, **rebuilt}.items() if key != "converged"})
+
+
+def _rebuilt(data: dict[str, Any] | None, rebuild: Callable[[dict[str, Any]], Any]) -> Any:
+    return None if data is None else rebuild(data)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,16 @@ class Objective:
             "to be differentiated again (bitsandbytes issue 1070). Use central differences."
         )
 
+    @property
+    def batch_size(self) -> int:
+        """The most examples in one batch."""
+        return max(batch_size(batch) for batch in self.batches)
+
+    @property
+    def parts(self) -> int:
+        """The number of batches with an item that counts."""
+        return sum(1 for _ in self._counted_batches())
+
     def losses(self) -> Iterator[tuple[Tensor, int]]:
         """Yields each batch's sum of losses, with its graph, and the number of items it sums over."""
         for batch in self._counted_batches():
@@ -235,7 +245,9 @@ def count_items(model: nn.Module, batch: Batch) -> int:
 
 
 def batch_size(batch: Batch) -> int:
-    """Number of examples in a batch: the length of its first tensor."""
+    """Number of examples in a batch: its length if it is a tensor, else that of its first one."""
+    if isinstance(batch, Tensor):
+        return len(batch)
     values = batch.values() if isinstance(batch, Mapping) else batch
     return len(next(value for value in values if isinstance(value, Tensor)))
 
@@ -253,6 +265,8 @@ def cut_batch(batch: Batch, size: int) -> list[Batch]:
         >>> cut_batch({"x": torch.arange(3), "return_dict": True}, 2)
         [{'x': tensor([0, 1]), 'return_dict': True}, {'x': tensor([2]), 'return_dict': True}]
     """
+    if isinstance(batch, Tensor):
+        return list(batch.split(size))
     named = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
     lengths = {name: len(value) for name, value in named.items() if _has_examples(value)}
     if len(set(lengths.values())) != 1:

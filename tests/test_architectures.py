@@ -123,9 +123,24 @@ def test_differences_are_not_counted_as_exact(monkeypatch: pytest.MonkeyPatch):
     assert (row.outcome, row.reason) == ("raises", "measured by central_difference, and says so")
 
 
-def test_model_without_a_hessian_is_told_apart():
-    row = architectures.examine(architectures.Case("masked LM", "yoso", "YosoForMaskedLM"))
+YOSO = architectures.Case("masked LM", "yoso", "YosoForMaskedLM")
+
+
+def test_model_without_a_hessian_is_refused():
+    row = architectures.examine(YOSO)
+    assert row.outcome == "raises" and "not symmetric" in row.reason
+
+
+def test_model_without_a_hessian_is_told_apart(monkeypatch: pytest.MonkeyPatch):
+    measured = architectures.measure_once(*_tiny(BERT))
+    monkeypatch.setattr(architectures, "measure_once", lambda *batch: measured)
+    row = architectures.examine(YOSO)
     assert row.outcome == "no Hessian" and "not that of its loss" in row.reason
+
+
+def _tiny(case: architectures.Case) -> tuple[PreTrainedModel, architectures.Batch]:
+    model = architectures.tiny_model(case)
+    return model, architectures.make_batch(case, model)
 
 
 def change_parameter(model: PreTrainedModel) -> None:

@@ -38,7 +38,7 @@ def refused(folder: Path, match: str, *, config: dict[str, Any] | None = None, *
         ({"measure_strategy": "often"}, "`measure_strategy` is 'often'; choose one of 'no', 'steps', 'epoch'"),
         ({"eigen_method": "qr"}, "`eigen_method`"),
         ({"trace_method": "sum"}, "`trace_method`"),
-        ({"max_hvps": -1}, "`max_hvps` is -1; it must be at least 4"),
+        ({"max_hvps": -1}, "`max_hvps` is -1; it must be at least 16"),
         ({"measure_steps": 0}, "`measure_steps` is 0; it must be at least 1"),
         ({"probe_examples": 1}, "`probe_examples` is 1; it must be at least 2"),
         ({"probe_batch_size": 0}, "`probe_batch_size` is 0; it must be at least 1"),

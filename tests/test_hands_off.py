@@ -15,7 +15,7 @@ from transformers import Trainer
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer
 
 
-EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 4}
+EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}
 
 
 def run(trainer: Trainer) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_training_is_the_same_when_measurements_fail(tmp_path: Path, monkeypatch
         torch.rand(3)
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr("hf_optimizability.curvature.operators.double_backward", fail)
+    monkeypatch.setattr("hf_optimizability.curvature.operators.second_backward", fail)
     callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP, engine="double_backward"))
     assert_equal(run(training.trainer(tmp_path, callbacks=[callback])), plain)
     assert not callback.report.measurements and len(callback.report.failures) == 4

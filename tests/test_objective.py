@@ -45,7 +45,7 @@ def test_items(make, batch: dict[str, torch.Tensor], items: int):
 
 def test_batch_encodings_are_batches():
     [batch] = tiny_models.cut(tiny_models.examples("bert", 4), 4)
-    config = OptimizabilityConfig(max_hvps=4)
+    config = OptimizabilityConfig(max_hvps=16)
     encoded = measure(tiny_models.make("bert"), [BatchEncoding(batch)], config)
     assert encoded.loss == measure(tiny_models.make("bert"), [batch], config).loss
 
@@ -139,6 +139,14 @@ def test_quantized_weights_are_told():
 
 def loader(rows: list[dict[str, torch.Tensor]], **options: object) -> DataLoader:
     return DataLoader(rows, shuffle=True, **options)
+
+
+def test_a_batch_may_be_a_bare_tensor():
+    rows = torch.arange(14.0).reshape(7, 2)
+    assert (batch_size(rows), [len(piece) for piece in cut_batch(rows, 3)]) == (7, [3, 3, 1])
+    objective = Objective(nn.Linear(2, 1), [rows[:5], rows[5:]], loss_fn=lambda model, batch: model(batch).mean())
+    assert [items for _, items in objective.losses()] == [5, 2]
+    assert [items for _, items in objective.cut(2).losses()] == [2, 2, 1, 2]
 
 
 PROBE = {"examples": 5, "batch_size": 2, "seed": 0}

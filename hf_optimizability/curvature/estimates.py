@@ -50,10 +50,9 @@ class Estimate:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Estimate:
-        """Rebuilds an estimate from `dataclasses.asdict`; a bound that JSON could not hold (`None`) is infinite."""
-        low = -math.inf if data["low"] is None else data["low"]
-        high = math.inf if data["high"] is None else data["high"]
-        return cls(**{**data, "low": low, "high": high})
+        """Rebuilds an estimate from `dataclasses.asdict`; what JSON could not hold (`None`) is infinite."""
+        infinite = {"value": math.inf, "low": -math.inf, "high": math.inf}
+        return cls(**{**data, **{name: infinite[name] if data[name] is None else data[name] for name in infinite}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,32 +75,15 @@ class Spectrum:
     ritz_values: tuple[float, ...] = ()
     ritz_weights: tuple[float, ...] = ()
 
-
-@dataclass(frozen=True, kw_only=True)
-class HessianEstimates(Spectrum):
-    """Curvature of one objective at one point.
-
-    Attributes:
-        trace: Sum of the eigenvalues.
-    """
-
-    trace: Estimate
-
-    @property
-    def converged(self) -> bool:
-        """Whether every estimate reached its tolerance."""
-        ends = [self.lambda_max] if self.lambda_min is None else [self.lambda_max, self.lambda_min]
-        return self.trace.converged and all(end.converged for end in ends)
-
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> HessianEstimates:
-        """Rebuilds the estimates from `dataclasses.asdict`."""
+    def from_dict(cls, data: dict[str, Any]) -> Spectrum:
+        """Rebuilds a spectrum from `dataclasses.asdict`."""
+        top, bottom = (tuple(map(Estimate.from_dict, data.get(end, ()))) for end in ("top", "bottom"))
         return cls(
-            trace=Estimate.from_dict(data["trace"]),
             lambda_max=Estimate.from_dict(data["lambda_max"]),
             lambda_min=None if data["lambda_min"] is None else Estimate.from_dict(data["lambda_min"]),
-            top=tuple(Estimate.from_dict(estimate) for estimate in data["top"]),
-            bottom=tuple(Estimate.from_dict(estimate) for estimate in data["bottom"]),
+            top=top,
+            bottom=bottom,
             ritz_values=tuple(data["ritz_values"]),
             ritz_weights=tuple(data["ritz_weights"]),
         )

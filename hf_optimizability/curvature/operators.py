@@ -159,7 +159,8 @@ class ObjectiveOperator(SymmetricOperator):
     def _split(self, vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Cuts a long vector into pieces of the parameters' shapes, dtypes and devices."""
         pieces = zip(vector.split(self._sizes), parameters, strict=True)
-        return [piece.reshape(parameter.shape).to(parameter) for piece, parameter in pieces]
+        # Contiguous, though the column of a matrix is not: some backward passes refuse other strides, or misread them.
+        return [piece.contiguous().view(parameter.shape).to(parameter) for piece, parameter in pieces]
 
 
 class HessianOperator(ObjectiveOperator):

@@ -43,6 +43,11 @@ class Preconditioner:
     learning_rate: float
     limit: float
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether it is plain gradient descent, P = 1."""
+        return bool((self.diagonal == 1).all())
+
 
 def read_preconditioner(
     optimizer: Optimizer, parameters: Sequence[Tensor], *, gradients: Sequence[Tensor] | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operators import SumOfLosses, SymmetricOperator
+from .operators import SumOfLosses
 from .vectors import dot
 
 
@@ -37,22 +37,20 @@ class QuadraticModel:
     predicted_decrease: float | None
 
 
-def quadratic_model(operator: SymmetricOperator, gradient: Tensor) -> QuadraticModel:
-    """The quadratic model of the loss along −g, from one product (Nocedal & Wright, Numerical Optimization, ch. 4.1).
+def quadratic_model(gradient: Tensor, product: Tensor) -> QuadraticModel:
+    """The quadratic model of the loss along −g (Nocedal & Wright, Numerical Optimization, chapter 4.1).
 
     Args:
-        operator: The Hessian H, of size n.
         gradient: g, of shape (n,).
+        product: Hg, of shape (n,).
 
     Example:
-        >>> from hf_optimizability.curvature.operators import DenseOperator
-        >>> model = quadratic_model(DenseOperator(torch.diag(torch.tensor([1.0, 3.0]))), torch.tensor([1.0, 1.0]))
+        >>> gradient, product = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 3.0])  # H = diag(1, 3)
+        >>> model = quadratic_model(gradient, product)
         >>> model.curvature, model.best_step, model.predicted_decrease
         (4.0, 0.5, 0.5)
     """
-    gradient = gradient.to(device=operator.device, dtype=operator.dtype)
-    squared = dot(gradient, gradient)
-    curvature = dot(gradient, operator.matvec(gradient))
+    squared, curvature = dot(gradient, gradient), dot(gradient, product)
     if curvature <= 0:
         return QuadraticModel(squared, curvature, None, None)
     best_step = squared / curvature

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trace of an operator, in all and by segment of its rows, from products with random probe vectors.
 
-Three estimators with one error formula. `hutchinson` averages vᵀAv. `hutchplusplus` first finds the dominant subspace
-and treats it exactly, so that only the rest is averaged. `xtrace` lets every probe serve both ends.
+`hutchinson` averages vᵀAv. `hutchplusplus` first finds the dominant subspace and treats it exactly, so that only the
+rest is averaged. Both state how far the result may be from A's trace, and how far that would move with other data.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .estimates import Estimate
+from .jackknife import jackknife
 from .operators import SymmetricOperator
-from .vectors import rademacher
+from .vectors import rademacher, segment_sums
 
 
 MIN_PROBES = 8
@@ -30,7 +31,7 @@ _CHUNK = 1 << 16  # columns of a float64 copy: of 32 vectors it takes 16 MB, how
 
 _NORMAL_QUANTILE = 1.959964  # of a two-sided 95 % interval
 
-_PRIOR_PROBES = 12  # probes that the upper bound of a segment's variance weighs as much as, see `_result`
+_PRIOR_PROBES = 12  # probes that the upper bound of a segment's variance weighs as much as, see `trace_result`
 
 Segments = Sequence[Sequence[slice]]
 
@@ -42,13 +43,13 @@ class TraceResult:
     Attributes:
         total: The trace.
         segments: The trace of the diagonal block of each segment.
-        frobenius_squared: `‖A‖_F²`, the sum of the squared eigenvalues.
+        frobenius_squared: `‖A‖_F²`, the sum of the squared eigenvalues; `None` where only the trace was split.
         diagonal: The diagonal, of shape (n,); `None` from `xtrace`. The 2-norm of its error is `total.std_error / √2`.
     """
 
     total: Estimate
     segments: tuple[Estimate, ...]
-    frobenius_squared: Estimate
+    frobenius_squared: Estimate | None
     diagonal: Tensor | None = field(default=None, compare=False, repr=False)
 
 
@@ -82,14 +83,14 @@ class Deflation:
         The diagonal is `2 Σ q ⊙ Aq − Σ h_ij q_i ⊙ q_j` with H = Q A Qᵀ.
         """
         size, both = len(self.vectors), [self.vectors, self.products]
-        gram = _gram(both, both, segments)
-        inner = _symmetric(gram[:, :size, size:].sum(0))
+        gram = gram_matrices(both, both, segments)
+        inner = symmetric(gram[:, :size, size:].sum(0))
         traces = 2 * np.trace(gram[:, :size, size:], axis1=1, axis2=2) - np.tensordot(gram[:, :size, :size], inner)
         return traces, float(2 * np.trace(gram[:, size:, size:].sum(0)) - (inner**2).sum())
 
     def diagonal(self) -> Tensor:
         """The diagonal of A − PAP, of shape (n,)."""
-        inner = torch.from_numpy(_symmetric(_gram([self.vectors], [self.products]).sum(0))).to(self.vectors)
+        inner = torch.from_numpy(symmetric(gram_matrices([self.vectors], [self.products]).sum(0))).to(self.vectors)
         diagonal = torch.empty_like(self.vectors[0])
         chunks = (matrix.split(_CHUNK, dim=-1) for matrix in (self.vectors, self.products))
         for place, vectors, products in zip(diagonal.split(_CHUNK), *chunks, strict=True):
@@ -117,6 +118,9 @@ def hutchinson(
     too often. vᵀAv has the variance 2(‖A‖_F² − Σ aᵢᵢ²) for a symmetric A, and the n terms of `v ⊙ Av` vary by
     ‖A‖_F² − Σ aᵢᵢ² in all: twice the sum of their sample variances is the same number from n times as much data.
 
+    How far the traces would move with other data, `data_std_error`, is told by the jackknife over the operator's
+    parts, whose traces the same products estimate (see `PartTraces`).
+
     Args:
         operator: The matrix.
         segments: Slices of the rows; together they must hold each row once.
@@ -124,12 +128,12 @@ def hutchinson(
         max_hvps: Most products to spend; with those already known at least 2.
         seed: Seed of the probes.
         known: Rademacher probes that were multiplied already, as rows of shape (m, n), and their products. They count
-            as the first probes, not as products spent.
+            as the first probes, not as products spent. They tell nothing of the parts.
         deflation: A subspace to treat exactly, independent of all probes, those in `known` included.
 
     Returns:
-        The trace and the segments' traces with 95 % intervals, and the rest that the probes tell. Memory: about ten
-        n-vectors besides the deflation.
+        The trace and the segments' traces with 95 % intervals, and the rest that the probes tell. Memory: about
+        fifteen n-vectors besides the deflation.
 
     Example:
         >>> from hf_optimizability.curvature.operators import DenseOperator
@@ -138,10 +142,10 @@ def hutchinson(
         >>> result.total.value, [segment.value for segment in result.segments]
         (6.0, [1.0, 5.0])
     """
-    tally = _Tally(operator, segments, deflation)
+    tally = Tally(operator, segments, deflation)
     if known is not None:
         tally.add(known[0], known[1].clone())
-    return _average(
+    return average(
         tally, torch.Generator().manual_seed(seed), tolerance=tolerance, max_hvps=max_hvps, method="hutchinson"
     )
 
@@ -183,89 +187,25 @@ def hutchplusplus(
         (2470.0, 0.0)
     """
     generator = torch.Generator().manual_seed(seed)
-    tally = _Tally(operator, segments, deflation)
+    parts = PartTraces(segments)
+    tally = Tally(operator, segments, deflation, parts=parts)
     while max_hvps - tally.hvps >= 2 * LOCKSTEP + MIN_PROBES:
-        remainder = tally.multiply(_signs(operator, LOCKSTEP, generator))
+        remainder = tally.multiply(sign_rows(operator, LOCKSTEP, generator))
         rest = float(np.mean(np.sum(tally.squares, axis=1)))  # ‖PAP‖_F²
         target = tolerance * abs(tally.mean())
         left = max_hvps - tally.hvps
         probes = min(2 * rest / target**2, left) if target > 0 else left
         if probes <= MIN_PROBES or rest == 0:  # then the sketch stays what it has been so far: the first probes
             break
-        vectors = _orthonormalize(remainder, [] if deflation is None else [deflation.vectors])
+        vectors = orthonormalize(remainder, [] if deflation is None else [deflation.vectors])
         products = operator.matmat(vectors.T).T
         deflation = Deflation(vectors, products) if deflation is None else deflation.extend(vectors, products)
-        grown = _Tally(operator, segments, deflation, hvps=tally.hvps + len(vectors))
+        grown = Tally(operator, segments, deflation, parts=parts, hvps=tally.hvps + len(vectors))
         gain = grown.exact_squared - tally.exact_squared
         tally = grown
         if gain * probes <= 2 * LOCKSTEP * rest:
             break
-    return _average(tally, generator, tolerance=tolerance, max_hvps=max_hvps, method="hutch++")
-
-
-def xtrace(
-    operator: SymmetricOperator, segments: Segments, *, tolerance: float, max_hvps: int, seed: int
-) -> TraceResult:
-    """Estimates the trace with every test vector serving as sketch and as probe.
-
-    XTrace (Epperly, Tropp & Webber 2024, arXiv 2301.07825): with Q spanning A Ω for k test vectors Ω, each test vector
-    in turn is the probe of what the others' span leaves of A; the trace is the mean of these k leave-one-out values,
-    none of which needs a product beyond A Ω and A Q. All of them, by segment too, follow from the Gram matrix of Q,
-    A Q and Ω. Grows by `LOCKSTEP` test vectors until the standard error is below `tolerance` times the trace.
-
-    The paper's error estimate, `√(Σ (tᵢ − t̄)² / (k (k − 1)))`, takes the leave-one-out values tᵢ for independent. They
-    are positively correlated once k is not small beside the effective rank: its 95 % intervals then hold the truth in
-    as few as 77 % of runs (eigenvalues 1/i, k = 32, n = 200). Here the standard error is `√(2 f / k)` with f the mean
-    of ‖PᵢAPᵢ ωᵢ‖², where Pᵢ removes the others' span, and the interval is Student's t. It held the truth in 91 to
-    100 % of runs: it is too wide where the diagonal outweighs the rest of A.
-
-    Args:
-        operator: The matrix.
-        segments: Slices of the rows; together they must hold each row once.
-        tolerance: Relative standard error to stop at.
-        max_hvps: Most products to spend, at least 4; two for each test vector.
-        seed: Seed of the test vectors.
-
-    Returns:
-        The trace and the segments' traces; `frobenius_squared` from A Ω; no diagonal. Memory: one n-vector for each
-        product, and one byte an entry for each test vector.
-
-    Example:
-        >>> from hf_optimizability.curvature.operators import DenseOperator
-        >>> decaying = DenseOperator(torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64) ** -4))
-        >>> total = xtrace(decaying, [[slice(0, 100)]], tolerance=1e-3, max_hvps=40, seed=0).total
-        >>> total.hvps, abs(total.value - 1.0823232) < 3 * total.std_error
-        (16, True)
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows: list[Tensor] = []  # Q, A Q and Ω of each round
-    gram = np.zeros((len(segments), 0, 0))
-    hvps = 0
-    while True:
-        probes = _signs(operator, min(LOCKSTEP, (max_hvps - hvps) // 2), generator)
-        products = operator.matmat(probes.T).T
-        vectors = _orthonormalize(products, rows[0::3])
-        hvps += len(probes) + len(vectors)
-        new = [vectors, operator.matmat(vectors.T).T if len(vectors) else vectors, probes.to(torch.int8)]
-        rows += new
-        border = _gram(rows, new, segments)
-        gram = np.block([[gram, border[:, : gram.shape[1]]], [border.swapaxes(1, 2)]])
-        owner = np.repeat(np.arange(len(rows)) % 3, [len(block) for block in rows])
-        q, z, w = (np.flatnonzero(owner == kind) for kind in range(3))
-        values, squares = _leave_one_out(gram, q, z, w)
-        images = gram.sum(0)[np.ix_(z, w)]  # R of A Ω = Q R
-        result = _result(
-            values,
-            squares.mean(axis=0),
-            (images**2).sum(axis=0),
-            _pairs(images.T @ images),
-            quantile=_student_quantile(len(values)),
-            tolerance=tolerance,
-            method="xtrace",
-            hvps=hvps,
-        )
-        if result.total.converged or max_hvps - hvps < 2 or len(vectors) < len(probes):
-            return result
+    return average(tally, generator, tolerance=tolerance, max_hvps=max_hvps, method="hutch++")
 
 
 def exact_trace(operator: SymmetricOperator, segments: Segments) -> TraceResult:
@@ -278,22 +218,43 @@ def exact_trace(operator: SymmetricOperator, segments: Segments) -> TraceResult:
     Returns:
         The trace, the segments' traces, `‖A‖_F²` and the diagonal, with standard error 0.
     """
-    tally = _Tally(operator, segments)
+    tally = Tally(operator, segments)
     for probes in _unit_vectors(operator):
         tally.multiply(probes)
-
-    def exactly(value: float) -> Estimate:
-        value = float(value)
-        return Estimate(value, value, value, method="exact", hvps=operator.size, converged=True, std_error=0.0)
-
-    traces, squares = np.sum(tally.samples, axis=0), np.sum(tally.squares, axis=0)
-    return TraceResult(
-        exactly(traces.sum()), tuple(exactly(value) for value in traces), exactly(squares.sum()), tally.terms
-    )
+    total, parts = exact_estimates(tally.parts.sums(), tally.parts.items, hvps=operator.size)
+    squared = float(np.sum(tally.squares))
+    frobenius_squared = replace(total, value=squared, low=squared, high=squared, data_std_error=None)
+    return TraceResult(total, parts, frobenius_squared, tally.terms)
 
 
-class _Tally:
+def exact_estimates(traces: np.ndarray, items: Sequence[int], *, hvps: int) -> tuple[Estimate, tuple[Estimate, ...]]:
+    """The trace and the segments' traces from those of the parts, which are known without error.
+
+    Args:
+        traces: Of shape (parts, segments).
+        items: The number of items in each part.
+        hvps: Recorded in the estimates.
+    """
+
+    def exactly(column: np.ndarray) -> Estimate:
+        value = float(np.average(column, weights=items))
+        error = jackknife(column, items) if len(items) > 1 else None
+        return Estimate(
+            value, value, value, method="exact", hvps=hvps, converged=True, std_error=0.0, data_std_error=error
+        )
+
+    return exactly(traces.sum(axis=1)), tuple(map(exactly, traces.T))
+
+
+class Tally:
     """What deflation tells of A − PAP, and what the probes have told of PAP so far.
+
+    Args:
+        operator: The matrix A.
+        segments: Slices of the rows; together they must hold each row once.
+        deflation: What P removes.
+        parts: Where the parts' traces are kept; of other probes of A, too.
+        hvps: Products spent already.
 
     Attributes:
         exact: Trace of each segment of A − PAP.
@@ -302,13 +263,21 @@ class _Tally:
         squares: `‖(PAPv)_s‖²` of each probe, by segment.
         pairs: `((PAPv) · (PAPw))²` of the pairs of probes that were multiplied together.
         terms: Sum of `v ⊙ PAPv` over the probes.
+        parts: What the probes have told of the parts' traces.
         hvps: Products spent.
     """
 
     def __init__(
-        self, operator: SymmetricOperator, segments: Segments, deflation: Deflation | None = None, *, hvps: int = 0
+        self,
+        operator: SymmetricOperator,
+        segments: Segments,
+        deflation: Deflation | None = None,
+        *,
+        parts: PartTraces | None = None,
+        hvps: int = 0,
     ):
         self.operator = operator
+        self.parts = PartTraces(segments) if parts is None else parts
         self.hvps = hvps
         self.exact, self.exact_squared = np.zeros(len(segments)), 0.0
         if deflation is not None:
@@ -323,17 +292,17 @@ class _Tally:
     def multiply(self, probes: Tensor) -> Tensor:
         """Spends products on new probes and counts them in; returns the rows PAPv."""
         self.hvps += len(probes)
-        return self.add(probes, self.operator.matmat(probes.T).T)
+        return self.add(probes, self.parts.multiply(self.operator, probes))
 
     def add(self, probes: Tensor, products: Tensor) -> Tensor:
         """Counts in probes and their products with A, which are overwritten by those with PAP."""
         if self._deflation is not None:
             products = self._deflation.reduce(probes, products)
-        gram = _gram([products], [products, probes], self._segments)
+        gram = gram_matrices([products], [products, probes], self._segments)
         squares, samples = np.split(gram, 2, axis=2)
         self.samples += list(np.diagonal(samples, axis1=1, axis2=2).T)
         self.squares += list(np.diagonal(squares, axis1=1, axis2=2).T)
-        self.pairs += _pairs(squares.sum(0))
+        self.pairs += squared_pairs(squares.sum(0))
         for probe, product in zip(probes, products, strict=True):
             self.terms.addcmul_(probe, product)
         return products
@@ -343,12 +312,13 @@ class _Tally:
         return float(self.exact.sum() + np.mean(self.samples, axis=0).sum())
 
     def result(self, *, tolerance: float, method: str) -> TraceResult:
+        """Estimates as they stand, but for the diagonal."""
         number = len(self.samples)
         # Over the probes, the sample variances of the terms of each segment add up to
         # (m Σ ‖PAPv‖² − ‖Σ v ⊙ PAPv‖²) / (m (m − 1)), since v ⊙ v = 1.
-        terms = _gram([self.terms[None]], [self.terms[None]], self._segments)[:, 0, 0]
+        terms = gram_matrices([self.terms[None]], [self.terms[None]], self._segments)[:, 0, 0]
         spreads = (number * np.sum(self.squares, axis=0) - terms) / (number * (number - 1))
-        return _result(
+        return trace_result(
             self.exact + self.samples,
             np.maximum(spreads, 0),
             self.exact_squared + np.sum(self.squares, axis=1),
@@ -357,6 +327,7 @@ class _Tally:
             tolerance=tolerance,
             method=method,
             hvps=self.hvps,
+            data_std_errors=self.parts.std_errors(),
         )
 
     def diagonal(self) -> Tensor:
@@ -365,19 +336,68 @@ class _Tally:
         return diagonal if self._deflation is None else diagonal.add_(self._deflation.diagonal())
 
 
-def _average(
-    tally: _Tally, generator: torch.Generator, *, tolerance: float, max_hvps: int, method: str
-) -> TraceResult:
+class PartTraces:
+    """The traces of the parts that an operator is the mean of, as its probes tell them on the way.
+
+    The jackknife over the parts tells how far the mean would move with other data. Here, part p deviates from the
+    mean by the average over probes of `v_sᵀ((A_p − A)v)_s`. The noise of that average is in the deviation's square;
+    its variance is known from the spread over the probes, and is taken off: probes and data are told apart. What is
+    left may come out at 0 where that noise is far larger. Probes see the parts as they are, without deflation.
+
+    Args:
+        segments: Slices of the rows; together they must hold each row once.
+        exact: Of shape (parts, segments): traces to add to those of the parts, known without error.
+
+    Attributes:
+        items: The number of items in each part.
+    """
+
+    def __init__(self, segments: Segments, exact: np.ndarray | None = None):
+        self.items: list[int] = []
+        self._segments = segments
+        self._exact = 0.0 if exact is None else exact
+        self._forms: list[np.ndarray] = []  # vᵀA_p v of each product, of shape (parts, segments)
+
+    def multiply(self, operator: SymmetricOperator, probes: Tensor) -> Tensor:
+        """The rows Av for rows v, whose entries are ±1 or 0. Memory: the product with one part besides."""
+        total = torch.zeros_like(probes)
+        forms, self.items = [], []
+        for products, items in operator.matmat_by_part(probes.T):
+            rows = products.T
+            forms.append([segment_sums(v * row, self._segments) for v, row in zip(probes, rows, strict=True)])
+            total.add_(rows, alpha=items)
+            self.items.append(items)
+        self._forms += list(np.array(forms).swapaxes(0, 1))
+        return total.div_(sum(self.items))
+
+    def sums(self) -> np.ndarray:
+        """Sum of `v_sᵀ(A_p v)_s` over the probes, of shape (parts, segments)."""
+        return np.sum(self._forms, axis=0)
+
+    def std_errors(self) -> np.ndarray | None:
+        """Standard errors over the data: of the whole trace, then of each segment's; `None` from one part or probe."""
+        if len(self.items) < 2 or len(self._forms) < 2:
+            return None
+        forms = self._exact + np.array(self._forms)
+        forms = np.concatenate([forms.sum(axis=2, keepdims=True), forms], axis=2)
+        deviations = forms - np.average(forms, axis=1, weights=self.items, keepdims=True)
+        weights = np.array(self.items) / (sum(self.items) - np.array(self.items))  # the jackknife's
+        noise = weights @ deviations.var(axis=0, ddof=1) / len(forms) / len(weights)
+        spread = [jackknife(column, self.items) ** 2 for column in deviations.mean(axis=0).T]
+        return np.sqrt(np.maximum(spread - noise, 0))
+
+
+def average(tally: Tally, generator: torch.Generator, *, tolerance: float, max_hvps: int, method: str) -> TraceResult:
     """Multiplies probes until the trace's standard error is small enough or the budget is spent."""
     while True:
         if len(tally.samples) >= MIN_PROBES or tally.hvps >= max_hvps:
             result = tally.result(tolerance=tolerance, method=method)
             if result.total.converged or tally.hvps >= max_hvps:
                 return replace(result, diagonal=tally.diagonal())
-        tally.multiply(_signs(tally.operator, min(LOCKSTEP, max_hvps - tally.hvps), generator))
+        tally.multiply(sign_rows(tally.operator, min(LOCKSTEP, max_hvps - tally.hvps), generator))
 
 
-def _result(
+def trace_result(
     samples: np.ndarray,
     spreads: np.ndarray,
     squares: np.ndarray,
@@ -387,6 +407,7 @@ def _result(
     tolerance: float,
     method: str,
     hvps: int,
+    data_std_errors: np.ndarray | None,
 ) -> TraceResult:
     """Estimates from samples and the sizes of their variances.
 
@@ -401,70 +422,42 @@ def _result(
         tolerance: Relative standard error of a converged estimate.
         method: Recorded in the estimates.
         hvps: Recorded in the estimates.
+        data_std_errors: From `PartTraces`.
     """
     number = len(samples)
+    over_data = [None] * (1 + len(spreads)) if data_std_errors is None else data_std_errors.tolist()
 
-    def estimate(value: float, variance: float) -> Estimate:
+    def estimate(value: float, variance: float, data_std_error: float | None) -> Estimate:
         std_error = math.sqrt(variance / number)
         margin = quantile * std_error
-        converged = std_error <= tolerance * abs(value)
-        return Estimate(value, value - margin, value + margin, method, hvps, converged, std_error)
+        return Estimate(
+            value,
+            value - margin,
+            value + margin,
+            method,
+            hvps,
+            converged=std_error <= tolerance * abs(value),
+            std_error=std_error,
+            data_std_error=data_std_error,
+        )
 
-    total = estimate(float(samples.sum(1).mean()), float(2 * spreads.sum()))
+    total = estimate(float(samples.sum(1).mean()), float(2 * spreads.sum()), over_data[0])
     observed = (number - 1) * samples.var(axis=0, ddof=1)
     variances = (observed + _PRIOR_PROBES * 2 * spreads) / (number - 1 + _PRIOR_PROBES)
     variances = np.clip(variances, spreads, 2 * spreads)
-    segments = tuple(map(estimate, samples.mean(axis=0).tolist(), variances.tolist()))
+    segments = tuple(map(estimate, samples.mean(axis=0).tolist(), variances.tolist(), over_data[1:]))
 
     # ‖A‖_F² is positive and its samples are skewed: its interval is one of its logarithm.
     value = float(squares.mean())
     std_error = math.sqrt(max(float(squares.var(ddof=1)), 2 * float(np.mean(pairs)) if pairs else 0.0) / number)
-    factor = math.exp(_student_quantile(number) * std_error / value) if value > 0 else 1.0
+    factor = math.exp(student_quantile(number) * std_error / value) if value > 0 else 1.0
     frobenius_squared = Estimate(
         value, value / factor, value * factor, method, hvps, std_error <= tolerance * value, std_error
     )
     return TraceResult(total, segments, frobenius_squared)
 
 
-def _leave_one_out(gram: np.ndarray, q: np.ndarray, z: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """XTrace's leave-one-out values and the squared norms of their residual products, by segment.
-
-    Without column i, A Ω spans Q up to one direction: Qᵢ Qᵢᵀ = Q M Qᵀ with M = I − s sᵀ and s along column i of R⁻ᵀ,
-    where A Ω = Q R. The value is the trace of A − PᵢAPᵢ plus
-    ωᵢᵀPᵢAPᵢωᵢ with Pᵢ = I − Q M Qᵀ, a linear function of the Gram matrix of Q, Z = A Q and Ω.
-
-    Args:
-        gram: Gram matrix of each segment's rows of Q, Z and Ω.
-        q: Places of Q's columns in it.
-        z: Places of Z's columns.
-        w: Places of Ω's columns.
-
-    Returns:
-        Both of shape (k, segments).
-    """
-    whole = gram.sum(0)
-    H, R, W = _symmetric(whole[np.ix_(q, z)]), whole[np.ix_(z, w)], whole[np.ix_(q, w)]
-    inverse = np.linalg.pinv(R)
-    # Where A Ω has dependent columns, most can be left out without losing a direction.
-    needed = np.einsum("ia,ai->i", inverse, R) > 1 - 1e-6
-    directions = inverse * needed[:, None] / np.maximum(np.linalg.norm(inverse, axis=1, keepdims=True), 1e-300)
-    values, squares = np.zeros((2, len(w), len(gram)))
-    for i, s in enumerate(directions):
-        M = np.eye(len(q)) - np.outer(s, s)
-        inside = M @ W[:, i]  # PᵢAPᵢωᵢ = Q outside − Z inside
-        outside = R[:, i] - M @ (R[:, i] - H @ inside)
-        form = np.zeros_like(whole)
-        form[np.ix_(q, z)] = 2 * M
-        form[np.ix_(q, q)] = -M @ H @ M
-        form[w[i], q], form[w[i], z] = outside, -inside
-        values[i] = np.tensordot(gram, form)
-        residual = np.zeros(len(whole))
-        residual[q], residual[z] = outside, -inside
-        squares[i] = gram @ residual @ residual
-    return values, np.maximum(squares, 0)
-
-
-def _orthonormalize(rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
+def orthonormalize(rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
     """Orthonormal rows that span what `rows` add to the span of `bases`, whose rows are orthonormal.
 
     Twice: removes the bases, then whitens by the eigenvectors of the Gram matrix (Stathopoulos & Wu 2002), which needs
@@ -475,7 +468,7 @@ def _orthonormalize(rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
         largest = torch.linalg.vector_norm(rows, dim=1).max()
         for basis in bases:
             rows = torch.addmm(rows, rows @ basis.T, basis, alpha=-1)
-        values, vectors = np.linalg.eigh(_gram([rows], [rows]).sum(0))
+        values, vectors = np.linalg.eigh(gram_matrices([rows], [rows]).sum(0))
         keep = values > (smallest * float(largest)) ** 2
         if not keep.any():
             return rows[:0]
@@ -483,7 +476,7 @@ def _orthonormalize(rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
     return rows
 
 
-def _gram(x: Sequence[Tensor], y: Sequence[Tensor], segments: Segments = ((slice(None),),)) -> np.ndarray:
+def gram_matrices(x: Sequence[Tensor], y: Sequence[Tensor], segments: Segments = ((slice(None),),)) -> np.ndarray:
     """X_s Y_sᵀ in float64 for the columns of each segment s, where X and Y are blocks of rows on one another."""
     grams = []
     for segment in segments:
@@ -499,28 +492,29 @@ def _gram(x: Sequence[Tensor], y: Sequence[Tensor], segments: Segments = ((slice
     return torch.stack(grams).cpu().numpy()
 
 
-def _symmetric(matrix: np.ndarray) -> np.ndarray:
+def symmetric(matrix: np.ndarray) -> np.ndarray:
+    """What rounding left of a matrix that should be symmetric."""
     return (matrix + matrix.T) / 2
 
 
-def _pairs(gram: np.ndarray) -> list[float]:
+def squared_pairs(gram: np.ndarray) -> list[float]:
     """Squares of the entries above the diagonal."""
     return list(gram[np.triu_indices(len(gram), 1)] ** 2)
 
 
-def _student_quantile(number: int) -> float:
+def student_quantile(number: int) -> float:
     """Of a two-sided 95 % interval from the spread of `number` samples."""
     from scipy.special import stdtrit
 
     return float(stdtrit(number - 1, 0.975))
 
 
-def _signs(operator: SymmetricOperator, number: int, generator: torch.Generator) -> Tensor:
+def sign_rows(operator: SymmetricOperator, number: int, generator: torch.Generator) -> Tensor:
     """Rademacher vectors as rows."""
-    signs = torch.empty(number, operator.size, dtype=operator.dtype, device=operator.device)
-    for row in signs:
+    rows = torch.empty(number, operator.size, dtype=operator.dtype, device=operator.device)
+    for row in rows:
         row.copy_(rademacher(operator.size, generator=generator, dtype=operator.dtype, device=operator.device))
-    return signs
+    return rows
 
 
 def _unit_vectors(operator: SymmetricOperator) -> Iterator[Tensor]:

@@ -110,7 +110,8 @@ class _FixedNormalization(_Bilinear):
 
     def adjoints(self, gy: Tensor, x: Tensor, w: Tensor, mask: Mask) -> tuple[Tensor | None, ...]:
         statistics = (self.mean, self.variance, None, None)
-        return aten.native_batch_norm_backward(gy, x, w, *statistics, False, self.eps, mask)
+        # Of channels-last images, torch 2.13 reads a strided w as if it were contiguous.
+        return aten.native_batch_norm_backward(gy, x, w.contiguous(), *statistics, False, self.eps, mask)
 
     def without_offset(self) -> _Bilinear:
         return replace(self, mean=torch.zeros_like(self.mean))

@@ -69,6 +69,8 @@ def _looked_up(objective: LossesOfAModel) -> dict[nn.Embedding, Tensor]:
     """The embeddings that can be compacted, and the rows that they look up, ascending."""
     lookups: dict[nn.Embedding, list[tuple[Tensor, Any]]] = {}
     rows: dict[nn.Embedding, list[Tensor]] = {embedding: [] for embedding in _candidates(objective)}
+    if not rows:
+        return {}
 
     def record(module: nn.Embedding, args: Any, kwargs: Any, output: Tensor) -> None:
         lookups.setdefault(module, []).append((_ids(args, kwargs), output.grad_fn))

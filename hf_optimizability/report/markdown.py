@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..curvature.estimates import Estimate
+from ..curvature.step import CriticalLearningRate
 from ..measurement import Measurement
 from .report import OptimizabilityReport
 
@@ -219,9 +220,22 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(estimate=format_estimate, percent=format_percent, number=format_number)
+    environment.filters.update(at=_at, estimate=format_estimate, percent=format_percent, number=format_number)
+    environment.filters.update(range=_range)
     environment.globals.update(with_error=format_with_error, interval=format_interval)
     return environment
+
+
+def _at(value: Any, path: str) -> Any:
+    """An attribute of an attribute; `None` where one on the way is."""
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
+
+
+def _range(value: Estimate | CriticalLearningRate | None) -> str:
+    """A value and its interval."""
+    return MISSING if value is None else format_interval(value.value, value.low, value.high)
 
 
 def _text(value: Any) -> Markup:

@@ -7,7 +7,9 @@ import pytest
 import tiny_models
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PreTrainedModel
 
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
@@ -38,6 +40,58 @@ def test_columns_are_multiplied_by_the_dense_hessian(name: str):
     assert (product - dense @ vectors).norm() <= PRECISION[name] * (dense @ vectors).norm()
     assert spent == [3]
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def deberta() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=tiny_models.VOCABULARY, hidden_size=4, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=6, max_position_embeddings=8, num_labels=3, relative_attention=True, position_buckets=4,
+        pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", share_att_key=True,
+    )  # fmt: skip
+    return DebertaV2ForSequenceClassification(config).double()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "deberta"])
+def test_layer_norm_and_eager_attention(name: str):
+    """Against torch's own double backward: layer norm is where other ways to combine the two modes are wrong."""
+    model = deberta() if name == "deberta" else tiny_models.make(name, attn_implementation="eager")
+    [batch] = tiny_models.cut(tiny_models.examples("bert" if name == "deberta" else name, 3), 3)
+    named = {name: parameter.detach() for name, parameter in model.eval().named_parameters()}
+    operator = ForwardOverReverseHessian(Objective(model, [batch]))
+    vector = columns(operator.size, 1)[:, 0]
+    pieces = zip(named.values(), vector.split([parameter.numel() for parameter in named.values()]), strict=True)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return functional_call(model, dict(zip(named, tensors, strict=True)), kwargs=batch).loss
+
+    _, rows = torch.autograd.functional.hvp(loss, tuple(named.values()), tuple(v.view_as(p) for p, v in pieces))
+    expected = torch.cat([row.flatten() for row in rows])
+    assert (operator.matvec(vector) - expected).norm() <= 1e-6 * expected.norm()  # some compute softmax in float32
+
+
+@pytest.mark.parametrize("padding_idx", [1, -4])
+def test_padding_rows_are_constant(padding_idx: int):
+    """As for the optimizer, which never gets a gradient of them: neither a row nor a column of the Hessian."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 2, padding_idx=padding_idx), nn.Flatten(), nn.Linear(6, 2)).double()
+    nn.init.normal_(model[0].weight)
+    model[0].padding_idx = padding_idx  # a module counts from the start, the function that it calls from the end too
+    ids, labels = torch.tensor([[0, 1, 3], [1, 4, 3]]), torch.tensor([0, 1])
+    weight, head, bias = (parameter.detach() for parameter in model.parameters())
+    trained = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]).double()[:, None]
+
+    def loss(vector: Tensor) -> Tensor:
+        free, head, bias = (piece.view(shape) for piece, shape in zip(vector.split([10, 12, 2]), shapes, strict=True))
+        rows = trained * free + (1 - trained) * weight
+        return functional.cross_entropy(rows[ids].flatten(1) @ head.T + bias, labels)
+
+    shapes = [weight.shape, head.shape, bias.shape]
+    dense = torch.autograd.functional.hessian(loss, torch.cat([weight.flatten(), head.flatten(), bias]))
+    objective = Objective(
+        model, [(ids, labels)], loss_fn=lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1])
+    )
+    torch.testing.assert_close(ForwardOverReverseHessian(objective).matmat(torch.eye(24).double()), dense)
 
 
 def test_tied_frozen_and_unused_parameters():

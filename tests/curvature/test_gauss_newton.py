@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -16,8 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertForQuestionAnswering
 
 from hf_optimizability.curvature import gauss_newton
-from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace
+from hf_optimizability.curvature.decoupled import DecoupledHessian
+from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace, split_trace
+from hf_optimizability.curvature.jackknife import jackknife
 from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.trace import MIN_PROBES
 from hf_optimizability.objective import Objective
 from hf_optimizability.safety import math_attention
 
@@ -189,6 +193,215 @@ def test_adapters_of_peft():
         trace, _ = gauss_newton_trace(adapted, [[slice(0, len(expected))]])
     assert torch.allclose(product, expected[:, :20], rtol=1e-9, atol=1e-13)
     assert trace.value == pytest.approx(float(expected.trace()), rel=1e-10)
+
+
+class Tied(nn.Module):
+    """A tanh network whose second layer is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.twice(torch.tanh(self.first(x))))
+        return self.last(torch.tanh(self.twice(hidden)))
+
+
+def mean_of_cross_entropies(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def network(kind: Callable[[], nn.Module], *, examples: int = 12, size: int = 5, learned: bool = True) -> Objective:
+    torch.manual_seed(0)
+    model = kind().double()
+    x = columns(examples, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        # Before it has learned, R outweighs G.
+        y = model(x).argmax(dim=1) if learned else torch.arange(examples) % 3
+    return Objective(model, list(zip(x.split(size), y.split(size), strict=True)), loss_fn=mean_of_cross_entropies)
+
+
+def dense_hessian(objective: Objective) -> Tensor:
+    """Of the mean over all examples, by `torch.autograd.functional`."""
+    named = {name: parameter.detach() for name, parameter in objective.model.named_parameters()}
+    x, y = (torch.cat(tensors) for tensors in zip(*objective.batches, strict=True))
+
+    def loss(vector: Tensor) -> Tensor:
+        pieces = zip(named.items(), vector.split([p.numel() for p in named.values()]), strict=True)
+        tensors = {name: piece.view_as(p) for (name, p), piece in pieces}
+        return functional.cross_entropy(functional_call(objective.model, tensors, (x,)), y)
+
+    return torch.autograd.functional.hessian(loss, torch.cat([p.flatten() for p in named.values()]))
+
+
+def halves(size: int) -> list[list[slice]]:
+    return [[slice(0, 9), slice(20, size)], [slice(9, 20)]]
+
+
+def block_traces(diagonal: Tensor) -> list[float]:
+    return [float(sum(diagonal[part].sum() for part in segment)) for segment in halves(len(diagonal))]
+
+
+class TestSplitTrace:
+    def test_of_a_network_with_tied_weights(self):
+        """The diagonal, block traces and trace, with as many probes as leave 2 %."""
+        tied = network(Tied)
+        hessian = dense_hessian(tied)
+        spent: list[int] = []
+        options = {"tolerance": 0.02, "max_hvps": 1000, "seed": 0, "on_products": spent.append}
+        result = split_trace(tied, halves(len(hessian)), **options)
+        total = result.total
+        assert total.converged and total.std_error <= 0.02 * abs(total.value)
+        assert total.value == pytest.approx(float(hessian.trace()), abs=4 * total.std_error)
+        for segment, truth in zip(result.segments, block_traces(hessian.diagonal()), strict=True):
+            assert segment.value == pytest.approx(truth, abs=4 * segment.std_error)
+        assert float((result.diagonal - hessian.diagonal()).norm()) <= 2 * total.std_error
+        assert (total.method, total.hvps) == ("gauss-newton + hutchinson", sum(spent))
+        assert result.frobenius_squared is None
+
+    def test_of_bert(self):
+        model = tiny_models.make("bert", num_hidden_layers=1).eval()
+        rows = tiny_models.examples("bert", EXAMPLES)
+        [whole] = tiny_models.cut(rows, EXAMPLES)
+        labels = model(whole["input_ids"]).logits.argmax(dim=1)
+        rows = [{**row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+        hessian = tiny_models.dense_hessian(model, {**whole, "labels": labels})
+        truths = [float(hessian.trace()), *block_traces(hessian.diagonal())]
+        lossy = Objective(model, tiny_models.cut(rows, 2))
+        with math_attention():
+            result = split_trace(lossy, halves(len(hessian)), tolerance=1e-12, max_hvps=60, seed=0)
+        for estimate, truth in zip((result.total, *result.segments), truths, strict=True):
+            assert estimate.value == pytest.approx(truth, abs=4 * estimate.std_error)
+
+    def test_the_remainder_is_the_hessian_without_the_gauss_newton_matrix(self):
+        """As a matrix, R = H − G, whatever the decoupling then leaves of it."""
+        tied = network(Tied)
+        identity = torch.eye(sum(parameter.numel() for parameter in tied.parameters), dtype=torch.float64)
+        rest = HessianOperator(gauss_newton._WithSlopesHeld(tied)).matmat(identity)
+        expected = dense_hessian(tied) - GaussNewtonOperator(tied).matmat(identity)
+        assert torch.allclose(rest, expected, atol=1e-12) and float(expected.norm()) > 0.1
+        decoupled = DecoupledHessian(gauss_newton._WithSlopesHeld(tied)).matmat(identity)
+        assert torch.allclose(decoupled.diagonal(), expected.diagonal(), atol=1e-12)
+        assert float(decoupled.norm()) < 0.99 * float(expected.norm())
+
+    def test_networks_of_relus_need_no_probes(self):
+        """Linear in each layer's weights, R has no diagonal, and nothing is left of it decoupled."""
+        relu = network(lambda: nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)))
+        hessian = dense_hessian(relu)
+        result = split_trace(relu, halves(len(hessian)), tolerance=1e-3, max_hvps=100, seed=0)
+        assert result.total.value == pytest.approx(float(hessian.trace()), rel=1e-10)
+        assert result.total.std_error <= 1e-6 * result.total.value
+        assert [part.value for part in result.segments] == pytest.approx(block_traces(hessian.diagonal()), rel=1e-10)
+        assert torch.allclose(result.diagonal, hessian.diagonal(), atol=1e-10)
+        assert (result.total.hvps, result.total.converged) == (MIN_PROBES, True)
+
+    @pytest.mark.parametrize("tolerance", [1e-12, 0.1], ids=["fixed", "adaptive"])
+    def test_intervals_hold_the_truth_as_often_as_they_say(self, tolerance: float):
+        """95 %, give or take what 200 runs can tell (two deviations)."""
+        tied = network(Tied, examples=4, size=4)
+        hessian = dense_hessian(tied)
+        truths = [float(hessian.trace()), *block_traces(hessian.diagonal())]
+        held = np.zeros(3)
+        for seed in range(200):
+            result = split_trace(tied, halves(len(hessian)), tolerance=tolerance, max_hvps=12, seed=seed)
+            estimates = (result.total, *result.segments)
+            held += [e.low <= truth <= e.high for e, truth in zip(estimates, truths, strict=True)]
+        held /= 200
+        assert 0.9 <= held[0] <= 0.995 and held.min() >= 0.9, held
+
+    def test_stops_at_the_whole_trace_s_tolerance_or_its_budget(self):
+        tied, spent = network(Tied), []
+        for tolerance in (10.0, 0.05, 0.02):
+            total = split_trace(tied, [[slice(0, 51)]], tolerance=tolerance, max_hvps=2000, seed=0).total
+            assert total.converged and total.std_error <= tolerance * abs(total.value)
+            spent.append(total.hvps)
+        assert MIN_PROBES == spent[0] < spent[1] < spent[2] < 2000
+        short = split_trace(tied, [[slice(0, 51)]], tolerance=1e-9, max_hvps=10, seed=0).total
+        assert (short.hvps, short.converged) == (10, False)
+
+    def test_its_error_over_the_data(self):
+        """Each batch's own dense Hessian has a trace; the jackknife of these, exactly where no probe is needed."""
+        layers = lambda: nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 3))  # noqa: E731
+        for kind, probes, precision in ((layers, 8, 1e-6), (Tied, 600, 0.05)):
+            objective = network(kind, learned=False)
+            apart = [
+                Objective(objective.model, [batch], loss_fn=mean_of_cross_entropies) for batch in objective.batches
+            ]
+            diagonals = [dense_hessian(part).diagonal() for part in apart]
+            traces = np.array([[float(diagonal.sum()), *block_traces(diagonal)] for diagonal in diagonals])
+            expected = [jackknife(column, [5, 5, 2]) for column in traces.T]
+            segments = halves(len(diagonals[0]))
+            result = split_trace(objective, segments, tolerance=1e-12, max_hvps=probes, seed=0)
+            found = [estimate.data_std_error for estimate in (result.total, *result.segments)]
+            assert found == pytest.approx(expected, rel=precision)
+        whole = network(layers, size=12)
+        assert split_trace(whole, [[slice(0, 45)]], tolerance=0.1, max_hvps=8, seed=0).total.data_std_error is None
+
+    def test_single_precision(self):
+        tied = network(Tied)
+        options = {"tolerance": 1e-12, "max_hvps": 16, "seed": 0}
+        double = split_trace(tied, [[slice(0, 51)]], **options).total.value
+        tied.model.float()
+        tied = Objective(tied.model, [(x.float(), y) for x, y in tied.batches], loss_fn=mean_of_cross_entropies)
+        assert split_trace(tied, [[slice(0, 51)]], **options).total.value == pytest.approx(double, rel=1e-4)
+
+    def test_refuses_many_outputs_at_the_first_example(self, monkeypatch: pytest.MonkeyPatch):
+        tied = network(Tied)
+        monkeypatch.setattr(gauss_newton, "MAX_SPLIT_OUTPUTS", 2)
+        passes: list[Tensor] = []
+        tied.model.register_forward_hook(lambda module, inputs, output: passes.append(output))
+        with pytest.raises(ValueError, match=r"3 outputs.*up to 2.*`hutchinson`"):
+            split_trace(tied, [[slice(0, 51)]], tolerance=0.1, max_hvps=8, seed=0)
+        assert len(passes) == 2  # the first batch, and its first example
+        assert gauss_newton_trace(tied, [[slice(0, 51)]])[0].value > 0
+
+    def test_refuses_a_loss_that_couples_the_examples(self):
+        weights = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+        weighted = network(Tied)
+        weighted = Objective(
+            weighted.model,
+            weighted.batches,
+            loss_fn=lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1], weight=weights),
+        )
+        with pytest.raises(ValueError, match="not a mean over examples"):
+            split_trace(weighted, [[slice(0, 51)]], tolerance=0.1, max_hvps=8, seed=0)
+        with pytest.raises(ValueError, match="not a mean over examples"):
+            gauss_newton_trace(weighted, [[slice(0, 51)]])
+
+    def test_refuses_a_loss_that_is_not_finite(self):
+        tied = network(Tied)
+        with torch.no_grad():
+            tied.model.last.bias.fill_(torch.nan)
+        with pytest.raises(FloatingPointError, match="loss of a batch is not finite"):
+            split_trace(tied, [[slice(0, 51)]], tolerance=0.1, max_hvps=8, seed=0)
+
+    def test_refuses_a_penalty_and_quantized_weights(self, monkeypatch: pytest.MonkeyPatch):
+        def penalized(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return mean_of_cross_entropies(model, batch) + model.first.weight.square().sum()
+
+        tied = network(Tied)
+        options = {"tolerance": 0.1, "max_hvps": 8, "seed": 0}
+        with pytest.raises(ValueError, match="otherwise than through"):
+            split_trace(Objective(tied.model, tied.batches, loss_fn=penalized), [[slice(0, 51)]], **options)
+        monkeypatch.setattr(Objective, "quantized", "The weights are quantized.")
+        with pytest.raises(RuntimeError, match="quantized"):
+            split_trace(tied, [[slice(0, 51)]], **options)
+
+
+def test_the_exact_trace_has_an_error_over_the_data():
+    lossy = objective("bert")  # batches of 2, 2 and 1
+    rows = tiny_models.cut(tiny_models.examples("bert", EXAMPLES), 2)
+    segments = [[slice(0, sum(parameter.numel() for parameter in lossy.parameters))]]
+    with math_attention():
+        total, [segment] = gauss_newton_trace(lossy, segments)
+        apart = [gauss_newton_trace(Objective(lossy.model, [batch]), segments)[0] for batch in rows]
+    expected = jackknife([part.value for part in apart], [2, 2, 1])
+    assert (
+        total.data_std_error == pytest.approx(expected, rel=1e-10) and segment.data_std_error == total.data_std_error
+    )
+    assert [part.data_std_error for part in apart] == [None] * 3
 
 
 class TestRefusals:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import tiny_models
 import torch
@@ -51,3 +53,62 @@ def test_a_product_that_is_not_finite_is_refused():
     objective = Objective(point, [(torch.ones(1),)], loss_fn=lambda model, batch: model["x"].abs().pow(1.5).sum())
     with pytest.raises(FloatingPointError, match="not finite"):
         HessianOperator(objective).matvec(torch.ones(2))
+
+
+class CountedLosses:
+    """Losses in given parts that count their forward passes: Σ (xᵀ A_p x) sin(x₀)."""
+
+    def __init__(self, *parts: tuple[torch.Tensor, int]):
+        self.parameters = [torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64, requires_grad=True)]
+        self.parts = parts
+        self.passes = 0
+
+    def losses(self) -> Iterator[tuple[torch.Tensor, int]]:
+        [x] = self.parameters
+        for matrix, items in self.parts:
+            self.passes += 1
+            yield items * (x @ matrix @ x) * x[0].sin(), items
+
+    def dense(self) -> torch.Tensor:
+        whole = sum(matrix * items for matrix, items in self.parts) / sum(items for _, items in self.parts)
+        point = self.parameters[0].detach()
+        return torch.autograd.functional.hessian(lambda x: (x @ whole @ x) * x[0].sin(), point)
+
+
+def parts(number: int) -> list[tuple[torch.Tensor, int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(3, 3, generator=generator, dtype=torch.float64), items) for items in (2, 5, 1)[:number]]
+
+
+def test_the_graph_of_a_single_part_is_kept_until_the_weights_change():
+    losses = CountedLosses(*parts(1))
+    operator = HessianOperator(losses)
+    eye = torch.eye(3, dtype=torch.float64)
+    for _ in range(4):
+        assert torch.allclose(operator.matmat(eye), losses.dense(), rtol=1e-12)
+    assert losses.passes == 2  # the first finds that there is one part, the second keeps its graph
+    with torch.no_grad():
+        losses.parameters[0].add_(1)
+    assert torch.allclose(operator.matmat(eye), losses.dense(), rtol=1e-12) and losses.passes == 3
+    losses.parameters[0] = torch.ones(3, dtype=torch.float64, requires_grad=True)  # another tensor
+    assert torch.allclose(operator.matmat(eye), losses.dense(), rtol=1e-12) and losses.passes == 4
+
+
+def test_no_graph_of_several_parts_is_kept():
+    losses = CountedLosses(*parts(3))
+    operator = HessianOperator(losses)
+    for _ in range(3):
+        operator.matvec(torch.ones(3, dtype=torch.float64))
+    assert losses.passes == 9
+
+
+def test_products_by_part():
+    losses = CountedLosses(*parts(3))
+    operator = HessianOperator(losses)
+    eye = torch.eye(3, dtype=torch.float64)
+    found = [(product.clone(), items) for product, items in operator.matmat_by_part(eye)]
+    assert [items for _, items in found] == [2, 5, 1]
+    for (product, _), part in zip(found, losses.parts, strict=True):
+        assert torch.allclose(product, CountedLosses(part).dense(), rtol=1e-12)
+    mean = sum(product * items for product, items in found) / 8
+    assert torch.allclose(mean, operator.matmat(eye), rtol=1e-12)

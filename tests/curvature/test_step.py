@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from hf_optimizability.curvature.operators import DenseOperator, HessianOperator
+from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.curvature.preconditioner import optimizer_update
 from hf_optimizability.curvature.step import critical_learning_rate, loss_along, quadratic_model
 from hf_optimizability.gradients import gradient
@@ -61,7 +61,7 @@ def test_quadratic_model_is_that_of_the_dense_hessian():
     objective.model.double()
     objective.batches = [batch.double() for batch in objective.batches]
     g = torch.cat([tensor.reshape(-1) for tensor in gradient(objective).tensors])
-    model = quadratic_model(HessianOperator(objective), g)
+    model = quadratic_model(g, HessianOperator(objective).matvec(g))
     eye = torch.eye(len(g), dtype=torch.float64)
     bend = float(g @ HessianOperator(objective).matmat(eye) @ g)
     assert bend > 0
@@ -78,7 +78,7 @@ def test_quadratic_model_is_that_of_the_dense_hessian():
 def test_best_step_and_its_gain_on_a_quadratic():
     quadratic = Quadratic()
     g = quadratic.matrix @ quadratic.parameters[0].detach()
-    model = quadratic_model(HessianOperator(quadratic), g)
+    model = quadratic_model(g, HessianOperator(quadratic).matvec(g))
     with loss_along(quadratic, g) as loss:
         assert loss(0.0) - loss(model.best_step) == pytest.approx(model.predicted_decrease, rel=1e-10)
         assert loss(model.best_step) < min(loss(0.99 * model.best_step), loss(1.01 * model.best_step))
@@ -87,13 +87,13 @@ def test_best_step_and_its_gain_on_a_quadratic():
 
 @pytest.mark.parametrize("curvature", [-2.0, 0.0])
 def test_where_the_loss_bends_down_there_is_no_best_step(curvature: float):
-    model = quadratic_model(DenseOperator(curvature * torch.eye(2)), torch.ones(2))
+    model = quadratic_model(torch.ones(2), curvature * torch.ones(2))
     assert model.curvature == 2 * curvature
     assert model.best_step is None and model.predicted_decrease is None
 
 
 def test_small_gradients_do_not_underflow():
-    model = quadratic_model(DenseOperator(torch.eye(4)), torch.full((4,), 1e-25))
+    model = quadratic_model(torch.full((4,), 1e-25), torch.full((4,), 1e-25))
     assert model.best_step == pytest.approx(1, rel=1e-6)
 
 

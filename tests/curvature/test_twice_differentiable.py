@@ -225,3 +225,26 @@ def test_a_compiled_module_gives_the_same_values_inside_and_after():
     with CheapSecondDerivatives():
         assert torch.allclose(compiled(x), expected)
     assert compiled(x).grad_fn.name() == "ConvolutionBackward0" and torch.allclose(compiled(x), expected)
+
+
+def test_strided_vectors_are_read_right():
+    """Columns of a matrix: torch 2.13 misreads a strided batch-norm weight of channels-last images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 2, 3)).double()
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 2)
+    images, model = torch.randn(3, 2, 5, 5, dtype=torch.float64), model.eval()
+    parameters = list(model.parameters())
+    columns = torch.randn(sum(p.numel() for p in parameters), 3, dtype=torch.float64)
+    vectors = {}
+    for name, rows in {"strided": columns.T, "contiguous": columns.T.contiguous()}.items():
+        split = rows[0].split([p.numel() for p in parameters])
+        vectors[name] = [piece.as_strided(p.shape, [s * piece.stride(0) for s in p.stride()])
+                         for piece, p in zip(split, parameters, strict=True)]  # fmt: skip
+    assert vectors["strided"][2].stride() == (3,)
+    products = {}
+    for name, vector in vectors.items():
+        with CheapSecondDerivatives():
+            [products[name]] = double_backward(model(images).square().sum(), parameters, [vector])
+    for strided, contiguous in zip(products["strided"], products["contiguous"], strict=True):
+        assert torch.allclose(strided, contiguous, rtol=1e-10, atol=1e-12)

@@ -23,7 +23,7 @@ def test_a_recipe_downloads_checkpoint_and_data_by_their_names(tmp_path: Path) -
     arguments = {
         "model_name_or_path": "org/mobilenet", "dataset_name": "org/digits", "image_size": 32, "do_train": True,
         "max_train_samples": 32, "max_eval_samples": 8, "max_steps": 2, "per_device_train_batch_size": 4,
-        "profile": "light", "probe_examples": 8, "max_hvps": 4, "output_dir": str(tmp_path / "out"),
+        "profile": "light", "probe_examples": 8, "max_hvps": 16, "output_dir": str(tmp_path / "out"),
     }  # fmt: skip
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
     with serve(repositories) as hub:

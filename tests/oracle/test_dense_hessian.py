@@ -75,7 +75,7 @@ def test_lanczos_ends_lie_within_their_residuals(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_power_iteration_finds_the_largest_algebraic_eigenvalue(name: str):
-    estimate = measured(name, eigen_method="power_iteration", eigen_tolerance=0.05, max_hvps=200).hessian.lambda_max
+    estimate = measured(name, eigen_method="power_iteration", eigen_tolerance=0.01, max_hvps=2000).hessian.lambda_max
     assert estimate.low <= truth(name).eigenvalues[-1] <= estimate.high
     assert estimate.residual < 0.25 * truth(name).eigenvalues[-1]
 
@@ -83,15 +83,16 @@ def test_power_iteration_finds_the_largest_algebraic_eigenvalue(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_hutchinson_traces_lie_within_four_standard_errors(name: str):
     measurement = measured(name)
-    assert abs(measurement.hessian.trace.value - truth(name).trace) <= 4 * measurement.hessian.trace.std_error
+    total = measurement.hessian.trace
+    assert abs(total.value - truth(name).trace) <= 4 * total.std_error + 1e-12 * abs(total.value)
     for block, trace in truth(name).block_traces.items():
         estimate = measurement.blocks[block].trace
-        assert abs(estimate.value - trace) <= 4 * estimate.std_error
+        assert abs(estimate.value - trace) <= 4 * estimate.std_error + 1e-12 * abs(total.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_traces_with_unit_vectors_are_exact(name: str):
-    measurement = measured(name, trace_method="exact", max_hvps=4, batch_size=EXAMPLES)
+    measurement = measured(name, trace_method="exact", max_hvps=16, batch_size=EXAMPLES)
     assert measurement.hessian.trace.value == pytest.approx(truth(name).trace, rel=1e-6)
     values = {block: values.trace.value for block, values in measurement.blocks.items()}
     assert values == pytest.approx(truth(name).block_traces, rel=1e-6)

@@ -20,7 +20,7 @@ TINY_RUN = {
     "per_device_train_batch_size": 4,
     "profile": "light",
     "probe_examples": 4,
-    "max_hvps": 4,
+    "max_hvps": 16,
     "dataloader_pin_memory": False,
     "disable_tqdm": True,
 }

@@ -75,12 +75,12 @@ def test_flags_on_the_command_line(
     checkpoint: str, train_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = f"""--model_name_or_path {checkpoint} --train_file {train_file} --text_column_name sentence --do_train
-        --ignore_mismatched_sizes --max_steps 1 --probe_examples 2 --max_hvps 4 --measure_strategy no --seed 3
+        --ignore_mismatched_sizes --max_steps 1 --probe_examples 2 --max_hvps 16 --measure_strategy no --seed 3
         --cache_dir {tmp_path / "cache"} --report_dir {tmp_path / "report"} --output_dir {tmp_path / "out"}"""
     monkeypatch.setattr(sys, "argv", ["text_classification", *flags.split()])
     text_classification.main()
     report = json.loads((tmp_path / "report/report.json").read_text())
-    assert report["config"]["max_hvps"] == 4
+    assert report["config"]["max_hvps"] == 16
 
 
 def test_pairs_of_sentences_are_joined_and_cut() -> None:

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 
-from hf_optimizability.curvature.estimates import Estimate, HessianEstimates
-from hf_optimizability.measurement import BlockMeasurement, Measurement, MeasurementFailure
+from hf_optimizability.curvature.density import density
+from hf_optimizability.curvature.estimates import Estimate
+from hf_optimizability.curvature.sketch import HessianEstimates
+from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
+from hf_optimizability.measurement import BlockMeasurement, Measurement, MeasurementFailure, StepMeasurement
 from hf_optimizability.report import OptimizabilityReport
 
 
@@ -41,12 +45,16 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
     top = 9.0213 * (0.4 + decay)
     ritz = np.sort(np.concatenate([rng.laplace(0, 0.3, 20), top * np.array([0.3, 0.55, 1.0])]))
     weights = np.exp(-4 * np.abs(ritz)) + 1e-7
+    trace = make_estimate(float(traces.sum()), 43.4 * (0.3 + decay), kind="std_error", converged=converged)
+    weights /= weights.sum()
+    residuals = np.where(np.abs(ritz) > 2, 1e-3, 0.3)
     hessian = HessianEstimates(
-        trace=make_estimate(float(traces.sum()), 43.4 * (0.3 + decay), kind="std_error", converged=converged),
+        trace=dataclasses.replace(trace, data_std_error=152.3 * (0.3 + decay)),
         lambda_max=make_estimate(float(ritz[-1]), 0.0312),
         lambda_min=make_estimate(float(ritz[0]), 0.08, converged=converged),
         ritz_values=tuple(ritz.tolist()),
-        ritz_weights=tuple((weights / weights.sum()).tolist()),
+        ritz_weights=tuple(weights.tolist()),
+        density=density(ritz, weights[None], residuals, size=22_713_986, hvps=32, tolerance=0.1),
     )
     return Measurement(
         step=step,
@@ -56,11 +64,23 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
         grad_norm=math.sqrt(sum(block.grad_norm**2 for block in measured.values())),
         hessian=hessian,
         blocks=measured,
+        curvature="hessian",
+        along_gradient=QuadraticModel(4.1 * decay, 14.2 * decay, 0.2887, 0.592 * decay),
+        noise_scale=Estimate(35.2, 20.1, 88.4 if step else math.inf, "jackknife", 0, converged=bool(step)),
+        step_size=StepMeasurement(
+            optimizer="AdamW",
+            learning_rate=2e-5,
+            sharpness=make_estimate(6.41e5 * (0.4 + decay), 2.1e3),
+            limit=1.9e6,
+            critical=CriticalLearningRate(2.6e-4, low=2.3e-4, high=2.9e-4, forward_passes=8, converged=True),
+        ),
         engine="double_backward",
         fallback=None,
         engine_error=None,
         attention="math",
         dtype="float32",
+        batch_size=16,
+        left_out=0,
         hvps=56,
         seconds=7.31,
     )

@@ -17,6 +17,7 @@ from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.markdown import (
     ALT_TEXTS,
     escape,
+    format_estimate,
     format_interval,
     format_number,
     format_percent,
@@ -177,10 +178,38 @@ class TestMarkdown:
         assert [row[0] for row in measurements[1:]] == ["0", "100", "200", "300"]
         assert {len(row) for row in measurements} == {10}
 
+    def test_steps_and_spectrum_are_given_with_their_errors(self):
+        report = make_report(2)
+        last = report.measurements[-1]
+        rows = {row[0]: row[1:3] for table in tables(to_markdown(report)) for row in table if len(row) == 4}
+        for name, estimate in {
+            "Sharpness": last.step_size.sharpness,
+            "‖H‖_F": last.hessian.density.frobenius_norm,
+        }.items():
+            assert rows[name][1] == format_estimate(estimate)
+        assert rows["Gradient noise scale"] == ["35.2 (at least 20.1)", "35 (20 to 88)"]
+        assert rows["Critical learning rate"][1] == "0.000260 (0.000230 to 0.000290)"
+        assert rows["Its predicted decrease"][1] == format_number(last.along_gradient.predicted_decrease)
+        mass = last.hessian.density.negative_mass
+        shown = f"{format_percent(mass.value)} ({format_percent(mass.low)} to {format_percent(mass.high)})"
+        assert rows["Negative eigenvalues"][1] == shown
+
+    def test_what_is_not_known_is_left_out_or_a_dash(self):
+        [measurement] = make_report(1).measurements
+        bare = dataclasses.replace(
+            measurement,
+            hessian=dataclasses.replace(measurement.hessian, density=None),
+            **dict.fromkeys(["along_gradient", "noise_scale", "step_size"]),
+        )
+        text = to_markdown(OptimizabilityReport(measurements=[bare]))
+        rows = {row[0]: row[1:] for table in tables(text) for row in table}
+        assert rows["Best step along −g"][0] == rows["Gradient noise scale"][0] == "–"
+        assert "Sharpness" not in rows and "## The spectrum" not in text
+
     def test_every_table_is_rectangular_and_no_value_is_python_none(self):
         text = to_markdown(make_report(failures=2), plots=list(ALT_TEXTS))
         assert "None" not in text
-        assert len(tables(text)) == 9
+        assert len(tables(text)) == 11
         for table in tables(text):
             assert len({len(row) for row in table}) == 1
 
@@ -228,6 +257,7 @@ class TestMarkdown:
             "Loss": False,
             "Gradient norm ‖g‖": False,
             "Hessian trace": True,
+            "… its error over the data": False,
             "λ_max": False,
             "λ_min": True,
         }

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many products a warm start of Lanczos saves over a fine-tuning run, against a cold one at the same weights.
+
+Two real checkpoints are fine-tuned with AdamW. At some steps the Hessian on a fixed probe set of two batches is
+measured twice: cold, and from the Ritz vectors of the measurement before, which was warm itself. Counted are all
+products, until the residual of λ_max, or of both ends, is 1 %, and until `lanczos` calls them converged: that asks for
+enough products to show an eigenvalue that the old vectors know nothing of.
+
+    python benchmarks/warm_start.py [--workload text|vision] [--learning-rate 5e-5] [--steps 10 20 30]
+        [--max-hvps 12]
+
+adds each run to `benchmarks/results/warm_start.json`, and writes the table beside it anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from datasets import load_dataset
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from workloads import BATCH_SIZE, PROBE_BATCHES, SEED, TEXT_CHECKPOINT, TEXT_DATA, VISION_CHECKPOINT, VISION_DATA
+
+from hf_optimizability.curvature.estimates import Estimate
+from hf_optimizability.curvature.lanczos import LanczosRun, lanczos
+from hf_optimizability.curvature.operators import HessianOperator, SymmetricOperator
+from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
+from hf_optimizability.curvature.used_rows import used_rows
+from hf_optimizability.objective import Objective
+from hf_optimizability.safety import math_attention, measuring
+
+
+Name = Literal["text", "vision"]
+Batch = dict[str, Tensor]
+
+RESULTS = Path(__file__).parent / "results" / "warm_start.json"
+TITLES: dict[Name, str] = {"text": "MiniLM-L6 on movie sentences", "vision": "MobileNetV2 on MNIST"}
+TOLERANCE = 0.01
+HANDED_OVER = [-1]
+"""Which Ritz vectors the next measurement starts from: that of λ_max."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Products until something holds; `None` if it did not within the budget.
+
+    Attributes:
+        top: The residual of λ_max is at most 1 % of it.
+        ends: And that of λ_min as well.
+        top_converged: λ_max has converged, with the check for an eigenvalue that was missed.
+        ends_converged: Both ends have.
+    """
+
+    top: int | None
+    ends: int | None
+    top_converged: int | None
+    ends_converged: int | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement.
+
+    Attributes:
+        step: Optimizer steps taken so far.
+        lambda_max: Largest eigenvalue, by the cold run.
+        lambda_min: Smallest.
+        overlap: `|q · q'|` of the eigenvector of λ_max with that of the measurement before.
+        cold: What the cold run took.
+        warm: What the warm run took; there is none at the first measurement.
+    """
+
+    step: int
+    lambda_max: float
+    lambda_min: float
+    overlap: float | None
+    cold: Spent
+    warm: Spent | None
+
+
+class Replayed(SymmetricOperator):
+    """Keeps each product, so that a run can be repeated with fewer of them at no cost."""
+
+    def __init__(self, operator: SymmetricOperator):
+        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self._operator = operator
+        self._products: list[tuple[Tensor, Tensor]] = []
+        self._next = 0
+
+    def rewind(self) -> None:
+        """The next product asked for is the first again."""
+        self._next = 0
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """`A V`, from memory where it has been made before."""
+        if self._next == len(self._products):
+            self._products.append((vectors[0].clone(), self._operator.matmat(vectors)))
+        first_row, product = self._products[self._next]
+        assert torch.equal(first_row, vectors[0]), "The run is not the same as before."
+        self._next += 1
+        return product.clone()
+
+
+def measure_run(operator: SymmetricOperator, warm_start: Tensor | None, max_hvps: int) -> tuple[Spent, LanczosRun]:
+    """Repeats a run with one product more each time, until everything holds."""
+    replayed = Replayed(operator)
+    conditions: dict[str, Callable[[LanczosRun], bool]] = {
+        "top": lambda run: _small(run.lambda_max),
+        "ends": lambda run: _small(run.lambda_max) and _small(run.lambda_min),
+        "top_converged": lambda run: run.lambda_max.converged,
+        "ends_converged": lambda run: run.lambda_max.converged and run.lambda_min.converged,
+    }
+    spent: dict[str, int | None] = dict.fromkeys(conditions)
+    for products in range(1, max_hvps + 1):
+        replayed.rewind()
+        run = lanczos(replayed, tolerance=TOLERANCE, max_hvps=products, seed=SEED, warm_start=warm_start)
+        for name, holds in conditions.items():
+            if spent[name] is None and holds(run):
+                spent[name] = products
+        if None not in spent.values():
+            break
+    return Spent(**spent), run
+
+
+def _small(end: Estimate) -> bool:
+    return end.error <= TOLERANCE * abs(end.value)
+
+
+def fine_tune_and_measure(workload: Name, learning_rate: float, steps: list[int], max_hvps: int) -> Iterator[Measured]:
+    """Measures after each of these numbers of steps; the warm run starts from the Ritz vectors of the one before."""
+    torch.manual_seed(SEED)
+    model, batches = {"text": _text, "vision": _vision}[workload](PROBE_BATCHES + max(steps))
+    objective = Objective(model, batches[:PROBE_BATCHES])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    old: Tensor | None = None
+    done = 0
+    for step in steps:
+        _train(model, optimizer, batches[PROBE_BATCHES + done : PROBE_BATCHES + step])
+        done = step
+        with _hessian(objective) as hessian:
+            cold, run = measure_run(hessian, None, max_hvps)
+            warm: Spent | None = None
+            overlap: float | None = None
+            lambda_max, lambda_min = run.lambda_max.value, run.lambda_min.value
+            if old is not None:
+                overlap = abs(float(run.ritz_vectors([-1])[0] @ old[0]))
+                warm, run = measure_run(hessian, old, max_hvps)
+            old = run.ritz_vectors(HANDED_OVER)
+        yield Measured(step, lambda_max, lambda_min, overlap, cold, warm)
+
+
+@contextmanager
+def _hessian(objective: Objective) -> Iterator[SymmetricOperator]:
+    with measuring(objective.model, seed=SEED), math_attention(), used_rows(objective), CheapSecondDerivatives():
+        yield HessianOperator(objective)
+
+
+def _train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> None:
+    model.train()
+    for batch in batches:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+
+def _text(number: int) -> tuple[PreTrainedModel, list[Batch]]:
+    rows = load_dataset(str(TEXT_DATA), split="train").shuffle(seed=SEED)[: number * BATCH_SIZE]
+    tokenizer = AutoTokenizer.from_pretrained(TEXT_CHECKPOINT)
+    tokens = tokenizer(rows["sentence"], padding="max_length", truncation=True, max_length=48, return_tensors="pt")
+    model = AutoModelForSequenceClassification.from_pretrained(TEXT_CHECKPOINT, num_labels=2, dtype="float32")
+    return model, _cut({**tokens, "labels": torch.tensor(rows["label"])})
+
+
+def _vision(number: int) -> tuple[PreTrainedModel, list[Batch]]:
+    rows = load_dataset(str(VISION_DATA), split="train").shuffle(seed=SEED)[: number * BATCH_SIZE]
+    processor = AutoImageProcessor.from_pretrained(VISION_CHECKPOINT)
+    processor.size, processor.crop_size = {"shortest_edge": 64}, {"height": 64, "width": 64}
+    pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
+    model = AutoModelForImageClassification.from_pretrained(VISION_CHECKPOINT, num_labels=10, dtype="float32")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.1  # the checkpoint's own lets the running statistics stand still
+    return model, _cut({"pixel_values": pixels, "labels": torch.tensor(rows["label"])})
+
+
+def _cut(columns: Batch) -> list[Batch]:
+    pieces = zip(*(column.split(BATCH_SIZE) for column in columns.values()), strict=True)
+    return [dict(zip(columns, piece, strict=True)) for piece in pieces]
+
+
+def table(studies: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# What warm starts of Lanczos save",
+        "",
+        f"AdamW, one batch of {BATCH_SIZE} a step; the Hessian on {PROBE_BATCHES} batches of {BATCH_SIZE}. Products "
+        "with a cold start → with a warm one at the same weights, until:",
+        "",
+        "- residual: `‖Hq − λq‖` is at most 1 % of λ_max, or of each end;",
+        "- converged: and enough products were made to show an eigenvalue that the old vectors know nothing of.",
+        "",
+        "A dash: not within the most products. Overlap: `|q · q'|` of λ_max's eigenvector with the one before.",
+        "",
+    ]
+    for study in studies:
+        rate, most = study["learning_rate"], study["max_hvps"]
+        lines += [
+            f"## {TITLES[study['workload']]}, learning rate {rate:g}, at most {most} products",
+            "",
+            "| step | λ_max | λ_min | overlap | λ_max, residual | converged | both, residual | converged |",
+            "|--:|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in study["measured"]:
+            cells = [_cell(row, key) for key in ("top", "top_converged", "ends", "ends_converged")]
+            overlap = "" if row["overlap"] is None else f"{row['overlap']:.2f}"
+            lowest = "–" if row["cold"]["ends"] is None else f"{row['lambda_min']:.3g}"
+            numbers = f"{row['step']} | {row['lambda_max']:.3g} | {lowest} | {overlap}"
+            lines.append(f"| {numbers} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    kinds = [row["cold"]] if row["warm"] is None else [row["cold"], row["warm"]]
+    return " → ".join("–" if kind[key] is None else str(kind[key]) for kind in kinds)
+
+
+def main() -> None:
+    """Runs one study, and writes all that were made so far."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--workload", choices=get_args(Name), default="vision")
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 30])
+    parser.add_argument("--max-hvps", type=int, default=30, help="most products of a run; λ_max alone takes 12")
+    arguments = parser.parse_args()
+    key = {"workload": arguments.workload, "learning_rate": arguments.learning_rate}
+    studies = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    measured: list[dict[str, Any]] = []
+    studies = [other for other in studies if {name: other[name] for name in key} != key]
+    studies.append({**key, "max_hvps": arguments.max_hvps, "measured": measured})
+    studies.sort(key=lambda one: tuple(one[name] for name in key))
+    for row in fine_tune_and_measure(**key, steps=arguments.steps, max_hvps=arguments.max_hvps):
+        print(row, flush=True)
+        measured.append(asdict(row))
+        RESULTS.write_text(json.dumps(studies, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(table(studies))
+
+
+if __name__ == "__main__":
+    main()

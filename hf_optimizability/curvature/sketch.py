@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One adaptive pass over a curvature matrix: both ends of its spectrum, its density and its trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .density import Density, density
+from .estimates import Estimate, Spectrum
+from .lanczos import lanczos
+from .operators import SymmetricOperator
+from .power_iteration import power_iteration
+from .trace import MIN_PROBES, Deflation, Segments, TraceResult, exact_trace, hutchinson, hutchplusplus
+from .xtrace import xtrace
+
+
+EigenMethod = Literal["lanczos", "power_iteration"]
+_DEFLATED = 4
+"""Ritz vectors that the trace treats exactly; as many as are multiplied at once."""
+
+TraceMethod = Literal["hutchinson", "hutch++", "xtrace", "exact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianEstimates(Spectrum):
+    """Curvature of one objective at one point.
+
+    Attributes:
+        trace: Sum of the eigenvalues.
+        density: How the eigenvalues are distributed; `None` from power iteration.
+    """
+
+    trace: Estimate
+    density: Density | None = None
+
+    @property
+    def converged(self) -> bool:
+        """Whether trace and eigenvalues reached their tolerances."""
+        ends = [self.lambda_max] if self.lambda_min is None else [self.lambda_max, self.lambda_min]
+        return self.trace.converged and all(end.converged for end in ends)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> HessianEstimates:
+        """Rebuilds the estimates from `dataclasses.asdict`."""
+        known = data.get("density")
+        return cls(
+            trace=Estimate.from_dict(data["trace"]),
+            density=None if known is None else Density.from_dict(known),
+            **vars(Spectrum.from_dict(data)),
+        )
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What one pass found.
+
+    Attributes:
+        estimates: The whole matrix.
+        segments: The trace of each segment's diagonal block.
+    """
+
+    estimates: HessianEstimates
+    segments: tuple[Estimate, ...]
+
+
+def sketch(
+    matrix: Callable[[], SymmetricOperator],
+    segments: Segments,
+    *,
+    eigen_tolerance: float,
+    trace_tolerance: float,
+    max_hvps: int,
+    seed: int,
+    trace_matrix: Callable[[], SymmetricOperator] | None = None,
+    split_trace: Callable[..., TraceResult] | None = None,
+    eigen_method: EigenMethod = "lanczos",
+    trace_method: TraceMethod = "hutchinson",
+    num_eigenvalues: int = 1,
+    left_out: int = 0,
+) -> Sketch:
+    """Estimates both ends of the spectrum, the density and the trace, each to its tolerance.
+
+    A Lanczos run from one random start gives the ends and, as a quadrature, the density, with at most half the budget.
+    The trace gets the rest, deflated by the Ritz vectors of the largest eigenvalues.
+
+    Args:
+        matrix: Builds the matrix A, of size n. Each stage builds its own and lets it go, so that no two of them hold
+            a graph at once.
+        segments: Slices of the rows; together they must hold each row once.
+        eigen_tolerance: Relative residual of the eigenvalues to stop at.
+        trace_tolerance: Relative standard error of the trace to stop at.
+        max_hvps: Most products to spend, at least 8; `trace_method="exact"` spends n more.
+        seed: Seed of all random vectors.
+        trace_matrix: Builds a matrix with the diagonal of A whose trace is cheaper to estimate; by default A itself.
+        split_trace: `split_trace(tolerance=, max_hvps=, seed=)` estimates the trace in a way of its own, and takes
+            Hutchinson's place; a `ValueError` says that it can't.
+        eigen_method: Power iteration finds `lambda_max` alone, and no density.
+        trace_method: The estimator.
+        num_eigenvalues: How many eigenvalues to find at each end.
+        left_out: Eigenvalues known to be 0 that A was shrunk by, for the density.
+
+    Example:
+        >>> import torch
+        >>> from hf_optimizability.curvature.operators import DenseOperator
+        >>> matrix = DenseOperator(torch.diag(torch.tensor([-1.0, 2.0, 5.0])))
+        >>> found = sketch(
+        ...     lambda: matrix, [[slice(0, 3)]], eigen_tolerance=0.01, trace_tolerance=0.1, max_hvps=16, seed=0
+        ... )
+        >>> round(found.estimates.lambda_max.value, 3), round(found.estimates.trace.value, 3)
+        (5.0, 6.0)
+    """
+    spectrum, found, vectors = _ends(
+        matrix(),
+        method=eigen_method,
+        number=num_eigenvalues,
+        left_out=left_out,
+        tolerance=eigen_tolerance,
+        max_hvps=max_hvps // 2,
+        seed=seed,
+    )
+    trace = _trace(
+        trace_matrix or matrix,
+        segments,
+        method=trace_method,
+        split_trace=split_trace,
+        # Of the largest eigenvalues, and only if they are: a wrong direction takes nothing off the variance.
+        vectors=vectors if spectrum.lambda_max.converged else None,
+        tolerance=trace_tolerance,
+        max_hvps=max_hvps - spectrum.lambda_max.hvps,
+        seed=seed + 1,
+    )
+    estimates = HessianEstimates(trace=trace.total, density=found, **vars(spectrum))
+    return Sketch(estimates, trace.segments)
+
+
+def _ends(
+    matrix: SymmetricOperator,
+    *,
+    method: EigenMethod,
+    number: int,
+    left_out: int,
+    tolerance: float,
+    max_hvps: int,
+    seed: int,
+) -> tuple[Spectrum, Density | None, Tensor | None]:
+    """Both ends, the density, and the Ritz vectors of the largest eigenvalues."""
+    if method == "power_iteration":
+        top = power_iteration(matrix, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
+        return Spectrum(lambda_max=top), None, None
+    run = lanczos(matrix, tolerance=tolerance, max_hvps=max_hvps, seed=seed, num_eigenvalues=number)
+    found = None
+    if len(run.nodes) > 2:  # fewer tell nothing
+        found = density(
+            run.nodes,
+            run.weights,
+            run.residuals,
+            size=matrix.size,
+            left_out=left_out,
+            hvps=run.hvps,
+            tolerance=tolerance,
+        )
+    return run.spectrum, found, run.ritz_vectors(range(-min(_DEFLATED, len(run.nodes)), 0))
+
+
+def _trace(
+    matrix: Callable[[], SymmetricOperator],
+    segments: Segments,
+    *,
+    method: TraceMethod,
+    split_trace: Callable[..., TraceResult] | None,
+    vectors: Tensor | None,
+    **options: Any,
+) -> TraceResult:
+    """The trace by the chosen method; Hutchinson's in its split form, if there is one, else deflated by `vectors`."""
+    if method == "exact":
+        return exact_trace(matrix(), segments)
+    if method == "xtrace":
+        return xtrace(matrix(), segments, **options)
+    if method == "hutch++":
+        return hutchplusplus(matrix(), segments, **options)
+    if split_trace is not None:
+        with suppress(ValueError):
+            return split_trace(**options)
+    operator = matrix()
+    if vectors is None or options["max_hvps"] < len(vectors) + MIN_PROBES:
+        return hutchinson(operator, segments, **options)
+    deflation = Deflation(vectors, operator.matmat(vectors.T).T)
+    options["max_hvps"] -= len(vectors)
+    return hutchinson(operator, segments, deflation=deflation, **options)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to multiply with a curvature matrix: which to try, in what order, and when none can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+from transformers.utils import logging
+
+from .configuration import OptimizabilityConfig
+from .curvature.central_difference import RELATIVE_STEP, CentralDifferenceHessian
+from .curvature.fisher import EmpiricalFisherOperator
+from .curvature.forward_over_reverse import ForwardOverReverseHessian
+from .curvature.gauss_newton import GaussNewtonOperator
+from .curvature.operators import HessianOperator, ObjectiveOperator
+from .curvature.twice_differentiable import CheapSecondDerivatives
+from .curvature.vectors import norm, rademacher
+from .measurement import MeasurementError
+from .objective import Objective
+from .safety import eager_attention, math_attention, pretrained
+
+
+logger = logging.get_logger(__name__)
+
+LARGEST_DIFFERENCE_ERROR = 0.1
+"""Relative error of central differences above which `engine="auto"` does not take them for a product."""
+
+Found = TypeVar("Found")
+OnProducts = Callable[[int], object]
+
+_ENGINES: dict[str, Callable[..., ObjectiveOperator]] = {
+    "double_backward": HessianOperator,
+    "forward_over_reverse": ForwardOverReverseHessian,
+    "central_difference": CentralDifferenceHessian,
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to multiply.
+
+    Attributes:
+        engine: How products are made.
+        attention: `"math"` where SDPA runs its twice differentiable kernel, `"eager"` where the model is switched,
+            `"unchanged"` where no second derivative is needed.
+        fallback: Why this is not the first choice; `None` if it is.
+        error: Relative error of one product by central differences: against the exact product where that can be had,
+            else against half the step; `None` from exact engines. Kinks (ReLU) make it large.
+    """
+
+    engine: str
+    attention: str
+    fallback: str | None = None
+    error: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether derivatives are taken twice, so that matrices other than the Hessian itself can be had as well."""
+        return self.engine == "double_backward"
+
+    def operator(self, objective: Objective, *, curvature: str, on_products: OnProducts) -> ObjectiveOperator:
+        """The curvature matrix of an objective, multiplied this way."""
+        if curvature == "gauss_newton":
+            return GaussNewtonOperator(objective, on_products=on_products)
+        if curvature == "empirical_fisher":
+            return EmpiricalFisherOperator(objective, on_products=on_products)
+        return _ENGINES[self.engine](objective, on_products=on_products)
+
+    @contextmanager
+    def held(self, model: nn.Module) -> Iterator[None]:
+        """What must be held around the construction of operators and around their products."""
+        with ExitStack() as stack:
+            stack.enter_context(_attention(model, self.attention))
+            if self.exact:
+                stack.enter_context(CheapSecondDerivatives())
+            yield
+
+
+def first_that_works(
+    objective: Objective, config: OptimizabilityConfig, found_by: Callable[[Way], Found], on_products: OnProducts
+) -> tuple[Found, Way]:
+    """Tries the ways that the configuration allows, each held, until one has the derivatives it needs.
+
+    Args:
+        objective: What to differentiate.
+        config: `engine` and `curvature`.
+        found_by: What to do; a `RuntimeError` from it, other than for memory, says that a derivative is missing.
+        on_products: Called with the number of products just made.
+
+    Returns:
+        What `found_by` returned, and the way it worked.
+
+    Raises:
+        MeasurementError: If none works, or none but central differences that are no derivative.
+    """
+    refusals: list[RuntimeError] = []
+    for way in _ways(objective, config):
+        if config.curvature != "empirical_fisher" and way.exact and objective.quantized is not None:
+            raise MeasurementError(objective.quantized, "Set `engine='central_difference'`, or leave it at 'auto'.")
+        try:
+            with way.held(objective.model):
+                found = found_by(way)
+        except (torch.OutOfMemoryError, FloatingPointError, MeasurementError):
+            raise
+        except RuntimeError as error:  # that is what autograd raises; NotImplementedError is one
+            if should_reduce_batch_size(error):  # memory, on devices that have no error of their own for it
+                raise
+            refusals.append(error)
+            continue
+        return found, _judged(way, objective, config, refusals, on_products)
+    raise MeasurementError(
+        f"The loss can't be differentiated twice: {refusals[0]}",
+        "Use `attn_implementation='eager'`, and replace custom autograd functions by differentiable operations.",
+    ) from refusals[0]
+
+
+def _ways(objective: Objective, config: OptimizabilityConfig) -> list[Way]:
+    kernels = ["math", "eager"] if pretrained(objective.model) is not None else ["math"]
+    differences = Way("central_difference", "unchanged")
+    if config.curvature == "empirical_fisher":
+        return [Way("single_backward", "unchanged")]
+    if config.curvature == "gauss_newton":
+        return [Way("double_backward", kernel) for kernel in kernels]
+    if config.engine == "central_difference" or (config.engine == "auto" and objective.quantized is not None):
+        return [differences]
+    exact = "double_backward" if config.engine == "auto" else config.engine
+    ways = [Way(exact, kernel) for kernel in kernels]
+    return [*ways, differences] if config.engine == "auto" else ways
+
+
+def _attention(model: nn.Module, kernel: str) -> AbstractContextManager[None]:
+    inner = pretrained(model)
+    if kernel == "eager" and inner is not None:
+        return eager_attention(inner)
+    return math_attention() if kernel == "math" else nullcontext()
+
+
+def _judged(
+    way: Way,
+    objective: Objective,
+    config: OptimizabilityConfig,
+    refusals: list[RuntimeError],
+    on_products: OnProducts,
+) -> Way:
+    """The way with its error and why it was taken; refuses differences that are no derivative."""
+    if way.engine == "central_difference":
+        way = replace(way, error=_difference_error(objective, config, on_products))
+    reason = str(refusals[0]) if refusals else objective.quantized if way.engine == "central_difference" else None
+    if config.engine != "auto" or reason is None:
+        return way
+    if way.error is not None and way.error > LARGEST_DIFFERENCE_ERROR:
+        raise MeasurementError(
+            f"The loss can't be differentiated twice: {reason}. Central differences of its gradient are off "
+            f"by {way.error:.0%}, as kinks (ReLU) make them.",
+            "Replace the operation that has no second derivative.",
+        )
+    logger.warning_once(
+        f"Hessian-vector products are made by {way.engine} under {way.attention} attention, because of this: {reason}"
+    )
+    return replace(way, fallback=reason)
+
+
+def _difference_error(objective: Objective, config: OptimizabilityConfig, on_products: OnProducts) -> float:
+    """Relative error of a product by central differences, along random signs.
+
+    Against the exact product where there is one, else against the product with half the step: where that changes it
+    by much, the gradient has kinks within the step (ReLU), or drowns in rounding.
+    """
+    differences = CentralDifferenceHessian(objective, on_products=on_products)
+    generator = torch.Generator().manual_seed(config.probe_seed)
+    probe = rademacher(differences.size, generator=generator, dtype=differences.dtype, device=differences.device)
+    product = differences.matvec(probe)
+    try:
+        if objective.quantized is not None:
+            raise RuntimeError(objective.quantized)
+        with math_attention(), CheapSecondDerivatives():
+            reference = HessianOperator(objective, on_products=on_products).matvec(probe)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        half = RELATIVE_STEP[differences.dtype] / 2
+        reference = CentralDifferenceHessian(objective, relative_step=half, on_products=on_products).matvec(probe)
+    return norm(product - reference) / (norm(reference) or 1.0)

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a measurement will take, known from a few products on one batch before it is paid for."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .configuration import OptimizabilityConfig
+from .curvature.block_diagonal import BlockDiagonalHessian
+from .curvature.decoupled import DecoupledHessian
+from .curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
+from .curvature.operators import ObjectiveOperator
+from .curvature.preconditioner import read_preconditioner
+from .curvature.preconditioner import unwrapped as unwrapped_optimizer
+from .curvature.trace import LOCKSTEP
+from .curvature.used_rows import used_rows
+from .engines import Way, first_that_works
+from .measure import block_indices, finite_gradient
+from .memory import in_memory
+from .objective import Batch, LossFunction, Objective, batch_size, count_items, cut_batch
+from .safety import full_precision, measuring
+
+
+_SLAB = 8
+"""The Krylov basis grows by this many vectors at once."""
+
+_RITZ = 4
+"""Ritz vectors that a measurement keeps."""
+
+_GRADIENTS = 4
+"""Gradients taken besides the products: the gradient, that of each batch for the noise scale, two forward passes."""
+
+_STEP_GRADIENTS = 10
+"""What the search for the critical learning rate takes at most: 20 forward passes, each half a gradient at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What one measurement takes at most; one that converges early takes less time, and hardly less memory.
+
+    How many products convergence will take can't be known beforehand, so there is no expected time. Not foreseen are
+    batches that must be cut into halves because the device runs out of memory on the way.
+
+    Attributes:
+        parameters: n, the number of trainable parameters.
+        hvps: Most Hessian-vector products.
+        seconds: Wall-clock time if all of them are made.
+        peak_memory: Bytes that tensors take at most, on top of what the process holds now.
+        vectors: Vectors as long as the parameters that are measured which are held at once.
+        vector_memory: Bytes that all those vectors and the copies of the weights take.
+        graph_memory: Bytes that one batch's graph takes at most, with the products made from it and what the backward
+            passes add for a moment.
+        seconds_per_hvp: Time of one product with the measured matrix, by itself.
+    """
+
+    parameters: int
+    hvps: int
+    seconds: float
+    peak_memory: int
+    vectors: int
+    vector_memory: int
+    graph_memory: int
+    seconds_per_hvp: float
+
+    def __str__(self) -> str:
+        return (
+            f"at most {self.hvps} Hessian-vector products with {_count(self.parameters)} parameters, "
+            f"{_duration(self.seconds)} and {_bytes(self.peak_memory)} of memory "
+            f"({_duration(self.seconds_per_hvp)} a product; {_bytes(self.graph_memory)} for the graph of a batch, "
+            f"{_bytes(self.vector_memory)} for {self.vectors} vectors)"
+        )
+
+
+def forecast(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: OptimizabilityConfig | None = None,
+    *,
+    loss_fn: LossFunction | None = None,
+    optimizer: Optimizer | None = None,
+) -> Forecast:
+    """What `measure` with the same arguments will take, from one gradient and a few products on the largest batch.
+
+    Each kind of product that the configuration asks for is made once to count the bytes of its tensors, and once by
+    the clock; the other batches are taken to cost in proportion to their size. Weights, `.grad`, mode and random state
+    stay as they are. Memory that libraries take for themselves (code, workspaces, what an allocator keeps) is not
+    counted.
+
+    Args:
+        model: As for `measure`.
+        batches: As for `measure`.
+        config: As for `measure`.
+        loss_fn: As for `measure`.
+        optimizer: As for `measure`.
+
+    Returns:
+        The forecast.
+
+    Raises:
+        TypeError: As `measure`.
+        ValueError: As `measure`.
+        MeasurementError: As `measure`, as far as it shows from one gradient and one batch.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batch = (torch.eye(2), torch.ones(2, 1))
+        >>> def loss_fn(model, batch):
+        ...     return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> found = forecast(model, [batch], OptimizabilityConfig(profile="light"), loss_fn=loss_fn)
+        >>> found.parameters, found.hvps
+        (2, 32)
+    """
+    config = config or OptimizabilityConfig()
+    if optimizer is not None:
+        optimizer = unwrapped_optimizer(optimizer)
+    objective = Objective(model, batches, loss_fn=loss_fn)
+    block_indices(objective.names, config)
+    objective.check(seed=config.probe_seed)
+    return forecast_objective(objective, config, optimizer=optimizer)
+
+
+def forecast_objective(
+    objective: Objective, config: OptimizabilityConfig, *, optimizer: Optimizer | None = None
+) -> Forecast:
+    """What `measure_objective` with the same arguments will take; batches that don't fit into memory are halved too.
+
+    Args:
+        objective: What would be measured.
+        config: Precision and budget.
+        optimizer: The optimizer in use, if how far it may step would be measured.
+
+    Raises:
+        MeasurementError: If the measurement can't be made.
+    """
+    return in_memory(objective, lambda objective: _forecast(objective, config, optimizer))[0]
+
+
+def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Optimizer | None) -> Forecast:
+    in_optimizer, before = objective.parameters, set(map(id, _tensors(objective.model)))
+    preconditions = False
+    with measuring(objective.model, seed=config.probe_seed), full_precision(objective.model):
+        started = time.perf_counter()
+        point = finite_gradient(objective)
+        gradient_seconds = time.perf_counter() - started
+        if optimizer is not None:
+            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors)
+            preconditions = not preconditioner.is_identity
+        prices, way = first_that_works(
+            objective, config, lambda way: _prices(way, objective, config), lambda products: None
+        )
+        copied = sum(_size(tensor) for tensor in _tensors(objective.model) if id(tensor) not in before)
+    products = _products(way, config, prices, preconditions=preconditions)
+    gradients = _GRADIENTS + (_STEP_GRADIENTS if optimizer is not None else 0)
+    stage = max(_stages(config, products, prices), key=lambda stage: stage.vector_memory + stage.graph_memory)
+    # Copies of the weights (to come back from, and in float32), the gradient, and the optimizer's preconditioner.
+    held = sum(map(_size, in_optimizer)) + copied + (1 + (optimizer is not None)) * prices.all_bytes
+    return Forecast(
+        parameters=sum(parameter.numel() for parameter in in_optimizer),
+        hvps=products.number,
+        seconds=gradients * gradient_seconds + _seconds(products, prices),
+        peak_memory=held + stage.vector_memory + stage.graph_memory,
+        vectors=stage.vectors,
+        vector_memory=held + stage.vector_memory,
+        graph_memory=stage.graph_memory,
+        seconds_per_hvp=prices.one.seconds,
+    )
+
+
+class _Price(NamedTuple):
+    """What one product takes: seconds over all batches, and bytes for the largest one."""
+
+    seconds: float
+    memory: int
+
+
+class _Prices(NamedTuple):
+    """What each kind of product takes.
+
+    Attributes:
+        size: Rows of the matrix, without the embedding rows that are left out.
+        vector_bytes: Bytes of a vector of that size.
+        all_bytes: Bytes of a vector with all rows.
+        one: One product.
+        lockstep: One of `LOCKSTEP` products at once with the matrix that the trace is estimated from; the memory is
+            that of all of them.
+        block: One with the block-diagonal matrix; `None` where the eigenvalues of blocks are not asked for.
+        known_part: Seconds for the part of the trace that is had without products.
+    """
+
+    size: int
+    vector_bytes: int
+    all_bytes: int
+    one: _Price
+    lockstep: _Price
+    block: _Price | None
+    known_part: float
+
+
+def _prices(way: Way, objective: Objective, config: OptimizabilityConfig) -> _Prices:
+    exact = way.exact and config.curvature == "hessian"
+    with used_rows(objective) as left_out:
+        part, share = _largest_part(objective)
+        calls = 2 if objective.parts > 1 else 3  # the graph of an only part is kept, from the second product on
+
+        def matrix() -> ObjectiveOperator:
+            return way.operator(part, curvature=config.curvature, on_products=lambda products: None)
+
+        one = _price(matrix(), 1, calls, share)
+        lockstep = _price(DecoupledHessian(part) if exact else matrix(), LOCKSTEP, calls, share)
+        block = None
+        if exact and config.budget.block_eigenvalues:
+            blocks = list(block_indices(objective.names, config).values())
+            block = _price(BlockDiagonalHessian(part, blocks), 1, calls, share)
+        known_part = _known_part_seconds(objective) if exact and config.trace_method == "hutchinson" else 0.0
+        operator = matrix()
+    itemsize = operator.dtype.itemsize
+    return _Prices(
+        size=operator.size,
+        vector_bytes=operator.size * itemsize,
+        all_bytes=(operator.size + left_out) * itemsize,
+        one=one,
+        lockstep=lockstep,
+        block=block,
+        known_part=known_part,
+    )
+
+
+def _known_part_seconds(objective: Objective) -> float:
+    """What the trace of the Gauss-Newton part takes, from that of one example; 0 where it is not taken."""
+    example = copy(objective)
+    everything = [[slice(0, sum(parameter.numel() for parameter in objective.parameters))]]
+    seconds = 0.0
+    with suppress(ValueError):
+        example.batches = cut_batch(objective.batches[0], 1)[:1]
+        for _ in range(2):  # the first warms up
+            started = time.perf_counter()
+            gauss_newton_trace(example, everything, max_outputs=MAX_SPLIT_OUTPUTS)
+            seconds = time.perf_counter() - started
+    return seconds * sum(batch_size(batch) for batch in objective.batches)
+
+
+def _largest_part(objective: Objective) -> tuple[Objective, float]:
+    """The objective on its largest batch alone, and how many times as large all its batches are."""
+    sizes = {
+        index: sum(value.numel() for value in _values(batch) if isinstance(value, Tensor))
+        for index, batch in enumerate(objective.batches)
+        if count_items(objective.model, batch)
+    }
+    largest = max(sizes, key=lambda index: sizes[index])
+    part = copy(objective)
+    part.batches = [objective.batches[largest]]
+    return part, sum(sizes.values()) / sizes[largest]
+
+
+def _values(batch: Batch) -> Iterable[Any]:
+    return batch.values() if isinstance(batch, Mapping) else batch
+
+
+def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) -> _Price:
+    """Makes `columns` products at once, `calls` times: the last by the clock, with bytes counted in those before."""
+    vectors = torch.ones(operator.size, columns, dtype=operator.dtype, device=operator.device)
+    with PeakMemory() as memory:
+        for _ in range(calls - 1):
+            operator.matmat(vectors)
+    started = time.perf_counter()
+    operator.matmat(vectors)  # looks at its sum, so that it has ended
+    return _Price(share * (time.perf_counter() - started) / columns, memory.bytes)
+
+
+class _Products(NamedTuple):
+    """How many products `measure` makes of each kind at most."""
+
+    ends: int
+    trace: int
+    blocks: int
+    sharpness: int
+    checks: int  # the one along the gradient and another with it, and those that judge central differences
+
+    @property
+    def number(self) -> int:
+        return sum(self)
+
+
+def _products(way: Way, config: OptimizabilityConfig, prices: _Prices, *, preconditions: bool) -> _Products:
+    shares = config.budget.shares(sharpness=preconditions, blocks=prices.block is not None)
+    ends = shares.sketch // 2
+    return _Products(
+        ends=ends,
+        trace=prices.size if config.trace_method == "exact" else shares.sketch - ends,
+        blocks=shares.blocks,
+        sharpness=shares.sharpness,
+        checks=shares.along_gradient + (2 if way.engine == "central_difference" else 0),
+    )
+
+
+def _seconds(products: _Products, prices: _Prices) -> float:
+    blocks = 0.0 if prices.block is None else products.blocks * prices.block.seconds
+    alone = products.ends + products.sharpness + products.checks
+    return alone * prices.one.seconds + products.trace * prices.lockstep.seconds + blocks + prices.known_part
+
+
+class _Stage(NamedTuple):
+    """What is in memory at one stage of a measurement: vectors and the bytes they take, and one batch's graph."""
+
+    vectors: int
+    vector_memory: int
+    graph_memory: int
+
+
+def _stages(config: OptimizabilityConfig, products: _Products, prices: _Prices) -> list[_Stage]:
+    """The stages that may be the largest; each gives back what it took, but for the Ritz vectors."""
+    lanczos = config.eigen_method == "lanczos"
+    ritz = min(_RITZ, prices.size) if lanczos else 0
+    ends = _basis(products.ends, prices.size) if lanczos else 3
+    left = products.ends + products.trace  # for the trace, if the ends took next to none
+    trace = {
+        "hutchinson": 2 * LOCKSTEP,  # Ritz vectors' products, and probes
+        "exact": LOCKSTEP,
+        "hutch++": 2 * left,  # two for each column, which takes two products, and a copy of both
+        "xtrace": left + LOCKSTEP,
+    }[config.trace_method]
+    counts = [
+        (ends + 1, prices.vector_bytes, prices.one.memory),
+        (ends + ritz, prices.vector_bytes, 0),
+        (ritz + trace + 1, prices.vector_bytes, prices.lockstep.memory),
+    ]
+    if prices.block is not None:
+        counts.append((ritz + _basis(products.blocks, prices.size) + 2, prices.vector_bytes, prices.block.memory))
+    if products.sharpness:
+        more = 3 * (prices.all_bytes - prices.vector_bytes)  # here the product has all the rows
+        counts.append((ritz + _basis(products.sharpness, prices.size) + 2, prices.all_bytes, prices.one.memory + more))
+    return [_Stage(number, number * size, graph) for number, size, graph in counts]
+
+
+def _basis(steps: int, size: int) -> int:
+    """Vectors that a Krylov basis holds after so many steps."""
+    return -(-min(steps, size) // _SLAB) * _SLAB
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside: those that are alive, on any device, at most.
+
+    Attributes:
+        bytes: The most that were alive at once.
+
+    Example:
+        >>> with PeakMemory() as memory:
+        ...     total = (torch.ones(100) + 1).sum()  # 400 bytes and 400 bytes, then 400 and 4
+        >>> memory.bytes
+        800
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._alive = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {id(storage) for storage in _storages((args, kwargs))}  # for views, and what is written in place
+        for storage in _storages(result):
+            if id(storage) not in known:
+                known.add(id(storage))
+                self._alive += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.bytes = max(self.bytes, self._alive)
+        return result
+
+    def _freed(self, number: int) -> None:
+        self._alive -= number
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return (tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided)  # sparse ones have none
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize
+
+
+def _count(number: int) -> str:
+    return _scaled(number, 1000, ["", "k", "M", "G"])
+
+
+def _bytes(number: int) -> str:
+    return _scaled(number, 1024, [" B", " KiB", " MiB", " GiB", " TiB"])
+
+
+def _scaled(number: float, step: int, units: list[str]) -> str:
+    for unit in units[:-1]:
+        if number < step:
+            return f"{number:.3g}{unit}"
+        number /= step
+    return f"{number:.3g}{units[-1]}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

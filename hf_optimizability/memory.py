@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to do when the device runs out of memory: the same work, on batches of half the size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers.utils import logging
+
+from .measurement import MeasurementError
+from .objective import Objective
+
+
+logger = logging.get_logger(__name__)
+
+Found = TypeVar("Found")
+
+
+def in_memory(objective: Objective, attempt: Callable[[Objective], Found]) -> tuple[Found, Objective]:
+    """Does something with an objective, in batches that fit into memory.
+
+    Args:
+        objective: In batches as large as wanted.
+        attempt: What to do. Where the device runs out of memory it is tried again on batches of half the size.
+
+    Returns:
+        What `attempt` returned, and the objective in the batches that it returned it for.
+
+    Raises:
+        MeasurementError: If not even a single example fits, or `attempt` fails otherwise; it says what to do.
+    """
+    while True:
+        try:
+            return attempt(objective), objective
+        except MeasurementError:
+            raise
+        except Exception as error:  # whatever the model's code raises
+            if not out_of_memory(error) or objective.batch_size == 1:
+                raise _explained(error) from error
+        objective = _halved(objective)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says so, also on devices that have no error of their own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def _halved(objective: Objective) -> Objective:
+    """The objective in batches of half the size, with the device's memory given back."""
+    clear_device_cache(garbage_collection=True)
+    size = objective.batch_size // 2
+    logger.warning_once(f"The device ran out of memory while measuring; trying again with batches of {size}.")
+    try:
+        return objective.cut(size)
+    except ValueError as error:
+        raise MeasurementError(
+            f"The device ran out of memory while measuring. {error}",
+            "Lower `probe_batch_size`, or free memory on the device.",
+        ) from error
+
+
+def _explained(error: Exception) -> MeasurementError:
+    """What went wrong, and what to do about it."""
+    if out_of_memory(error):
+        return MeasurementError(
+            "The device ran out of memory while measuring, with a single example at a time.",
+            "Free memory on the device, or shorten the examples.",
+        )
+    if isinstance(error, FloatingPointError):
+        return MeasurementError(
+            str(error), "Check the loss for overflow (logarithms, divisions); measure in float32 or better."
+        )
+    return MeasurementError(
+        f"The model can't be measured: {type(error).__name__}: {error}",
+        "Check that it gives a loss and a gradient in eval mode: `model.eval(); model(**batch).loss.backward()`.",
+    )
