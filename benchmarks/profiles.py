@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from peers import memory, peak_memory, seconds
 from transformers.utils import logging
-from warm_start import _text, _vision
-from workloads import BATCH_SIZE, TITLES, Workload, WorkloadName, load
+from workloads import BATCH_SIZE, TITLES, Workload, WorkloadName, load, text, vision
 
 from hf_optimizability import Measurement, OptimizabilityConfig, measure
 from hf_optimizability.configuration import PROFILES
@@ -33,7 +32,7 @@ from hf_optimizability.forecast import Forecast, forecast
 
 
 RESULTS = Path(__file__).parent / "results" / "profiles.json"
-BATCHES = {"text": _text, "vision": _vision}
+BATCHES = {"text": text, "vision": vision}
 REPEATS = 3
 MEBIBYTE = 2**20
 

@@ -23,16 +23,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from datasets import load_dataset
 from torch import Tensor
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
-from workloads import BATCH_SIZE, PROBE_BATCHES, SEED, TEXT_CHECKPOINT, TEXT_DATA, VISION_CHECKPOINT, VISION_DATA
+from transformers import PreTrainedModel
+from workloads import BATCH_SIZE, PROBE_BATCHES, SEED, Batch, text, vision
 
 from hf_optimizability.curvature.estimates import Estimate
 from hf_optimizability.curvature.lanczos import LanczosRun, lanczos
@@ -44,7 +37,6 @@ from hf_optimizability.safety import math_attention, measuring
 
 
 Name = Literal["text", "vision"]
-Batch = dict[str, Tensor]
 
 RESULTS = Path(__file__).parent / "results" / "warm_start.json"
 TITLES: dict[Name, str] = {"text": "MiniLM-L6 on movie sentences", "vision": "MobileNetV2 on MNIST"}
@@ -142,7 +134,7 @@ def _small(end: Estimate) -> bool:
 def fine_tune_and_measure(workload: Name, learning_rate: float, steps: list[int], max_hvps: int) -> Iterator[Measured]:
     """Measures after each of these numbers of steps; the warm run starts from the Ritz vectors of the one before."""
     torch.manual_seed(SEED)
-    model, batches = {"text": _text, "vision": _vision}[workload](PROBE_BATCHES + max(steps))
+    model, batches = {"text": text, "vision": vision}[workload](PROBE_BATCHES + max(steps))
     objective = Objective(model, batches[:PROBE_BATCHES])
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     old: Tensor | None = None
@@ -174,31 +166,6 @@ def _train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches: li
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
-
-
-def _text(number: int) -> tuple[PreTrainedModel, list[Batch]]:
-    rows = load_dataset(str(TEXT_DATA), split="train").shuffle(seed=SEED)[: number * BATCH_SIZE]
-    tokenizer = AutoTokenizer.from_pretrained(TEXT_CHECKPOINT)
-    tokens = tokenizer(rows["sentence"], padding="max_length", truncation=True, max_length=48, return_tensors="pt")
-    model = AutoModelForSequenceClassification.from_pretrained(TEXT_CHECKPOINT, num_labels=2, dtype="float32")
-    return model, _cut({**tokens, "labels": torch.tensor(rows["label"])})
-
-
-def _vision(number: int) -> tuple[PreTrainedModel, list[Batch]]:
-    rows = load_dataset(str(VISION_DATA), split="train").shuffle(seed=SEED)[: number * BATCH_SIZE]
-    processor = AutoImageProcessor.from_pretrained(VISION_CHECKPOINT)
-    processor.size, processor.crop_size = {"shortest_edge": 64}, {"height": 64, "width": 64}
-    pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
-    model = AutoModelForImageClassification.from_pretrained(VISION_CHECKPOINT, num_labels=10, dtype="float32")
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 0.1  # the checkpoint's own lets the running statistics stand still
-    return model, _cut({"pixel_values": pixels, "labels": torch.tensor(rows["label"])})
-
-
-def _cut(columns: Batch) -> list[Batch]:
-    pieces = zip(*(column.split(BATCH_SIZE) for column in columns.values()), strict=True)
-    return [dict(zip(columns, piece, strict=True)) for piece in pieces]
 
 
 def table(studies: list[dict[str, Any]]) -> str:

@@ -104,25 +104,35 @@ def make(name: WorkloadName, folder: Path) -> None:
     torch.save(batches, folder / "batches.pt")
 
 
-def _text() -> tuple[PreTrainedModel, list[Batch]]:
+def text(number: int) -> tuple[PreTrainedModel, list[Batch]]:
+    """MiniLM-L6 with a new head for two classes, and batches of sentences from movie reviews."""
     tokenizer = AutoTokenizer.from_pretrained(TEXT_CHECKPOINT)
     model = AutoModelForSequenceClassification.from_pretrained(TEXT_CHECKPOINT, num_labels=2, dtype="float32")
-    rows = _rows(TEXT_DATA)
+    rows = _rows(TEXT_DATA, number)
     tokens = tokenizer(rows["sentence"], padding="max_length", truncation=True, max_length=48, return_tensors="pt")
-    batches = _cut({**tokens, "labels": torch.tensor(rows["label"])})
-    return _fine_tune(model, batches[PROBE_BATCHES:], learning_rate=5e-5), batches[:PROBE_BATCHES]
+    return model, _cut({**tokens, "labels": torch.tensor(rows["label"])})
 
 
-def _vision() -> tuple[PreTrainedModel, list[Batch]]:
+def vision(number: int) -> tuple[PreTrainedModel, list[Batch]]:
+    """MobileNetV2 with a new head for ten classes, and batches of digits at 64 pixels."""
     processor = AutoImageProcessor.from_pretrained(VISION_CHECKPOINT)
     processor.size, processor.crop_size = {"shortest_edge": 64}, {"height": 64, "width": 64}
     model = AutoModelForImageClassification.from_pretrained(VISION_CHECKPOINT, num_labels=10, dtype="float32")
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1  # the checkpoint's own lets the running statistics stand still
-    rows = _rows(VISION_DATA)
+    rows = _rows(VISION_DATA, number)
     pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
-    batches = _cut({"pixel_values": pixels, "labels": torch.tensor(rows["label"])})
+    return model, _cut({"pixel_values": pixels, "labels": torch.tensor(rows["label"])})
+
+
+def _text() -> tuple[PreTrainedModel, list[Batch]]:
+    model, batches = text(PROBE_BATCHES + STEPS)
+    return _fine_tune(model, batches[PROBE_BATCHES:], learning_rate=5e-5), batches[:PROBE_BATCHES]
+
+
+def _vision() -> tuple[PreTrainedModel, list[Batch]]:
+    model, batches = vision(PROBE_BATCHES + STEPS)
     return _fine_tune(model, batches[PROBE_BATCHES:], learning_rate=1e-3), batches[:PROBE_BATCHES]
 
 
@@ -132,12 +142,11 @@ def _decoder() -> tuple[PreTrainedModel, list[Batch]]:
     return model, [{"input_ids": tokens, "labels": tokens}]
 
 
-def _rows(data: Path) -> dict[str, list[Any]]:
-    """Enough training examples for the probe set and all steps, drawn at random."""
+def _rows(data: Path, batches: int) -> dict[str, list[Any]]:
+    """Training examples for that many batches, drawn at random."""
     from datasets import load_dataset
 
-    number = (PROBE_BATCHES + STEPS) * BATCH_SIZE
-    return load_dataset(str(data), split="train").shuffle(seed=SEED)[:number]
+    return load_dataset(str(data), split="train").shuffle(seed=SEED)[: batches * BATCH_SIZE]
 
 
 def _cut(columns: Batch) -> list[Batch]:
