@@ -469,6 +469,7 @@ class Truth:
 
     def _loss(self, shift: Tensor | float = 0.0) -> Tensor:
         nn.utils.vector_to_parameters(self._point + shift, self.parameters)
+        self.model.train().eval()  # LeViT drops what it cached with the graph of another pass
         random.seed(SEED)
         np.random.seed(SEED)
         torch.manual_seed(SEED)
