@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_optimizability import OptimizabilityConfig, measure
-from hf_optimizability.curvature.decoupled import DecoupledHessian
+from hf_optimizability.curvature.gauss_newton import split_trace
 from hf_optimizability.curvature.lanczos import lanczos
 from hf_optimizability.curvature.operators import HessianOperator, SymmetricOperator
-from hf_optimizability.curvature.trace import hutchinson
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.curvature.used_rows import used_rows
 from hf_optimizability.objective import Objective
@@ -258,9 +257,9 @@ class Ours(Library):
         for tolerance in tolerances:
             started = self.products.now()
             with self._twice_differentiable(), used_rows(self._objective):
-                decoupled = DecoupledHessian(self._objective, on_products=self.products.add)
-                everything = [[slice(0, decoupled.size)]]
-                total = hutchinson(decoupled, everything, tolerance=tolerance, max_hvps=4000, seed=SEED).total
+                everything = [[slice(0, sum(parameter.numel() for parameter in self._objective.parameters))]]
+                options: dict[str, Any] = {"tolerance": tolerance, "max_hvps": 4000, "seed": SEED}
+                total = split_trace(self._objective, everything, on_products=self.products.add, **options).total
             yield {
                 "tolerance": tolerance,
                 "trace": total.value,

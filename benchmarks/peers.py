@@ -6,9 +6,9 @@
     python benchmarks/peers.py --workload text --library curvlinops --rows cost trace
 
 Each row of each library runs in a process of its own, and replaces that row in `benchmarks/results/peers.json`, from
-which `peers.md` beside it is drawn; what was stopped can thus go on. The first row of a workload that is judged waits
-for the long runs that errors are measured by (hours; kept under `out/`; `truth.py` makes them). A call that takes
-longer than `--limit` seconds is stopped, and recorded with the products it made. Needs Linux, for the peak memory.
+which `docs/side_by_side.md` is drawn; what was stopped can thus go on. The first row of a workload that is judged
+waits for the long runs that errors are measured by (an hour; kept under `out/`; `truth.py` makes them). A call that
+takes longer than `--limit` seconds is stopped, and recorded with its products. Needs Linux, for the peak memory.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from libraries import LIBRARIES, LOCKSTEP, Call, Ends, Library, OutOfTimeError, 
 from tables import markdown, problems
 from transformers.utils import logging
 from truth import EFFORT, Truth, pooled, truth
-from workloads import WORKLOADS, Batch, Workload, WorkloadName, load
+from workloads import ROOT, WORKLOADS, Batch, Workload, WorkloadName, load
 
 
 RESULTS = Path(__file__).parent / "results"
+TABLES = ROOT / "docs" / "side_by_side.md"
 LIMIT = 120.0
 MOST_CALLS = 3  # parts of a row that each have all the time
 REPEATS = 5
@@ -364,7 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--limit", type=float, default=LIMIT, help="Seconds after which a call is stopped.")
     parser.add_argument("--max_gib", type=float, default=16, help="End a row that takes more memory.")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="Folder of peers.json and peers.md.")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="Folder of peers.json.")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="The Markdown file.")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -372,6 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     options.out.mkdir(exist_ok=True)
+    options.tables.parent.mkdir(exist_ok=True)
     file = options.out / "peers.json"
     results = json.loads(file.read_text()) if file.exists() else {"truth": {}, "rows": {}}
     results["versions"] = {name: version(name) for name in ("torch", "transformers", *packages())}
@@ -391,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     row, library, workload, limit=options.limit, max_mebibytes=options.max_gib * 1024
                 )
                 file.write_text(json.dumps(results, indent=1) + "\n")
-                file.with_suffix(".md").write_text(markdown(results))
+                options.tables.write_text(markdown(results))
     print(markdown(results))
     wrong = problems(results)
     print("\n".join(wrong))

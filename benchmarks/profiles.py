@@ -8,7 +8,7 @@ row runs in a process of its own.
 
     python benchmarks/profiles.py [--workload vision text] [--profile light standard full]
 
-replaces these rows in `benchmarks/results/profiles.json`, and writes the table beside it anew. Needs Linux, for the
+replaces these rows in `benchmarks/results/profiles.json`, and writes `docs/prices.md` anew. Needs Linux, for the
 peak memory. On one core `light` takes half a minute to two, `full` over an hour for MiniLM.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from peers import memory, peak_memory, seconds
 from transformers.utils import logging
-from workloads import BATCH_SIZE, TITLES, Workload, WorkloadName, load, text, vision
+from workloads import BATCH_SIZE, ROOT, TITLES, Workload, WorkloadName, load, text, vision
 
 from hf_optimizability import Measurement, OptimizabilityConfig, measure
 from hf_optimizability.configuration import PROFILES
@@ -32,6 +32,7 @@ from hf_optimizability.forecast import Forecast, forecast
 
 
 RESULTS = Path(__file__).parent / "results" / "profiles.json"
+TABLE = ROOT / "docs" / "prices.md"
 BATCHES = {"text": text, "vision": vision}
 REPEATS = 3
 MEBIBYTE = 2**20
@@ -116,7 +117,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workload", nargs="+", choices=list(BATCHES), default=list(BATCHES))
     parser.add_argument("--profile", nargs="+", choices=list(PROFILES), default=list(PROFILES))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="The JSON file; the table goes beside it.")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="The JSON file.")
+    parser.add_argument("--table", type=Path, default=TABLE, help="The Markdown file.")
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for name in arguments.workload:
@@ -126,7 +128,7 @@ def main() -> None:
             print(name, profile, found, flush=True)
             results.setdefault(name, {})[profile] = found
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-            arguments.out.with_suffix(".md").write_text(table(results))
+            arguments.table.write_text(table(results))
 
 
 if __name__ == "__main__":

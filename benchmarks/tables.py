@@ -25,9 +25,14 @@ SHARE_OF_MATCHED = 1 / 2
 """Promised time of the whole card, beside that of any peer stopped at the same true error."""
 
 
+INTRODUCTION = """What other curvature libraries do with the same models, data and machine, in one run of
+`python benchmarks/peers.py`, which wrote this page. A gradient is a forward and a backward pass as Transformers runs
+them by default. Errors are those against long float64 runs (`benchmarks/truth.py`), which no user has."""
+
+
 def markdown(results: dict[str, Any]) -> str:
     """All tables that the results have numbers for."""
-    lines = ["# Side by side", ""]
+    lines = ["# Side by side", "", INTRODUCTION, ""]
     lines += [", ".join(f"{name} {number}" for name, number in results["versions"].items()) + ".", ""]
     machine = "{cores} cores, {threads} threads; a call is stopped after {limit:.0f} s.".format(**results["machine"])
     lines += [machine, ""]

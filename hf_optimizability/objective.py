@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,25 @@ class Objective:
             ValueError: If the batches can't be cut, because their tensors differ in their first dimension.
         """
         pieces = [piece for batch in self.batches for piece in cut_batch(batch, size)]
-        return Objective(self.model, pieces, loss_fn=self._loss_fn)
+        objective = copy(self)
+        objective.batches = pieces
+        return objective
+
+    def block(self, names: Collection[str]) -> Objective:
+        """The same loss, as a function of some of the parameters alone: of it, an operator is a diagonal block.
+
+        Raises:
+            ValueError: If a name is not that of a trainable parameter.
+        """
+        unknown = set(names) - set(self.names)
+        if unknown or not names:
+            raise ValueError(
+                f"{_listed(sorted(unknown)) or 'Nothing'} is no block of trainable parameters. Their names are "
+                f"{_listed(self.names[:3])}, …: see `Objective.names`."
+            )
+        block = copy(self)
+        block.names = [name for name in self.names if name in names]
+        return block
 
     def _counted_batches(self) -> Iterator[Batch]:
         """The batches with an item that counts: the mean of nothing is NaN."""

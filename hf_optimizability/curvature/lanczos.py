@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -121,8 +122,9 @@ def lanczos(
             save products, and so little that a missed eigenvalue still shows in time. It saves products of λ_max, the
             more the less its eigenvector has turned, and few of λ_min, which takes most of a run.
         max_basis: Most vectors to keep; beyond, the run restarts from the Ritz vectors at both ends (thick restart, Wu
-            & Simon 2000), which costs further products.
-        basis_device: Where to keep the basis and do the vector arithmetic; by default the operator's device.
+            & Simon 2000), which costs further products. By default as many as half of the free memory holds.
+        basis_device: Where to keep the basis and do the vector arithmetic; by default the operator's device, or the
+            CPU where half of that device's free memory does not hold `max_basis` or `max_hvps` vectors.
 
     Returns:
         The run.
@@ -146,7 +148,8 @@ def lanczos(
             f"`max_basis` is {max_basis}; a restart needs at least {2 * (num_eigenvalues + starts)}: "
             "twice the eigenvalues at each end, and twice the starts."
         )
-    device = basis_device or operator.device
+    device = basis_device or _roomy_device(operator, max_basis or max_hvps)
+    max_basis = max_basis or max(_vectors_that_fit(operator, device), 2 * (num_eigenvalues + starts))
     first = _start_rows(operator, starts, seed, device)
     if warm_start is not None:
         # Halfway, on a log scale, between the share 1/√n that it has in the random part and that of the whole.
@@ -160,7 +163,7 @@ def lanczos(
         done = krylov.exhausted or krylov.converged(tolerance, num_eigenvalues)
         if done or hvps + krylov.width > max_hvps:
             break
-        if max_basis is not None and len(krylov.basis) + krylov.width > max_basis:
+        if len(krylov.basis) + krylov.width > max_basis:
             krylov.restart(keep=max(2 * num_eigenvalues, (max_basis - krylov.width) // 2))
     nodes, residuals, weights = krylov.first_cycle()
     if warm_start is not None:
@@ -234,6 +237,18 @@ def _spectrum(
         ritz_values=tuple(nodes.tolist()) if known else (),
         ritz_weights=tuple(weights.mean(axis=0).tolist()) if known else (),
     )
+
+
+def _roomy_device(operator: SymmetricOperator, vectors: int) -> torch.device:
+    """The operator's device if so many vectors fit there, else the CPU."""
+    fit = _vectors_that_fit(operator, operator.device) >= vectors
+    return operator.device if fit else torch.device("cpu")
+
+
+def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
+    """How many of the operator's vectors half of a device's free memory holds."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free // 2 // (operator.size * operator.dtype.itemsize)
 
 
 def _start_rows(operator: SymmetricOperator, number: int, seed: int, device: torch.device) -> Tensor:

@@ -164,7 +164,8 @@ def _ends(
             hvps=run.hvps,
             tolerance=tolerance,
         )
-    return run.spectrum, found, run.ritz_vectors(range(-min(_DEFLATED, len(run.nodes)), 0))
+    vectors = run.ritz_vectors(range(-min(_DEFLATED, len(run.nodes)), 0))
+    return run.spectrum, found, vectors.to(matrix.device)  # the basis may be on the CPU
 
 
 def _trace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -317,6 +318,24 @@ class TestBasis:
         operator.device = meta
         with pytest.raises(NotImplementedError):
             lanczos(operator, tolerance=1e-4, max_hvps=30, seed=0, basis_device=torch.device("cpu"))
+
+    @pytest.mark.parametrize(("fitting", "on_cpu"), [(30, False), (29, True)])
+    def test_goes_to_the_cpu_where_the_device_is_too_small(
+        self, fitting: int, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+    ):
+        operator = DenseOperator(matrix(network_like()))
+        operator.device = torch.device("cuda")
+        free = 2 * fitting * operator.size * operator.dtype.itemsize
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+        assert module._roomy_device(operator, 30) == torch.device("cpu" if on_cpu else "cuda")
+
+    def test_restarts_where_memory_holds_few_vectors(self, monkeypatch: pytest.MonkeyPatch):
+        operator = DenseOperator(matrix(slow()))
+        free = 2 * 12 * operator.size * operator.dtype.itemsize
+        monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+        run = lanczos(operator, tolerance=1e-5, max_hvps=400, seed=0)
+        assert run.spectrum == lanczos(operator, tolerance=1e-5, max_hvps=400, seed=0, max_basis=12).spectrum
+        assert run._krylov.restarted and run.lambda_max.converged
 
 
 class TestQuadrature:

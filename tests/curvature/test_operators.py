@@ -9,7 +9,10 @@ import pytest
 import tiny_models
 import torch
 
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
+from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
+from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator
+from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
 from hf_optimizability.objective import Objective
 from hf_optimizability.safety import math_attention
 
@@ -112,3 +115,27 @@ def test_products_by_part():
         assert torch.allclose(product, CountedLosses(part).dense(), rtol=1e-12)
     mean = sum(product * items for product, items in found) / 8
     assert torch.allclose(mean, operator.matmat(eye), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "kind", [HessianOperator, ForwardOverReverseHessian, CentralDifferenceHessian, GaussNewtonOperator]
+)
+def test_of_a_block_of_parameters_the_matrix_is_a_diagonal_block(objective: Objective, kind: type[ObjectiveOperator]):
+    names = [name for name in objective.names if "layer.1" in name or "classifier" in name]
+    block = objective.block(names)
+    sizes = [parameter.numel() for parameter in objective.parameters]
+    inside = torch.repeat_interleave(torch.tensor([name in names for name in objective.names]), torch.tensor(sizes))
+    vector = torch.zeros(sum(sizes), dtype=torch.float64)
+    vector[inside] = torch.randn(int(inside.sum()), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with math_attention():
+        expected = kind(objective).matvec(vector)[inside]
+        product = kind(block).matvec(vector[inside])
+    tolerance = 1e-4 if kind is CentralDifferenceHessian else 1e-10
+    assert kind(block).size == int(inside.sum()) < sum(sizes)
+    assert (product - expected).norm() <= tolerance * expected.norm()
+    assert block.cut(1).names == names
+
+
+def test_a_block_that_does_not_exist_is_refused(objective: Objective):
+    with pytest.raises(ValueError, match=r"`head.weight` is no block of trainable parameters"):
+        objective.block(["head.weight"])
