@@ -242,6 +242,7 @@ def _curvature(
     shares = config.budget.shares(sharpness=preconditions, blocks=twice and config.budget.block_eigenvalues)
     options: dict[str, Any] = {"tolerance": config.budget.eigen_tolerance, "seed": config.probe_seed}
     matrix = partial(way.operator, objective, curvature=config.curvature, on_products=count)
+    along_gradient = _along_gradient(matrix(), point, config, exact=way.exact)  # first: it finds what is no Hessian
     with used_rows(objective) as left_out:
         blocks = list(block_indices(objective.names, config).values())
         segments = _segments(objective, blocks)
@@ -263,13 +264,11 @@ def _curvature(
         if shares.blocks:
             block_diagonal = BlockDiagonalHessian(objective, blocks, on_products=count)
             by_block = lanczos_by_segment(block_diagonal, segments, max_hvps=shares.blocks, **options)
-    operator = matrix()
-    along_gradient = _along_gradient(operator, point, config, exact=way.exact)
     sharpness = None
     if preconditioner is not None:
         sharpness = found.estimates.lambda_max
         if preconditions:
-            preconditioned = PreconditionedOperator(operator, preconditioner.diagonal)
+            preconditioned = PreconditionedOperator(matrix(), preconditioner.diagonal)
             sharpness = lanczos(preconditioned, max_hvps=shares.sharpness, **options).lambda_max
     return _Curvature(found, left_out, by_block, along_gradient, sharpness)
 
