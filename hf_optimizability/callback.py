@@ -9,19 +9,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from . import provenance
+from .clock import Clock
 from .configuration import OptimizabilityConfig
 from .curvature.preconditioner import unwrapped
-from .files import require_writable
+from .files import keep_aside, require_writable
+from .history import record, restore, without_records
+from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure
 from .objective import Objective, trainer_loss
 from .probe import probe_batches
 from .report import OptimizabilityReport
+from .safety import pretrained
+from .schedule import affordable
 
 
 if TYPE_CHECKING:
@@ -54,6 +60,7 @@ class OptimizabilityCallback(TrainerCallback):
     _objective: Objective  # all are set when training begins
     _optimizer: Optimizer | None
     _folder: Path
+    _clock: Clock
 
     def __init__(self, config: OptimizabilityConfig | None = None, *, trainer: Trainer | None = None):
         self.config = config or OptimizabilityConfig()
@@ -75,13 +82,20 @@ class OptimizabilityCallback(TrainerCallback):
     ) -> None:
         """Draws the probe set, checks everything that can be wrong, and makes the first measurement.
 
+        A run that goes on from a checkpoint takes up what was measured before.
+
         Raises:
             ValueError: If the data, the model, the blocks or the report's folder can't work.
         """
         model, loader = kwargs["model"], kwargs["train_dataloader"]
+        history = restore(state)
+        measured = sum(measurement.seconds for measurement in history.measurements)
+        self._clock = Clock(trained=history.train_seconds, measured=measured)
         self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
         if state.is_world_process_zero:
             require_writable(self._folder, "report_dir")
+            if not history.measurements and (earlier := keep_aside(self._folder / "report.json")):
+                logger.info(f"The report of an earlier run is now {earlier}.")
         batches = probe_batches(
             loader,
             examples=self.config.budget.probe_examples,
@@ -103,15 +117,40 @@ class OptimizabilityCallback(TrainerCallback):
             training=provenance.describe_training(args, kwargs["optimizer"], state.max_steps),
             config=provenance.describe_config(self.config),
             versions=provenance.library_versions(),
+            measurements=history.measurements,
+            failures=history.failures,
         )
-        self._measure(args, state, control)
+        if trainer is not None:
+            self._guarded("finding the scale of the loss", lambda: self._find_loss_scale(trainer, model))
+        if not history.measurements or self._ends_an_epoch(state):
+            self._measure(args, state, control)
+        self._clock.go_on()
+
+    def _ends_an_epoch(self, state: TrainerState) -> bool:
+        """Whether a checkpoint at the end of an epoch, from which a run goes on, was made before `on_epoch_end`."""
+        return self.config.measure_strategy == "epoch" and state.epoch is not None and state.epoch % 1 == 0
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures every `measure_steps` steps."""
-        if self.config.measure_strategy == "steps" and state.global_step % self.config.measure_steps == 0:
+        """Measures every `measure_steps` steps, or when there is time for it."""
+        self._clock.step_ended()
+        if self._due(state):
             self._measure(args, state, control)
+            self._clock.go_on()
+
+    def _due(self, state: TrainerState) -> bool:
+        if self.config.measure_strategy == "steps":
+            return state.global_step % self.config.measure_steps == 0
+        if self.config.measure_strategy != "auto" or not self.report.measurements:
+            return False
+        return affordable(
+            state.global_step,
+            max_steps=state.max_steps,
+            budget=self.config.overhead_budget,
+            step_seconds=self._clock.step_seconds,
+            measured_seconds=[measurement.seconds for measurement in self.report.measurements],
+        )
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,7 +169,8 @@ class OptimizabilityCallback(TrainerCallback):
         if trainer is not None:
             from .generalization import measure_gap
 
-            gap = self._guarded("measuring the generalization gap", lambda: measure_gap(trainer, self.config))
+            with self._clock.paused():
+                gap = self._guarded("measuring the generalization gap", lambda: measure_gap(trainer, self.config))
             if gap:
                 self._log(gap, state, control)
         if state.is_world_process_zero:
@@ -161,7 +201,7 @@ class OptimizabilityCallback(TrainerCallback):
             return
         hidden = args.disable_tqdm or not state.is_world_process_zero
         try:
-            with measuring_bar(self.config, disable=hidden) as bar:
+            with self._clock.paused(), measuring_bar(self.config, disable=hidden) as bar:
                 measurement, self._objective = measure_objective(
                     self._objective,
                     self.config,
@@ -171,14 +211,15 @@ class OptimizabilityCallback(TrainerCallback):
                     on_products=bar.update,
                 )
         except Exception as error:
-            self._record_failure(error, step, state.epoch)
+            self._record_failure(error, step, state)
         else:
             self.report.measurements.append(measurement)
+            record(state, measurement, train_seconds=self._clock.train_seconds)
             self._log(log_entry(measurement), state, control)
         if state.is_world_process_zero:
             self._guarded("writing the report", lambda: self._stamp().save_json(self._folder))
 
-    def _record_failure(self, error: Exception, step: int, epoch: float | None) -> None:
+    def _record_failure(self, error: Exception, step: int, state: TrainerState) -> None:
         if isinstance(error, MeasurementError):
             reason, remedy = error.reason, error.remedy
         else:
@@ -186,7 +227,16 @@ class OptimizabilityCallback(TrainerCallback):
             remedy = "Try `hf_optimizability.measure` on the same model and batches to see the whole traceback."
         if reason not in [failure.reason for failure in self.report.failures]:  # once is enough to know
             logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy} Training goes on.")
-        self.report.failures.append(MeasurementFailure(step=step, epoch=epoch, reason=reason, remedy=remedy))
+        failure = MeasurementFailure(step=step, epoch=state.epoch, reason=reason, remedy=remedy)
+        self.report.failures.append(failure)
+        record(state, failure, train_seconds=self._clock.train_seconds)
+
+    def _find_loss_scale(self, trainer: Trainer, model: nn.Module) -> None:
+        """Records by what factor the Trainer's loss is off the mean, and says so once."""
+        factor = loss_scale(trainer, self._objective.batches[0], seed=self.config.probe_seed)
+        self.report.training["loss_scale"] = factor
+        if factor != 1:
+            logger.warning_once(explanation(type(pretrained(model) or model).__name__, factor))
 
     def _log(self, logs: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         if self._trainer is None:
@@ -200,8 +250,9 @@ class OptimizabilityCallback(TrainerCallback):
     def _finish(self, state: TrainerState) -> None:
         from .dynamics import compute_dynamics
 
-        self.report.log_history = list(state.log_history)
-        self.report.dynamics = compute_dynamics(state.log_history, seed=self.config.probe_seed)
+        self.report.log_history = without_records(state.log_history)
+        self.report.dynamics = compute_dynamics(self.report.log_history, seed=self.config.probe_seed)
+        self.report.training["overhead"] = self._clock.overhead
         path = self._stamp().save(self._folder)
         logger.info(f"Optimizability report: {path}")
 

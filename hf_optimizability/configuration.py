@@ -79,12 +79,16 @@ class OptimizabilityConfig:
             "block_eigenvalues."
         },
     )
-    measure_strategy: Literal["no", "steps", "epoch"] = field(
-        default="epoch",
+    measure_strategy: Literal["auto", "no", "steps", "epoch"] = field(
+        default="auto",
         metadata={
-            "help": "When to measure between the start and the end of training, where it is always measured: "
-            "never, every `measure_steps` optimizer steps, or after each epoch."
+            "help": "When to measure between the start and the end of training, where it is always measured: as often "
+            "as `overhead_budget` allows, never, every `measure_steps` optimizer steps, or after each epoch."
         },
+    )
+    overhead_budget: float = field(
+        default=0.05,
+        metadata={"help": "Share of the training time that measurements may take if measure_strategy='auto'."},
     )
     measure_steps: int = field(
         default=500,
@@ -175,7 +179,7 @@ class OptimizabilityConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
-        for name in ("eigen_tolerance", "trace_tolerance"):
+        for name in ("eigen_tolerance", "trace_tolerance", "overhead_budget"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"`{name}` is {value}; it must lie between 0 and 1, for example 0.05 for 5 %.")

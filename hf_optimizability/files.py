@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -46,3 +49,31 @@ def require_writable(folder: Path, argument: str) -> None:
             f"`{argument}` is {str(folder)!r}, but the report can't be written there ({error.strerror}). "
             "Pass a folder that you may write to."
         ) from error
+
+
+def keep_aside(path: Path) -> Path | None:
+    """Gives a file that is about to be written anew a name of its own, such as `report-1.json`.
+
+    Returns:
+        Where it is now; `None` if there was none.
+    """
+    if not path.exists():
+        return None
+    free = next(place for n in count(1) if not (place := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
+    return path.rename(free)
+
+
+def finite(value: Any) -> Any:
+    """Replaces numbers that JSON can't hold by `None`, in nested dicts and lists.
+
+    Example:
+        >>> finite({"x": (1.0, math.inf)})
+        {'x': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

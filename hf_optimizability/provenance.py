@@ -86,6 +86,8 @@ def describe_training(args: TrainingArguments, optimizer: Optimizer, max_steps: 
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     group = inner.param_groups[0]
     settings = {name: value for name, value in group.items() if isinstance(value, (bool, int, float, tuple))}
+    if "initial_lr" in settings:  # before the scheduler, which may be anywhere: in a warm-up, or in a resumed run
+        settings["lr"] = settings.pop("initial_lr")
     arguments = {name: value for name, value in args.to_dict().items() if name in _ARGUMENTS}
     return {"optimizer": type(inner).__name__, "optimizer_settings": settings, **arguments, "max_steps": max_steps}
 

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from ..files import finite, write_atomically
 from ..measurement import Measurement, MeasurementFailure
 
 
@@ -55,7 +54,7 @@ class OptimizabilityReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
         measurements = [measurement.to_dict() for measurement in self.measurements]
-        return _finite({**asdict(self), "measurements": measurements})
+        return finite({**asdict(self), "measurements": measurements})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OptimizabilityReport:
@@ -118,14 +117,3 @@ class OptimizabilityReport:
         from .markdown import to_summary
 
         return to_summary(self)
-
-
-def _finite(value: Any) -> Any:
-    """Replaces numbers that JSON can't hold by `None`, in nested dicts and lists."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is stopped and goes on from a checkpoint ends with the report it would have had."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import training
+from transformers import Trainer, TrainerCallback
+
+from hf_optimizability import (
+    OptimizabilityCallback,
+    OptimizabilityConfig,
+    OptimizabilityReport,
+    OptimizabilityTrainer,
+)
+from hf_optimizability.history import RECORD
+
+
+QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 2}
+STEPS = {"measure_strategy": "steps", "measure_steps": 2}
+SAVES = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+
+
+class StoppedError(Exception):
+    """The run was stopped from outside."""
+
+
+class StopBefore(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise StoppedError
+
+
+def run(
+    folder: Path,
+    cls: type[Trainer] = OptimizabilityTrainer,
+    *,
+    config: dict[str, Any],
+    stop_before: int | None = None,
+    measured: bool = True,
+    resume: bool = False,
+    **options: Any,
+) -> OptimizabilityReport | None:
+    """Trains until done or stopped; the report, if there is one."""
+    settings = OptimizabilityConfig(**{**QUICK, **config})
+    callbacks = [] if stop_before is None else [StopBefore(stop_before)]
+    if not measured:
+        trainer = training.trainer(folder, callbacks=callbacks, **SAVES, **options)
+    elif cls is Trainer:
+        callbacks.append(OptimizabilityCallback(settings))
+        trainer = training.trainer(folder, callbacks=callbacks, **SAVES, **options)
+    else:
+        trainer = training.trainer(folder, cls=cls, optimizability=settings, callbacks=callbacks, **SAVES, **options)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except StoppedError:
+        return None
+    return OptimizabilityReport.load(folder / "optimizability") if measured else None
+
+
+def numbers(report: OptimizabilityReport) -> dict[str, Any]:
+    """All of a report that does not depend on the clock, or on what the Trainer itself forgets: its mean loss."""
+    data = report.to_dict()
+    for measurement in data["measurements"]:
+        del measurement["seconds"]
+    del data["created"], data["training"]["overhead"]
+    timed = ("runtime", "per_second", "optimizability/seconds", "train_loss")
+    data["log_history"] = [
+        {name: value for name, value in entry.items() if not name.endswith(timed)} for entry in data["log_history"]
+    ]
+    return data
+
+
+@pytest.mark.parametrize("restores_states", [False, True])
+@pytest.mark.parametrize("stop_before", [2, 3, 5])
+def test_a_resumed_run_has_the_report_of_an_uninterrupted_one(tmp_path: Path, stop_before: int, restores_states: bool):
+    options = {"restore_callback_states_from_checkpoint": restores_states, "config": STEPS}
+    whole = run(tmp_path / "whole", **options)
+    assert [measurement.step for measurement in whole.measurements] == [0, 2, 4, 6]
+    assert run(tmp_path / "run", stop_before=stop_before, **options) is None
+    resumed = run(tmp_path / "run", resume=True, **options)
+    assert numbers(resumed) == numbers(whole)
+
+
+def test_a_plain_callback_resumes_too(tmp_path: Path):
+    whole = run(tmp_path / "whole", Trainer, config=STEPS)
+    run(tmp_path / "run", Trainer, config=STEPS, stop_before=3)
+    assert numbers(run(tmp_path / "run", Trainer, config=STEPS, resume=True)) == numbers(whole)
+
+
+@pytest.mark.parametrize("stop_before", [2, 3, 4, 5])
+def test_epochs_that_end_with_a_checkpoint_are_measured(tmp_path: Path, stop_before: int):
+    """The checkpoint at the last step of an epoch is written before the epoch ends."""
+    options = {"max_steps": -1, "num_train_epochs": 3, "train_dataset": training.dataset("bert", 8)}
+    options |= {"config": {"measure_strategy": "epoch"}}
+    whole = run(tmp_path / "whole", **options)
+    assert [measurement.step for measurement in whole.measurements] == [0, 2, 4, 6]
+    run(tmp_path / "run", stop_before=stop_before, **options)
+    assert numbers(run(tmp_path / "run", resume=True, **options)) == numbers(whole)
+
+
+def test_failures_are_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("broken on purpose")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("hf_optimizability.curvature.operators.second_backward", fail)
+        run(tmp_path, config={**STEPS, "engine": "double_backward"}, stop_before=3)
+    resumed = run(tmp_path, config={**STEPS, "engine": "double_backward"}, resume=True)
+    assert [failure.step for failure in resumed.failures] == [0, 2]
+    assert [measurement.step for measurement in resumed.measurements] == [4, 6]
+
+
+def test_a_callback_that_is_new_to_the_checkpoint_begins_there(tmp_path: Path):
+    run(tmp_path, config={}, measured=False, stop_before=3)
+    resumed = run(tmp_path, config=STEPS, resume=True)
+    assert [measurement.step for measurement in resumed.measurements] == [2, 4, 6]
+
+
+def test_what_is_measured_lives_in_the_last_checkpoint_alone(tmp_path: Path):
+    run(tmp_path, config=STEPS)
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if RECORD in entry] == [0, 2, 4, 6]
+
+
+def test_a_record_that_cannot_be_read_is_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run(tmp_path, config=STEPS, stop_before=5)
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    broken = next(entry for entry in state["log_history"] if RECORD in entry and entry["step"] == 2)
+    del broken[RECORD]["measurement"]["hessian"]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        resumed = run(tmp_path, config=STEPS, resume=True)
+    assert "The measurement at step 2 in the checkpoint's log can't be read" in caplog.text
+    assert [measurement.step for measurement in resumed.measurements] == [0, 4, 6]
+
+
+def test_the_report_of_an_earlier_run_is_kept(tmp_path: Path):
+    first = run(tmp_path, config={"measure_strategy": "no"})
+    second = run(tmp_path, config={"measure_strategy": "no", "probe_seed": 1})
+    third = run(tmp_path, config={"measure_strategy": "no", "probe_seed": 2})
+    folder = tmp_path / "optimizability"
+    for number, report in ((1, first), (2, second)):
+        assert OptimizabilityReport.load(folder / f"report-{number}.json").config == report.config
+    assert OptimizabilityReport.load(folder).config == third.config

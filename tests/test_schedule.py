@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the automatic schedule measures, on made-up clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import training
+
+from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
+from hf_optimizability.schedule import affordable
+
+
+def measured_steps(
+    max_steps: int, *, price: Callable[[int], float], step_seconds: float = 1.0, budget: float = 0.05
+) -> tuple[list[int], float]:
+    """Steps measured in a run whose measurements cost `price(step)` seconds, and the overhead of them all."""
+    steps, seconds = [0], [price(0)]
+    for step in range(1, max_steps):
+        options = {"max_steps": max_steps, "budget": budget, "step_seconds": step_seconds}
+        if affordable(step, measured_seconds=seconds, **options):
+            steps.append(step)
+            seconds.append(price(step))
+    return [*steps, max_steps], (sum(seconds) + price(max_steps)) / (max_steps * step_seconds)
+
+
+@pytest.mark.parametrize("price", [0.5, 3.0, 10.0, 20.0])
+def test_stays_within_the_budget_and_uses_it(price: float):
+    steps, overhead = measured_steps(1000, price=lambda step: price)
+    assert overhead <= 0.05
+    assert overhead + price / 1000 > 0.05  # one more would not have fitted
+    assert len(steps) == int(50 / price)
+
+
+def test_measures_most_often_at_first():
+    steps, _ = measured_steps(1000, price=lambda step: 5.0)
+    gaps = [later - earlier for earlier, later in pairwise(steps)]
+    assert gaps == sorted(gaps) and len(gaps) == 9 and gaps[0] < 20 < 150 < gaps[-1]
+
+
+def test_a_short_run_is_measured_at_both_ends_alone():
+    steps, overhead = measured_steps(100, price=lambda step: 5.0)
+    assert steps == [0, 100] and overhead == 0.1
+
+
+def test_prices_that_rise_do_not_break_the_budget():
+    _, overhead = measured_steps(1000, price=lambda step: 2.0 + step / 250)
+    assert overhead <= 0.06  # the last one costs more than any before
+
+
+def test_the_callback_goes_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Steps of a minute, as it seems, pay for measurements in between."""
+    options = {"probe_examples": 4, "max_hvps": 16, "overhead_budget": 0.5}
+    rare, often = (OptimizabilityCallback(OptimizabilityConfig(**options)) for _ in range(2))
+    training.trainer(tmp_path, callbacks=[rare], max_steps=8).train()
+    assert [measurement.step for measurement in rare.report.measurements] == [0, 8]
+    monkeypatch.setattr("hf_optimizability.clock.Clock.step_seconds", 60.0)
+    training.trainer(tmp_path, callbacks=[often], max_steps=8).train()
+    assert len(often.report.measurements) > 4
+    assert often.report.training["overhead"] > 0
