@@ -5,6 +5,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +28,7 @@ from hf_optimizability import (
 from hf_optimizability.history import RECORD
 
 
+TESTS = Path(__file__).parent
 QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 2}
 STEPS = {"measure_strategy": "steps", "measure_steps": 2}
 SAVES = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
@@ -154,3 +162,61 @@ def test_the_report_of_an_earlier_run_is_kept(tmp_path: Path):
     for number, report in ((1, first), (2, second)):
         assert OptimizabilityReport.load(folder / f"report-{number}.json").config == report.config
     assert OptimizabilityReport.load(folder).config == third.config
+
+
+TRAINING = """
+import sys
+from pathlib import Path
+import training
+from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
+folder, checkpoint = Path(sys.argv[1]), sys.argv[2] or None
+quick = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 2}
+config = OptimizabilityConfig(measure_strategy="steps", measure_steps=2, **quick)
+options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": 12}
+options["logging_steps"] = 1  # a Trainer forgets the losses since the last log
+trainer = training.trainer(folder, cls=OptimizabilityTrainer, optimizability=config, **options)
+trainer.train(resume_from_checkpoint=checkpoint)
+"""
+
+
+def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Trains in a process of its own, from the last checkpoint that is whole."""
+    whole = ""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])):
+        with suppress(OSError, ValueError):  # the Trainer writes its state last
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            whole = str(checkpoint)
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TRAINING, str(folder), whole]
+    with log.open("ab") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again(tmp_path: Path, kills: int):
+    log = tmp_path / "log"
+    whole = start(tmp_path / "whole", log)
+    assert whole.wait() == 0, log.read_text()
+    moments = random.Random(0)
+    done = 0
+    while done < kills:
+        begun = time.time()
+        process = start(tmp_path / "run", log)
+        report = tmp_path / "run" / "optimizability" / "report.json"
+        while process.poll() is None and not (report.exists() and report.stat().st_mtime > begun):
+            time.sleep(0.01)
+        try:
+            process.wait(timeout=moments.uniform(0, 1.5))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            done += 1
+            continue
+        assert process.returncode == 0, log.read_text()
+        shutil.rmtree(tmp_path / "run")  # done before it could be killed: once more from the start
+    assert start(tmp_path / "run", log).wait() == 0, log.read_text()
+    resumed, expected = (
+        numbers(OptimizabilityReport.load(tmp_path / run / "optimizability")) for run in ("run", "whole")
+    )
+    assert [measurement["step"] for measurement in resumed["measurements"]] == [0, 2, 4, 6, 8, 10, 12]
+    assert resumed == expected
