@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_optimizability import OptimizabilityConfig, measure
+from hf_optimizability.curvature.density import density
 from hf_optimizability.curvature.gauss_newton import split_trace
 from hf_optimizability.curvature.lanczos import lanczos
 from hf_optimizability.curvature.operators import HessianOperator, SymmetricOperator
@@ -174,6 +175,10 @@ class Library(ABC):
     def quadrature(self, steps: int) -> Quadrature:
         """One run of stochastic Lanczos quadrature."""
 
+    def density_after(self, run: Quadrature, steps: int) -> Quadrature:
+        """What the library makes of the first steps of a run."""
+        return shortened(run, steps)
+
     def _ends_by_steps(self, run: str, quadrature: Callable[[int], Quadrature]) -> Iterator[Ends]:
         """What a Lanczos run knows of both ends after each step, of which it may take fewer than it is asked for."""
         first, started = len(self.products.ended), self.products.now()
@@ -271,6 +276,14 @@ class Ours(Library):
     def quadrature(self, steps: int) -> Quadrature:
         run, left_out = self._quadrature(steps)
         return with_zeros(run, left_out / self.size)
+
+    def density_after(self, run: Quadrature, steps: int) -> Quadrature:
+        short = super().density_after(run, steps)
+        if not 3 <= steps < len(run.nodes):
+            return short
+        options: dict[str, Any] = {"size": self.size, "hvps": steps, "tolerance": 0.1}
+        found = density(short.nodes, short.weights[None], residuals(run, steps), **options)
+        return Quadrature(np.array(found.nodes), np.array(found.weights))
 
     def _quadrature(self, steps: int) -> tuple[Quadrature, int]:
         """That of the rows in use, and how many others there are."""
@@ -563,6 +576,26 @@ def shortened(run: Quadrature, steps: int) -> Quadrature:
         >>> shortened(whole, 1).nodes, np.allclose(shortened(whole, 3).nodes, whole.nodes)
         (array([2.]), True)
     """
+    diagonal, off_diagonal = _tridiagonal(run, steps)
+    nodes, vectors = eigh_tridiagonal(diagonal, off_diagonal[:-1])
+    return Quadrature(nodes, vectors[0] ** 2)
+
+
+def residuals(run: Quadrature, steps: int) -> np.ndarray:
+    """`‖Aq − θq‖` of the Ritz pairs after fewer steps than the run has.
+
+    Example:
+        >>> whole = Quadrature(np.array([1.0, 3.0]), np.array([0.5, 0.5]))
+        >>> residuals(whole, 1)  # of the start vector, whose Rayleigh quotient is 2
+        array([1.])
+    """
+    diagonal, off_diagonal = _tridiagonal(run, steps)
+    _, vectors = eigh_tridiagonal(diagonal, off_diagonal[:-1])
+    return off_diagonal[-1] * np.abs(vectors[-1])
+
+
+def _tridiagonal(run: Quadrature, steps: int) -> tuple[list[float], list[float]]:
+    """The diagonal after so many steps, and the off-diagonal with the entry that the next step adds."""
     basis = [np.sqrt(run.weights / run.weights.sum())]
     diagonal, off_diagonal = [], []
     for _ in range(steps):
@@ -572,8 +605,7 @@ def shortened(run: Quadrature, steps: int) -> Quadrature:
             product = product - (vector @ product) * vector
         off_diagonal.append(np.linalg.norm(product))
         basis.append(product / off_diagonal[-1])
-    nodes, vectors = eigh_tridiagonal(diagonal, off_diagonal[:-1])
-    return Quadrature(nodes, vectors[0] ** 2)
+    return diagonal, off_diagonal
 
 
 def with_zeros(run: Quadrature, share: float) -> Quadrature:

@@ -31,7 +31,7 @@ from typing import Any, cast
 
 import torch
 from features import failure, try_features
-from libraries import LIBRARIES, LOCKSTEP, Call, Ends, Library, OutOfTimeError, Products, Quadrature, Way, shortened
+from libraries import LIBRARIES, LOCKSTEP, Call, Ends, Library, OutOfTimeError, Products, Quadrature, Way
 from tables import markdown, problems
 from transformers.utils import logging
 from truth import EFFORT, Truth, pooled, truth
@@ -141,7 +141,7 @@ def density(library: type[Library], name: WorkloadName, products: Products) -> d
             break
         spent.append([ended - started for ended in products.ended[first:]])
         for steps in range(1, DENSITY_STEPS + 1):
-            distance = true.distance(pooled([shortened(run, steps) for run in runs]))
+            distance = true.distance(pooled([peer.density_after(run, steps) for run in runs]))
             if distance <= DENSITY_TARGET:
                 return found | {
                     "runs": number,

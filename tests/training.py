@@ -42,12 +42,12 @@ def dataset(name: str, number: int = 24) -> list[dict[str, Any]]:
     return [{**row, "labels": row["labels"].tolist()} for row in rows]
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
+def arguments(folder: Path, cls: type[TrainingArguments] = TrainingArguments, **options: Any) -> TrainingArguments:
     settings = {
         "output_dir": str(folder), "use_cpu": True, "per_device_train_batch_size": 4, "max_steps": 6,
         "logging_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "seed": 3,
     }  # fmt: skip
-    return TrainingArguments(**{**settings, **options})
+    return cls(**{**settings, **options})
 
 
 def trainer(

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What trackers store of a run without any network, read back and held against the Trainer's log."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+import training
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
+from hf_optimizability.history import RECORD
+from hf_optimizability.measurement import PREFIX
+
+
+def trained(folder: Path, tracker: str) -> dict[tuple[int, str], float]:
+    """The numbers in the log of a run that reported to a tracker, by step and name."""
+    config = OptimizabilityConfig(probe_examples=6, max_hvps=16, probe_batch_size=2)
+    options = {"optimizability": config, "report_to": tracker, "run_name": "run", "max_steps": 4}
+    trainer = training.trainer(folder, cls=OptimizabilityTrainer, **options)
+    trainer.train()
+    logged = {
+        (entry["step"], name): value
+        for entry in trainer.state.log_history
+        if RECORD not in entry
+        for name, value in entry.items()
+        if name.startswith(PREFIX)
+    }
+    assert {step for step, _ in logged} == {0, 2, 4} and len(logged) > 30
+    return logged
+
+
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    logged = trained(tmp_path, "tensorboard")
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    stored = {
+        (scalar.step, name.removeprefix("train/")): scalar.value
+        for name in events.Tags()["scalars"]
+        if PREFIX in name
+        for scalar in events.Scalars(name)
+    }
+    assert stored == pytest.approx(logged, rel=1e-6)
+
+
+def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    import trackio.utils
+
+    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
+    logged = trained(tmp_path, "trackio")
+    [database] = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        rows = [json.loads(metrics) for (metrics,) in connection.execute("SELECT metrics FROM metrics")]
+    assert by_step(rows) == pytest.approx(logged, rel=1e-9)
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    logged = trained(tmp_path, "wandb")
+    wandb.finish()
+    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    rows = []
+    while (data := store.scan_data()) is not None:
+        record = Record.FromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    assert by_step(rows) == pytest.approx(logged, rel=1e-9)
+
+
+def by_step(rows: list[dict[str, Any]]) -> dict[tuple[int, str], float]:
+    """What is ours in rows as Transformers' callbacks log them."""
+    stored: dict[tuple[int, str], float] = {}
+    for row in rows:
+        step = int(row.get("train/global_step", -1))
+        stored |= {(step, name.removeprefix("train/")): value for name, value in row.items() if PREFIX in name}
+    return stored
