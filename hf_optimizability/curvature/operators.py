@@ -126,11 +126,12 @@ class ObjectiveOperator(SymmetricOperator):
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """`A V` for the columns of V, of shape (n, k)."""
-        total = torch.zeros(vectors.shape[1], self.size, dtype=self.dtype, device=self.device)
+        total: Tensor | None = None
         items = 0
         for products, count in self._parts(vectors.T):
-            self._add(products, total)
+            total = self._add(products, total, number=vectors.shape[1])
             items += count
+        assert total is not None
         total /= items
         _require_finite(total)
         self._count(len(total))
@@ -138,19 +139,26 @@ class ObjectiveOperator(SymmetricOperator):
 
     def matmat_by_part(self, vectors: Tensor) -> Iterator[tuple[Tensor, int]]:
         """Yields `A_p V` and the number of items of each part p, where A is the mean of the A_p, weighted by items."""
-        part = torch.empty(vectors.shape[1], self.size, dtype=self.dtype, device=self.device)
+        part: Tensor | None = None
         for products, count in self._parts(vectors.T):
-            self._add(products, part.zero_())
+            part = self._add(products, None if part is None else part.zero_(), number=vectors.shape[1])
             part /= count
             _require_finite(part)
             yield part.T, count
-        self._count(len(part))
+        self._count(vectors.shape[1])
 
-    def _add(self, products: Iterable[Sequence[Tensor]], total: Tensor) -> None:
-        """Adds products, shaped like the parameters, to the rows of `total`."""
-        for row, product in zip(total, products, strict=True):
-            for place, piece in zip(row.split(self._sizes), product, strict=True):
+    def _add(self, products: Iterable[Sequence[Tensor]], total: Tensor | None, *, number: int) -> Tensor:
+        """Adds products, shaped like the parameters, to the rows of `total`.
+
+        That is made when the first product is there: what the graph took before has been given back by then.
+        """
+        for index, product in enumerate(products):
+            if total is None:
+                total = torch.zeros(number, self.size, dtype=self.dtype, device=self.device)
+            for place, piece in zip(total[index].split(self._sizes), product, strict=True):
                 place.add_(piece.detach().reshape(-1).to(place))
+        assert total is not None
+        return total
 
     def _count(self, products: int) -> None:
         if self._on_products is not None:

@@ -448,11 +448,9 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match="once_differentiable"):
             GaussNewtonOperator(once).matvec(torch.ones(6))
 
-    def test_an_exact_trace_of_too_many_outputs_of_an_example(self, monkeypatch: pytest.MonkeyPatch):
+    def test_an_exact_trace_of_too_many_outputs_of_an_example(self):
         batch = (torch.ones(5, 1),)
         wide = Objective(nn.Linear(1, 4), [batch], loss_fn=lambda model, batch: model(batch[0]).square().mean())
-        monkeypatch.setattr(gauss_newton, "MAX_OUTPUTS", 4)
-        gauss_newton_trace(wide, [[slice(0, 8)]])
-        monkeypatch.setattr(gauss_newton, "MAX_OUTPUTS", 3)
+        gauss_newton_trace(wide, [[slice(0, 8)]], max_outputs=4)
         with pytest.raises(ValueError, match=r"4 outputs.*hutchinson"):
-            gauss_newton_trace(wide, [[slice(0, 8)]])
+            gauss_newton_trace(wide, [[slice(0, 8)]], max_outputs=3)
