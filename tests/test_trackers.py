@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +65,35 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     logged = trained(tmp_path, "wandb")
     wandb.finish()
     [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(file))
     rows = []
-    while (data := store.scan_data()) is not None:
+    for data in leveldb_records(file.read_bytes()[7:], offset=7):
         record = Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
     assert by_step(rows) == pytest.approx(logged, rel=1e-9)
+
+
+def leveldb_records(content: bytes, *, offset: int) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format, after a header: chunks in blocks of 32 KiB."""
+    place, chunks = 0, b""
+    while place + 7 <= len(content):
+        left = 32768 - (place + offset) % 32768
+        if left < 7:  # what is too short for a header is padding
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        chunks += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last chunk
+            yield chunks
+            chunks = b""
 
 
 def by_step(rows: list[dict[str, Any]]) -> dict[tuple[int, str], float]:
