@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -62,10 +62,12 @@ class Sketch:
     Attributes:
         estimates: The whole matrix.
         segments: The trace of each segment's diagonal block.
+        diagonal: The diagonal, of shape (n,); `None` from XTrace. The 2-norm of its error is `trace.std_error / √2`.
     """
 
     estimates: HessianEstimates
     segments: tuple[Estimate, ...]
+    diagonal: Tensor | None = field(compare=False, repr=False)
 
 
 def sketch(
@@ -135,7 +137,7 @@ def sketch(
         seed=seed + 1,
     )
     estimates = HessianEstimates(trace=trace.total, density=found, **vars(spectrum))
-    return Sketch(estimates, trace.segments)
+    return Sketch(estimates, trace.segments, trace.diagonal)
 
 
 def _ends(

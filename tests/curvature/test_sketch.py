@@ -55,6 +55,8 @@ def test_all_is_found_within_its_error(matrix: Tensor):
     diagonal = matrix.diagonal()
     for segment, rows in zip(found.segments, SEGMENTS, strict=True):
         assert abs(segment.value - sum(float(diagonal[part].sum()) for part in rows)) <= 4 * segment.std_error
+    assert (found.diagonal - diagonal).norm() <= 3 * estimates.trace.std_error
+    assert float(found.diagonal.sum()) == pytest.approx(estimates.trace.value, rel=1e-9)
     norm = estimates.density.frobenius_norm
     assert abs(norm.value - math.sqrt((EIGENVALUES**2).sum())) <= 4 * norm.std_error
     mass = estimates.density.negative_mass
