@@ -120,6 +120,8 @@ def plot_gradient_norm(report: OptimizabilityReport) -> Figure | None:
 def plot_curvature(report: OptimizabilityReport) -> Figure | None:
     """Draws the Hessian trace ± standard error over steps and, below it, λ_max and λ_min ± residual bound.
 
+    Behind the trace, in a wider and lighter bar, its error over the data.
+
     Returns:
         The figure, or `None` where nothing was measured.
     """
@@ -128,6 +130,11 @@ def plot_curvature(report: OptimizabilityReport) -> Figure | None:
     figure = _figure(6.4, 5.2)
     upper, lower = figure.subplots(2, sharex=True)
     steps, hessians = _steps(report), [measurement.hessian for measurement in report.measurements]
+    over_data = [(step, h.trace.value, h.trace.data_std_error) for step, h in zip(steps, hessians, strict=True)]
+    if known := [point for point in over_data if point[2] is not None]:
+        at, values, errors = zip(*known, strict=True)
+        label = "± its error over the data"
+        upper.errorbar(at, values, errors, fmt="none", ecolor=BLUE, alpha=0.25, elinewidth=7, label=label)
     _error_bars(upper, steps, [h.trace for h in hessians], BLUE, "o", "trace ± standard error")
     _error_bars(lower, steps, [h.lambda_max for h in hessians], VERMILLION, "^", "λ_max ± residual")
     _error_bars(lower, steps, [h.lambda_min for h in hessians], GREEN, "v", "λ_min ± residual")

@@ -173,6 +173,18 @@ class TestCurvature:
             np.testing.assert_allclose(ends[:, 1, 1], [e.value + e.error for e in estimates])
             assert ends[:, 0, 0].tolist() == [0, 150, 300]
 
+    def test_the_error_over_the_data_lies_behind(self):
+        report = make_report()
+        (bars,) = error_bars(plot_curvature(report).axes[0])["± its error over the data"].lines[2]
+        traces = [measurement.hessian.trace for measurement in report.measurements]
+        ends = np.array(bars.get_segments())
+        np.testing.assert_allclose(ends[:, 1, 1] - ends[:, 0, 1], [2 * trace.data_std_error for trace in traces])
+        unknown = dataclasses.replace(traces[0], data_std_error=None)
+        [measurement] = make_report(1).measurements
+        hessian = dataclasses.replace(measurement.hessian, trace=unknown)
+        bare = OptimizabilityReport(measurements=[dataclasses.replace(measurement, hessian=hessian)])
+        assert list(error_bars(plot_curvature(bare).axes[0])) == ["trace ± standard error"]
+
     def test_what_did_not_converge_is_hollow(self):
         upper, lower = plot_curvature(make_report(converged=False)).axes
         assert len(line(upper, "not converged")) == 3
