@@ -194,6 +194,14 @@ class TestMarkdown:
         shown = f"{format_percent(mass.value)} ({format_percent(mass.low)} to {format_percent(mass.high)})"
         assert rows["Negative eigenvalues"][1] == shown
 
+    def test_the_price_is_told_beside_the_training(self):
+        report = make_report(2)
+        rows = {row[0]: row[1:] for table in tables(to_markdown(report)) for row in table}
+        assert rows["Price"] == ["112 HVPs in 14.6 s"]
+        report.training["overhead"] = 0.0432
+        rows = {row[0]: row[1:] for table in tables(to_markdown(report)) for row in table}
+        assert rows["Price"] == ["112 HVPs in 14.6 s, 4.3 % of the training time"]
+
     def test_what_is_not_known_is_left_out_or_a_dash(self):
         [measurement] = make_report(1).measurements
         bare = dataclasses.replace(
