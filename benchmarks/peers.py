@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Side by side with PyHessian, hessian-eigenthings and curvlinops: cost, accuracy, and what each takes at all.
 
-    pip install -e '.[peers,vision]' && pip install --no-deps pyhessian
+    pip install -e '.[peers,vision]' && pip install --no-deps pyhessian && pip uninstall -y torchvision
     python benchmarks/peers.py
     python benchmarks/peers.py --workload text --library curvlinops --rows cost trace
 
