@@ -38,28 +38,29 @@ REPEATS = 3
 MEBIBYTE = 2**20
 
 
-def row(name: WorkloadName, profile: str) -> dict[str, Any]:
-    """One measurement by a profile, and its forecast."""
+def row(name: WorkloadName, profile: str, forecast_only: bool) -> dict[str, Any]:
+    """One measurement by a profile, and its forecast; or the forecast alone."""
     logging.disable_progress_bar()
     config = OptimizabilityConfig(profile=profile)  # type: ignore[arg-type]
     _, batches = BATCHES[name](config.budget.probe_examples // BATCH_SIZE)
     workload = Workload(name, load(name).model, batches)
     workload.gradient()  # warms up
     gradients = [seconds(workload.gradient) for _ in range(REPEATS)]
-    measured: list[Measurement] = []
-    before = memory()
-    peak = peak_memory(lambda: measured.append(measure(workload.model, batches, config)))
-    gradients += [seconds(workload.gradient) for _ in range(REPEATS)]
+    found: dict[str, Any] = {}
+    if not forecast_only:
+        measured: list[Measurement] = []
+        before = memory()
+        peak = peak_memory(lambda: measured.append(measure(workload.model, batches, config)))
+        gradients += [seconds(workload.gradient) for _ in range(REPEATS)]
+        found = {name: getattr(measured[0], name) for name in ("seconds", "hvps", "converged")}
+        found["mebibytes"] = peak - before
     expected: list[Forecast] = []
     forecast_seconds = seconds(lambda: expected.append(forecast(workload.model, batches, config)))
     return {
         "examples": config.budget.probe_examples,
         "threads": torch.get_num_threads(),
         "gradient_seconds": statistics.median(gradients),
-        "seconds": measured[0].seconds,
-        "hvps": measured[0].hvps,
-        "converged": measured[0].converged,
-        "mebibytes": peak - before,
+        **found,
         "forecast": {
             "took_seconds": forecast_seconds,
             "seconds": expected[0].seconds,
@@ -101,6 +102,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     said, gradient = row["forecast"], row["gradient_seconds"]
+    took = f"{said['took_seconds'] / gradient:.1f}"
+    if "seconds" not in row:
+        most = [f"at most {said['seconds'] / gradient:.0f}", f"at most {said['hvps']}", "–"]
+        return [str(row["examples"]), *most, f"at most {said['seconds']:.0f} s", f"{said['mebibytes']:.0f}", took]
     return [
         str(row["examples"]),
         f"{row['seconds'] / gradient:.0f}",
@@ -108,7 +113,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "yes" if row["converged"] else "no",
         f"{row['seconds']:.1f} s of at most {said['seconds']:.1f} s",
         f"{row['mebibytes']:.0f} (forecast: {said['mebibytes']:.0f})",
-        f"{said['took_seconds'] / gradient:.1f}",
+        took,
     ]
 
 
@@ -117,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workload", nargs="+", choices=list(BATCHES), default=list(BATCHES))
     parser.add_argument("--profile", nargs="+", choices=list(PROFILES), default=list(PROFILES))
+    parser.add_argument("--forecast_only", action="store_true", help="Measure nothing.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="The JSON file.")
     parser.add_argument("--table", type=Path, default=TABLE, help="The Markdown file.")
     arguments = parser.parse_args()
@@ -124,7 +130,7 @@ def main() -> None:
     for name in arguments.workload:
         for profile in arguments.profile:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(row, (name, profile))
+                found = pool.apply(row, (name, profile, arguments.forecast_only))
             print(name, profile, found, flush=True)
             results.setdefault(name, {})[profile] = found
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")

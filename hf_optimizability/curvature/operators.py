@@ -226,6 +226,6 @@ class _Kept(NamedTuple):
 
 
 def _require_finite(products: Tensor) -> None:
-    # The sum is finite if all entries are, and is had sooner than a look at each of them.
-    if not math.isfinite(products.sum(dtype=torch.float64)):
+    # The sum is finite if all entries are, unless it overflows, and is had far sooner than a look at each of them.
+    if not math.isfinite(products.sum()) and not torch.isfinite(products).all():
         raise FloatingPointError("A product with the curvature matrix is not finite.")

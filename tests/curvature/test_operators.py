@@ -139,3 +139,9 @@ def test_of_a_block_of_parameters_the_matrix_is_a_diagonal_block(objective: Obje
 def test_a_block_that_does_not_exist_is_refused(objective: Objective):
     with pytest.raises(ValueError, match=r"`head.weight` is no block of trainable parameters"):
         objective.block(["head.weight"])
+
+
+def test_products_whose_sum_overflows_are_finite():
+    point = torch.nn.ParameterDict({"x": torch.ones(2)})
+    objective = Objective(point, [torch.ones(1)], loss_fn=lambda model, batch: 1e38 * (model["x"] ** 2).sum())
+    assert HessianOperator(objective).matvec(torch.ones(2)).tolist() == pytest.approx([2e38, 2e38], rel=1e-6)
