@@ -84,7 +84,6 @@ def cost(library: type[Library], name: WorkloadName, products: Products) -> dict
             "time_ratio": statistics.median(product / gradient for gradient, product in times),
             "mebibytes": mebibytes,
             "gradient_mebibytes": gradient_mebibytes,
-            "memory_ratio": mebibytes / gradient_mebibytes,
         }
         del multiply
         workload.model.zero_grad()

@@ -35,7 +35,7 @@ def refused(folder: Path, match: str, *, config: dict[str, Any] | None = None, *
     [
         ({"profile": "cheap"}, "`profile` is 'cheap'; choose one of 'light', 'standard', 'full'"),
         ({"engine": "magic"}, "`engine` is 'magic'; choose one of 'auto', 'double_backward'"),
-        ({"measure_strategy": "often"}, "`measure_strategy` is 'often'; choose one of 'no', 'steps', 'epoch'"),
+        ({"measure_strategy": "often"}, "`measure_strategy` is 'often'; choose one of 'auto', 'no', 'steps', 'epoch'"),
         ({"eigen_method": "qr"}, "`eigen_method`"),
         ({"trace_method": "sum"}, "`trace_method`"),
         ({"max_hvps": -1}, "`max_hvps` is -1; it must be at least 16"),
