@@ -88,9 +88,8 @@ class OptimizabilityCallback(TrainerCallback):
             ValueError: If the data, the model, the blocks or the report's folder can't work.
         """
         model, loader = kwargs["model"], kwargs["train_dataloader"]
-        history = restore(state)
-        measured = sum(measurement.seconds for measurement in history.measurements)
-        self._clock = Clock(trained=history.train_seconds, measured=measured)
+        history = restore(state, config=provenance.describe_config(self.config))
+        self._clock = Clock(trained=history.train_seconds, measured=[m.seconds for m in history.measurements])
         self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
         if state.is_world_process_zero:
             require_writable(self._folder, "report_dir")
@@ -142,14 +141,14 @@ class OptimizabilityCallback(TrainerCallback):
     def _due(self, state: TrainerState) -> bool:
         if self.config.measure_strategy == "steps":
             return state.global_step % self.config.measure_steps == 0
-        if self.config.measure_strategy != "auto" or not self.report.measurements:
+        if self.config.measure_strategy != "auto" or not self._clock.measured:
             return False
         return affordable(
             state.global_step,
             max_steps=state.max_steps,
             budget=self.config.overhead_budget,
             step_seconds=self._clock.step_seconds,
-            measured_seconds=[measurement.seconds for measurement in self.report.measurements],
+            measured_seconds=self._clock.measured,
         )
 
     def on_epoch_end(
@@ -214,7 +213,7 @@ class OptimizabilityCallback(TrainerCallback):
             self._record_failure(error, step, state)
         else:
             self.report.measurements.append(measurement)
-            record(state, measurement, train_seconds=self._clock.train_seconds)
+            self._record(measurement, state)
             self._log(log_entry(measurement), state, control)
         if state.is_world_process_zero:
             self._guarded("writing the report", lambda: self._stamp().save_json(self._folder))
@@ -229,7 +228,10 @@ class OptimizabilityCallback(TrainerCallback):
             logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy} Training goes on.")
         failure = MeasurementFailure(step=step, epoch=state.epoch, reason=reason, remedy=remedy)
         self.report.failures.append(failure)
-        record(state, failure, train_seconds=self._clock.train_seconds)
+        self._record(failure, state)
+
+    def _record(self, found: Measurement | MeasurementFailure, state: TrainerState) -> None:
+        record(state, found, config=self.report.config, train_seconds=self._clock.train_seconds)
 
     def _find_loss_scale(self, trainer: Trainer, model: nn.Module) -> None:
         """Records by what factor the Trainer's loss is off the mean, and says so once."""

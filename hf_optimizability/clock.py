@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -14,13 +14,17 @@ class Clock:
 
     Args:
         trained: Seconds that the run had trained before this process took it up.
-        measured: Seconds that it had measured.
+        measured: Seconds that each of its measurements had taken.
+
+    Attributes:
+        measured: Seconds of each measurement so far, those that failed included.
     """
 
-    def __init__(self, *, trained: float = 0.0, measured: float = 0.0):
-        self._trained, self._measured_before = trained, measured
-        self._begun = self._step_begun = time.perf_counter()
-        self._measured = 0.0
+    def __init__(self, *, trained: float = 0.0, measured: Iterable[float] = ()):
+        self.measured = list(measured)
+        # As if all had been done by now.
+        self._begun = time.perf_counter() - trained - sum(self.measured)
+        self._step_begun = time.perf_counter()
         self._steps: list[float] = []
 
     @contextmanager
@@ -30,7 +34,7 @@ class Clock:
         try:
             yield
         finally:
-            self._measured += time.perf_counter() - started
+            self.measured.append(time.perf_counter() - started)
 
     def step_ended(self) -> None:
         """A step has ended, and the next one begins."""
@@ -50,9 +54,9 @@ class Clock:
     @property
     def train_seconds(self) -> float:
         """Time of training so far."""
-        return self._trained + time.perf_counter() - self._begun - self._measured
+        return time.perf_counter() - self._begun - sum(self.measured)
 
     @property
     def overhead(self) -> float:
         """Time of the measurements so far, as a share of that of training."""
-        return (self._measured_before + self._measured) / self.train_seconds
+        return sum(self.measured) / self.train_seconds

@@ -183,8 +183,25 @@ class OptimizabilityConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"`{name}` is {value}; it must lie between 0 and 1, for example 0.05 for 5 %.")
+        self._require_options_that_fit()
         if self.blocks is not None and not self.blocks:
             raise ValueError("`blocks` is empty; pass at least one pattern, or leave it unset for automatic blocks.")
+
+    def _require_options_that_fit(self) -> None:
+        """Refuses what would have no effect."""
+        if self.curvature != "hessian" and self.engine in ("forward_over_reverse", "central_difference"):
+            raise ValueError(
+                f"`engine` is {self.engine!r}, which makes products with the Hessian only, but `curvature` is "
+                f"{self.curvature!r}. Leave `engine` at 'auto'."
+            )
+        if self.curvature != "hessian" and self.block_eigenvalues:
+            raise ValueError(
+                f"`block_eigenvalues` are those of the Hessian, but `curvature` is {self.curvature!r}. Leave it unset."
+            )
+        if self.eigen_method == "power_iteration" and self.num_eigenvalues > 1:
+            raise ValueError(
+                f"`num_eigenvalues` is {self.num_eigenvalues}, but power iteration finds one. Use eigen_method='lanczos'."
+            )
 
     @property
     def budget(self) -> Budget:

@@ -21,23 +21,18 @@ from .configuration import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.decoupled import DecoupledHessian
 from .curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
+from .curvature.lanczos import SLAB
 from .curvature.operators import ObjectiveOperator
 from .curvature.preconditioner import read_preconditioner
-from .curvature.preconditioner import unwrapped as unwrapped_optimizer
+from .curvature.sketch import DEFLATED
 from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .engines import Way, first_that_works
-from .measure import block_indices, finite_gradient
+from .measure import block_indices, checked, finite_gradient
 from .memory import in_memory
 from .objective import Batch, LossFunction, Objective, batch_size, count_items, cut_batch
 from .safety import full_precision, measuring
 
-
-_SLAB = 8
-"""The Krylov basis grows by this many vectors at once."""
-
-_RITZ = 4
-"""Ritz vectors that a measurement keeps."""
 
 _GRADIENTS = 4
 """Gradients taken besides the products: the gradient, that of each batch for the noise scale, two forward passes."""
@@ -123,11 +118,7 @@ def forecast(
         (2, 32)
     """
     config = config or OptimizabilityConfig()
-    if optimizer is not None:
-        optimizer = unwrapped_optimizer(optimizer)
-    objective = Objective(model, batches, loss_fn=loss_fn)
-    block_indices(objective.names, config)
-    objective.check(seed=config.probe_seed)
+    objective, optimizer = checked(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
     return forecast_objective(objective, config, optimizer=optimizer)
 
 
@@ -322,7 +313,7 @@ class _Stage(NamedTuple):
 def _stages(config: OptimizabilityConfig, products: _Products, prices: _Prices) -> list[_Stage]:
     """The stages that may be the largest; each gives back what it took, but for the Ritz vectors."""
     lanczos = config.eigen_method == "lanczos"
-    ritz = min(_RITZ, prices.size) if lanczos else 0
+    ritz = min(DEFLATED, prices.size) if lanczos else 0
     ends = _basis(products.ends, prices.size) if lanczos else 3
     left = products.ends + products.trace  # for the trace, if the ends took next to none
     trace = {
@@ -346,7 +337,7 @@ def _stages(config: OptimizabilityConfig, products: _Products, prices: _Prices) 
 
 def _basis(steps: int, size: int) -> int:
     """Vectors that a Krylov basis holds after so many steps."""
-    return -(-min(steps, size) // _SLAB) * _SLAB
+    return -(-min(steps, size) // SLAB) * SLAB
 
 
 class PeakMemory(TorchDispatchMode):

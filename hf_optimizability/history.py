@@ -32,25 +32,42 @@ class History(NamedTuple):
     train_seconds: float
 
 
-def record(state: TrainerState, found: Measurement | MeasurementFailure, *, train_seconds: float) -> None:
-    """Adds a measurement, or a failure, to the log that goes into the next checkpoint; no tracker gets to see it."""
+def record(
+    state: TrainerState,
+    found: Measurement | MeasurementFailure,
+    *,
+    config: dict[str, Any],
+    train_seconds: float,
+) -> None:
+    """Adds a measurement, or a failure, to the log that goes into the next checkpoint; no tracker gets to see it.
+
+    Args:
+        state: The Trainer's state.
+        found: What was measured, or why nothing was.
+        config: The options it was measured with: several callbacks may share a log.
+        train_seconds: Time of training so far, without measurements.
+    """
     data = found.to_dict() if isinstance(found, Measurement) else vars(found)
     kind = "measurement" if isinstance(found, Measurement) else "failure"
-    entry: dict[str, Any] = {RECORD: {kind: finite(data), "train_seconds": train_seconds}}
+    entry: dict[str, Any] = {RECORD: {kind: finite(data), "config": config, "train_seconds": train_seconds}}
     state.log_history.append({**entry, "epoch": state.epoch, "step": found.step})
 
 
-def restore(state: TrainerState) -> History:
-    """What the log of a resumed run says was measured; nothing in a run that was not measured before."""
+def restore(state: TrainerState, *, config: dict[str, Any]) -> History:
+    """What the log of a resumed run says was measured with these options; nothing in a run that begins."""
     history = History([], [], 0.0)
+    steps = set()  # two callbacks with the same options measure the same
     for entry in state.log_history:
         held: dict[str, Any] = entry.get(RECORD, {})  # type: ignore[assignment]
+        if held.get("config") != config or entry["step"] in steps:
+            continue
+        steps.add(entry["step"])
         try:
             if "measurement" in held:
                 history.measurements.append(Measurement.from_dict(held["measurement"]))
             elif "failure" in held:
                 history.failures.append(MeasurementFailure(**held["failure"]))
-            history = history._replace(train_seconds=held.get("train_seconds", history.train_seconds))
+            history = history._replace(train_seconds=held["train_seconds"])
         except (KeyError, TypeError, AttributeError) as error:
             logger.warning(
                 f"The measurement at step {entry.get('step')} in the checkpoint's log can't be read "

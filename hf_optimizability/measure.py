@@ -88,13 +88,31 @@ def measure(
         1.0
     """
     config = config or OptimizabilityConfig()
+    objective, optimizer = checked(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
+    with measuring_bar(config, disable=not progress) as bar:
+        return measure_objective(objective, config, optimizer=optimizer, on_products=bar.update)[0]
+
+
+def checked(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: OptimizabilityConfig,
+    *,
+    loss_fn: LossFunction | None,
+    optimizer: Optimizer | None,
+) -> tuple[Objective, Optimizer | None]:
+    """The objective, and the optimizer bare, once every argument of `measure` is known to work.
+
+    Raises:
+        TypeError: If the state of the optimizer can't be read.
+        ValueError: If another argument can't work.
+    """
     if optimizer is not None:
         optimizer = unwrapped_optimizer(optimizer)
     objective = Objective(model, batches, loss_fn=loss_fn)
     block_indices(objective.names, config)
     objective.check(seed=config.probe_seed)
-    with measuring_bar(config, disable=not progress) as bar:
-        return measure_objective(objective, config, optimizer=optimizer, on_products=bar.update)[0]
+    return objective, optimizer
 
 
 def measuring_bar(config: OptimizabilityConfig, *, disable: bool) -> tqdm:

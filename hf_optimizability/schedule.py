@@ -21,7 +21,8 @@ def affordable(
         max_steps: Optimizer steps of the whole run.
         budget: Share of the training time that may go into measurements.
         step_seconds: Time that a step takes.
-        measured_seconds: What each measurement took so far; the first was made before the first step.
+        measured_seconds: What each measurement took so far, those that failed included; the first was made before the
+            first step.
 
     Example:
         >>> costs = {"max_steps": 900, "budget": 0.05, "step_seconds": 1.0}  # 900 s pay for four of 10 s

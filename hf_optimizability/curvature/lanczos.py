@@ -22,6 +22,9 @@ from .vectors import rademacher
 _BEYOND = 0.2
 """How far beyond a found end of the spectrum, as a share of it, an eigenvalue that was missed is looked for."""
 
+SLAB = 8
+"""Vectors that a basis grows by at once."""
+
 _UNLUCKY = 0.1
 """A random start is shorter than this share of its typical length along a given vector with a chance of 8 %."""
 
@@ -428,8 +431,6 @@ class _Basis:
     Whatever is done with them is done columns by columns that fit into the cache: memory traffic is what it costs.
     """
 
-    _SLAB = 8
-
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
         self.size = size
         self._dtype, self._device = dtype, device
@@ -443,7 +444,7 @@ class _Basis:
         """Appends `mix @ rows`, and returns a view of it."""
         number = len(mix)
         if not self._slabs or self._used[-1] + number > len(self._slabs[-1]):
-            shape = (max(self._SLAB, number), self.size)
+            shape = (max(SLAB, number), self.size)
             self._slabs.append(torch.empty(shape, dtype=self._dtype, device=self._device))
             self._used.append(0)
         self._used[-1] += number

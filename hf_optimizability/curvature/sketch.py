@@ -20,7 +20,7 @@ from .xtrace import xtrace
 
 
 EigenMethod = Literal["lanczos", "power_iteration"]
-_DEFLATED = 4
+DEFLATED = 4
 """Ritz vectors that the trace treats exactly; as many as are multiplied at once."""
 
 TraceMethod = Literal["hutchinson", "hutch++", "xtrace", "exact"]
@@ -166,7 +166,7 @@ def _ends(
             hvps=run.hvps,
             tolerance=tolerance,
         )
-    vectors = run.ritz_vectors(range(-min(_DEFLATED, len(run.nodes)), 0))
+    vectors = run.ritz_vectors(range(-min(DEFLATED, len(run.nodes)), 0))
     return run.spectrum, found, vectors.to(matrix.device)  # the basis may be on the CPU
 
 
