@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..blocks import EMBEDDINGS, HEAD
 from ..curvature.estimates import Estimate
+from ..curvature.preconditioner import stability_limit
 from ..measurement import Measurement
 from .markdown import format_estimate, format_interval, format_number, format_percent, format_with_error
 
@@ -43,6 +44,15 @@ CONCENTRATED = 2 / 3
 
 SADDLE = 0.1
 """|λ_min|/λ_max beyond which an end below 0 is no remnant."""
+
+NEAR = 3.0
+"""Factor between a learning rate and the limit within which it is near."""
+
+FAR_BELOW = 10.0
+"""Factor below the limit from which a rate whose loss did not get far is too low: in sweeps this was found at a sixteenth
+of the best rate only, never at the best or above (measured: benchmarks/advice.py)."""
+
+LIMIT_SOURCE = "Cohen et al., arXiv 2103.00065 and 2207.14484; what the limit is worth: benchmarks/advice.py"
 
 UNDERFIT = 0.9
 """Share of the starting loss that is still there."""
@@ -117,18 +127,54 @@ def find(report: OptimizabilityReport) -> tuple[Finding, ...]:
 
 
 def learning_rate_above_limit(report: OptimizabilityReport) -> Finding | None:
-    """TBD."""
-    return None
+    """The run went astray, and its learning rate was above the stability limit."""
+    peak, stable, troubles = _peak_rate(report), _largest_stable(report), _troubles(report)
+    if peak is None or stable is None or not troubles or peak <= stable.low:
+        return None
+    return Finding(
+        name="learning_rate_above_limit",
+        severity="problem",
+        sentence="The learning rate was above its stability limit, and training was unstable.",
+        evidence=(*troubles, *stable.evidence(peak)),
+        advice=f"Start again at {format_number(stable.low, digits=2)} or less, or with a longer warm-up.",
+        source=LIMIT_SOURCE,
+    )
 
 
 def learning_rate_near_limit(report: OptimizabilityReport) -> Finding | None:
-    """TBD."""
-    return None
+    """The learning rate is about as high as the curvature allows, and the run was steady."""
+    peak, stable = _peak_rate(report), _largest_stable(report)
+    if peak is None or stable is None or _troubles(report):
+        return None
+    if not stable.low / NEAR <= peak <= stable.high * NEAR:
+        return None
+    return Finding(
+        name="learning_rate_near_limit",
+        severity="note",
+        sentence="The learning rate is near its stability limit, and training was steady.",
+        evidence=stable.evidence(peak),
+        advice="Training often hovers there without harm. It does not say that this rate is the best: in sweeps, best "
+        "rates lay from far below the limit to far above it.",
+        source=LIMIT_SOURCE,
+    )
 
 
 def learning_rate_far_below_limit(report: OptimizabilityReport) -> Finding | None:
-    """TBD."""
-    return None
+    """The learning rate leaves much of what the curvature allows, and the loss did not get far."""
+    peak, stable = _peak_rate(report), _largest_stable(report)
+    if peak is None or stable is None or peak >= stable.low / FAR_BELOW or _troubles(report):
+        return None
+    slow = _still_falling(report) or _nothing_learnt(report)
+    if slow is None:
+        return None
+    return Finding(
+        name="learning_rate_far_below_limit",
+        severity="warning",
+        sentence="The learning rate is far below its stability limit, and the loss did not get far.",
+        evidence=(slow, *stable.evidence(peak)),
+        advice="Raise it by a factor 3 at a time. The limit is no target: the best rate may lie well below it.",
+        source=LIMIT_SOURCE,
+    )
 
 
 def training_unstable(report: OptimizabilityReport) -> Finding | None:
@@ -227,8 +273,8 @@ def curvature_concentrated(report: OptimizabilityReport) -> Finding | None:
 
 def saddle(report: OptimizabilityReport) -> Finding | None:
     """Significant negative curvature where training ended."""
-    last = _last(report)
-    if last is None or not report.dynamics or last.hessian.lambda_min is None:
+    last = _end(report)
+    if last is None or last.hessian.lambda_min is None:
         return None
     bottom, top = last.hessian.lambda_min, last.hessian.lambda_max
     if last.curvature != "hessian" or bottom.high >= -SADDLE * abs(top.value):
@@ -245,32 +291,20 @@ def saddle(report: OptimizabilityReport) -> Finding | None:
 
 def not_converged(report: OptimizabilityReport) -> Finding | None:
     """The loss was still falling at the end."""
-    last, speed = _last(report), report.dynamics.get("convergence_speed") or {}
-    if last is None or not speed or speed.get("drop") is None:
+    last, falling = _end(report), _still_falling(report)
+    if last is None or falling is None:
         return None
-    steps = last.step
-    low = speed.get("steps_to_90_low")
-    straight = str(speed.get("note")).startswith("Not yet levelled")
-    if not straight and (low is None or low <= steps):
-        return None
-    evidence = [f"gradient norm at step {steps:,}: {format_number(last.grad_norm)}"]
-    if low is not None:
-        interval = format_interval(speed["steps_to_90"], low, speed["steps_to_90_high"])
-        evidence.append(f"90 % of the drop after {interval} steps, trained for {steps:,}")
-    else:
-        evidence.append(
-            f"area under the loss curve: {format_number(speed['normalized_area'])} (a straight fall has 0.5)"
-        )
+    evidence = [falling, f"gradient norm at step {last.step:,}: {format_number(last.grad_norm)}"]
     if last.along_gradient is not None and last.along_gradient.predicted_decrease is not None:
-        gain = last.along_gradient.predicted_decrease
-        evidence.append(f"one best step would lower the loss of {format_number(last.loss)} by {format_number(gain)}")
+        gain = format_number(last.along_gradient.predicted_decrease)
+        evidence.append(f"one best step along it would lower the loss of {format_number(last.loss)} by {gain}")
     return Finding(
         name="not_converged",
         severity="warning",
         sentence="The loss was still falling when training ended.",
         evidence=tuple(evidence),
-        advice="Train for more steps, or raise the learning rate if it is below its limit.",
-        source="95 % interval of a fit to this run's log; dynamics/convergence_speed.py says how",
+        advice="Train for more steps, or at a higher learning rate if it was steady.",
+        source="95 % interval of a fit to this run's log, as in dynamics/convergence_speed.py",
     )
 
 
@@ -295,23 +329,18 @@ def overfitting(report: OptimizabilityReport) -> Finding | None:
 
 
 def underfitting(report: OptimizabilityReport) -> Finding | None:
-    """The loss levelled close to where it started, on training and evaluation data alike."""
-    first, last = (report.measurements[0], report.measurements[-1]) if report.measurements else (None, None)
+    """The loss is about where it started, on training and evaluation data alike."""
     gap = report.dynamics.get("generalization_gap") or {}
-    if first is None or last is None or gap.get("high") is None or _troubles(report):
+    learnt = _nothing_learnt(report)
+    if learnt is None or gap.get("high") is None or gap["high"] > (1 - UNDERFIT) * report.measurements[-1].loss:
         return None
-    left = last.loss / first.loss if first.loss > 0 else 0.0
-    if left < UNDERFIT or gap["high"] > (1 - UNDERFIT) * last.loss or not_converged(report) is not None:
+    if _troubles(report) or not_converged(report) or learning_rate_far_below_limit(report):
         return None
     return Finding(
         name="underfitting",
         severity="warning",
         sentence="The model has learnt next to nothing: its loss is about where it started.",
-        evidence=(
-            f"loss on the probe set: {format_number(first.loss)} at step {first.step:,}, "
-            f"{format_number(last.loss)} at step {last.step:,}",
-            f"eval loss − train loss: {format_with_error(gap['loss_gap'], gap['std_error'])}",
-        ),
+        evidence=(learnt, f"eval loss − train loss: {format_with_error(gap['loss_gap'], gap['std_error'])}"),
         advice="Check that the labels belong to the inputs and that nothing needed is frozen; then try a higher "
         "learning rate, more steps, or a larger model.",
         source="less than a tenth of the starting loss is gone, with no gap to new data; Goodfellow et al. 2016, "
@@ -451,6 +480,96 @@ def central_differences_off(report: OptimizabilityReport) -> Finding | None:
 
 def _last(report: OptimizabilityReport) -> Measurement | None:
     return report.measurements[-1] if report.measurements else None
+
+
+@dataclass(frozen=True)
+class _Stable:
+    """The largest stable learning rate by the formula of the optimizer in use, over a run.
+
+    Attributes:
+        low: Least lower end.
+        high: Largest upper end.
+        steps: Where it was measured.
+    """
+
+    low: float
+    high: float
+    steps: tuple[int, ...]
+
+    def evidence(self, peak: float) -> tuple[str, ...]:
+        """The rate beside its limit."""
+        low, high = format_number(self.low, digits=2), format_number(self.high, digits=2)
+        span = f"{low} to {high}" if math.isfinite(self.high) else f"at least {low}"
+        steps = ", ".join(f"{step:,}" for step in self.steps[-MOST_NAMED:])
+        return (
+            f"peak learning rate {format_number(peak, digits=2)}",
+            f"largest stable one, by the sharpness at step {steps}: {span}",
+        )
+
+
+def _largest_stable(report: OptimizabilityReport) -> _Stable | None:
+    """From the sharpness after the start; where the learning rate is 0, it is that of the peak.
+
+    There is none of models with BatchNorm: the sharpness in eval mode is not that of training.
+    """
+    settings = report.training.get("optimizer_settings") or {}
+    measured = [m for m in report.measurements if m.step_size is not None and m.step_size.sharpness.value > 0]
+    measured = [measurement for measurement in measured if measurement.step > 0] or measured
+    if not measured or report.model.get("batch_norm", True):
+        return None
+    beta = (settings.get("betas") or [settings.get("beta1") or 0.0])[0]
+    averaged = {"momentum": beta, "dampening": beta}
+    names = ("momentum", "dampening", "nesterov")
+    buffered = {name: settings[name] for name in names if settings.get("momentum") and name in settings}
+    limit = stability_limit(1.0, **(averaged if report.training.get("optimizer") != "SGD" else buffered))
+    sharpness = [measurement.step_size.sharpness for measurement in measured if measurement.step_size is not None]
+    return _Stable(
+        low=min(limit / estimate.high for estimate in sharpness),
+        high=max(limit / estimate.low if estimate.low > 0 else math.inf for estimate in sharpness),
+        steps=tuple(measurement.step for measurement in measured),
+    )
+
+
+def _peak_rate(report: OptimizabilityReport) -> float | None:
+    """The largest learning rate of the schedule."""
+    rate = (report.training.get("optimizer_settings") or {}).get("lr")
+    sizes = [m.step_size.learning_rate for m in report.measurements if m.step_size is not None]
+    return max([rate, *sizes]) if rate else None
+
+
+def _still_falling(report: OptimizabilityReport) -> str | None:
+    """That more than a tenth of the loss's drop was to come, if so."""
+    speed = report.dynamics.get("convergence_speed") or {}
+    if speed.get("drop") is None or not report.measurements:
+        return None
+    low, steps = speed.get("steps_to_90_low"), report.measurements[-1].step
+    if low is not None and low > steps:
+        interval = format_interval(speed["steps_to_90"], low, speed["steps_to_90_high"])
+        return f"90 % of the loss's drop after {interval} steps, trained for {steps:,}"
+    if str(speed.get("note")).startswith("Not yet levelled"):
+        area = format_number(speed["normalized_area"], digits=3)
+        return f"the loss had not levelled by step {steps:,}: area under its curve {area}, 0.5 for a straight fall"
+    return None
+
+
+def _nothing_learnt(report: OptimizabilityReport) -> str | None:
+    """That the loss on the probe set ended about where it started, if so."""
+    last = _end(report)
+    if last is None:
+        return None
+    first = report.measurements[0]
+    if not last.loss >= UNDERFIT * first.loss > 0:
+        return None
+    ends = f"{format_number(first.loss)} at step {first.step:,}, {format_number(last.loss)} at step {last.step:,}"
+    return f"loss on the probe set: {ends}"
+
+
+def _end(report: OptimizabilityReport) -> Measurement | None:
+    """The measurement of the weights that training ended with."""
+    last = _last(report)
+    if last is None or not report.dynamics or last.step == 0:
+        return None
+    return None if report.failures and report.failures[-1].step > last.step else last
 
 
 def _troubles(report: OptimizabilityReport) -> tuple[str, ...]:
