@@ -24,7 +24,7 @@ from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure
 from .objective import Objective, trainer_loss
-from .privacy import anonymous, anonymous_strings
+from .privacy import anonymous, in_strings
 from .probe import probe_batches
 from .report import OptimizabilityReport
 from .safety import pretrained
@@ -253,7 +253,7 @@ class OptimizabilityCallback(TrainerCallback):
     def _finish(self, state: TrainerState) -> None:
         from .dynamics import compute_dynamics
 
-        self.report.log_history = anonymous_strings(without_records(state.log_history))
+        self.report.log_history = in_strings(without_records(state.log_history), anonymous)
         self.report.dynamics = compute_dynamics(self.report.log_history, seed=self.config.probe_seed)
         self.report.training["overhead"] = self._clock.overhead
         path = self._stamp().save(self._folder)

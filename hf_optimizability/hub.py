@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx, 
 
 from .files import write_atomically
 from .model_card import ModelCardError, with_report
-from .privacy import without_secrets
+from .privacy import in_strings, without_secrets
 from .report import OptimizabilityReport
 from .report.markdown import ALT_TEXTS, CARD_FOLDER, card_section, one_line
 
@@ -91,8 +92,11 @@ def push(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"`repo_id` is no name of a repository, such as 'user/my-model'. {error}") from None
-    report = OptimizabilityReport.load(folder)
-    files = {name: _published(folder / name, token) for name in _FILES if (folder / name).is_file()}
+    # A report may be older than the rule that none holds secrets or home directories.
+    clean = partial(without_secrets, secrets=[token, get_token()])
+    report = OptimizabilityReport.from_dict(in_strings(OptimizabilityReport.load(folder).to_dict(), clean))
+    files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+    files |= {name: clean(content.decode()).encode() for name, content in files.items() if name in _TEXTS}
     api = HfApi(token=token, library_name="hf-optimizability")
     kept = f"The report in {folder} is as it was."
     with explained(f"pushing the report to {repo_id}", kept=kept, token=token), _patience():
@@ -188,7 +192,7 @@ def _commit(
 
 def _read_card(api: HfApi, repo_id: str, revision: str | None) -> str:
     """The repository's README.md with its line breaks; empty if there is none."""
-    url = hf_hub_url(repo_id, "README.md", revision=revision)
+    url = hf_hub_url(repo_id, "README.md", revision=revision, endpoint=api.endpoint)
     # Not `hf_hub_download`: what that says of a Hub out of reach is hard to tell from a file that is not there.
     response = get_session().get(url, headers=build_hf_headers(token=api.token, library_name=api.library_name))
     try:
@@ -199,12 +203,6 @@ def _read_card(api: HfApi, repo_id: str, revision: str | None) -> str:
         return response.content.decode()
     except UnicodeDecodeError:
         raise ModelCardError(f"README.md of {repo_id} is not UTF-8, as the Hub wants it. Save it as UTF-8.") from None
-
-
-def _published(file: Path, token: str | None) -> bytes:
-    """The content of a file, text without secrets and home directories: a report may be older than this rule."""
-    content = file.read_bytes()
-    return without_secrets(content.decode(), secrets=[token]).encode() if file.name in _TEXTS else content
 
 
 @contextmanager
@@ -224,6 +222,8 @@ def _explanation(error: Exception, token: str | None) -> tuple[str, str]:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, (httpx.HTTPError, OfflineModeIsEnabled)):
         cause = cause.__cause__  # uploads of large files wrap what happened to them
+    if isinstance(error, ValueError) and cause is not None:
+        return str(error), "Mend the front matter of the card and push again."
     if isinstance(cause, HfHubHTTPError):
         return _refusal(cause, token)
     if isinstance(cause, OfflineModeIsEnabled):

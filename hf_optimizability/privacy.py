@@ -11,7 +11,7 @@ import getpass
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,13 @@ def anonymous(text: str) -> str:
     return text
 
 
-def anonymous_strings(value: Any) -> Any:
-    """The value with each string in it made `anonymous`, in nested dicts and lists."""
+def in_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with each string in it changed, in nested dicts (but not their keys) and lists."""
     if isinstance(value, dict):
-        return {key: anonymous_strings(item) for key, item in value.items()}
+        return {key: in_strings(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [anonymous_strings(item) for item in value]
-    return anonymous(value) if isinstance(value, str) else value
+        return [in_strings(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _names() -> dict[str, str]:

@@ -84,7 +84,7 @@ class OptimizabilityTrainerMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the model card as the Trainer does, and puts the report into it; its files go beside the model.
 
-        What lies in `output_dir` goes up with `push_to_hub`, in one commit. Without a report, the card is the Trainer's.
+        What lies in `output_dir` goes up with `push_to_hub`, in one commit.
         """
         super().create_model_card(*args, **kwargs)
         report, folder = self.optimizability_report(), Path(cast(str, self.args.output_dir))
