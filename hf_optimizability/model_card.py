@@ -273,43 +273,54 @@ def _reads_as(text: str, wanted: dict[str, Any]) -> bool:
 
 
 def _tag_edits(text: str, tags: yaml.Node, wanted: list[str], line_break: str) -> list[_Edit]:
-    return [_appended(text, tags, TAG, line_break)]
+    return _appended(text, tags, TAG, line_break)
 
 
 def _index_edits(text: str, index: yaml.Node, wanted: list[dict[str, Any]], line_break: str) -> list[_Edit]:
     """Replaces our result by the new one, takes our metrics out of other results, or appends our result."""
+    if not isinstance(index, yaml.SequenceNode) or not index.value:
+        return []
     ours = [one for model in wanted for one in model["results"] if any(map(_is_ours, one["metrics"]))]
-    edits = []
+    edits: list[_Edit] = []
     lists = [_child(model, "results") for model in index.value]
     for results in lists:
         for one in results.value:
             metrics = _child(one, "metrics").value
             marks = [_child(metric, "type").value.startswith(METRIC_PREFIX) for metric in metrics]
-            if marks and all(marks):
+            if not (marks and all(marks)):
+                edits += [(*_item_span(text, metric), "") for metric, our in zip(metrics, marks, strict=True) if our]
+            elif results.flow_style:
+                edits.append((one.start_mark.index, one.end_mark.index, _flow(ours.pop()) if ours else ""))
+            else:
                 new = _item(ours.pop(), results.start_mark.column, line_break) if ours else ""
                 edits.append((*_item_span(text, one), new))
-            else:
-                edits += [(*_item_span(text, metric), "") for metric, our in zip(metrics, marks, strict=True) if our]
-    return edits + [_appended(text, lists[0], one, line_break) for one in ours]
+    for one in ours:
+        edits += _appended(text, lists[0], one, line_break)
+    return edits
 
 
 def _child(mapping: yaml.Node, key: str) -> yaml.Node:
     return next((value for name, value in mapping.value if name.value == key), yaml.ScalarNode("", ""))
 
 
-def _appended(text: str, items: yaml.Node, item: Any, line_break: str) -> _Edit:
+def _appended(text: str, items: yaml.Node, item: Any, line_break: str) -> list[_Edit]:
     """Puts an item at the end of a list."""
     if isinstance(items, yaml.ScalarNode):
-        return 0, 0, ""
+        return []
     if not items.flow_style:
         at = _line_end(text, _end(items))
-        return at, at, _item(item, items.start_mark.column, line_break)
+        return [(at, at, _item(item, items.start_mark.column, line_break))]
+    start, end = items.start_mark.index, items.end_mark.index
     if items.value:
-        at = items.end_mark.index - 1
-        return at, at, f", {json.dumps(item, ensure_ascii=False)}"
-    line = text[: items.start_mark.index].replace("\r", "\n").rpartition("\n")[2]
-    indent = len(line) - len(line.lstrip(" -"))
-    return items.start_mark.index, items.end_mark.index, line_break + _item(item, indent, line_break).rstrip("\r\n")
+        return [(end - 1, end - 1, f", {_flow(item)}")]
+    line = text[:start].replace("\r", "\n").rpartition("\n")[2]
+    indent = len(line) - len(line.lstrip(" -"))  # that of the list's key
+    at = _line_end(text, end)
+    return [(start - 1, end, ""), (at, at, _item(item, indent, line_break))]
+
+
+def _flow(item: Any) -> str:
+    return json.dumps(item, ensure_ascii=False)
 
 
 def _item(item: Any, indent: int, line_break: str) -> str:

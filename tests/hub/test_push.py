@@ -263,7 +263,8 @@ class TestWrongArguments:
 
 def test_what_the_hub_does_not_want_in_a_card(hub: HubStub, folder: Path):
     """What is wrong with the rest of a card stays the author's to mend."""
-    bad = b"---\nmodel-index:\n- name: x\n  results:\n  - task: {}\n    dataset: {type: /a b, name: x}\n    metrics: []\n---\n"
+    result = b"{task: {}, dataset: {type: /a b, name: x}, metrics: []}"
+    bad = b"---\nmodel-index:\n- name: x\n  results:\n  - " + result + b"\n---\n"
     hub.repositories["ada/model"] = Repository.of({"README.md": bad})
     with pytest.raises(HubError, match=r"Invalid metadata in README.md.*fails to match the required pattern"):
         push(folder, "ada/model")
