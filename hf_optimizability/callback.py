@@ -24,6 +24,7 @@ from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure
 from .objective import Objective, trainer_loss
+from .privacy import anonymous, in_strings
 from .probe import probe_batches
 from .report import OptimizabilityReport
 from .safety import pretrained
@@ -224,9 +225,9 @@ class OptimizabilityCallback(TrainerCallback):
         else:
             reason = f"{type(error).__name__}: {error}"
             remedy = "Try `hf_optimizability.measure` on the same model and batches to see the whole traceback."
-        if reason not in [failure.reason for failure in self.report.failures]:  # once is enough to know
+        failure = MeasurementFailure(step=step, epoch=state.epoch, reason=anonymous(reason), remedy=remedy)
+        if failure.reason not in [earlier.reason for earlier in self.report.failures]:  # once is enough to know
             logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy} Training goes on.")
-        failure = MeasurementFailure(step=step, epoch=state.epoch, reason=reason, remedy=remedy)
         self.report.failures.append(failure)
         self._record(failure, state)
 
@@ -252,7 +253,7 @@ class OptimizabilityCallback(TrainerCallback):
     def _finish(self, state: TrainerState) -> None:
         from .dynamics import compute_dynamics
 
-        self.report.log_history = without_records(state.log_history)
+        self.report.log_history = in_strings(without_records(state.log_history), anonymous)
         self.report.dynamics = compute_dynamics(self.report.log_history, seed=self.config.probe_seed)
         self.report.training["overhead"] = self._clock.overhead
         path = self._stamp().save(self._folder)

@@ -23,6 +23,7 @@ from .curvature.twice_differentiable import CheapSecondDerivatives
 from .curvature.vectors import norm, rademacher
 from .measurement import MeasurementError
 from .objective import Objective
+from .privacy import anonymous
 from .safety import eager_attention, math_attention, pretrained
 
 
@@ -163,7 +164,7 @@ def _judged(
     logger.warning_once(
         f"Hessian-vector products are made by {way.engine} under {way.attention} attention, because of this: {reason}"
     )
-    return replace(way, fallback=reason)
+    return replace(way, fallback=anonymous(reason))
 
 
 def _difference_error(objective: Objective, config: OptimizabilityConfig, on_products: OnProducts) -> float:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .stub import COMMIT, serve
+from .stub import COMMIT, READER, serve
 
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def test_a_recipe_downloads_checkpoint_and_data_by_their_names(tmp_path: Path) -
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "home"),
             "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": "hf_dummy",
+            "HF_TOKEN": READER,
             "NO_PROXY": "127.0.0.1",
         }
         run = subprocess.run(
