@@ -45,7 +45,7 @@ TaskName = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and everything else to stderr.")]
 AllFlags = Annotated[bool, typer.Option("--flags", help="List all further flags of the task, and stop.")]
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a report, or its report.json.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, file_okay=False, help="Folder of a report.")]
 
 
 def main() -> None:
@@ -170,10 +170,44 @@ def report(ctx: typer.Context, folder: Folder, as_json: AsJson = False) -> None:
     with _work(ctx):
         from .report import OptimizabilityReport
 
+        if not (folder / "report.json").is_file():
+            raise FileNotFoundError(f"There is no report.json in {str(folder)!r}. Name the folder of a report.")
         found = OptimizabilityReport.load(folder)
-        folder = folder.parent if folder.is_file() else folder
         found.save(folder)
         _print_report(found, folder, found.summary(), as_json=as_json)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  hf-optimizability push out/sst2/optimizability user/my-model
+  hf-optimizability push out/sst2/optimizability org/their-model --create-pr
+""",
+)
+def push(
+    ctx: typer.Context,
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The model's repository, such as user/my-model.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private, if it is made.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch to push to.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a report into a model's repository on the Hub.
+
+    Its files, and a section of the model card. Takes the token of `hf auth login`, or that in HF_TOKEN.
+    """
+    with _work(ctx):
+        from .hub import push as push_to_hub
+
+        url = push_to_hub(folder, repo_id, private=private or None, create_pr=create_pr, revision=revision)
+        typer.echo(json.dumps({"url": url}) if as_json else url)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of report.json."""
+    typer.echo((Path(__file__).parent / "report/report.schema.json").read_text(encoding="utf-8"))
 
 
 def _run(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool = False) -> None:
@@ -212,6 +246,7 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
         if not forecast_only and (config.report_dir is not None or training_args.output_dir != scratch):
             folder = report_folder(config, training_args)
             require_writable(folder, "report_dir")
+        training_args.output_dir = scratch
         with _only_json_on_stdout(as_json):
             trainer = Trainer(args=training_args, **load(task, model_args, data_args, training_args))
             measured = measured_by(trainer, config)
@@ -289,9 +324,10 @@ def _work(ctx: typer.Context) -> Iterator[None]:
 
 
 def _explained(error: Exception) -> str:
+    from .hub import HubError
     from .measurement import MeasurementError
 
-    if isinstance(error, (ValueError, OSError, ImportError, MeasurementError)):  # these say what to do
+    if isinstance(error, (ValueError, OSError, ImportError, MeasurementError, HubError)):  # these say what to do
         return str(error)
     return f"{type(error).__name__}: {error}\n`hf-optimizability --debug …` shows where."
 
