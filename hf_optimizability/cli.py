@@ -204,7 +204,7 @@ def push(
         typer.echo(json.dumps({"url": url}) if as_json else url)
 
 
-@app.command()
+@app.command(epilog="Example: hf-optimizability schema > report.schema.json")
 def schema() -> None:
     """Print the JSON Schema of report.json."""
     typer.echo((Path(__file__).parent / "report/report.schema.json").read_text(encoding="utf-8"))

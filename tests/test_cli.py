@@ -44,10 +44,10 @@ def arguments(checkpoint: str, tmp_path: Path) -> str:
     """A JSON file of a run that takes a second."""
     data = tiny_texts.save_data(tmp_path / "data.parquet")
     values = {
-        "model_name_or_path": checkpoint, "train_file": data, "validation_file": data, "text_column_name": ["sentence"],
-        "ignore_mismatched_sizes": True, "cache_dir": str(tmp_path / "cache"), "max_steps": 1,
-        "per_device_train_batch_size": 4, "learning_rate": 1e-3, "profile": "light", "probe_examples": 4,
-        "max_hvps": 16, "dataloader_pin_memory": False, "disable_tqdm": True,
+        "model_name_or_path": checkpoint, "train_file": data, "validation_file": data,
+        "text_column_name": ["sentence"], "ignore_mismatched_sizes": True, "cache_dir": str(tmp_path / "cache"),
+        "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "profile": "light",
+        "probe_examples": 4, "max_hvps": 16, "dataloader_pin_memory": False, "disable_tqdm": True,
     }  # fmt: skip
     file = tmp_path / "arguments.json"
     file.write_text(json.dumps(values))
@@ -82,7 +82,32 @@ def test_help_names_every_command_and_the_exit_codes() -> None:
 def test_every_command_has_help(command: str) -> None:
     printed = succeed(command, "--help")
     assert printed.startswith(f"Usage: hf-optimizability {command}")
-    assert f"hf-optimizability {command} " in printed.partition("Example")[2] or command == "schema"
+    assert f"hf-optimizability {command}" in printed.partition("Example")[2]
+
+
+def test_the_examples_use_flags_that_there_are() -> None:
+    texts = [(ROOT / "docs/command.md").read_text(), *(succeed(command, "--help") for command in COMMANDS)]
+    examples = [line.split() for text in texts for line in command_lines(text)]
+    assert {words[0] for words in examples} == set(COMMANDS)
+    passed_on = [succeed("run", "--task", task, "--flags") for task in ("text-classification", "image-classification")]
+    for command, *words in examples:
+        known = "\n".join([succeed(command, "--help"), *(passed_on if command in ("demo", "run", "measure") else [])])
+        for flag in (word for word in words if word.startswith("--")):
+            assert re.search(rf"{flag}\b", known), f"{command} {flag}"
+
+
+def test_the_forecast_in_the_documents() -> None:
+    Path("recipes").symlink_to(ROOT / "recipes")
+    text = (ROOT / "docs/command.md").read_text()
+    (line,) = (line for line in command_lines(text) if line.startswith("measure ") and "recipes/" in line)
+    printed = succeed(*line.split())
+    assert printed.partition(", ")[0] in text and printed.startswith("at most 32 Hessian-vector products")
+
+
+def command_lines(text: str) -> list[str]:
+    """What stands behind the command's name on the lines that begin with it."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    return re.findall(r"^\s*(?:Example: )?hf-optimizability ([a-z].*)$", joined, flags=re.MULTILINE)
 
 
 def test_flags_lists_those_of_data_training_and_measurement() -> None:
@@ -93,7 +118,10 @@ def test_flags_lists_those_of_data_training_and_measurement() -> None:
 
 
 def test_completion_knows_commands_and_options() -> None:
-    for words, offered in {"hf-optimizability me": {"measure"}, "hf-optimizability measure --f": {"--forecast"}}.items():
+    for words, offered in {
+        "hf-optimizability me": {"measure"},
+        "hf-optimizability measure --f": {"--forecast"},
+    }.items():
         environment = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         result = invoke(env={"_HF_OPTIMIZABILITY_COMPLETE": "complete_bash", **environment})
         assert offered <= set(result.stdout.split())
@@ -190,11 +218,9 @@ def test_a_damaged_report_is_told_and_left_alone() -> None:
 
 
 def test_demo_runs_on_what_comes_along(tmp_path: Path) -> None:
-    printed = succeed(
-        *"demo --json --image_size 32 --max_steps 1 --max_train_samples 8 --max_eval_samples 4 --probe_examples 2".split(),
-        *f"--max_hvps 16 --curvature empirical_fisher --cache_dir {tmp_path} --disable_tqdm true".split(),
-    )
-    report = json.loads(printed)["report"]
+    flags = f"""--image_size 32 --max_steps 1 --max_train_samples 8 --max_eval_samples 4 --probe_examples 2
+        --max_hvps 16 --cache_dir {tmp_path} --disable_tqdm true"""
+    report = json.loads(succeed("demo", "--json", *flags.split()))["report"]
     assert report["model"]["id"] == "mobilenet_v2_1.0" and report["data"]["dataset"] == "mnist_5k"
     assert len(report["measurements"]) == 2
     assert Path("out/demo/vision/optimizability/report.md").exists()
@@ -202,7 +228,9 @@ def test_demo_runs_on_what_comes_along(tmp_path: Path) -> None:
 
 def test_what_the_demo_runs_on_is_installed_with_the_package() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    needed = [value for value in json.loads((ROOT / cli.DEMO).read_text()).values() if str(value).startswith("recipes/")]
+    needed = [
+        value for value in json.loads((ROOT / cli.DEMO).read_text()).values() if str(value).startswith("recipes/")
+    ]
     assert len(needed) == 2
     for folder in [*needed, str(Path(cli.DEMO).parent)]:
         assert f'"share/hf-optimizability/{folder}" = ["{folder}/' in project
@@ -218,26 +246,30 @@ def test_schema_is_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("line", "message"),
     [
         ("tune", "No such command 'tune'"),
         ("run", "required: --model_name_or_path"),
         ("run --task audio", "'audio' is not one of 'text-classification'"),
         ("run ARGUMENTS --learning_rat 1", "There is no argument --learning_rat. Did you mean --learning_rate?"),
         ("run ARGUMENTS --learning_rate fast", "--learning_rate/--learning-rate: invalid float value: 'fast'"),
-        ("run ARGUMENTS --dataset_name org/data", "exactly one of --dataset_name, --train_file; got dataset_name, train"),
+        (
+            "run ARGUMENTS --dataset_name org/data",
+            "exactly one of --dataset_name, --train_file; got dataset_name, train",
+        ),
         ("run ARGUMENTS --profile heavy", "invalid choice: 'heavy'"),
         ("measure ARGUMENTS --probe_examples 1", "`probe_examples` is 1; it must be at least 2"),
         ("measure nowhere.json", "No such file or directory: 'nowhere.json'"),
-        ("measure CHECKPOINT/config.json --model_name_or_path CHECKPOINT", "There is no argument --architectures"),
+        ("measure CHECKPOINT/config.json --task text-classification", "required: --model_name_or_path"),
         ("report nowhere", "'nowhere' does not exist"),
         ("push", "Missing argument 'FOLDER'"),
     ],
 )
 def test_a_command_line_that_cant_be_understood_ends_with_2(
-    flags: str, message: str, arguments: str, checkpoint: str
+    line: str, message: str, arguments: str, checkpoint: str
 ) -> None:
-    assert message in fail(*flags.replace("ARGUMENTS", arguments).replace("CHECKPOINT", checkpoint).split(), code=2)
+    words = line.replace("ARGUMENTS", arguments).replace("CHECKPOINT", checkpoint).split()
+    assert message in fail(*words, code=2)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +279,11 @@ def test_a_command_line_that_cant_be_understood_ends_with_2(
         ("--model_name_or_path ./nowhere/at/all", "'./nowhere/at/all' can't be loaded", "Check --model_name_or_path"),
         ("--model_name_or_path .", "Unrecognized model in .", "a local folder made by `save_pretrained`"),
         ("--task image-classification --train_file DATA", "The model of ", "Check --model_name_or_path"),
-        ("--train_file nowhere.csv --validation_file nowhere.csv", "The data set 'nowhere.csv' can't be loaded: Unable to find", "Check the path"),
+        (
+            "--train_file nowhere.csv --validation_file nowhere.csv",
+            "The data set 'nowhere.csv' can't be loaded: Unable to find",
+            "Check the path",
+        ),
         ("--train_file empty.csv --validation_file empty.csv", "No columns to parse from file", "Check the path"),
         ("--label_column_name stars", "There is no column 'stars', only sentence, label", "pass --label_column_name"),
         ("--label_column_name score", "holds float64 values, not classes", "pass another --label_column_name"),
