@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import tiny_texts
 import torch
-from click.testing import Result
 from datasets import Dataset
 from report.example import make_report
 from safetensors.torch import load_file, save_file
@@ -54,7 +53,7 @@ def arguments(checkpoint: str, tmp_path: Path) -> str:
     return str(file)
 
 
-def invoke(*args: str, **options: Any) -> Result:
+def invoke(*args: str, **options: Any) -> Any:
     return CliRunner().invoke(cli.app, args, prog_name="hf-optimizability", **options)
 
 
