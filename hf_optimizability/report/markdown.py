@@ -68,7 +68,7 @@ def to_markdown(report: OptimizabilityReport, *, plots: Sequence[str] = ()) -> s
 
 
 def to_summary(report: OptimizabilityReport) -> str:
-    """Renders the report as at most ten aligned lines of plain text.
+    """Renders the report as at most ten aligned lines of plain text, and one more for each problem and warning.
 
     Example:
         >>> print(to_summary(OptimizabilityReport(model={"id": "org/name"}, task={"task": "fill-mask"})))
@@ -81,11 +81,15 @@ def to_summary(report: OptimizabilityReport) -> str:
         **_dynamics_lines(report.dynamics),
         "Cost": _cost_line(report.measurements),
     }
+    told = [finding for finding in report.findings if finding.severity != "note"]
+    rest = [
+        (finding.severity.capitalize(), finding.sentence) for finding in told if finding.name != "measurement_failed"
+    ]
     if report.failures:
         last = report.failures[-1]
         reason = shorten(last.reason, 160, placeholder=" …")
-        lines["Failed"] = f"{len(report.failures)}, the last at step {last.step:,}: {reason} {last.remedy}"
-    return "\n".join(f"{label:<14}  {one_line(text)}" for label, text in lines.items())
+        rest.append(("Failed", f"{len(report.failures)}, the last at step {last.step:,}: {reason} {last.remedy}"))
+    return "\n".join(f"{label:<14}  {one_line(text)}" for label, text in [*lines.items(), *rest])
 
 
 def format_number(value: float | None, *, digits: int = 4) -> str:

@@ -6,11 +6,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import finite, write_atomically
 from ..measurement import Measurement, MeasurementFailure
 from .schema import SCHEMA_VERSION, parse, upgraded
+
+
+if TYPE_CHECKING:
+    from .findings import Finding
 
 
 @dataclass
@@ -48,10 +52,18 @@ class OptimizabilityReport:
     created: str = ""
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the numbers say, worst first; computed from them each time."""
+        from .findings import find
+
+        return find(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
         measurements = [measurement.to_dict() for measurement in self.measurements]
-        return finite({**asdict(self), "measurements": measurements})
+        findings = [asdict(finding) for finding in self.findings]
+        return finite({**asdict(self), "measurements": measurements, "findings": findings})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OptimizabilityReport:
@@ -63,7 +75,8 @@ class OptimizabilityReport:
         data = upgraded(data)
         measurements = [Measurement.from_dict(measurement) for measurement in data["measurements"]]
         failures = [MeasurementFailure(**failure) for failure in data["failures"]]
-        return cls(**{**data, "measurements": measurements, "failures": failures})
+        held = {key: value for key, value in data.items() if key != "findings"}  # computed anew from the rest
+        return cls(**{**held, "measurements": measurements, "failures": failures})
 
     def save_json(self, folder: str | Path) -> Path:
         """Writes `report.json` alone; at any moment the file holds either the old report or the new one, whole.

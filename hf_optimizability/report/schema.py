@@ -93,10 +93,11 @@ def upgraded(data: Any) -> dict[str, Any]:
 
 
 def _from_1(data: dict[str, Any]) -> dict[str, Any]:
-    """What the first release candidates did not measure is not known."""
+    """What was not yet measured is not known; findings are drawn anew from the numbers."""
     return {
         **data,
         "schema_version": 2,
+        "findings": [],
         "measurements": [_measurement_from_1(measurement) for measurement in data["measurements"]],
     }
 
@@ -122,8 +123,8 @@ def _problems(value: Any, schema: dict[str, Any], path: str) -> Iterator[str]:
     if "anyOf" in schema:
         broken = [list(_problems(value, option, path)) for option in schema["anyOf"]]
         yield from broken[0] if all(broken) else []
-    if "const" in schema and value != schema["const"]:
-        yield f"{path} is {_shown(value)}, not {schema['const']}"
+    if value not in schema.get("enum", [value]):
+        yield f"{path} is {_shown(value)}, none of {schema['enum']}"
     kinds = schema.get("type", list(_TYPES))
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if not any(_is(value, kind) for kind in kinds):

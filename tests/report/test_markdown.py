@@ -145,6 +145,7 @@ class TestMarkdown:
 
     def test_sections_in_order(self):
         assert headings(to_markdown(make_report(failures=1))) == [
+            "Findings",
             "Convergence",
             "Stability",
             "Generalization",
