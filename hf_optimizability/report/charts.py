@@ -7,18 +7,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..curvature.density import Density
 from ..curvature.estimates import Estimate
 from ..curvature.step import CriticalLearningRate
 from ..measurement import PREFIX
 from .markdown import one_line
 from .report import OptimizabilityReport
+from .series import Points, batch_items, block_names, density_line, logged, measured_steps, stability_limits
 
 
 Chart = dict[str, Any]
 Series = dict[str, Any]
-Points = tuple[Sequence[float], Sequence[float]]
-
 MOST_POINTS = 600
 """Of one line; more would be less than a pixel apart on a phone and make the page large."""
 
@@ -29,8 +27,8 @@ def charts(report: OptimizabilityReport) -> list[Chart]:
     """Every plot of the page for which the report holds data.
 
     Returns:
-        Plots with `id`, `x` and `y` (titles of the axes), `log` (whether y is logarithmic) and `series`: points `x` and
-        `y`, `null` for a gap; ends of the error bars `low` and `high`, `null` where there is none; and the style.
+        Plots with `id`, `x` and `y` (titles of the axes), `log` (whether y is logarithmic) and `series`: points `x`
+        and `y`, `None` for a gap; ends of the error bars `low` and `high`, `None` where there is none; and the style.
 
     Example:
         >>> [chart["id"] for chart in charts(OptimizabilityReport(log_history=[{"loss": 1.0, "step": 1}]))]
@@ -49,45 +47,23 @@ def charts(report: OptimizabilityReport) -> list[Chart]:
     return [chart for chart in every if chart["series"]]
 
 
-def logged(report: OptimizabilityReport, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one key of the Trainer's log; a value JSON could not hold (`None`) is NaN."""
-    entries = [entry for entry in report.log_history if key in entry]
-    return [entry["step"] for entry in entries], [math.nan if entry[key] is None else entry[key] for entry in entries]
-
-
-def block_names(report: OptimizabilityReport) -> list[str]:
-    """Every block measured, in the model's order."""
-    return list(dict.fromkeys(name for measurement in report.measurements for name in measurement.blocks))
-
-
-def batch_items(report: OptimizabilityReport) -> float | None:
-    """Items (examples, or labels that count) in one optimizer step of one process; `None` where it is not known."""
-    examples, accumulated = (
-        report.training.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    )
-    probe_items, probe_examples = report.data.get("probe_items"), report.data.get("probe_examples")
-    if not examples or not probe_items or not probe_examples:
-        return None
-    return float(examples * (accumulated or 1) * probe_items / probe_examples)
-
-
 def _loss(report: OptimizabilityReport) -> Chart:
     losses = [measurement.loss for measurement in report.measurements]
     series = [
         _line("training log", logged(report, "loss"), color="blue"),
         _line("evaluation", logged(report, "eval_loss"), color="vermillion", marker="circle"),
-        _line("probe set, eval mode", (_steps(report), losses), color="ink", marker="diamond", line=False),
+        _line("probe set, eval mode", (measured_steps(report), losses), color="ink", marker="diamond", line=False),
     ]
     return _chart("loss", STEP, "loss", series)
 
 
 def _stability_margin(report: OptimizabilityReport) -> Chart:
     measured = [(m.step, m.step_size) for m in report.measurements if m.step_size is not None]
-    steps = [step for step, _ in measured]
+    at = [step for step, _ in measured]
     sharpness = [size.sharpness for _, size in measured]
     series = [
-        _estimates("sharpness ± residual", steps, sharpness, color="vermillion", marker="triangle"),
-        _line("its limit", stability_limits(report), color="ink", dash=True),
+        _estimates("sharpness ± residual", at, sharpness, color="vermillion", marker="triangle"),
+        _line("stability limit", stability_limits(report), color="ink", dash=True),
     ]
     return _chart("stability_margin", STEP, "sharpness", series, log=True)
 
@@ -96,9 +72,9 @@ def _learning_rates(report: OptimizabilityReport) -> Chart:
     measured = [(m.step, m.step_size.critical) for m in report.measurements if m.step_size is not None]
     if not measured:
         return _chart("learning_rates", STEP, "learning rate", [])
-    steps, critical = [step for step, _ in measured], [rate for _, rate in measured]
+    at, critical = [step for step, _ in measured], [rate for _, rate in measured]
     series = [
-        _intervals("critical, with its bracket", steps, critical, color="vermillion", marker="triangle"),
+        _intervals("critical, with its bracket", at, critical, color="vermillion", marker="triangle"),
         _line("in use", logged(report, "learning_rate"), color="blue"),
     ]
     return _chart("learning_rates", STEP, "learning rate", series, log=True)
@@ -109,7 +85,7 @@ def _gradient_norm(report: OptimizabilityReport) -> Chart:
     names = block_names(report)
     series = [
         _line("all, training batches before clipping", logged(report, "grad_norm"), color="blue", width=2),
-        _line("all, probe set", (_steps(report), totals), color="ink", marker="diamond", line=False),
+        _line("all, probe set", (measured_steps(report), totals), color="ink", marker="diamond", line=False),
         *(
             _line(name, logged(report, f"{PREFIX}train_grad_norm/{name}"), ramp=index / max(1, len(names) - 1))
             for index, name in enumerate(names)
@@ -122,10 +98,12 @@ def _noise_scale(report: OptimizabilityReport) -> Chart:
     measured = [(m.step, m.noise_scale) for m in report.measurements if m.noise_scale is not None]
     if not measured:
         return _chart("noise_scale", STEP, "items", [])
-    steps, scales = [step for step, _ in measured], [scale for _, scale in measured]
-    series = [_intervals("noise scale, 95 % interval", steps, scales, color="green", marker="circle")]
+    at, scales = [step for step, _ in measured], [scale for _, scale in measured]
+    series: list[Series | None] = [
+        _intervals("noise scale, 95 % interval", at, scales, color="green", marker="circle")
+    ]
     if items := batch_items(report):
-        ends = [0, max([*steps, *(entry["step"] for entry in report.log_history)])]
+        ends = [0, max([*at, *(entry["step"] for entry in report.log_history)])]
         series.append(_line("items in a batch", (ends, [items, items]), color="ink", dash=True))
     return _chart("noise_scale", STEP, "items", series, log=True)
 
@@ -141,7 +119,7 @@ def _trace(report: OptimizabilityReport) -> Chart:
             [trace.data_std_error or 0.0 for _, trace in known],
             color="blue",
         ),
-        _estimates("trace ± standard error", _steps(report), traces, color="blue", marker="circle"),
+        _estimates("trace ± standard error", measured_steps(report), traces, color="blue", marker="circle"),
     ]
     return _chart("trace", STEP, "Hessian trace", series)
 
@@ -149,9 +127,9 @@ def _trace(report: OptimizabilityReport) -> Chart:
 def _eigenvalues(report: OptimizabilityReport) -> Chart:
     hessians = [measurement.hessian for measurement in report.measurements]
     series = [
-        _estimates("λ_max ± residual", _steps(report), [h.lambda_max for h in hessians], color="vermillion",
+        _estimates("λ_max ± residual", measured_steps(report), [h.lambda_max for h in hessians], color="vermillion",
                    marker="triangle"),
-        _estimates("λ_min ± residual", _steps(report), [h.lambda_min for h in hessians], color="green",
+        _estimates("λ_min ± residual", measured_steps(report), [h.lambda_min for h in hessians], color="green",
                    marker="inverted"),
     ]  # fmt: skip
     return _chart("eigenvalues", STEP, "extreme eigenvalues", series)
@@ -166,27 +144,6 @@ def _density(report: OptimizabilityReport) -> Chart:
         for (step, density), color in zip(ends, colors, strict=False)
     ]
     return _chart("density", "eigenvalue", "density", series, log=True)
-
-
-def stability_limits(report: OptimizabilityReport) -> Points:
-    """The limit of the sharpness over time, at the learning rate of each logged step and of each measurement.
-
-    It falls as one over the learning rate, so that one measured limit gives it at every other.
-    """
-    measured = [(m.step, m.step_size) for m in report.measurements if m.step_size is not None]
-    limits = {step: size.limit for step, size in measured if math.isfinite(size.limit)}
-    products = [size.limit * size.learning_rate for _, size in measured if math.isfinite(size.limit)]
-    rates = zip(*logged(report, "learning_rate"), strict=True) if products else ()
-    at_log = {step: products[-1] / rate for step, rate in rates if rate > 0}
-    every = at_log | limits
-    return list(every), list(every.values())
-
-
-def density_line(density: Density) -> Points:
-    """The smoothed density down to a hundredth of what a single eigenvalue makes of it; below are the kernel's tails."""
-    least = min((weight for weight in density.weights if weight > 0), default=0.0)
-    floor = 0.01 * least / (density.width * math.sqrt(2 * math.pi)) if density.width > 0 else 0.0
-    return density.grid, [value if value > floor else math.nan for value in density.density]
 
 
 def _chart(identifier: str, x: str, y: str, series: Sequence[Series | None], *, log: bool = False) -> Chart:
@@ -206,35 +163,33 @@ def _line(label: str, points: Points, **style: Any) -> Series | None:
     return {**series, "thinned": len(pairs)} if len(kept) < len(pairs) else series
 
 
-def _estimates(
-    label: str, steps: Sequence[int], estimates: Sequence[Estimate | None], **style: Any
-) -> Series | None:
+def _estimates(label: str, at: Sequence[int], estimates: Sequence[Estimate | None], **style: Any) -> Series | None:
     """Estimates ± their errors; hollow where they did not converge."""
-    known = [(step, estimate) for step, estimate in zip(steps, estimates, strict=True) if estimate is not None]
+    known = [(step, estimate) for step, estimate in zip(at, estimates, strict=True) if estimate is not None]
     values = [estimate.value for _, estimate in known]
     bars = _bars(label, [step for step, _ in known], values, [estimate.error for _, estimate in known], **style)
     return bars and {**bars, "wide": False, "hollow": [not estimate.converged for _, estimate in known]}
 
 
 def _bars(
-    label: str, steps: Sequence[int], values: Sequence[float], errors: Sequence[float], **style: Any
+    label: str, at: Sequence[int], values: Sequence[float], errors: Sequence[float], **style: Any
 ) -> Series | None:
     """Wide error bars alone, `values` ± `errors`."""
-    if not steps:
+    if not at:
         return None
     low = [_rounded(value - error) for value, error in zip(values, errors, strict=True)]
     high = [_rounded(value + error) for value, error in zip(values, errors, strict=True)]
-    points = {"x": list(steps), "y": [_rounded(value) for value in values], "low": low, "high": high}
+    points = {"x": list(at), "y": [_rounded(value) for value in values], "low": low, "high": high}
     return {"label": label, **points, "wide": True, **style}
 
 
 def _intervals(
-    label: str, steps: Sequence[int], values: Sequence[Estimate | CriticalLearningRate], **style: Any
+    label: str, at: Sequence[int], values: Sequence[Estimate | CriticalLearningRate], **style: Any
 ) -> Series:
     """Values with their intervals; an end that is not known lies outside the plot."""
     return {
         "label": label,
-        "x": list(steps),
+        "x": list(at),
         "y": [_rounded(value.value if math.isfinite(value.value) else value.low) for value in values],
         "low": [_rounded(value.low) for value in values],
         "high": [_rounded(value.high) for value in values],
@@ -246,7 +201,7 @@ def _intervals(
 
 def _positive(series: Series) -> Series:
     """The series without what a logarithmic axis can't hold."""
-    ends = {
+    ends: Series = {
         name: [value if value is not None and value > 0 else None for value in series[name]]
         for name in ("y", "low", "high")
         if name in series
@@ -271,7 +226,3 @@ def _rounded(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.6g}")
-
-
-def _steps(report: OptimizabilityReport) -> list[int]:
-    return [measurement.step for measurement in report.measurements]

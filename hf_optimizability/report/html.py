@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -68,6 +69,7 @@ def to_html(report: OptimizabilityReport) -> str:
     )  # fmt: skip
 
 
+@cache
 def _page_environment() -> Environment:
     """The environment of the Markdown report, with HTML's own escaping."""
     environment = _environment().overlay(finalize=_text)
@@ -98,9 +100,10 @@ def _halves(value: Any) -> tuple[Any, str]:
     return (value[: min(ends)], value[min(ends) :].strip()) if ends else (value, "")
 
 
+@cache
 def _asset(name: str) -> Markup:
     """A file of the package that goes into the page as it is."""
-    return Markup(files(__package__).joinpath("templates", name).read_text(encoding="utf-8"))
+    return Markup(files(__package__).joinpath(f"templates/{name}").read_text(encoding="utf-8"))
 
 
 def _hash(content: str) -> Markup:

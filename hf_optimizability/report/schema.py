@@ -23,7 +23,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "boolean": bool,
     "null": type(None),
     "number": (int, float),
-    "integer": (int, float),  # JSON has one kind of number: 2.0 is an integer
+    "integer": int,
 }
 
 
@@ -106,9 +106,7 @@ def _measurement_from_1(measurement: dict[str, Any]) -> dict[str, Any]:
     unknown = dict.fromkeys(("along_gradient", "noise_scale", "step_size", "fallback", "engine_error"))
     probe = {"curvature": "hessian", "batch_size": measurement["items"], "left_out": 0}
     hessian = {"top": [measurement["hessian"]["lambda_max"]], "bottom": [], "density": None, **measurement["hessian"]}
-    blocks = {
-        name: {"lambda_max": None, "lambda_min": None, **block} for name, block in measurement["blocks"].items()
-    }
+    blocks = {name: {"lambda_max": None, "lambda_min": None, **block} for name, block in measurement["blocks"].items()}
     return {**unknown, **probe, **measurement, "hessian": hessian, "blocks": blocks}
 
 
@@ -175,7 +173,9 @@ def _is(value: Any, kind: str) -> bool:
     """Whether a value is of a kind, in the terms of JSON Schema."""
     if isinstance(value, bool):
         return kind == "boolean"
-    return isinstance(value, _TYPES[kind]) and (kind != "integer" or float(value).is_integer())
+    if kind == "integer" and isinstance(value, float):
+        return value.is_integer()  # JSON has one kind of number
+    return isinstance(value, _TYPES[kind])
 
 
 def _shown(value: Any) -> str:
