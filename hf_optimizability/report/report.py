@@ -24,7 +24,7 @@ class OptimizabilityReport:
     The report is data: it holds what was measured and what it was measured on, and knows how to become a file.
 
     Attributes:
-        model: `id`, `class`, `parameters`, `trainable_parameters`.
+        model: `id`, `class`, `parameters`, `trainable_parameters`, `batch_norm` (whether it has any).
         task: `task` (the head's task, from the model class), `loss` (whose loss was measured).
         data: `dataset` (its name), `train_examples`, `eval_examples`, `probe_examples`, `probe_items`,
             `probe_batches`, `probe_fingerprint`.
