@@ -29,10 +29,13 @@ NOT_CONVERGED = "†"
 
 ALT_TEXTS = {
     "loss": "Loss over optimizer steps: training log, evaluations and probe set.",
+    "stability_margin": "Sharpness against its stability limit, learning rate against the critical one, over steps.",
     "gradient_norm": "Gradient norm over optimizer steps, in all and by block, on a logarithmic scale.",
+    "noise_scale": "Gradient noise scale with its 95 % interval over steps, against the items in a batch.",
     "curvature": "Hessian trace and extreme eigenvalues over optimizer steps, with error bars.",
+    "density": "Spectral density of the first and the last measurement, on a logarithmic scale.",
     "ritz_values": "Ritz values of the last measurement with their quadrature weights.",
-    "blocks": "Heat maps of trace share and relative gradient norm, block by step.",
+    "blocks": "Heat maps of trace and relative gradient norm, block by step.",
 }
 
 # A backslash where every dialect of Markdown takes one, an entity elsewhere. What matters only at the start of a line
