@@ -64,6 +64,12 @@ class LabelledDataArguments:
                 )
         self.loader()
 
+    @property
+    def public_name(self) -> str:
+        """What a model card may call the data: the name on the Hub, or the last part of a local path."""
+        source = next(vars(self)[name] for name in self.SOURCES if vars(self)[name] is not None)
+        return source if source == self.dataset_name and not Path(source).exists() else Path(source).name
+
     def loader(self) -> tuple[str, dict[str, str] | None]:
         """What to call `datasets.load_dataset` with: a name or format, and the files by split if they are local."""
         if self.train_file is None:

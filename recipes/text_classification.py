@@ -122,15 +122,15 @@ def main() -> None:
         trainer.log_metrics("eval", scores)
         trainer.save_metrics("eval", scores)
 
-    card = {"tasks": "text-classification", "dataset": data_args.dataset_name or data_args.train_file}
+    if training_args.do_train and trainer.is_world_process_zero():
+        folder = Path(optimizability.report_dir or Path(training_args.output_dir) / "optimizability")
+        print(f"\n{trainer.optimizability_report().summary()}\n\nReport: {folder / 'report.md'}")
+
+    card = {"tasks": "text-classification", "dataset": data_args.public_name}
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     else:
         trainer.create_model_card(**card)
-
-    if training_args.do_train and trainer.is_world_process_zero():
-        folder = Path(optimizability.report_dir or Path(training_args.output_dir) / "optimizability")
-        print(f"\n{trainer.optimizability_report().summary()}\n\nReport: {folder / 'report.md'}")
 
 
 def load_model(args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -147,7 +147,7 @@ class TestFrontMatter:
             "model-index:\n-\n  name: x\n  results:\n",
             "model-index: [{name: x, results: []}]\n",
             "model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: d}, metrics: []}]}]\n",
-            "model-index:\n- results:\n  - {task: {type: t}, dataset: {type: d, name: d}, metrics: [{type: a, value: .nan}]}\n  name: x\n",
+            "model-index:\n- results:\n  - {task: {type: t}, dataset: {}, metrics: [{type: a, value: .nan}]}\n  name: x\n",
             "model-index:\n- name: x\n  results: []\n- name: y\n  results: []\n",
         ],
     )  # fmt: skip

@@ -71,7 +71,7 @@ class Repository:
         return next((commit for commit in every if commit.sha == revision), None)
 
 
-@dataclass
+@dataclass(eq=False)
 class Fault:
     """What happens instead of an answer, to the next `times` requests whose `"METHOD /path"` the pattern finds.
 
