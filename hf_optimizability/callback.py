@@ -24,7 +24,7 @@ from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure
 from .objective import Objective, trainer_loss
-from .privacy import anonymous, in_strings
+from .privacy import anonymous, in_strings, without_secrets
 from .probe import probe_batches
 from .report import OptimizabilityReport
 from .safety import pretrained
@@ -227,6 +227,7 @@ class OptimizabilityCallback(TrainerCallback):
             remedy = "Try `hf_optimizability.measure` on the same model and batches to see the whole traceback."
         failure = MeasurementFailure(step=step, epoch=state.epoch, reason=anonymous(reason), remedy=remedy)
         if failure.reason not in [earlier.reason for earlier in self.report.failures]:  # once is enough to know
+            reason = without_secrets(reason)
             logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy} Training goes on.")
         self.report.failures.append(failure)
         self._record(failure, state)
@@ -268,7 +269,8 @@ class OptimizabilityCallback(TrainerCallback):
         try:
             return action()
         except Exception as error:
-            logger.warning(f"Failed at {what}: {type(error).__name__}: {error}. Training goes on.")
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+            logger.warning(f"Failed at {what}: {reason}. Training goes on.")
 
 
 def _readable(optimizer: Optimizer) -> Optimizer | None:

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,7 +166,12 @@ def strings(value: Any) -> Iterator[str]:
         yield value
 
 
-def test_a_report_names_neither_user_nor_place(tmp_path: Path):
+def test_a_report_names_neither_user_nor_place(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
     """Where the model and the data are local, and every exception tells all there is to tell."""
     torch.manual_seed(0)
     model = tiny_models.bert()
@@ -181,15 +184,20 @@ def test_a_report_names_neither_user_nor_place(tmp_path: Path):
         tmp_path / USER, cls=OptimizabilityTrainer, own=model, train_dataset=rows, eval_dataset=rows, max_steps=4,
         callbacks=[Talk(model)], optimizability=config, run_name=f"{USER} on {HOST}", hub_token=TOKEN,
     )  # fmt: skip
+    monkeypatch.setattr(logging.getLogger("hf_optimizability"), "propagate", True)
     trainer.train()
     trainer.create_model_card()
+    said = caplog.text + "".join(capfd.readouterr())
+    assert said.count("No such file: ") == 2  # to the user's own log
+    assert TOKEN not in said and SECRET not in said
+
     report = json.loads((tmp_path / USER / "report/report.json").read_text())
     assert [failure["step"] for failure in report["failures"]] == [2]
     assert {m["engine"] for m in report["measurements"]} == {"central_difference"}
     for reason in (
         report["failures"][0]["reason"],
         report["measurements"][0]["fallback"],
-        report["log_history"][0]["note"],
+        next(entry["note"] for entry in report["log_history"] if "note" in entry),
     ):
         assert (
             "No such file: '…/train.csv' (…/x, …/z.py, ~, …/z.bin:3) for <user>@<host>:29500 with <secret>" in reason
@@ -219,22 +227,3 @@ def test_no_pickle_and_no_code_of_strangers():
     ):
         users = [name for name, text in told.items() if words in text.replace(".eval(", "").replace("_eval(", "")]
         assert not users, words
-
-
-def test_code_of_strangers_runs_only_on_request(tmp_path: Path):
-    """A recipe on a checkpoint that brings its own code."""
-    root = Path(__file__).parent.parent
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text(
-        json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}})
-    )
-    (tmp_path / "model/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass EvilConfig: pass\n")
-    (tmp_path / "train.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 4)
-    flags = ["--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "train.csv"]
-    done = subprocess.run(
-        [sys.executable, root / "recipes/text_classification.py", *flags, "--output_dir", tmp_path / "out"],
-        env={**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert done.returncode != 0 and "trust_remote_code" in done.stderr
-    assert not (tmp_path / "ran").exists()
