@@ -53,7 +53,8 @@ def test_a_recipe_downloads_checkpoint_and_data_and_pushes_what_it_made(tmp_path
     assert [measurement["step"] for measurement in report["measurements"]] == [0, 2]
     assert "base_model: org/mobilenet" in (tmp_path / "out/README.md").read_text()
     pushed = hub.repositories["ada/tuned"]
-    assert [commit.summary for commit in pushed.commits] == ["initial commit", "End of training"]
+    assert [commit.summary for commit in pushed.commits[-2:]] == ["Model save", "End of training"]
+    assert b"## Optimizability" in pushed.commits[-2].files["README.md"]  # with the model, not after it
     assert pushed.files.keys() >= {
         "model.safetensors",
         "README.md",

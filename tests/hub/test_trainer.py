@@ -117,6 +117,23 @@ def test_a_hub_that_fails_during_training_changes_nothing(hub: HubStub, tmp_path
     assert "optimizability/report.json" in published(hub)
 
 
+def test_saving_does_not_fail_because_of_the_hub(
+    hub: HubStub, tmp_path: Path, elsewhere: OptimizabilityTrainer, monkeypatch: pytest.MonkeyPatch
+):
+    """With `push_to_hub` in its arguments, a Trainer pushes what a script saves after training."""
+    warnings: list[str] = []
+    monkeypatch.setattr("hf_optimizability.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr(elsewhere.args, "push_to_hub", True)
+    hub.faults = [Fault("commit/main", 503)]
+    elsewhere.save_model()
+    assert (tmp_path / "out/model.safetensors").exists()
+    [warning] = warnings
+    assert warning.startswith("Failed at pushing the model. The Hub has trouble (503")
+    hub.faults = []
+    elsewhere.save_model()
+    assert "optimizability/report.json" in published(hub)
+
+
 def test_a_report_kept_elsewhere_is_copied(hub: HubStub, elsewhere: OptimizabilityTrainer):
     (reports(elsewhere) / "diary.txt").write_text("not for the Hub")
     elsewhere.push_to_hub()
