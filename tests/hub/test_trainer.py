@@ -27,6 +27,12 @@ def make(folder: Path, *, report_dir: Path | None = None, **options: Any) -> Opt
     return trainer
 
 
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves the seconds that drawing takes, where it is not what is tested."""
+    monkeypatch.setattr("hf_optimizability.report.plots.plot_all", lambda report: {})
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> OptimizabilityTrainer:
     """A run whose report is not in its output folder."""
@@ -81,6 +87,7 @@ def test_model_report_and_card_go_up_in_one_commit(hub: HubStub, tmp_path: Path)
     assert len(commits) == 2
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_a_push_that_fails_loses_nothing_and_can_be_made_again(hub: HubStub, tmp_path: Path):
     trainer = make(tmp_path)
     trainer.train()
@@ -104,6 +111,7 @@ def test_a_push_that_fails_loses_nothing_and_can_be_made_again(hub: HubStub, tmp
     assert "optimizability/report.json" in published(hub)
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_a_hub_that_fails_during_training_changes_nothing(hub: HubStub, tmp_path: Path):
     options = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
     plain = run(make(tmp_path / "plain", max_steps=3))

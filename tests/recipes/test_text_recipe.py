@@ -83,6 +83,6 @@ def test_code_that_comes_with_a_checkpoint_runs_only_on_request(
     settings = {"model_type": "stranger", "auto_map": {"AutoConfig": "code.StrangerConfig"}}
     (model / "config.json").write_text(json.dumps(settings))
     (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(ValueError, match="contains custom code which must be executed"):
         run_recipe(text_classification, model_name_or_path=str(model), train_file=train_file)
     assert not (tmp_path / "ran").exists()
