@@ -221,7 +221,7 @@ def _run(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bo
     with _only_json_on_stdout(as_json):
         inputs = load(task, model_args, data_args, training_args)
         trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs)
-        folder = fine_tune(trainer, tasks=task.NAME, dataset=data_args.source)
+        folder = fine_tune(trainer, tasks=task.NAME, dataset=data_args.public_name)
     if not trainer.is_world_process_zero():
         return
     found = trainer.optimizability_report()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -25,11 +25,12 @@ from .curvature.estimates import Estimate, Spectrum
 from .curvature.gauss_newton import split_trace
 from .curvature.lanczos import lanczos, lanczos_by_segment
 from .curvature.noise_scale import MIN_PARTS, noise_scale
-from .curvature.operators import ObjectiveOperator
+from .curvature.operators import ObjectiveOperator, SharedColumns, SymmetricOperator
 from .curvature.preconditioner import PreconditionedOperator, Preconditioner, optimizer_update, read_preconditioner
 from .curvature.preconditioner import unwrapped as unwrapped_optimizer
 from .curvature.sketch import Sketch, sketch
 from .curvature.step import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
+from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .curvature.vectors import dot, norm, rademacher
 from .engines import OnProducts, Way, first_that_works
@@ -44,6 +45,9 @@ logger = logging.get_logger(__name__)
 
 LARGEST_ASYMMETRY = 1e-4
 """`|uᵀHv − vᵀHu| / (‖u‖‖Hv‖)` above which a backward pass is not the derivative of its loss: rounding makes 1e-6."""
+
+_GRAPH, _PRODUCT = 1.5, 2.0
+"""Gradients that the graph of a part takes, and each product made from it."""
 
 _START = 1e-3
 """Where the search for the critical learning rate starts if the learning rate is 0, as at the start of a warm-up."""
@@ -190,7 +194,9 @@ def _found(
             update = optimizer_update(optimizer, in_optimizer, point.tensors)
             step_size = _step_size(objective, preconditioner, update, curvature.sharpness)
         blocks = _blocks(objective, config, point, curvature)
-        noise = noise_scale(objective, mean_gradient=point.tensors) if objective.parts >= MIN_PARTS else None
+        noise = None
+        if objective.parts >= MIN_PARTS:
+            noise = noise_scale(objective, mean_gradient=point.tensors, ranks=objective.ranks)
         return {
             "loss": point.loss,
             "items": point.items,
@@ -218,7 +224,7 @@ def finite_gradient(objective: Objective) -> Gradient:
         MeasurementError: If it is not, or the model does not.
     """
     versions = [parameter._version for parameter in objective.model.parameters()]
-    point = gradient(objective)
+    point = gradient(objective, ranks=objective.ranks)
     if versions != [parameter._version for parameter in objective.model.parameters()]:
         raise MeasurementError(
             "The model changes its own weights in eval mode.",
@@ -259,16 +265,17 @@ def _curvature(
     twice = way.exact and config.curvature == "hessian"  # the Hessian itself, by differentiating twice
     shares = config.budget.shares(sharpness=preconditions, blocks=twice and config.budget.block_eigenvalues)
     options: dict[str, Any] = {"tolerance": config.budget.eigen_tolerance, "seed": config.probe_seed}
+    shared: dict[str, Any] = {"ranks": objective.ranks, "on_products": count}
     matrix = partial(way.operator, objective, curvature=config.curvature, on_products=count)
     along_gradient = _along_gradient(matrix(), point, config, exact=way.exact)  # first: it finds what is no Hessian
-    with used_rows(objective) as left_out:
+    with used_rows(objective, ranks=objective.ranks) as left_out:
         blocks = list(block_indices(objective.names, config).values())
         segments = _segments(objective, blocks)
         found = sketch(
             matrix,
             segments,
-            trace_matrix=partial(DecoupledHessian, objective, on_products=count) if twice else None,
-            split_trace=partial(split_trace, objective, segments, on_products=count) if twice else None,
+            trace_matrix=_trace_matrix(objective, way, config, count),
+            split_trace=partial(split_trace, objective, segments, **shared) if twice else None,
             eigen_tolerance=config.budget.eigen_tolerance,
             trace_tolerance=config.budget.trace_tolerance,
             max_hvps=shares.sketch,
@@ -280,7 +287,7 @@ def _curvature(
         )
         by_block = None
         if shares.blocks:
-            block_diagonal = BlockDiagonalHessian(objective, blocks, on_products=count)
+            block_diagonal = BlockDiagonalHessian(objective, blocks, **shared)
             by_block = lanczos_by_segment(block_diagonal, segments, max_hvps=shares.blocks, **options)
     sharpness = None
     if preconditioner is not None:
@@ -289,6 +296,28 @@ def _curvature(
             preconditioned = PreconditionedOperator(matrix(), preconditioner.diagonal)
             sharpness = lanczos(preconditioned, max_hvps=shares.sharpness, **options).lambda_max
     return _Curvature(found, left_out, by_block, along_gradient, sharpness)
+
+
+def _trace_matrix(
+    objective: Objective, way: Way, config: OptimizabilityConfig, count: OnProducts
+) -> Callable[[], SymmetricOperator]:
+    """Builds the matrix that the trace is estimated from.
+
+    Its vectors come in lockstep. Their products are shared over ranks by parts of the objective or by vectors,
+    whichever leaves less to the busiest rank.
+    """
+
+    def whole(objective: Objective, **options: Any) -> ObjectiveOperator:
+        if way.exact and config.curvature == "hessian":
+            return DecoupledHessian(objective, ranks=objective.ranks, **options)
+        return way.operator(objective, curvature=config.curvature, **options)
+
+    ranks, parts = objective.ranks, objective.parts
+    by_part = math.ceil(parts / ranks.number) * (_GRAPH + LOCKSTEP * _PRODUCT)
+    by_vector = parts * (_GRAPH + math.ceil(LOCKSTEP / ranks.number) * _PRODUCT)
+    if by_vector < by_part:
+        return lambda: SharedColumns(whole(objective.whole()), ranks, on_products=count)
+    return lambda: whole(objective, on_products=count)
 
 
 def _segments(objective: Objective, blocks: Iterable[list[int]]) -> list[list[slice]]:
@@ -319,7 +348,7 @@ def _along_gradient(
 def _step_size(
     objective: Objective, preconditioner: Preconditioner, update: Tensor, sharpness: Estimate
 ) -> StepMeasurement:
-    with loss_along(objective, update) as loss:
+    with loss_along(objective, update, ranks=objective.ranks) as loss:
         critical = critical_learning_rate(loss, start=preconditioner.learning_rate or _START)
     return StepMeasurement(
         optimizer=preconditioner.name,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,8 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     inner = pretrained(model)
     identifier = str(inner.name_or_path) if inner is not None else ""
     # A local path says where the user keeps things; its last folder is the checkpoint's name.
-    name = Path(identifier).name if Path(identifier).is_absolute() or Path(identifier).exists() else identifier
+    local = Path(identifier).exists() or re.match(r"[\\/.~]|[A-Za-z]:", identifier) or identifier.count("/") > 1
+    name = re.split(r"[\\/]", identifier.rstrip("\\/"))[-1] if local else identifier
     parameters = list(model.parameters())
     return {
         "id": name,

@@ -13,10 +13,11 @@ from transformers.utils import logging
 from .callback import OptimizabilityCallback
 from .configuration import OptimizabilityConfig
 from .gradients import norm_of
-from .hub import add_to_model_folder, explained
+from .hub import HubError, add_to_model_folder, explained
 from .measure import block_indices
 from .measurement import PREFIX
 from .objective import trainable_parameters
+from .privacy import without_secrets
 from .report import OptimizabilityReport
 from .report.markdown import CARD_FOLDER
 
@@ -98,7 +99,15 @@ class OptimizabilityTrainerMixin(_Base):
                 name=Path(self.args.hub_model_id or folder.resolve()).name,
             )
         except Exception as error:
-            logger.warning(f"The model card goes without the optimizability report. {type(error).__name__}: {error}")
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+            logger.warning(f"The model card goes without the optimizability report. {reason}")
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the model as the Trainer does; if a push that goes with it fails, that is a warning."""
+        try:
+            super().save_model(*args, **kwargs)
+        except HubError as error:
+            logger.warning(str(error))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Pushes model, card and report as the Trainer does.

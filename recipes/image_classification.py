@@ -38,7 +38,7 @@ def main() -> None:
 
     inputs = load(image_classification, model_args, data_args, training_args)
     trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs)
-    folder = fine_tune(trainer, tasks="image-classification", tags=["vision"], dataset=data_args.source)
+    folder = fine_tune(trainer, tasks="image-classification", tags=["vision"], dataset=data_args.public_name)
     if training_args.do_train and trainer.is_world_process_zero():
         print(f"\n{trainer.optimizability_report().summary()}\n\nReport: {folder / 'report.md'}")
 

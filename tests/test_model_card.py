@@ -147,7 +147,7 @@ class TestFrontMatter:
             "model-index:\n-\n  name: x\n  results:\n",
             "model-index: [{name: x, results: []}]\n",
             "model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: d}, metrics: []}]}]\n",
-            "model-index:\n- results:\n  - {task: {type: t}, dataset: {type: d, name: d}, metrics: [{type: a, value: .nan}]}\n  name: x\n",
+            "model-index:\n- results:\n  - {task: {}, dataset: {}, metrics: [{type: a, value: .nan}]}\n  name: x\n",
             "model-index:\n- name: x\n  results: []\n- name: y\n  results: []\n",
         ],
     )  # fmt: skip
@@ -255,8 +255,9 @@ class TestMarkers:
 
 class TestHostileNames:
     NAMES = (
-        HOSTILE, "<script>alert(1)</script>", "../../x", "---\nevil: true\n---", "{{ x }}{% raw %}", "!!python/name:os.system",
-        "a: b # c", "&a *a", "%TAG !", "\"'\\", "\x1b[31m\x00\x85\u2028", "- x", "| x", "yes", "1e5", "~", "<!-- x -->",
+        HOSTILE, "<script>alert(1)</script>", "../../x", "---\nevil: true\n---", "{{ x }}{% raw %}", "a: b # c",
+        "!!python/name:os.system", "&a *a", "%TAG !", "\"'\\", "\x1b[31m\x00\x85\u2028", "- x", "| x", "yes", "1e5",
+        "~", "<!-- x -->",
     )  # fmt: skip
 
     @pytest.mark.parametrize("name", NAMES)

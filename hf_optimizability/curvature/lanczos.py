@@ -251,7 +251,8 @@ def _roomy_device(operator: SymmetricOperator, vectors: int) -> torch.device:
 def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
     """How many of the operator's vectors half of a device's free memory holds."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return free // 2 // (operator.size * operator.dtype.itemsize)
+    fit = free // 2 // (operator.size * operator.dtype.itemsize)
+    return min(operator.ranks.gather([fit]))  # all go the same way
 
 
 def _start_rows(operator: SymmetricOperator, number: int, seed: int, device: torch.device) -> Tensor:

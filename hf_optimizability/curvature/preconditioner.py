@@ -190,6 +190,7 @@ class PreconditionedOperator(SymmetricOperator):
         self._operator = operator
         self._scale = diagonal.to(device=operator.device, dtype=operator.dtype).rsqrt()[:, None]
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.ranks = operator.ranks
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """`P^-½ A P^-½ V` for the columns of V, of shape (n, k)."""

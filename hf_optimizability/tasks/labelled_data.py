@@ -72,6 +72,12 @@ class LabelledDataArguments:
         """The name, file or folder of the training data."""
         return next(vars(self)[name] for name in self.SOURCES if vars(self)[name] is not None)
 
+    @property
+    def public_name(self) -> str:
+        """What a model card may call the data: its name on the Hub, or the last part of a local path."""
+        on_the_hub = self.source == self.dataset_name and not Path(self.source).exists()
+        return self.source if on_the_hub else Path(self.source).name
+
     def loader(self) -> tuple[str, dict[str, str] | None]:
         """What to call `datasets.load_dataset` with: a name or format, and the files by split if they are local."""
         if self.train_file is None:

@@ -71,7 +71,7 @@ class Repository:
         return next((commit for commit in every if commit.sha == revision), None)
 
 
-@dataclass
+@dataclass(eq=False)
 class Fault:
     """What happens instead of an answer, to the next `times` requests whose `"METHOD /path"` the pattern finds.
 
@@ -193,11 +193,15 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_error_code("RepoNotFound", 401, "Repository not found")
         elif write and token is None:
             self.send_error_code("", 401, "Invalid username or password.")
-        elif write and (token == READER or not name.startswith("ada/")) and "create_pr" not in self.query:
+        elif write and (token == READER or not (name.startswith("ada/") or self.is_pull_request())):
             self.send_error_code("", 403, "You don't have the rights to write to this repository")
         else:
             return True
         return False
+
+    def is_pull_request(self) -> bool:
+        """Whether it makes one or adds to one; who made it is not looked at."""
+        return "create_pr" in self.query or "/refs/pr/" in unquote(self.path)
 
     def validate(self, content: str) -> None:
         found = re.match(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))", content)

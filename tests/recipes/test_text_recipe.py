@@ -73,3 +73,16 @@ def test_flags_on_the_command_line(
 def test_an_unknown_argument_fails_by_name(run_recipe: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match="learning_rat"):
         run_recipe(text_classification, model_name_or_path="m", train_file="a.csv", learning_rat=1.0)
+
+
+def test_code_that_comes_with_a_checkpoint_runs_only_on_request(
+    tmp_path: Path, train_file: str, run_recipe: Callable[..., Path]
+) -> None:
+    model = tmp_path / "stranger"
+    model.mkdir()
+    settings = {"model_type": "stranger", "auto_map": {"AutoConfig": "code.StrangerConfig"}}
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="contains custom code which must be executed"):
+        run_recipe(text_classification, model_name_or_path=str(model), train_file=train_file)
+    assert not (tmp_path / "ran").exists()

@@ -126,3 +126,15 @@ def test_a_class_that_was_never_trained_fails_by_name(tmp_path: Path) -> None:
     files = {"train_file": ["x", "y"], "validation_file": ["x", "z"]}
     with pytest.raises(ValueError, match=r"Classes \['z'\]"):
         load(tmp_path, **{name: write_csv(tmp_path / f"{name}.csv", labels) for name, labels in files.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"dataset_name": "org/digits"}, "org/digits"),
+        ({"train_file": "/home/ada/secret/reviews.csv"}, "reviews.csv"),
+        ({"dataset_name": str(Path(__file__).parent)}, "recipes"),
+    ],
+)
+def test_a_card_names_no_folder_of_the_user(options: dict[str, str], name: str):
+    assert LabelledDataArguments(**options).public_name == name
