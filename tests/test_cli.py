@@ -212,7 +212,7 @@ def test_a_damaged_report_is_told_and_left_alone() -> None:
     text = Path("folder/report.md").read_text()
     damaged = Path("folder/report.json").read_text()[:-100]
     Path("folder/report.json").write_text(damaged)
-    assert fail("report", "folder", code=1)
+    assert "can't be read as a report" in fail("report", "folder", code=1)
     assert (Path("folder/report.md").read_text(), Path("folder/report.json").read_text()) == (text, damaged)
 
 

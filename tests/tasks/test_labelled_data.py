@@ -133,7 +133,7 @@ def test_a_class_that_was_never_trained_fails_by_name(tmp_path: Path) -> None:
     [
         ({"dataset_name": "org/digits"}, "org/digits"),
         ({"train_file": "/home/ada/secret/reviews.csv"}, "reviews.csv"),
-        ({"dataset_name": str(Path(__file__).parent)}, "recipes"),
+        ({"dataset_name": str(Path(__file__).parent)}, "tasks"),
     ],
 )
 def test_a_card_names_no_folder_of_the_user(options: dict[str, str], name: str):
