@@ -176,8 +176,9 @@ def test_a_folder_that_can_not_be_written_is_told_to_all(tmp_path: Path):
 
 def until(rank: int, folder: Path, stop_before: int | None, processes: int) -> None:
     callbacks: list[TrainerCallback] = [] if stop_before is None else [StopBefore(stop_before)]
+    config = OptimizabilityConfig(**CONFIG)
     resuming = trainer(
-        folder, OptimizabilityTrainer, name="llama", optimizability=OptimizabilityConfig(**CONFIG), callbacks=callbacks,
+        folder, OptimizabilityTrainer, name="llama", optimizability=config, callbacks=callbacks,
         **{**SAVES, "max_steps": 6, "per_device_train_batch_size": 4 // processes},
     )  # fmt: skip
     with suppress(StoppedError):
