@@ -20,7 +20,7 @@ from .curvature.forward_over_reverse import ForwardOverReverseHessian
 from .curvature.gauss_newton import GaussNewtonOperator
 from .curvature.operators import HessianOperator, ObjectiveOperator
 from .curvature.twice_differentiable import CheapSecondDerivatives
-from .curvature.vectors import norm, rademacher
+from .curvature.vectors import norm
 from .measurement import MeasurementError
 from .objective import Objective
 from .safety import eager_attention, math_attention, pretrained
@@ -174,7 +174,7 @@ def _difference_error(objective: Objective, config: OptimizabilityConfig, on_pro
     """
     differences = CentralDifferenceHessian(objective, on_products=on_products)
     generator = torch.Generator().manual_seed(config.probe_seed)
-    probe = rademacher(differences.size, generator=generator, dtype=differences.dtype, device=differences.device)
+    probe = differences.rows.rademacher(generator=generator, dtype=differences.dtype, device=differences.device)
     product = differences.matvec(probe)
     try:
         if objective.quantized is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .curvature.operators import SumOfLosses
+from .curvature.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,12 @@ def gradient(objective: SumOfLosses) -> Gradient:
     return Gradient(loss_sum / items, items, tuple(total / items for total in totals))
 
 
-def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+def norm_of(tensors: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
     """2-norm of all entries of all tensors, at least in float32, on the first one's device: reading it synchronizes.
+
+    Args:
+        tensors: What is here of them.
+        ranks: The processes that hold all entries between them.
 
     Example:
         >>> norm_of([torch.tensor([3.0]), torch.tensor([[4.0]])])
@@ -50,4 +55,5 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     """
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     norms = [torch.linalg.vector_norm(tensor, dtype=dtype).to(tensors[0].device) for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    return total if ranks is ALONE else ranks.sum(total.square()).sqrt()

@@ -31,7 +31,7 @@ from .curvature.preconditioner import unwrapped as unwrapped_optimizer
 from .curvature.sketch import Sketch, sketch
 from .curvature.step import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
 from .curvature.used_rows import used_rows
-from .curvature.vectors import dot, norm, rademacher
+from .curvature.vectors import dot, norm
 from .engines import OnProducts, Way, first_that_works
 from .gradients import Gradient, gradient, norm_of
 from .measurement import BlockMeasurement, Measurement, MeasurementError, StepMeasurement
@@ -304,16 +304,19 @@ def _along_gradient(
     """The quadratic model along −g; a second product in lockstep tells whether the matrix is symmetric at all."""
     flat = torch.cat([tensor.reshape(-1) for tensor in point.tensors]).to(operator.device, operator.dtype)
     generator = torch.Generator().manual_seed(config.probe_seed)
-    probe = rademacher(operator.size, generator=generator, dtype=operator.dtype, device=operator.device)
+    probe = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
     along, other = operator.matmat(torch.stack([flat, probe], dim=1)).T
-    asymmetry = abs(dot(flat, other) - dot(probe, along)) / ((norm(flat) * norm(other)) or 1.0)
+    ranks = operator.rows.ranks
+    asymmetry = abs(dot(flat, other, ranks) - dot(probe, along, ranks)) / (
+        (norm(flat, ranks) * norm(other, ranks)) or 1.0
+    )
     if exact and asymmetry > LARGEST_ASYMMETRY:
         raise MeasurementError(
             f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
             "derivative of its forward pass.",
             "Look for custom autograd functions (straight-through estimators, approximate attention).",
         )
-    return quadratic_model(flat, along)
+    return quadratic_model(flat, along, ranks)
 
 
 def _step_size(

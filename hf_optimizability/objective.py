@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
+from .curvature.rows import Rows
 from .safety import measuring, pretrained, quantization
 
 
@@ -57,6 +58,11 @@ class Objective:
     def parameters(self) -> list[nn.Parameter]:
         """The variables as the model holds them now: inside `full_precision` they are the float32 copies."""
         return [self.model.get_parameter(name) for name in self.names]
+
+    @property
+    def rows(self) -> Rows:
+        """How vectors over the variables lie: each rank holds them whole."""
+        return Rows.whole(sum(parameter.numel() for parameter in self.parameters))
 
     @property
     def quantized(self) -> str | None:
@@ -324,8 +330,8 @@ def _shifts_labels(model: nn.Module) -> bool:
     inner = pretrained(model)
     if inner is None or inner.config.is_encoder_decoder:
         return False
-    causal = type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return causal or LOSS_MAPPING.get(inner.loss_type) is ForCausalLMLoss
+    classes = {kind.__name__ for kind in type(inner).__mro__}  # `fully_shard` puts a class of its own before the model's
+    return not classes.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) or LOSS_MAPPING.get(inner.loss_type) is ForCausalLMLoss
 
 
 def _listed(names: Iterable[str]) -> str:

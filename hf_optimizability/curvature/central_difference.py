@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..gradients import gradient, norm_of
 from .operators import ObjectiveOperator, SumOfLosses
+from .rows import Rows
 from .vectors import norm
 
 
@@ -41,6 +42,8 @@ class CentralDifferenceHessian(ObjectiveOperator):
         objective: The loss, in parts.
         relative_step: Size of the step beside the parameters; by default `RELATIVE_STEP` of their dtype.
         on_products: Called with the number of products just made; for progress bars.
+        rows: How the parameters lie over ranks, if the objective's are the shards that are here; its losses must have
+            the gradient of what all ranks evaluate.
 
     Raises:
         ValueError: If a parameter is of less than float32: the step would round away. Hold
@@ -62,8 +65,11 @@ class CentralDifferenceHessian(ObjectiveOperator):
         *,
         relative_step: float | None = None,
         on_products: Callable[[int], object] | None = None,
+        rows: Rows | None = None,
     ):
         super().__init__(objective, on_products=on_products)
+        self._rows = Rows.whole(self.size) if rows is None else rows
+        self.size = self._rows.size
         low = next((p.dtype for p in objective.parameters if torch.finfo(p.dtype).bits < 32), None)
         if low is not None:
             raise ValueError(
@@ -73,15 +79,20 @@ class CentralDifferenceHessian(ObjectiveOperator):
         self._objective = objective
         self._relative_step = RELATIVE_STEP[self.dtype] if relative_step is None else relative_step
 
+    @property
+    def rows(self) -> Rows:
+        """Which rows of the vectors are here."""
+        return self._rows
+
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
         yield (self._product(vector) for vector in vectors), 1
 
     def _product(self, vector: Tensor) -> list[Tensor]:
         parameters = self._objective.parameters
-        length = norm(vector)
+        length = norm(vector, self.rows.ranks)
         if length == 0:
             return [torch.zeros_like(parameter) for parameter in parameters]
-        scale = float(norm_of([parameter.detach() for parameter in parameters])) or 1.0
+        scale = float(norm_of([parameter.detach() for parameter in parameters], self.rows.ranks)) or 1.0
         step = self._relative_step * scale / length
         direction = self._split(vector, parameters)
         with _moved(parameters, direction, step):

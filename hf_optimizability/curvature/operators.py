@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .products import first_backward, second_backward
+from .ranks import Ranks
+from .rows import Rows
 
 
 if TYPE_CHECKING:
@@ -46,6 +48,11 @@ class SymmetricOperator(ABC):
     size: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def rows(self) -> Rows:
+        """Which rows of the vectors are here: all n, unless they lie over ranks. Shapes below are of those."""
+        return Rows.whole(self.size)
 
     @abstractmethod
     def matmat(self, vectors: Tensor) -> Tensor:
@@ -133,7 +140,7 @@ class ObjectiveOperator(SymmetricOperator):
             items += count
         assert total is not None
         total /= items
-        _require_finite(total)
+        _require_finite(total, self.rows.ranks)
         self._count(len(total))
         return total.T
 
@@ -143,7 +150,7 @@ class ObjectiveOperator(SymmetricOperator):
         for products, count in self._parts(vectors.T):
             part = self._add(products, None if part is None else part.zero_(), number=vectors.shape[1])
             part /= count
-            _require_finite(part)
+            _require_finite(part, self.rows.ranks)
             yield part.T, count
         self._count(vectors.shape[1])
 
@@ -154,7 +161,7 @@ class ObjectiveOperator(SymmetricOperator):
         """
         for index, product in enumerate(products):
             if total is None:
-                total = torch.zeros(number, self.size, dtype=self.dtype, device=self.device)
+                total = torch.zeros(number, sum(self._sizes), dtype=self.dtype, device=self.device)
             for place, piece in zip(total[index].split(self._sizes), product, strict=True):
                 place.add_(piece.detach().reshape(-1).to(place))
         assert total is not None
@@ -225,7 +232,9 @@ class _Kept(NamedTuple):
     items: int
 
 
-def _require_finite(products: Tensor) -> None:
+def _require_finite(products: Tensor, ranks: Ranks) -> None:
     # The sum is finite if all entries are, unless it overflows, and is had far sooner than a look at each of them.
-    if not math.isfinite(products.sum()) and not torch.isfinite(products).all():
+    if math.isfinite(ranks.sum(products.sum())):
+        return
+    if ranks.sum((~torch.isfinite(products)).sum()):
         raise FloatingPointError("A product with the curvature matrix is not finite.")

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from transformers.optimization import Adafactor
 
 from .operators import SymmetricOperator
+from .rows import Rows
 
 
 SUPPORTED = (SGD, Adam, AdamW, Adafactor)
@@ -183,13 +184,18 @@ class PreconditionedOperator(SymmetricOperator):
     """
 
     def __init__(self, operator: SymmetricOperator, diagonal: Tensor):
-        if diagonal.shape != (operator.size,):
+        if diagonal.shape != (len(operator.rows),):
             raise ValueError(f"`diagonal` has shape {tuple(diagonal.shape)}, the operator size {operator.size}.")
         if not (diagonal > 0).all():
             raise ValueError("`diagonal` has an entry that is not positive.")
         self._operator = operator
         self._scale = diagonal.to(device=operator.device, dtype=operator.dtype).rsqrt()[:, None]
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+
+    @property
+    def rows(self) -> Rows:
+        """As those of A."""
+        return self._operator.rows
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """`P^-½ A P^-½ V` for the columns of V, of shape (n, k)."""

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models under FSDP2 (`fully_shard`): measured on whole parameters, or on the shards where those do not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup, all_reduce, get_world_size
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard
+
+from .curvature.ranks import Ranks
+from .curvature.rows import Rows
+from .measurement import MeasurementError
+from .objective import Batch, Objective, batch_size, count_items, cut_batch
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has been applied to the model or to a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Puts whole parameters in the place of a model's shards, and the shards back after, also when it raises.
+
+    Inside, the model is one without FSDP: its hooks are set aside and its mixed precision with them, and the
+    parameters are plain tensors, gathered from the shards in float32 at least, that can be differentiated twice. The
+    shards are not touched; what is written to the whole parameters is lost. Parameters must be read anew inside, as
+    `Objective.parameters` does. A model without FSDP is left as it is.
+
+    All ranks must come in and out together. Memory: all parameters, frozen ones included, in float32.
+
+    Raises:
+        MeasurementError: If the parameters are split by tensor parallelism too.
+    """
+    _reshard(model)
+    whole: dict[int, nn.Parameter] = {}
+    shards = list(_shards(model))
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(_hooks_set_aside(module))
+        try:
+            for module, name, shard in shards:
+                if id(shard) not in whole:
+                    tensor = whole_tensor(shard.detach())
+                    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                    whole[id(shard)] = nn.Parameter(tensor, requires_grad=shard.requires_grad)
+                setattr(module, name, whole[id(shard)])
+            yield
+        finally:
+            for module, name, shard in shards:
+                setattr(module, name, shard)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor that lies over ranks as one plain tensor on the device that its ranks compute on; others as they are."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    device = tensor.device_mesh.device_type  # not the tensor's own where shards are offloaded
+    return (tensor if tensor.device.type == device else tensor.to(device)).full_tensor()
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that lies over ranks; others as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def on_shards(objective: Objective) -> Iterator[Objective]:
+    """Gives an objective as a function of the shards of its parameters that this rank holds.
+
+    No rank ever holds more than FSDP unshards at once. Gradients are FSDP's own, reduced to the shards, in the
+    precision of the shards whatever its mixed precision policy: there are no second derivatives. A batch's examples
+    are split over the ranks, so that its parts are the same as in one process; a rank without a share goes through the
+    passes with weight 0, since all must take part. `.grad`s and FSDP's settings come back after, also when it raises.
+
+    All ranks must come in and out together, with the same batches.
+
+    Args:
+        objective: Over the whole parameters; each rank has all batches.
+
+    Raises:
+        MeasurementError: If the shards can't be measured on: half-precision weights, parameters outside FSDP, shards
+            along other dimensions than the first.
+    """
+    model = objective.model
+    _reshard(model)
+    parameters = [objective.model.get_parameter(name) for name in objective.names]
+    rows = _rows(model, parameters)
+    gradients = [parameter.grad for parameter in parameters]
+    try:
+        with _in_own_precision(model):
+            for parameter in parameters:
+                parameter.grad = None
+            yield ShardedObjective(objective, parameters, rows)
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+class ShardedObjective(Objective):
+    """A mean loss as a function of the shards that this rank holds; see `on_shards`, which makes it.
+
+    Args:
+        objective: The same over the whole parameters.
+        parameters: The sharded parameters.
+        rows: How vectors over them lie.
+    """
+
+    def __init__(self, objective: Objective, parameters: Sequence[DTensor], rows: Rows):
+        vars(self).update(vars(objective))
+        self._sharded = parameters
+        self._rows = rows
+        self._everyone = _Group(None)
+        self._shards = [local_tensor(parameter).detach().requires_grad_() for parameter in parameters]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The shards, in the memory that FSDP gathers from."""
+        return self._shards
+
+    @property
+    def rows(self) -> Rows:
+        """Which rows of vectors over the whole parameters belong to the shards that are here."""
+        return self._rows
+
+    def losses(self) -> Iterator[tuple[Tensor, int]]:
+        """Yields each batch's sum of losses over all ranks, with its gradient by the shards, and its items."""
+        for batch in self._counted_batches():
+            loss, items = self._share(batch)
+            gradients = self._backward(loss) if torch.is_grad_enabled() else []
+            _reshard(self.model)  # what stays unsharded would not see that the shards are moved
+            both = self._everyone.sum(torch.tensor([float(loss.detach()), items], dtype=torch.float64))
+            total = both[0].to(loss)
+            yield (_Known.apply(total, gradients, *self._shards) if gradients else total), int(both[1])
+
+    def _share(self, batch: Batch) -> tuple[Tensor, int]:
+        """The loss of this rank's examples of a batch; of others and times 0 where it has none that count."""
+        pieces = self._pieces(batch)
+        mine = pieces[self._everyone.index : self._everyone.index + 1]
+        if mine and count_items(self.model, mine[0]):
+            return self._sum_of_losses(self.model, mine[0])
+        other = next(piece for piece in pieces if count_items(self.model, piece))
+        return 0 * self._sum_of_losses(self.model, other)[0], 0
+
+    def _pieces(self, batch: Batch) -> list[Batch]:
+        """At most one piece for each rank; a batch that can't be cut is the first rank's."""
+        try:
+            return cut_batch(batch, math.ceil(batch_size(batch) / self._everyone.number))
+        except ValueError:
+            return [batch]
+
+    def _backward(self, loss: Tensor) -> list[Tensor]:
+        """The gradient by the shards of the sum of the ranks' losses, of which FSDP makes the mean."""
+        loss.backward()
+        gradients = []
+        for parameter, shard in zip(self._sharded, self._shards, strict=True):
+            gradient = parameter.grad
+            gradients.append(
+                torch.zeros_like(shard) if gradient is None else local_tensor(gradient) * self._everyone.number
+            )
+            parameter.grad = None
+        return gradients
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *variables: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient * scale for gradient in ctx.gradients)
+
+
+class _Group(Ranks):
+    def __init__(self, group: ProcessGroup | None):
+        self._group = group
+        self.number = get_world_size(group)
+        self.index = torch.distributed.get_rank(group)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        all_reduce(tensor, group=self._group)
+        return tensor
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        found: list[Any] = [None] * self.number
+        torch.distributed.all_gather_object(found, values, group=self._group)
+        return [value for part in found for value in part]
+
+
+def _rows(model: nn.Module, parameters: Sequence[Tensor]) -> Rows:
+    """How vectors over parameters lie over the ranks that hold their shards."""
+    half = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None)
+    if half is not None:
+        raise MeasurementError(
+            f"The whole parameters do not fit into memory, and the shards are in {half}, in which the step of a "
+            "central difference rounds away.",
+            "Train float32 weights in mixed precision (as FSDP2 does through Accelerate), or free memory.",
+        )
+    places, before, group = [], 0, None
+    for parameter in parameters:
+        sharded = [i for i, p in enumerate(parameter.placements) if p.is_shard()] if _is_fsdp(parameter) else []
+        if len(sharded) != 1 or parameter.placements[sharded[0]] != Shard(0):
+            raise MeasurementError(
+                "The whole parameters do not fit into memory, and not all of them are sharded along their first "
+                "dimension alone.",
+                "Free memory, or shard by `fully_shard` with neither `ignored_params` nor `shard_placement_fn`.",
+            )
+        mesh = parameter.device_mesh
+        group = mesh.get_group(sharded[0])
+        length = math.ceil(parameter.shape[0] / mesh.size(sharded[0])) * parameter[0].numel()
+        start = min(mesh.get_local_rank(sharded[0]) * length, parameter.numel())
+        places.append(slice(before + start, before + min(start + length, parameter.numel())))
+        before += parameter.numel()
+    return Rows(before, tuple(places), _Group(group))
+
+
+def _is_fsdp(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor)
+
+
+def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Frees what a forward pass without a backward pass left unsharded."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def _shards(model: nn.Module) -> Iterator[tuple[nn.Module, str, DTensor]]:
+    """Where each sharded parameter is held; a tied one more than once."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if isinstance(parameter, DTensor):
+                if sum(placement.is_shard() for placement in parameter.placements) > 1:
+                    raise MeasurementError(
+                        "The parameters are split by tensor parallelism, which can't be measured under.",
+                        "Shard by data parallelism alone (FSDP2, also with replicas), or do not measure.",
+                    )
+                yield module, name, parameter
+
+
+@contextmanager
+def _hooks_set_aside(module: nn.Module) -> Iterator[None]:
+    """Takes off the hooks by which FSDP unshards a module's parameters around its passes."""
+    registries: list[dict[int, Callable[..., Any]]] = [module._forward_pre_hooks, module._forward_hooks]
+    held = [dict(registry) for registry in registries]
+    try:
+        for registry, hooks in zip(registries, held, strict=True):
+            for key, hook in hooks.items():
+                if str(hook.__module__).startswith("torch.distributed.fsdp"):
+                    del registry[key]
+        yield
+    finally:
+        for registry, hooks in zip(registries, held, strict=True):
+            registry.clear()
+            registry.update(hooks)
+
+
+@contextmanager
+def _in_own_precision(model: nn.Module) -> Iterator[None]:
+    """Makes FSDP compute and reduce in the precision of the shards, in every backward pass, and average plainly.
+
+    There is no public way to change a mixed precision policy: this is what `fully_shard` sets up from one.
+    """
+    states = {id(state): state for state in (module._get_fsdp_state() for module in _fsdp_modules(model))}.values()
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    members = [member for group in groups for member in group.fsdp_params]
+    own = {"mp_policy": MixedPrecisionPolicy(), "reduce_grads": True, "gradient_divide_factor": None}
+    with ExitStack() as stack:
+        stack.callback(_renew, groups)
+        for state in states:
+            stack.enter_context(_held(state, _mp_policy=own["mp_policy"]))
+            stack.enter_context(_held(state._state_ctx, is_last_backward=True))
+        for group in groups:
+            stack.enter_context(_held(group, **own, all_reduce_grads=True))
+        for member in members:
+            stack.enter_context(_held(member, unsharded_accumulated_grad=None))
+        _renew(groups)
+        try:
+            yield
+        except BaseException:
+            for module in _fsdp_modules(model):
+                if module._get_fsdp_state()._is_root:  # after a pass that broke off
+                    module.reset_iter_state()
+            raise
+        finally:
+            _reshard(model)
+
+
+def _renew(groups: Sequence[Any]) -> None:
+    """Makes groups of parameters take up their policy: the buffers of another dtype are made anew when needed."""
+    for group in groups:
+        group._init_mp_dtypes()
+        for member in group.fsdp_params:
+            member.all_gather_outputs = []
+            vars(member).pop("_unsharded_param", None)
+
+
+@contextmanager
+def _held(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes with other values, and their own back after."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        vars(owner).update(values)
+        yield
+    finally:
+        vars(owner).update(before)
