@@ -47,7 +47,7 @@ class Rows:
 
     def of(self, vector: Tensor) -> Tensor:
         """The rows that are here, of a whole vector."""
-        return torch.cat([vector[part] for part in self.here])
+        return torch.cat([vector[:0], *(vector[part] for part in self.here)])
 
     def unit(self, index: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The unit vector along one of the n axes."""
