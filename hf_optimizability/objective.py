@@ -330,8 +330,13 @@ def _shifts_labels(model: nn.Module) -> bool:
     inner = pretrained(model)
     if inner is None or inner.config.is_encoder_decoder:
         return False
-    classes = {kind.__name__ for kind in type(inner).__mro__}  # `fully_shard` puts a class of its own before the model's
-    return not classes.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) or LOSS_MAPPING.get(inner.loss_type) is ForCausalLMLoss
+    classes = {
+        kind.__name__ for kind in type(inner).__mro__
+    }  # `fully_shard` puts a class of its own before the model's
+    return (
+        not classes.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        or LOSS_MAPPING.get(inner.loss_type) is ForCausalLMLoss
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -103,7 +103,9 @@ def _whole(pieces: list[Tensor]) -> Tensor:
 def test_every_rank_draws_its_part_of_the_one_random_vector():
     def draw(rows: Rows) -> Tensor:
         generator = torch.Generator().manual_seed(5)
-        return torch.stack([rows.rademacher(generator=generator, dtype=torch.float32, device=rows_device) for _ in "ab"])
+        return torch.stack(
+            [rows.rademacher(generator=generator, dtype=torch.float32, device=rows_device) for _ in "ab"]
+        )
 
     rows_device = torch.device("cpu")
     alone = draw(Rows.whole(SIZE))
