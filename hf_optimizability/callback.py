@@ -24,6 +24,7 @@ from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure
 from .objective import Objective, trainer_loss
+from .parallel import RankLostError, training_ranks
 from .probe import probe_batches
 from .report import OptimizabilityReport
 from .safety import pretrained
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.get_logger(__name__)
+
+_DECISIONS = 100
+"""How often in a run several processes settle whether there is time to measure: each time takes a message."""
 
 
 class OptimizabilityCallback(TrainerCallback):
@@ -88,24 +92,27 @@ class OptimizabilityCallback(TrainerCallback):
             ValueError: If the data, the model, the blocks or the report's folder can't work.
         """
         model, loader = kwargs["model"], kwargs["train_dataloader"]
+        ranks = training_ranks(next(model.parameters()).device)
         history = restore(state, config=provenance.describe_config(self.config))
         self._clock = Clock(trained=history.train_seconds, measured=[m.seconds for m in history.measurements])
         self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
-        if state.is_world_process_zero:
-            require_writable(self._folder, "report_dir")
-            if not history.measurements and (earlier := keep_aside(self._folder / "report.json")):
-                logger.info(f"The report of an earlier run is now {earlier}.")
+        with ranks.agreed():
+            if state.is_world_process_zero:
+                require_writable(self._folder, "report_dir")
+                if not history.measurements and (earlier := keep_aside(self._folder / "report.json")):
+                    logger.info(f"The report of an earlier run is now {earlier}.")
         batches = probe_batches(
             loader,
             examples=self.config.budget.probe_examples,
             batch_size=self.config.probe_batch_size,
             seed=self.config.probe_seed,
             required=self.config.probe_examples is not None,
+            ranks=ranks,
         )
         trainer = self._trainer
         loss_fn = None if trainer is None else trainer_loss(trainer)
         eval_dataset = None if trainer is None or isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
-        self._objective = Objective(model, batches, loss_fn=loss_fn)
+        self._objective = Objective(model, batches, loss_fn=loss_fn).shared(ranks)
         self._optimizer = _readable(kwargs["optimizer"])
         block_indices(self._objective.names, self.config)
         self._check()
@@ -143,13 +150,17 @@ class OptimizabilityCallback(TrainerCallback):
             return state.global_step % self.config.measure_steps == 0
         if self.config.measure_strategy != "auto" or not self._clock.measured:
             return False
-        return affordable(
+        ranks = self._objective.ranks
+        if ranks.number > 1 and state.global_step % math.ceil(state.max_steps / _DECISIONS):
+            return False
+        due = affordable(
             state.global_step,
             max_steps=state.max_steps,
             budget=self.config.overhead_budget,
             step_seconds=self._clock.step_seconds,
             measured_seconds=self._clock.measured,
         )
+        return ranks.gather([due])[0]  # by one clock
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,8 +179,14 @@ class OptimizabilityCallback(TrainerCallback):
         if trainer is not None:
             from .generalization import measure_gap
 
+            ranks = self._objective.ranks
+
+            def measured_gap() -> dict[str, float]:
+                with ranks.agreed():
+                    return measure_gap(trainer, self.config, ranks=ranks)
+
             with self._clock.paused():
-                gap = self._guarded("measuring the generalization gap", lambda: measure_gap(trainer, self.config))
+                gap = self._guarded("measuring the generalization gap", measured_gap)
             if gap:
                 self._log(gap, state, control)
         if state.is_world_process_zero:
@@ -209,6 +226,8 @@ class OptimizabilityCallback(TrainerCallback):
                     epoch=state.epoch,
                     on_products=bar.update,
                 )
+        except RankLostError:
+            raise
         except Exception as error:
             self._record_failure(error, step, state)
         else:
@@ -235,7 +254,7 @@ class OptimizabilityCallback(TrainerCallback):
 
     def _find_loss_scale(self, trainer: Trainer, model: nn.Module) -> None:
         """Records by what factor the Trainer's loss is off the mean, and says so once."""
-        factor = loss_scale(trainer, self._objective.batches[0], seed=self.config.probe_seed)
+        factor = loss_scale(trainer, self._objective.whole().batches[0], seed=self.config.probe_seed)
         self.report.training["loss_scale"] = factor
         if factor != 1:
             logger.warning_once(explanation(type(pretrained(model) or model).__name__, factor))
@@ -266,6 +285,8 @@ class OptimizabilityCallback(TrainerCallback):
         """Runs what must not take the training down; a failure becomes a warning."""
         try:
             return action()
+        except RankLostError:
+            raise
         except Exception as error:
             logger.warning(f"Failed at {what}: {type(error).__name__}: {error}. Training goes on.")
 

@@ -200,7 +200,8 @@ class OptimizabilityConfig:
             )
         if self.eigen_method == "power_iteration" and self.num_eigenvalues > 1:
             raise ValueError(
-                f"`num_eigenvalues` is {self.num_eigenvalues}, but power iteration finds one. Use eigen_method='lanczos'."
+                f"`num_eigenvalues` is {self.num_eigenvalues}, but power iteration finds one. "
+                "Use eigen_method='lanczos'."
             )
 
     @property

@@ -26,6 +26,7 @@ from .curvature.preconditioner import read_preconditioner
 from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .engines import Way, first_that_works
+from .fsdp import measurable
 from .measure import block_indices, checked, finite_gradient
 from .memory import in_memory
 from .objective import Batch, LossFunction, Objective, batch_size, count_items, cut_batch
@@ -140,12 +141,17 @@ def forecast_objective(
 def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Optimizer | None) -> Forecast:
     in_optimizer, before = objective.parameters, set(map(id, _tensors(objective.model)))
     preconditions = False
-    with measuring(objective.model, seed=config.probe_seed), full_precision(objective.model):
+    with (
+        measuring(objective.model, seed=config.probe_seed),
+        measurable(objective, config) as (objective, of_parameters),
+        full_precision(objective.model),
+    ):
+        objective = objective.whole()
         started = time.perf_counter()
         point = finite_gradient(objective)
         gradient_seconds = time.perf_counter() - started
         if optimizer is not None:
-            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors)
+            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors, held=of_parameters)
             preconditions = not preconditioner.is_identity
         prices, way = first_that_works(
             objective, config, lambda way: _prices(way, objective, config), lambda products: None

@@ -6,19 +6,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup, all_reduce, get_world_size
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 
+from .configuration import OptimizabilityConfig
+from .curvature.lanczos import free_memory
+from .curvature.preconditioner import Held
 from .curvature.ranks import Ranks
 from .curvature.rows import Rows
 from .measurement import MeasurementError
 from .objective import Batch, Objective, batch_size, count_items, cut_batch
+from .stages import Price, Prices, count_products, list_stages
+
+
+_SHARE = 0.5
+"""Of the free memory, what the whole parameters and the vectors may take; the rest is for the graph of a batch."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -59,12 +66,70 @@ def unsharded(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, shard)
 
 
+@contextmanager
+def measurable(objective: Objective, config: OptimizabilityConfig) -> Iterator[tuple[Objective, Held]]:
+    """Gives an objective whose gradient can be had, and how to read of an optimizer's tensors what belongs to it.
+
+    Without FSDP these are the objective itself and the tensors themselves. Under FSDP it is the objective over the
+    whole parameters where they fit into memory on all ranks (`unsharded`), else over the shards (`on_shards`).
+
+    Args:
+        objective: To be measured by all ranks together.
+        config: What is measured.
+
+    Raises:
+        MeasurementError: If it can be measured neither way.
+    """
+    model = objective.model
+    if not is_sharded(model):
+        yield objective, lambda tensor: tensor
+        return
+    free = min(objective.ranks.gather([free_memory(objective.parameters[0].device)]))
+    if whole_memory(objective, config) <= _SHARE * free:
+        with unsharded(model):
+            yield objective, whole_tensor
+        return
+    if config.curvature != "hessian" or config.engine not in ("auto", "central_difference"):
+        raise MeasurementError(
+            "The whole parameters and the vectors do not fit into memory, and by the shards only the Hessian can be "
+            f"had, by central differences; asked for are {config.curvature!r} and {config.engine!r}.",
+            "Leave `curvature` and `engine` at their defaults, lower `max_hvps`, or free memory.",
+        )
+    with on_shards(objective) as sharded:
+        yield sharded, local_tensor
+
+
+def whole_memory(objective: Objective, config: OptimizabilityConfig) -> int:
+    """Bytes that a measurement on whole parameters takes on each rank, as the forecast counts them, but for graphs."""
+    itemsize = max(4, *(parameter.dtype.itemsize for parameter in objective.parameters))
+    size = sum(parameter.numel() for parameter in objective.parameters)
+    nothing = Price(0.0, 0)
+    prices = Prices(
+        size=size,
+        vector_bytes=itemsize * size,
+        all_bytes=itemsize * size,
+        one=nothing,
+        lockstep=nothing,
+        block=nothing if config.budget.block_eigenvalues else None,
+        known_part=0.0,
+    )
+    stages = list_stages(config, count_products(config, prices, preconditions=True), prices)
+    parameters = itemsize * sum(parameter.numel() for parameter in objective.model.parameters())
+    return parameters + 2 * itemsize * size + max(stage.vector_memory for stage in stages)  # 2: gradient, P
+
+
+def class_name(module: nn.Module) -> str:
+    """Name of a module's class; of the one that it had before `fully_shard` gave it one of its own."""
+    return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that lies over ranks as one plain tensor on the device that its ranks compute on; others as they are."""
+    """A tensor that lies over ranks as one plain tensor, where its ranks compute; others as they are."""
     if not isinstance(tensor, DTensor):
         return tensor
     device = tensor.device_mesh.device_type  # not the tensor's own where shards are offloaded
-    return (tensor if tensor.device.type == device else tensor.to(device)).full_tensor()
+    there = tensor if tensor.device.type == device else cast(DTensor, tensor.to(device))
+    return there.full_tensor()
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -84,7 +149,7 @@ def on_shards(objective: Objective) -> Iterator[Objective]:
     All ranks must come in and out together, with the same batches.
 
     Args:
-        objective: Over the whole parameters; each rank has all batches.
+        objective: Over the whole parameters, shared by all ranks.
 
     Raises:
         MeasurementError: If the shards can't be measured on: half-precision weights, parameters outside FSDP, shards
@@ -92,8 +157,8 @@ def on_shards(objective: Objective) -> Iterator[Objective]:
     """
     model = objective.model
     _reshard(model)
-    parameters = [objective.model.get_parameter(name) for name in objective.names]
-    rows = _rows(model, parameters)
+    parameters = [cast(DTensor, parameter) for parameter in objective.parameters]
+    rows = _rows(model, parameters, objective.ranks)
     gradients = [parameter.grad for parameter in parameters]
     try:
         with _in_own_precision(model):
@@ -115,16 +180,23 @@ class ShardedObjective(Objective):
     """
 
     def __init__(self, objective: Objective, parameters: Sequence[DTensor], rows: Rows):
-        vars(self).update(vars(objective))
+        vars(self).update(vars(objective.whole()))
         self._sharded = parameters
         self._rows = rows
-        self._everyone = _Group(None)
         self._shards = [local_tensor(parameter).detach().requires_grad_() for parameter in parameters]
 
     @property
-    def parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Tensor]:  # type: ignore[override]
         """The shards, in the memory that FSDP gathers from."""
         return self._shards
+
+    @property
+    def quantized(self) -> str:
+        """Why there are no second derivatives."""
+        return (
+            "The whole parameters and the vectors of a measurement do not fit into memory, and FSDP gives only first "
+            "derivatives by the shards."
+        )
 
     @property
     def rows(self) -> Rows:
@@ -133,18 +205,18 @@ class ShardedObjective(Objective):
 
     def losses(self) -> Iterator[tuple[Tensor, int]]:
         """Yields each batch's sum of losses over all ranks, with its gradient by the shards, and its items."""
-        for batch in self._counted_batches():
+        for batch in self._counted(self.batches):
             loss, items = self._share(batch)
             gradients = self._backward(loss) if torch.is_grad_enabled() else []
             _reshard(self.model)  # what stays unsharded would not see that the shards are moved
-            both = self._everyone.sum(torch.tensor([float(loss.detach()), items], dtype=torch.float64))
+            both = self.rows.ranks.sum(torch.tensor([float(loss.detach()), items], dtype=torch.float64))
             total = both[0].to(loss)
             yield (_Known.apply(total, gradients, *self._shards) if gradients else total), int(both[1])
 
     def _share(self, batch: Batch) -> tuple[Tensor, int]:
         """The loss of this rank's examples of a batch; of others and times 0 where it has none that count."""
         pieces = self._pieces(batch)
-        mine = pieces[self._everyone.index : self._everyone.index + 1]
+        mine = pieces[self.rows.ranks.index : self.rows.ranks.index + 1]
         if mine and count_items(self.model, mine[0]):
             return self._sum_of_losses(self.model, mine[0])
         other = next(piece for piece in pieces if count_items(self.model, piece))
@@ -153,7 +225,7 @@ class ShardedObjective(Objective):
     def _pieces(self, batch: Batch) -> list[Batch]:
         """At most one piece for each rank; a batch that can't be cut is the first rank's."""
         try:
-            return cut_batch(batch, math.ceil(batch_size(batch) / self._everyone.number))
+            return cut_batch(batch, math.ceil(batch_size(batch) / self.rows.ranks.number))
         except ValueError:
             return [batch]
 
@@ -164,7 +236,7 @@ class ShardedObjective(Objective):
         for parameter, shard in zip(self._sharded, self._shards, strict=True):
             gradient = parameter.grad
             gradients.append(
-                torch.zeros_like(shard) if gradient is None else local_tensor(gradient) * self._everyone.number
+                torch.zeros_like(shard) if gradient is None else local_tensor(gradient) * self.rows.ranks.number
             )
             parameter.grad = None
         return gradients
@@ -184,24 +256,7 @@ class _Known(torch.autograd.Function):
         return None, None, *(gradient * scale for gradient in ctx.gradients)
 
 
-class _Group(Ranks):
-    def __init__(self, group: ProcessGroup | None):
-        self._group = group
-        self.number = get_world_size(group)
-        self.index = torch.distributed.get_rank(group)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.clone()
-        all_reduce(tensor, group=self._group)
-        return tensor
-
-    def gather(self, values: list[Any]) -> list[Any]:
-        found: list[Any] = [None] * self.number
-        torch.distributed.all_gather_object(found, values, group=self._group)
-        return [value for part in found for value in part]
-
-
-def _rows(model: nn.Module, parameters: Sequence[Tensor]) -> Rows:
+def _rows(model: nn.Module, parameters: Sequence[DTensor], ranks: Ranks) -> Rows:
     """How vectors over parameters lie over the ranks that hold their shards."""
     half = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None)
     if half is not None:
@@ -210,26 +265,21 @@ def _rows(model: nn.Module, parameters: Sequence[Tensor]) -> Rows:
             "central difference rounds away.",
             "Train float32 weights in mixed precision (as FSDP2 does through Accelerate), or free memory.",
         )
-    places, before, group = [], 0, None
+    places, before = [], 0
     for parameter in parameters:
-        sharded = [i for i, p in enumerate(parameter.placements) if p.is_shard()] if _is_fsdp(parameter) else []
-        if len(sharded) != 1 or parameter.placements[sharded[0]] != Shard(0):
+        placements = parameter.placements if isinstance(parameter, DTensor) else ()
+        if placements != (Shard(0),) or parameter.device_mesh.size() != ranks.number:
             raise MeasurementError(
-                "The whole parameters do not fit into memory, and not all of them are sharded along their first "
-                "dimension alone.",
-                "Free memory, or shard by `fully_shard` with neither `ignored_params` nor `shard_placement_fn`.",
+                "The whole parameters do not fit into memory, and not all of them are sharded over all processes "
+                "along their first dimension alone.",
+                "Free memory, or shard by `fully_shard` over all processes, with neither replicas nor "
+                "`ignored_params` nor `shard_placement_fn`.",
             )
-        mesh = parameter.device_mesh
-        group = mesh.get_group(sharded[0])
-        length = math.ceil(parameter.shape[0] / mesh.size(sharded[0])) * parameter[0].numel()
-        start = min(mesh.get_local_rank(sharded[0]) * length, parameter.numel())
+        length = math.ceil(parameter.shape[0] / ranks.number) * (parameter.numel() // parameter.shape[0])
+        start = min(parameter.device_mesh.get_local_rank() * length, parameter.numel())
         places.append(slice(before + start, before + min(start + length, parameter.numel())))
         before += parameter.numel()
-    return Rows(before, tuple(places), _Group(group))
-
-
-def _is_fsdp(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor)
+    return Rows(before, tuple(places), ranks)
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:

@@ -252,9 +252,13 @@ def _roomy_device(operator: SymmetricOperator, vectors: int) -> torch.device:
 
 def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
     """How many of the operator's vectors half of a device's free memory holds."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    fit = free // 2 // (max(len(operator.rows), 1) * operator.dtype.itemsize)
-    return min(operator.rows.ranks.gather([fit]))  # all must go the same way
+    fit = free_memory(device) // 2 // (max(len(operator.rows), 1) * operator.dtype.itemsize)
+    return min(operator.rows.ranks.gather(operator.ranks.gather([fit])))  # all go the same way
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _start_rows(operator: SymmetricOperator, number: int, seed: int, device: torch.device) -> Tensor:

@@ -206,6 +206,7 @@ class PreconditionedOperator(SymmetricOperator):
         self._operator = operator
         self._scale = diagonal.to(device=operator.device, dtype=operator.dtype).rsqrt()[:, None]
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.ranks = operator.ranks
 
     @property
     def rows(self) -> Rows:

@@ -131,7 +131,7 @@ def critical_learning_rate(
 
 
 @contextmanager
-def loss_along(objective: SumOfLosses, update: Tensor) -> Iterator[Callable[[float], float]]:
+def loss_along(objective: SumOfLosses, update: Tensor, *, ranks: Ranks = ALONE) -> Iterator[Callable[[float], float]]:
     """Gives the mean loss at θ − ηu as a function of η; puts the weights back bit for bit at the end.
 
     The weights are moved in place, without gradients, and come back from a saved copy also where the loss raises.
@@ -140,6 +140,7 @@ def loss_along(objective: SumOfLosses, update: Tensor) -> Iterator[Callable[[flo
     Args:
         objective: The loss, in parts.
         update: u, of shape (n,), in the order of the objective's parameters.
+        ranks: The processes that share the parts.
 
     Example:
         >>> class Parabola:
@@ -162,7 +163,8 @@ def loss_along(objective: SumOfLosses, update: Tensor) -> Iterator[Callable[[flo
         for part, count in objective.losses():
             total += float(part)
             items += count
-        return total / items
+        totals, counts = zip(*ranks.gather([(total, items)]), strict=True)
+        return sum(totals) / sum(counts)
 
     try:
         yield loss

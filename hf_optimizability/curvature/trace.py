@@ -19,7 +19,6 @@ from .estimates import Estimate
 from .jackknife import jackknife
 from .operators import SymmetricOperator
 from .ranks import ALONE, Ranks
-from .vectors import segment_sums
 
 
 MIN_PROBES = 8
@@ -367,16 +366,10 @@ class PartTraces:
         self._forms: list[np.ndarray] = []  # vᵀA_p v of each product, of shape (parts, segments)
 
     def multiply(self, operator: SymmetricOperator, probes: Tensor) -> Tensor:
-        """The rows Av for rows v, whose entries are ±1 or 0. Memory: the product with one part besides."""
-        total = torch.zeros_like(probes)
-        forms, self.items = [], []
-        for products, items in operator.matmat_by_part(probes.T):
-            rows = products.T
-            forms.append([segment_sums(v * row, self._segments) for v, row in zip(probes, rows, strict=True)])
-            total.add_(rows, alpha=items)
-            self.items.append(items)
-        self._forms += list(np.array(forms).swapaxes(0, 1))
-        return total.div_(sum(self.items))
+        """The rows Av for rows v, whose entries are ±1 or 0."""
+        products, forms, self.items = operator.matmat_by_part(probes.T, self._segments)
+        self._forms += list(forms.swapaxes(0, 1))
+        return products.T
 
     def sums(self) -> np.ndarray:
         """Sum of `v_sᵀ(A_p v)_s` over the probes, of shape (parts, segments)."""
