@@ -26,7 +26,7 @@ from .curvature.preconditioner import read_preconditioner
 from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .engines import Way, first_that_works
-from .fsdp import measurable
+from .fsdp import measurable, reshard
 from .measure import block_indices, checked, finite_gradient
 from .memory import in_memory
 from .objective import Batch, LossFunction, Objective, batch_size, count_items, cut_batch
@@ -139,6 +139,7 @@ def forecast_objective(
 
 
 def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Optimizer | None) -> Forecast:
+    reshard(objective.model)
     in_optimizer, before = objective.parameters, set(map(id, _tensors(objective.model)))
     preconditions = False
     with (

@@ -47,7 +47,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     Raises:
         MeasurementError: If the parameters are split by tensor parallelism too.
     """
-    _reshard(model)
+    reshard(model)
     whole: dict[int, nn.Parameter] = {}
     shards = list(_shards(model))
     with ExitStack() as stack:
@@ -156,7 +156,7 @@ def on_shards(objective: Objective) -> Iterator[Objective]:
             along other dimensions than the first.
     """
     model = objective.model
-    _reshard(model)
+    reshard(model)
     parameters = [cast(DTensor, parameter) for parameter in objective.parameters]
     rows = _rows(model, parameters, objective.ranks)
     gradients = [parameter.grad for parameter in parameters]
@@ -208,7 +208,7 @@ class ShardedObjective(Objective):
         for batch in self._counted(self.batches):
             loss, items = self._share(batch)
             gradients = self._backward(loss) if torch.is_grad_enabled() else []
-            _reshard(self.model)  # what stays unsharded would not see that the shards are moved
+            reshard(self.model)  # what stays unsharded would not see that the shards are moved
             both = self.rows.ranks.sum(torch.tensor([float(loss.detach()), items], dtype=torch.float64))
             total = both[0].to(loss)
             yield (_Known.apply(total, gradients, *self._shards) if gradients else total), int(both[1])
@@ -286,8 +286,8 @@ def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _reshard(model: nn.Module) -> None:
-    """Frees what a forward pass without a backward pass left unsharded."""
+def reshard(model: nn.Module) -> None:
+    """Puts the shards back in the place of what a forward pass without a backward pass left unsharded."""
     for module in _fsdp_modules(model):
         module.reshard()
 
@@ -331,17 +331,20 @@ def _in_own_precision(model: nn.Module) -> Iterator[None]:
     states = {id(state): state for state in (module._get_fsdp_state() for module in _fsdp_modules(model))}.values()
     groups = [group for state in states for group in state._fsdp_param_groups]
     members = [member for group in groups for member in group.fsdp_params]
-    own = {"mp_policy": MixedPrecisionPolicy(), "reduce_grads": True, "gradient_divide_factor": None}
+    own = MixedPrecisionPolicy()
     with ExitStack() as stack:
-        stack.callback(_renew, groups)
         for state in states:
-            stack.enter_context(_held(state, _mp_policy=own["mp_policy"]))
+            stack.enter_context(_held(state, _mp_policy=own))
             stack.enter_context(_held(state._state_ctx, is_last_backward=True))
         for group in groups:
-            stack.enter_context(_held(group, **own, all_reduce_grads=True))
-        for member in members:
-            stack.enter_context(_held(member, unsharded_accumulated_grad=None))
-        _renew(groups)
+            stack.callback(group._init_mp_dtypes)
+            stack.enter_context(
+                _held(group, mp_policy=own, reduce_grads=True, all_reduce_grads=True, gradient_divide_factor=None)
+            )
+            group._init_mp_dtypes()
+        for member in members:  # buffers, made anew in the other dtype, and what micro-batches have accumulated there
+            stack.enter_context(_held(member, all_gather_outputs=[], unsharded_accumulated_grad=None))
+            stack.enter_context(_without(member, "_unsharded_param"))
         try:
             yield
         except BaseException:
@@ -350,16 +353,7 @@ def _in_own_precision(model: nn.Module) -> Iterator[None]:
                     module.reset_iter_state()
             raise
         finally:
-            _reshard(model)
-
-
-def _renew(groups: Sequence[Any]) -> None:
-    """Makes groups of parameters take up their policy: the buffers of another dtype are made anew when needed."""
-    for group in groups:
-        group._init_mp_dtypes()
-        for member in group.fsdp_params:
-            member.all_gather_outputs = []
-            vars(member).pop("_unsharded_param", None)
+            reshard(model)
 
 
 @contextmanager
@@ -370,4 +364,16 @@ def _held(owner: Any, **values: Any) -> Iterator[None]:
         vars(owner).update(values)
         yield
     finally:
+        vars(owner).update(before)
+
+
+@contextmanager
+def _without(owner: Any, name: str) -> Iterator[None]:
+    """An attribute that is not there, and whatever was there back after."""
+    before = {key: value for key, value in vars(owner).items() if key == name}
+    try:
+        vars(owner).pop(name, None)
+        yield
+    finally:
+        vars(owner).pop(name, None)
         vars(owner).update(before)

@@ -35,7 +35,7 @@ from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .curvature.vectors import dot, norm
 from .engines import OnProducts, Way, first_that_works
-from .fsdp import ShardedObjective, is_sharded, measurable
+from .fsdp import ShardedObjective, is_sharded, measurable, reshard
 from .gradients import Gradient, gradient, norm_of
 from .measurement import BlockMeasurement, Measurement, MeasurementError, StepMeasurement
 from .memory import in_memory
@@ -186,6 +186,7 @@ def _found(
     count: OnProducts,
 ) -> dict[str, Any]:
     """The fields of the measurement."""
+    reshard(objective.model)
     in_optimizer = objective.parameters  # others may be put in their place
     with (
         measuring(objective.model, seed=config.probe_seed),
