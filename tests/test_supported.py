@@ -9,6 +9,8 @@ import pytest
 import tiny_models
 import training
 from accelerate.utils import DeepSpeedPlugin
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainingArguments
 
 from hf_optimizability.supported import deepspeed_limits, require_supported, zero_stage
@@ -48,3 +50,10 @@ def test_parameters_that_zero_3_has_cut_are_known_without_a_trainer():
     model.classifier.weight.ds_id = 7  # as `deepspeed.zero.Init` marks them
     with pytest.raises(ValueError, match="ZeRO-3"):
         require_supported(model)
+
+
+def test_fsdp_1_is_refused():
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # which takes an accelerator to make
+    nn.Module.__init__(wrapper)
+    with pytest.raises(ValueError, match=r"FSDP1.*'version': 2"):
+        require_supported(nn.Sequential(wrapper))

@@ -137,9 +137,7 @@ def dying(rank: int) -> tuple[str, float]:
 
 def test_ranks_that_go_different_ways_are_told_apart(tmp_path: Path):
     for message in results(going_apart, 2, tmp_path):
-        assert message == (
-            "RankLostError: The ranks have gone different ways: they add up tensors of [1, 2] entries."
-        )
+        assert message == ("RankLostError: The ranks have gone different ways: they add up tensors of [1, 2] entries.")
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path):
