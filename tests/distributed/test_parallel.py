@@ -55,7 +55,7 @@ def checks(rank: int) -> dict[str, Any]:
     found["told in a collective"] = raised(lambda: fail_on({1}, memory, between=True))
     found["told at the end"] = raised(lambda: fail_on({1}, MeasurementError("Reason.", "Remedy."), between=False))
     found["the first one's"] = raised(lambda: fail_on({0, 1}, ValueError(f"of {rank}"), between=True))
-    found["can't be sent"] = raised(lambda: fail_on({1}, Unsendable(), between=True))
+    found["can't be sent"] = raised(lambda: fail_on({1}, UnsendableError(), between=True))
 
     def nested() -> None:
         """What is caught outside of an inner `agreed` is no end; a rank may come to it late or early."""
@@ -87,7 +87,7 @@ def checks(rank: int) -> dict[str, Any]:
     return found
 
 
-class Unsendable(Exception):
+class UnsendableError(Exception):
     def __init__(self) -> None:
         super().__init__("stays here")
         self.lock = os.fdopen(os.dup(0))
@@ -112,7 +112,7 @@ def test_all_raise_what_one_raises(found: list[dict[str, Any]]):
         assert result["told in a collective"] == "OutOfMemoryError: no memory"
         assert result["told at the end"] == "MeasurementError: Reason. Remedy."
         assert result["the first one's"] == "ValueError: of 0"
-        assert result["can't be sent"] in ("RuntimeError: Unsendable: stays here", "Unsendable: stays here")
+        assert result["can't be sent"] in ("RuntimeError: UnsendableError: stays here", "UnsendableError: stays here")
         assert result["went on"] == 3
         assert result["nested"] == "KeyError: 'later'"
         assert result["after all"] == 3
