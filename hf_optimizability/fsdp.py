@@ -45,7 +45,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     All ranks must come in and out together. Memory: all parameters, frozen ones included, in float32.
 
     Raises:
-        MeasurementError: If the parameters are split by tensor parallelism too.
+        MeasurementError: If the parameters are offloaded, or split by tensor parallelism too.
     """
     reshard(model)
     whole: dict[int, nn.Parameter] = {}
@@ -124,12 +124,8 @@ def class_name(module: nn.Module) -> str:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that lies over ranks as one plain tensor, where its ranks compute; others as they are."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    device = tensor.device_mesh.device_type  # not the tensor's own where shards are offloaded
-    there = tensor if tensor.device.type == device else cast(DTensor, tensor.to(device))
-    return there.full_tensor()
+    """A tensor that lies over ranks as one plain tensor; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -297,6 +293,11 @@ def _shards(model: nn.Module) -> Iterator[tuple[nn.Module, str, DTensor]]:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if isinstance(parameter, DTensor):
+                if parameter.device.type != parameter.device_mesh.device_type:
+                    raise MeasurementError(
+                        "The parameters are offloaded to the CPU, where they can't be put together.",
+                        "Train without `cpu_offload`, or do not measure.",
+                    )
                 if sum(placement.is_shard() for placement in parameter.placements) > 1:
                     raise MeasurementError(
                         "The parameters are split by tensor parallelism, which can't be measured under.",

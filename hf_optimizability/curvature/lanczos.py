@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -257,8 +258,10 @@ def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that are free on a device; of a host's memory, the share of each process that a launcher put there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _start_rows(operator: SymmetricOperator, number: int, seed: int, device: torch.device) -> Tensor:
