@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_optimizability import OptimizabilityConfig, fsdp
+from hf_optimizability import OptimizabilityConfig, curvature, fsdp
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.forecast import PeakMemory
@@ -50,9 +50,10 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 WORD = 4  # bytes of a float32
 GIGA = 1e9
 SIGN_SECONDS = 2.7e-9  # to draw one sign on a CPU, as one core of the machine that wrote `docs/prices.md` does
-BESIDES = 6
-"""Vectors beside those that the forecast counts: the gradient and P; while a difference is taken, the weights to come
-back from, the direction, and the gradients ahead and behind."""
+BESIDES: dict[Route, int] = {"DDP": 4, "FSDP2, whole parameters": 4, "FSDP2, shards": 9}
+"""Vectors beside those that the forecast counts: the gradient, the optimizer's P, and the weights to come back from;
+then the gradient that a product is made from, or, while a difference is taken, the weights to come back from, the
+direction, the gradients ahead and behind, and one that is added to them."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,13 @@ def sent_once(route: Route, parameters: float, ranks: int) -> float:
     return WORD * parameters * (ranks - 1) / ranks if route == "FSDP2, whole parameters" else 0.0
 
 
-def vectors(config: OptimizabilityConfig, size: int) -> tuple[int, int]:
+def vectors(route: Route, config: OptimizabilityConfig, size: int) -> tuple[int, int]:
     """Vectors of a measurement at most: in all, and without the Lanczos basis, which may lie on the CPU."""
     nothing = Price(0.0, 0)
     prices = Prices(size, 1, 1, nothing, nothing, None, 0.0)
     stages = list_stages(config, count_products(config, prices, preconditions=True), prices)
     trace = stages[2].vectors  # the stage that has no basis
-    return BESIDES + max(stage.vectors for stage in stages), BESIDES + trace
+    return BESIDES[route] + max(stage.vectors for stage in stages), BESIDES[route] + trace
 
 
 def memory(route: Route, number: int, parameters: float, root: float, layer: float, ranks: int) -> float:
@@ -150,7 +151,7 @@ def _bytes(tensors: Tensor | list[Tensor]) -> int:
     return sum(t.numel() * t.itemsize for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
 
 
-WIDTH, DEPTH, BATCHES = 256, 4, 3
+WIDTH, DEPTH, BATCHES = 512, 4, 3
 
 
 def tower(route: Route) -> nn.Module:
@@ -192,6 +193,8 @@ def checked(route: Route) -> dict[str, float]:
             sent["product"] = _second(HessianOperator(objective, ranks=ranks))
     config = OptimizabilityConfig(profile="light", eigen_tolerance=1e-12, trace_tolerance=1e-12)  # takes all it may
     free = fsdp.free_memory
+    # Their copies in float64 have a fixed length, which is nothing beside long vectors.
+    curvature.vectors._CHUNK = curvature.trace._CHUNK = 1 << 14
     try:
         fsdp.free_memory = free if route != "FSDP2, shards" else (lambda device: 1)
         optimizer = torch.optim.AdamW(model.parameters())
@@ -200,7 +203,7 @@ def checked(route: Route) -> dict[str, float]:
     finally:
         fsdp.free_memory = free
     root, layer = 2 * WIDTH, WIDTH**2
-    number, _ = vectors(config, size)
+    number, _ = vectors(route, config, size)
     return {
         "bytes a product, formula": sent_by_product(route, size, root, ranks.number, BATCHES),
         "bytes a product, counted": sent["product"],
@@ -244,7 +247,6 @@ def on_two_processes() -> dict[Route, dict[str, float]]:
 def tables() -> str:
     """The tables of the docs."""
     lines = []
-    number, without_basis = vectors(OptimizabilityConfig(), 10**9)
     for case in CASES:
         n, R = case.parameters, case.ranks
         gradient = 6 * n * case.tokens / R / case.flops
@@ -256,15 +258,25 @@ def tables() -> str:
         ]
         for route in ROUTES:
             sent = sent_by_product(route, n, case.root, R, case.batches)
-            all_of_it, least = (memory(route, k, n, case.root, case.layer, R) for k in (number, without_basis))
-            own = (16 * n / R if route != "DDP" else 16 * n) + least
-            fits = "yes" if own + all_of_it - least < case.memory else "basis on the CPU" if own < case.memory else "no"
+            numbers = vectors(route, OptimizabilityConfig(), 10**9)
+            all_of_it, least = (memory(route, number, n, case.root, case.layer, R) for number in numbers)
+            own = 16 * n / (1 if route == "DDP" else R)
+            fits = "yes" if own + all_of_it < case.memory else "no"
+            if fits == "no" and own + least < case.memory:
+                fits = "basis on the CPU"
             lines.append(
                 f"| {route} | {all_of_it / GIGA:.0f} | {least / GIGA:.0f} | {sent / GIGA:.0f} "
                 f"| {sent / case.bandwidth:.2g} | {2 * gradient:.2g} | {fits} |"
             )
         drawing = n * SIGN_SECONDS
-        lines += ["", f"Drawing a random vector takes each rank {drawing:.0f} s.", ""]
+        at_once = WORD * (case.root + 2 * case.layer)
+        least_ranks = math.ceil((16 + WORD * numbers[1]) * n / (case.memory - at_once))
+        lines += [
+            "",
+            f"Shards fit from {least_ranks} GPUs on, with the basis on the CPU. "
+            f"Drawing a random vector takes each rank {drawing:.0f} s.",
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -232,7 +232,7 @@ class ShardedObjective(Objective):
         for parameter, shard in zip(self._sharded, self._shards, strict=True):
             gradient = parameter.grad
             gradients.append(
-                torch.zeros_like(shard) if gradient is None else local_tensor(gradient) * self.rows.ranks.number
+                torch.zeros_like(shard) if gradient is None else local_tensor(gradient).mul_(self.rows.ranks.number)
             )
             parameter.grad = None
         return gradients
@@ -249,7 +249,7 @@ class _Known(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(gradient * scale for gradient in ctx.gradients)
+        return None, None, *(gradient.mul_(scale) for gradient in ctx.gradients)  # in place: it is asked for once
 
 
 def _rows(model: nn.Module, parameters: Sequence[DTensor], ranks: Ranks) -> Rows:
