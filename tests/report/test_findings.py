@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,10 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
-from hf_optimizability.report import findings
-from hf_optimizability.report.findings import FINDINGS, SEVERITIES, Finding, find
-
-from .example import make_estimate, make_report
+from hf_optimizability.report.findings import Finding
 
 
 Rows = list[dict[str, Any]]
