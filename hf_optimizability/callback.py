@@ -101,12 +101,12 @@ class OptimizabilityCallback(TrainerCallback):
             logger.warning_once(limits)
         ranks = training_ranks(next(model.parameters()).device)
         history = restore(state, config=provenance.describe_config(self.config))
-        self._clock = Clock(trained=history.train_seconds, measured=[m.seconds for m in history.measurements])
+        self._clock = Clock(trained=history.train_seconds, measured=history.measured_seconds)
         self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
         with ranks.agreed():
             if state.is_world_process_zero:
                 require_writable(self._folder, "report_dir")
-                if not history.measurements and (earlier := keep_aside(self._folder / "report.json")):
+                if not history.steps and (earlier := keep_aside(self._folder / "report.json")):
                     logger.info(f"The report of an earlier run is now {earlier}.")
         batches = probe_batches(
             loader,
@@ -135,7 +135,7 @@ class OptimizabilityCallback(TrainerCallback):
         )
         if trainer is not None:
             self._guarded("finding the scale of the loss", lambda: self._find_loss_scale(trainer, model))
-        if not history.measurements or self._ends_an_epoch(state):
+        if not history.steps or self._ends_an_epoch(state):
             self._measure(args, state, control)
         self._clock.go_on()
 
@@ -155,7 +155,7 @@ class OptimizabilityCallback(TrainerCallback):
     def _due(self, state: TrainerState) -> bool:
         if self.config.measure_strategy == "steps":
             return state.global_step % self.config.measure_steps == 0
-        if self.config.measure_strategy != "auto" or not self._clock.measured:
+        if self.config.measure_strategy != "auto" or not self.report.measurements:
             return False
         ranks = self._objective.ranks
         if ranks.number > 1 and state.global_step % math.ceil(state.max_steps / _DECISIONS):
@@ -258,7 +258,7 @@ class OptimizabilityCallback(TrainerCallback):
         self._record(failure, state)
 
     def _record(self, found: Measurement | MeasurementFailure, state: TrainerState) -> None:
-        record(state, found, config=self.report.config, train_seconds=self._clock.train_seconds)
+        record(state, found, config=self.report.config, clock=self._clock)
 
     def _find_loss_scale(self, trainer: Trainer, model: nn.Module) -> None:
         """Records by what factor the Trainer's loss is off the mean, and says so once."""

@@ -35,6 +35,7 @@ class OptimizabilityTrainerMixin(_Base):
 
     Besides what [`OptimizabilityCallback`] does, it logs the gradient norm of each block beside each training loss, as
     `optimizability/train_grad_norm/<block>`: of the training batch, summed over accumulation steps, before clipping.
+    They are taken at the steps that `logging_strategy` names; a loss that a callback has logged besides is without.
 
     Args:
         optimizability: What to measure and when.
@@ -67,11 +68,22 @@ class OptimizabilityTrainerMixin(_Base):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients:
             self._train_grad_norms = {}
+        if self.accelerator.sync_gradients and self._is_logged():
             for name, parameters in self._parameter_blocks().items():
                 gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 if gradients:
                     self._train_grad_norms[name] = norm_of(gradients)
         return loss
+
+    def _is_logged(self) -> bool:
+        """Whether the present step will be logged, as the arguments have it: only then do norms cost any time."""
+        step, args = self.state.global_step + 1, self.args
+        if step == 1 and args.logging_first_step:
+            return True
+        if args.logging_strategy == "steps":
+            return step % self.state.logging_steps == 0
+        ends = step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
+        return args.logging_strategy == "epoch" and ends
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs; the gradient norms by block join the training loss."""
