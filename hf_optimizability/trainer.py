@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from .callback import OptimizabilityCallback
 from .configuration import OptimizabilityConfig
-from .gradients import norm_of
+from .fsdp import norms_over_ranks
 from .measure import block_indices
 from .measurement import PREFIX
 from .objective import trainable_parameters
@@ -46,10 +46,10 @@ class OptimizabilityTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         self.optimizability_callback = OptimizabilityCallback(optimizability, trainer=self)
         self.add_callback(self.optimizability_callback)
-        self._blocks: dict[str, list[nn.Parameter]] = {}
+        self._blocks: dict[str, list[str]] = {}
         self._blocks_model: nn.Module | None = None
         self._train_grad_norms: dict[str, Tensor] = {}
-        self._parameter_blocks()
+        self._block_names()
 
     def optimizability_report(self) -> OptimizabilityReport:
         """The report so far; complete after `train()`."""
@@ -59,11 +59,11 @@ class OptimizabilityTrainerMixin(_Base):
         """Trains on one batch; where that completes an optimizer step, takes the norms before they are clipped."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients:
-            self._train_grad_norms = {}
-            for name, parameters in self._parameter_blocks().items():
-                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                if gradients:
-                    self._train_grad_norms[name] = norm_of(gradients)
+            gradients = {
+                block: [p.grad for p in map(cast(nn.Module, self.model).get_parameter, names) if p.grad is not None]
+                for block, names in self._block_names().items()
+            }
+            self._train_grad_norms = norms_over_ranks({block: held for block, held in gradients.items() if held})
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -75,13 +75,12 @@ class OptimizabilityTrainerMixin(_Base):
             logs = {**logs, **{f"{PREFIX}train_grad_norm/{name}": norm for name, norm in norms.items()}}
         super().log(logs, *args, **kwargs)
 
-    def _parameter_blocks(self) -> dict[str, list[nn.Parameter]]:
-        """The trainable parameters by block, of the model that the Trainer has now (`model_init` makes new ones)."""
+    def _block_names(self) -> dict[str, list[str]]:
+        """Names of the trainable parameters by block, of the model that the Trainer has now (see `model_init`)."""
         if self._blocks_model is not self.model:
-            named = trainable_parameters(cast(nn.Module, self.model))
-            parameters = list(named.values())
-            blocks = block_indices(list(named), self.optimizability_callback.config)
-            self._blocks = {name: [parameters[index] for index in indices] for name, indices in blocks.items()}
+            names = list(trainable_parameters(cast(nn.Module, self.model)))
+            blocks = block_indices(names, self.optimizability_callback.config)
+            self._blocks = {block: [names[index] for index in indices] for block, indices in blocks.items()}
             self._blocks_model = self.model
         return self._blocks
 
