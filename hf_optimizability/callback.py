@@ -26,6 +26,7 @@ from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure
 from .objective import Objective, trainer_loss
 from .parallel import RankLostError, training_ranks
+from .privacy import anonymous, in_strings, without_secrets
 from .probe import probe_batches
 from .report import OptimizabilityReport
 from .safety import pretrained
@@ -249,9 +250,10 @@ class OptimizabilityCallback(TrainerCallback):
         else:
             reason = f"{type(error).__name__}: {error}"
             remedy = "Try `hf_optimizability.measure` on the same model and batches to see the whole traceback."
-        if reason not in [failure.reason for failure in self.report.failures]:  # once is enough to know
+        failure = MeasurementFailure(step=step, epoch=state.epoch, reason=anonymous(reason), remedy=remedy)
+        if failure.reason not in [earlier.reason for earlier in self.report.failures]:  # once is enough to know
+            reason = without_secrets(reason)
             logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy} Training goes on.")
-        failure = MeasurementFailure(step=step, epoch=state.epoch, reason=reason, remedy=remedy)
         self.report.failures.append(failure)
         self._record(failure, state)
 
@@ -277,7 +279,7 @@ class OptimizabilityCallback(TrainerCallback):
     def _finish(self, state: TrainerState) -> None:
         from .dynamics import compute_dynamics
 
-        self.report.log_history = without_records(state.log_history)
+        self.report.log_history = in_strings(without_records(state.log_history), anonymous)
         self.report.dynamics = compute_dynamics(self.report.log_history, seed=self.config.probe_seed)
         self.report.training["overhead"] = self._clock.overhead
         path = self._stamp().save(self._folder)
@@ -294,7 +296,8 @@ class OptimizabilityCallback(TrainerCallback):
         except RankLostError:
             raise
         except Exception as error:
-            logger.warning(f"Failed at {what}: {type(error).__name__}: {error}. Training goes on.")
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+            logger.warning(f"Failed at {what}: {reason}. Training goes on.")
 
 
 def _readable(optimizer: Optimizer) -> Optimizer | None:

@@ -23,6 +23,7 @@ from .curvature.twice_differentiable import CheapSecondDerivatives
 from .curvature.vectors import norm
 from .measurement import MeasurementError
 from .objective import Objective
+from .privacy import anonymous, without_secrets
 from .safety import eager_attention, math_attention, pretrained
 
 
@@ -165,9 +166,10 @@ def _judged(
             "Replace the operation that has no second derivative.",
         )
     logger.warning_once(
-        f"Hessian-vector products are made by {way.engine} under {way.attention} attention, because of this: {reason}"
+        f"Hessian-vector products are made by {way.engine} under {way.attention} attention, because of this: "
+        f"{without_secrets(reason)}"
     )
-    return replace(way, fallback=reason)
+    return replace(way, fallback=anonymous(reason))
 
 
 def _difference_error(objective: Objective, config: OptimizabilityConfig, on_products: OnProducts) -> float:

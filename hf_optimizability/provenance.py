@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
@@ -30,15 +32,17 @@ _ARGUMENTS = (
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Model id (of a local checkpoint, its folder's name), class and size."""
+    """Model id (of a local checkpoint, its folder's name), class, size, and whether eval mode changes its geometry."""
     inner = pretrained(model)
     identifier = str(inner.name_or_path) if inner is not None else ""
     # A local path says where the user keeps things; its last folder is the checkpoint's name.
-    name = Path(identifier).name if Path(identifier).is_absolute() or Path(identifier).exists() else identifier
+    local = Path(identifier).exists() or re.match(r"[\\/.~]|[A-Za-z]:", identifier) or identifier.count("/") > 1
+    name = re.split(r"[\\/]", identifier.rstrip("\\/"))[-1] if local else identifier
     parameters = list(model.parameters())
     return {
         "id": name,
         "class": class_name(inner or model),
+        "batch_norm": any(isinstance(module, _BatchNorm) for module in model.modules()),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     }
@@ -90,7 +94,11 @@ def describe_training(args: TrainingArguments, optimizer: Optimizer, max_steps: 
     if "initial_lr" in settings:  # before the scheduler, which may be anywhere: in a warm-up, or in a resumed run
         settings["lr"] = settings.pop("initial_lr")
     arguments = {name: value for name, value in args.to_dict().items() if name in _ARGUMENTS}
-    return {"optimizer": type(inner).__name__, "optimizer_settings": settings, **arguments, "max_steps": max_steps}
+    sizes = {
+        "examples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "max_steps": max_steps,
+    }
+    return {"optimizer": type(inner).__name__, "optimizer_settings": settings, **arguments, **sizes}
 
 
 def library_versions() -> dict[str, str]:

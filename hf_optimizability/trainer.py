@@ -3,24 +3,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.utils import logging
 
 from .callback import OptimizabilityCallback
 from .configuration import OptimizabilityConfig
 from .fsdp import norms_over_ranks
+from .hub import HubError, add_to_model_folder, explained
 from .measure import block_indices
 from .measurement import PREFIX
 from .objective import trainable_parameters
+from .privacy import without_secrets
 from .report import OptimizabilityReport
+from .report.markdown import CARD_FOLDER
 
 
 if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
+
+logger = logging.get_logger(__name__)
 
 
 class OptimizabilityTrainerMixin(_Base):
@@ -74,6 +81,43 @@ class OptimizabilityTrainerMixin(_Base):
             norms = {name: float(norm) / scale for name, norm in self._train_grad_norms.items()}
             logs = {**logs, **{f"{PREFIX}train_grad_norm/{name}": norm for name, norm in norms.items()}}
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the model card as the Trainer does, and puts the report into it; its files go beside the model.
+
+        What lies in `output_dir` goes up with `push_to_hub`, in one commit.
+        """
+        super().create_model_card(*args, **kwargs)
+        report, folder = self.optimizability_report(), Path(cast(str, self.args.output_dir))
+        if not (report.created and self.is_world_process_zero()):
+            return
+        try:
+            add_to_model_folder(
+                report,
+                folder,
+                report_folder=Path(self.optimizability_callback.config.report_dir or folder / CARD_FOLDER),
+                name=Path(self.args.hub_model_id or folder.resolve()).name,
+            )
+        except Exception as error:
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+            logger.warning(f"The model card goes without the optimizability report. {reason}")
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the model as the Trainer does; if a push that goes with it fails, that is a warning."""
+        try:
+            super().save_model(*args, **kwargs)
+        except HubError as error:
+            logger.warning(str(error))
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Pushes model, card and report as the Trainer does.
+
+        Raises:
+            HubError: If that fails: why, and what to do. Nothing in `output_dir` is lost.
+        """
+        kept = f"The model and its report are in {self.args.output_dir}."
+        with explained("pushing the model", kept=kept, token=kwargs.get("token") or self.args.hub_token):
+            return super().push_to_hub(*args, **kwargs)
 
     def _block_names(self) -> dict[str, list[str]]:
         """Names of the trainable parameters by block, of the model that the Trainer has now (see `model_init`)."""

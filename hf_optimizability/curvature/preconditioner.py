@@ -273,7 +273,8 @@ def _denominator(optimizer: Optimizer, parameter: Tensor, group: Group, state: d
             return state["exp_avg_sq"].to(dtype).sqrt() / scale
         row, column = state["exp_avg_sq_row"].to(dtype), state["exp_avg_sq_col"].to(dtype)
         share = row / row.mean(dim=-1, keepdim=True)
-        return (share[..., None] * column[..., None, :]).sqrt() / scale
+        # Roots before the product: both factors may be as small as 1e-30, where no gradient came.
+        return share.sqrt()[..., None] * column.sqrt()[..., None, :] / scale
     second_moment = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].to(dtype)
     correction = 1 - float(group["betas"][1]) ** float(state["step"])
     return (second_moment / correction).sqrt() + group["eps"]

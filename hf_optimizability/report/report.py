@@ -6,14 +6,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import finite, write_atomically
 from ..measurement import Measurement, MeasurementFailure
+from .schema import SCHEMA_VERSION, parse, upgraded
 
 
-SCHEMA_VERSION = 1
-"""Version of the layout of `report.json`; raised when a reader of the old layout would misread the new one."""
+if TYPE_CHECKING:
+    from .findings import Finding
 
 
 @dataclass
@@ -23,7 +24,7 @@ class OptimizabilityReport:
     The report is data: it holds what was measured and what it was measured on, and knows how to become a file.
 
     Attributes:
-        model: `id`, `class`, `parameters`, `trainable_parameters`.
+        model: `id`, `class`, `parameters`, `trainable_parameters`, `batch_norm` (whether it has any).
         task: `task` (the head's task, from the model class), `loss` (whose loss was measured).
         data: `dataset` (its name), `train_examples`, `eval_examples`, `probe_examples`, `probe_items`,
             `probe_batches`, `probe_fingerprint`.
@@ -51,26 +52,31 @@ class OptimizabilityReport:
     created: str = ""
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the numbers say, worst first; computed from them each time."""
+        from .findings import find
+
+        return find(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
         measurements = [measurement.to_dict() for measurement in self.measurements]
-        return finite({**asdict(self), "measurements": measurements})
+        findings = [asdict(finding) for finding in self.findings]
+        return finite({**asdict(self), "measurements": measurements, "findings": findings})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OptimizabilityReport:
-        """Rebuilds a report from `to_dict`.
+        """Rebuilds a report from `to_dict`, of this version of the package or an earlier one.
 
         Raises:
-            ValueError: If the data was written by a later version of this package.
+            ValueError: If the data was written by a later version of this package, or is damaged.
         """
-        if data["schema_version"] > SCHEMA_VERSION:
-            raise ValueError(
-                f"The report has schema version {data['schema_version']}, this package reads up to {SCHEMA_VERSION}. "
-                "Upgrade hf-optimizability to open it."
-            )
+        data = upgraded(data)
         measurements = [Measurement.from_dict(measurement) for measurement in data["measurements"]]
         failures = [MeasurementFailure(**failure) for failure in data["failures"]]
-        return cls(**{**data, "measurements": measurements, "failures": failures})
+        held = {key: value for key, value in data.items() if key != "findings"}  # computed anew from the rest
+        return cls(**{**held, "measurements": measurements, "failures": failures})
 
     def save_json(self, folder: str | Path) -> Path:
         """Writes `report.json` alone; at any moment the file holds either the old report or the new one, whole.
@@ -83,7 +89,7 @@ class OptimizabilityReport:
         return path
 
     def save(self, folder: str | Path) -> Path:
-        """Writes `report.json`, `report.md` and the plots into `folder`, each file atomically.
+        """Writes `report.json`, `report.md`, `report.html` and the plots into `folder`, each file atomically.
 
         Returns:
             The path of `report.md`.
@@ -94,8 +100,10 @@ class OptimizabilityReport:
         folder = Path(folder)
         self.save_json(folder)
         plots = plot_all(self)
-        for name, png in plots.items():
-            write_atomically(folder / f"{name}.png", png)
+        for name, images in plots.items():
+            for kind, image in images.items():
+                write_atomically(folder / f"{name}.{kind}", image)
+        write_atomically(folder / "report.html", self.to_html().encode())
         path = folder / "report.md"
         write_atomically(path, to_markdown(self, plots=list(plots)).encode())
         return path
@@ -106,11 +114,21 @@ class OptimizabilityReport:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file was written by a later version of this package.
+            ValueError: If the file was written by a later version of this package, is damaged or is no report; the
+                message names the file, what is wrong and what to do.
         """
         path = Path(path)
         file = path / "report.json" if path.is_dir() else path
-        return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            return cls.from_dict(parse(file.read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{file} can't be read as a report. {error}") from None
+
+    def to_html(self) -> str:
+        """The report as one page that needs no other file and no network."""
+        from .html import to_html
+
+        return to_html(self)
 
     def summary(self) -> str:
         """The report in ten lines of plain text."""

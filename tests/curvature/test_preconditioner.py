@@ -139,6 +139,13 @@ def test_adafactor_steps_along_the_gradient_over_the_preconditioner(scaled: bool
     assert torch.allclose(taken, LR * joined(gradients) / diagonal, rtol=1e-12)
 
 
+def test_adafactor_where_no_gradient_came():
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    gradient = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 0.0]])  # a row and a column of zeros
+    diagonal = read_preconditioner(adafactor([weight]), [weight], gradients=[gradient]).diagonal
+    assert (diagonal > 0).all()
+
+
 def test_before_the_first_step_it_is_what_one_step_makes_it(make: Callable[[Parameters], Optimizer]):
     parameters = make_parameters()
     optimizer = make(parameters)

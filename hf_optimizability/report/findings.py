@@ -1,0 +1,621 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Findings: sentences that a report draws from its numbers, each with its evidence, what to do, and its source.
+
+One function per finding: a report in, a finding or nothing out. An effect within its error is no finding.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from ..blocks import EMBEDDINGS, HEAD
+from ..curvature.estimates import Estimate
+from ..measurement import Measurement
+from .markdown import format_estimate, format_interval, format_number, format_percent, format_with_error
+
+
+if TYPE_CHECKING:
+    from .report import OptimizabilityReport
+
+Severity = Literal["problem", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note")
+"""Worst first."""
+
+Z = 1.96
+"""Standard errors in a 95 % interval."""
+
+DEAD = 2.0**-23
+"""Share of the whole gradient's norm below which a block's is rounding, in float32."""
+
+UNEVEN = 1000.0
+"""Factor between one layer's ‖g_b‖/‖θ_b‖ and another's. Healthy runs stay within 100."""
+
+LEAST_BLOCKS = 4
+"""Blocks without which there is no \"most\" of them to compare one with."""
+
+CONCENTRATED = 2 / 3
+"""Share of the curvature above which a block holds twice as much as all others together."""
+
+SADDLE = 0.1
+"""|λ_min|/λ_max beyond which an end below 0 is no remnant."""
+
+UNDERFIT = 0.9
+"""Share of the starting loss that is still there."""
+
+LARGE_SPIKE = 0.25
+"""Share of the training loss's range. A loss that settles near 0 scatters least where most of its values are, which
+makes spikes of the scatter before: up to 0.16 of the range in healthy runs."""
+
+RISEN = 1.2
+"""Training loss, over its start, at which training has made the model worse."""
+
+WINDOW = 3
+"""Logged losses to average for that, and ..."""
+
+RISEN_SIGMAS = 3.0
+"""... robust standard deviations of a single one by which the average is above the start."""
+
+LEAST_LOSSES = 6
+"""Logged losses from which a scatter can be told."""
+
+SWING = 3.0
+"""Standard errors of the evaluation loss in a rise, and in a fall, that are no chance."""
+
+FAR_BATCH = 10.0
+"""Batch over noise scale, or noise scale over batch, that is far. At a batch B and a noise scale S a run takes 1 + S/B
+times the least steps, and 1 + B/S times the least examples (McCandlish et al., 2018): 11 times at a factor 10."""
+
+NOISE_SOURCE = "McCandlish et al., arXiv 1812.06162, section 2.2"
+
+WIDE = 0.5
+"""Error over value beyond which a number says no more than its order of magnitude."""
+
+OFF = 0.1
+"""Relative error of a product, as large as the widest tolerance that profiles but the lightest ask of the trace."""
+
+MOST_NAMED = 3
+"""Blocks to name before \"and others\"."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a report says about a run.
+
+    Attributes:
+        name: Stable name, that of the function that found it.
+        severity: `"problem"` (the run or the report is not what it should be), `"warning"` (likely to cost something),
+            or `"note"` (good to know).
+        sentence: What was found, in one plain sentence.
+        evidence: The numbers with their errors, as text.
+        advice: What to do.
+        source: Paper and section, or what was measured.
+    """
+
+    name: str
+    severity: Severity
+    sentence: str
+    evidence: tuple[str, ...]
+    advice: str
+    source: str
+
+
+def find(report: OptimizabilityReport) -> tuple[Finding, ...]:
+    """All findings of a report, worst first.
+
+    Example:
+        >>> from hf_optimizability import OptimizabilityReport
+        >>> [finding.name for finding in find(OptimizabilityReport(training={"loss_scale": 3.0}))]
+        ['loss_scaled']
+    """
+    found = [finding for function in FINDINGS if (finding := function(report)) is not None]
+    return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def learning_rate_above_limit(report: OptimizabilityReport) -> Finding | None:
+    """TBD."""
+    return None
+
+
+def learning_rate_near_limit(report: OptimizabilityReport) -> Finding | None:
+    """TBD."""
+    return None
+
+
+def learning_rate_far_below_limit(report: OptimizabilityReport) -> Finding | None:
+    """TBD."""
+    return None
+
+
+def training_unstable(report: OptimizabilityReport) -> Finding | None:
+    """The run went astray, by its own log."""
+    troubles = _troubles(report)
+    if not troubles or learning_rate_above_limit(report) is not None:
+        return None
+    return Finding(
+        name="training_unstable",
+        severity="problem",
+        sentence="Training was unstable.",
+        evidence=troubles,
+        advice="Try a lower learning rate, a longer warm-up or a lower `max_grad_norm`, and look at the batches where "
+        "the loss jumps.",
+        source="this run's log",
+    )
+
+
+def gradients_dead(report: OptimizabilityReport) -> Finding | None:
+    """Blocks that no gradient reaches."""
+    last = _last(report)
+    dead = [] if last is None else _dead(last)
+    if last is None or not dead:
+        return None
+    return Finding(
+        name="gradients_dead",
+        severity="problem",
+        sentence=f"No gradient reaches {_listed(dead)}.",
+        evidence=tuple(
+            f"{name}: ‖g_b‖ = {format_number(last.blocks[name].grad_norm, digits=3)} at step {last.step:,}, "
+            f"‖g‖ = {format_number(last.grad_norm, digits=3)}"
+            for name in dead[:MOST_NAMED]
+        ),
+        advice="Look for units stuck at 0 behind a ReLU (too high a learning rate, a bias far below 0), and for "
+        "parameters that the loss does not depend on; freeze those.",
+        source="rounding of float32; Lu et al., arXiv 1903.06733, on dying ReLUs",
+    )
+
+
+def gradients_vanishing(report: OptimizabilityReport) -> Finding | None:
+    """Layers whose gradient is tiny beside their weights, compared with the other layers."""
+    relative = _relative_gradients(report)
+    exploding = _exploding(relative)
+    least = max((value for name, value in relative.items() if name not in exploding), default=0.0) / UNEVEN
+    return _off_the_others(
+        report,
+        relative,
+        [name for name, value in relative.items() if value < least],
+        name="gradients_vanishing",
+        sentence="The gradient all but vanishes in {}.",
+        advice="These layers hardly learn with SGD. Give them a higher learning rate, a normalization or a residual "
+        "connection; or freeze them and save their price.",
+    )
+
+
+def gradients_exploding(report: OptimizabilityReport) -> Finding | None:
+    """Layers whose gradient is huge beside their weights, compared with the other layers."""
+    relative = _relative_gradients(report)
+    return _off_the_others(
+        report,
+        relative,
+        _exploding(relative),
+        name="gradients_exploding",
+        sentence="The gradient explodes in {}.",
+        advice="Give these layers a lower learning rate, a normalization or a smaller initial scale. Clipping by the "
+        "norm of the whole gradient makes them starve the rest.",
+    )
+
+
+def curvature_concentrated(report: OptimizabilityReport) -> Finding | None:
+    """One block of many holds most of the curvature."""
+    last = _last(report)
+    if last is None or len(last.blocks) < LEAST_BLOCKS:
+        return None
+    total = sum(abs(block.trace.value) for block in last.blocks.values())
+    margin = Z * math.hypot(*(_error(block.trace) for block in last.blocks.values()))
+    for name, block in last.blocks.items():
+        least = (abs(block.trace.value) - Z * _error(block.trace)) / (total + margin)
+        if least > CONCENTRATED:
+            return Finding(
+                name="curvature_concentrated",
+                severity="note",
+                sentence=f"Most of the curvature lies in {name}.",
+                evidence=(
+                    f"trace of {name} at step {last.step:,}: {format_estimate(block.trace)}",
+                    f"that is {format_percent(abs(block.trace.value) / total)} of all blocks' (at least "
+                    f"{format_percent(least)}), in {format_percent(block.parameters / _parameters(last))} of the "
+                    "parameters",
+                ),
+                advice=f"It is what limits the learning rate. Give {name} a lower one, or freeze it, and the rest may "
+                "take longer steps.",
+                source="95 % intervals of the block traces; Dong et al., arXiv 1911.03852, rank layers by them",
+            )
+    return None
+
+
+def saddle(report: OptimizabilityReport) -> Finding | None:
+    """Significant negative curvature where training ended."""
+    last = _last(report)
+    if last is None or not report.dynamics or last.hessian.lambda_min is None:
+        return None
+    bottom, top = last.hessian.lambda_min, last.hessian.lambda_max
+    if last.curvature != "hessian" or bottom.high >= -SADDLE * abs(top.value):
+        return None
+    return Finding(
+        name="saddle",
+        severity="note",
+        sentence="Training ended where some direction curves clearly downward: not at a minimum.",
+        evidence=(f"λ_min = {format_estimate(bottom)}", f"λ_max = {format_estimate(top)}"),
+        advice="Usual after a short fine-tuning. Train longer if the loss still falls.",
+        source="Sagun et al., arXiv 1706.04454: after long training, negative eigenvalues are small beside λ_max",
+    )
+
+
+def not_converged(report: OptimizabilityReport) -> Finding | None:
+    """The loss was still falling at the end."""
+    last, speed = _last(report), report.dynamics.get("convergence_speed") or {}
+    if last is None or not speed or speed.get("drop") is None:
+        return None
+    steps = last.step
+    low = speed.get("steps_to_90_low")
+    straight = str(speed.get("note")).startswith("Not yet levelled")
+    if not straight and (low is None or low <= steps):
+        return None
+    evidence = [f"gradient norm at step {steps:,}: {format_number(last.grad_norm)}"]
+    if low is not None:
+        interval = format_interval(speed["steps_to_90"], low, speed["steps_to_90_high"])
+        evidence.append(f"90 % of the drop after {interval} steps, trained for {steps:,}")
+    else:
+        evidence.append(
+            f"area under the loss curve: {format_number(speed['normalized_area'])} (a straight fall has 0.5)"
+        )
+    if last.along_gradient is not None and last.along_gradient.predicted_decrease is not None:
+        gain = last.along_gradient.predicted_decrease
+        evidence.append(f"one best step would lower the loss of {format_number(last.loss)} by {format_number(gain)}")
+    return Finding(
+        name="not_converged",
+        severity="warning",
+        sentence="The loss was still falling when training ended.",
+        evidence=tuple(evidence),
+        advice="Train for more steps, or raise the learning rate if it is below its limit.",
+        source="95 % interval of a fit to this run's log; dynamics/convergence_speed.py says how",
+    )
+
+
+def overfitting(report: OptimizabilityReport) -> Finding | None:
+    """The evaluation loss has risen again while the training loss is below it."""
+    gap = report.dynamics.get("generalization_gap") or {}
+    error, rise = gap.get("std_error"), gap.get("rise_since_best")
+    if error is None or rise is None or not (gap["low"] > 0 and rise > Z * error):
+        return None
+    return Finding(
+        name="overfitting",
+        severity="warning",
+        sentence="The model overfits: its loss on new data has risen again.",
+        evidence=(
+            f"eval loss up by {format_with_error(rise, error)} since its best at step {gap['best_step']:,}",
+            f"eval loss − train loss at the end: {format_with_error(gap['loss_gap'], error)}",
+        ),
+        advice="Keep the best checkpoint (`load_best_model_at_end`), stop there (`EarlyStoppingCallback`), or "
+        "regularize: fewer epochs, weight decay, dropout, more data. Look for wrong labels.",
+        source="95 % interval of the evaluation loss; Prechelt 1998, Early Stopping – But When?",
+    )
+
+
+def underfitting(report: OptimizabilityReport) -> Finding | None:
+    """The loss levelled close to where it started, on training and evaluation data alike."""
+    first, last = (report.measurements[0], report.measurements[-1]) if report.measurements else (None, None)
+    gap = report.dynamics.get("generalization_gap") or {}
+    if first is None or last is None or gap.get("high") is None or _troubles(report):
+        return None
+    left = last.loss / first.loss if first.loss > 0 else 0.0
+    if left < UNDERFIT or gap["high"] > (1 - UNDERFIT) * last.loss or not_converged(report) is not None:
+        return None
+    return Finding(
+        name="underfitting",
+        severity="warning",
+        sentence="The model has learnt next to nothing: its loss is about where it started.",
+        evidence=(
+            f"loss on the probe set: {format_number(first.loss)} at step {first.step:,}, "
+            f"{format_number(last.loss)} at step {last.step:,}",
+            f"eval loss − train loss: {format_with_error(gap['loss_gap'], gap['std_error'])}",
+        ),
+        advice="Check that the labels belong to the inputs and that nothing needed is frozen; then try a higher "
+        "learning rate, more steps, or a larger model.",
+        source="less than a tenth of the starting loss is gone, with no gap to new data; Goodfellow et al. 2016, "
+        "section 5.2",
+    )
+
+
+def evaluation_unstable(report: OptimizabilityReport) -> Finding | None:
+    """The evaluation loss rises and falls again by more than its error."""
+    gap = report.dynamics.get("generalization_gap") or {}
+    error = gap.get("std_error")
+    points = [
+        (entry["step"], entry["eval_loss"]) for entry in report.log_history if _is_finite(entry.get("eval_loss"))
+    ]
+    bumps = [] if not error else _bumps([loss for _, loss in points], least=SWING * error)
+    if not bumps:
+        return None
+    size, at = max(bumps)
+    return Finding(
+        name="evaluation_unstable",
+        severity="warning",
+        sentence="The evaluation loss goes up and down by more than its error.",
+        evidence=(
+            f"largest swing: {format_with_error(size, error)}, up to {format_number(points[at][1])} at step "
+            f"{points[at][0]:,} and down again",
+            f"swings of that kind: {len(bumps)} in {len(points)} evaluations",
+        ),
+        advice="Which checkpoint is best is partly luck: lower the learning rate towards the end, average weights, or "
+        "evaluate more often and keep the best.",
+        source=f"this run's log; a swing is a rise and a fall of over {SWING} standard errors of the mean loss each",
+    )
+
+
+def batch_below_noise_scale(report: OptimizabilityReport) -> Finding | None:
+    """A step's gradient is nearly all noise."""
+    batch, noise = _batch_items(report), _noise_interval(report)
+    if batch is None or noise is None or noise[0] <= FAR_BATCH * batch:
+        return None
+    return Finding(
+        name="batch_below_noise_scale",
+        severity="note",
+        sentence="The batch is far below the gradient noise scale: a step's gradient is mostly noise.",
+        evidence=_batch_evidence(report, batch),
+        advice="A larger batch (or more accumulation steps) takes almost proportionally fewer steps, at a higher "
+        "learning rate. If the price counts in examples, leave it.",
+        source=NOISE_SOURCE,
+    )
+
+
+def batch_above_noise_scale(report: OptimizabilityReport) -> Finding | None:
+    """A step spends examples on a gradient that fewer would give as well."""
+    batch, noise = _batch_items(report), _noise_interval(report)
+    if batch is None or noise is None or noise[1] * FAR_BATCH >= batch:
+        return None
+    return Finding(
+        name="batch_above_noise_scale",
+        severity="note",
+        sentence="The batch is far above the gradient noise scale: most of its examples add little.",
+        evidence=_batch_evidence(report, batch),
+        advice="A smaller batch reaches the same loss with fewer examples, in hardly more steps.",
+        source=NOISE_SOURCE,
+    )
+
+
+def loss_scaled(report: OptimizabilityReport) -> Finding | None:
+    """The loss is not the mean over a step's items."""
+    factor = report.training.get("loss_scale") or 1.0
+    if factor == 1:  # what may be rounding has been taken out where it was measured
+        return None
+    return Finding(
+        name="loss_scaled",
+        severity="warning",
+        sentence=f"The loss that was trained is {format_number(factor, digits=3)} times the mean over a step's items.",
+        evidence=(f"loss of one batch as part of a step / its mean: {format_number(factor, digits=3)}",),
+        advice="Divide the learning rate of SGD by this factor, and multiply `max_grad_norm` by it; or pass a "
+        "`compute_loss_func` that divides by `num_items_in_batch`. Adam notices by its clipping only.",
+        source="transformers issue 47688",
+    )
+
+
+def measurement_failed(report: OptimizabilityReport) -> Finding | None:
+    """A measurement could not be made."""
+    if not report.failures:
+        return None
+    made, last = len(report.measurements), report.failures[-1]
+    return Finding(
+        name="measurement_failed",
+        severity="warning" if made else "problem",
+        sentence="Some measurements could not be made." if made else "No measurement could be made.",
+        evidence=(f"{len(report.failures)} failed, {made} made", f"the last, at step {last.step:,}: {last.reason}"),
+        advice=last.remedy,
+        source="the failures in this report",
+    )
+
+
+def errors_wide(report: OptimizabilityReport) -> Finding | None:
+    """The last measurement did not come near its tolerances."""
+    last = _last(report)
+    if last is None:
+        return None
+    hessian = last.hessian
+    estimates = {"tr H": hessian.trace, "λ_max": hessian.lambda_max}
+    if last.step_size is not None:
+        estimates["the sharpness"] = last.step_size.sharpness
+    wide = {
+        name: estimate
+        for name, estimate in estimates.items()
+        if not estimate.converged and not _error(estimate) <= WIDE * abs(estimate.value)
+    }
+    if not wide:
+        return None
+    return Finding(
+        name="errors_wide",
+        severity="warning",
+        sentence=f"The last measurement is too uncertain to build on: {_listed(list(wide))}.",
+        evidence=tuple(f"{name} = {format_estimate(estimate)}" for name, estimate in wide.items()),
+        advice="Raise `max_hvps`, or take a larger profile.",
+        source=f"its own error, over {format_percent(WIDE)} of the value",
+    )
+
+
+def central_differences_off(report: OptimizabilityReport) -> Finding | None:
+    """Products by central differences are far from exact."""
+    last = _last(report)
+    if last is None or last.engine_error is None or last.engine_error <= OFF:
+        return None
+    return Finding(
+        name="central_differences_off",
+        severity="warning",
+        sentence="The curvature is from central differences that are off.",
+        evidence=(f"relative error of a product: {format_number(last.engine_error, digits=2)}",),
+        advice="Read the curvature as an order of magnitude. Where the loss has a second derivative, set "
+        "`engine='double_backward'`; kinks (ReLU) are what makes differences fail.",
+        source=f"its own check; over {format_percent(OFF)} it is more than `trace_tolerance` allows",
+    )
+
+
+def _last(report: OptimizabilityReport) -> Measurement | None:
+    return report.measurements[-1] if report.measurements else None
+
+
+def _troubles(report: OptimizabilityReport) -> tuple[str, ...]:
+    """What of the run itself says that it went astray."""
+    found = []
+    series = (report.dynamics.get("stability") or {}).get("loss") or {}
+    if series.get("non_finite"):
+        found.append(f"losses in the log that are not finite: {series['non_finite']:,}")
+    norms = [entry["grad_norm"] for entry in report.log_history if "grad_norm" in entry]
+    if lost := sum(not _is_finite(norm) for norm in norms):
+        found.append(f"gradient norms in the log that are not finite: {lost:,} of {len(norms):,}")
+    failed = [failure.step for failure in report.failures if "loss on the probe set is" in failure.reason]
+    if failed:
+        found.append(f"loss on the probe set not finite at step {failed[0]:,}")
+    if series.get("spikes") and series["largest_setback"] > LARGE_SPIKE:
+        size = format_percent(series["largest_setback"])
+        found.append(f"spikes of the training loss: {series['spikes']:,}, the largest of {size} of its whole range")
+    if (series.get("setback_share_low") or 0.0) > 0.5:
+        low, high = (format_percent(series[f"setback_share_{end}"]) for end in ("low", "high"))
+        found.append(f"the training loss rose more often than it fell: {low} to {high} of the time")
+    if risen := _risen(report):
+        found.append(risen)
+    return tuple(found)
+
+
+def _risen(report: OptimizabilityReport) -> str | None:
+    """The training loss rose above its start by more than its scatter."""
+    losses = [entry["loss"] for entry in report.log_history if _is_finite(entry.get("loss"))]
+    if len(losses) < LEAST_LOSSES:
+        return None
+    scale = report.training.get("loss_scale") or 1.0
+    # Before the first step, in eval mode; the log begins after the first ones, in training mode.
+    start = max([losses[0], *(measurement.loss * scale for measurement in report.measurements[:1])])
+    sigma = 1.4826 * statistics.median(abs(after - before) for before, after in pairwise(losses)) / math.sqrt(2)
+    top = max(statistics.fmean(losses[index : index + WINDOW]) for index in range(len(losses) - WINDOW + 1))
+    if top <= max(RISEN * start, start + RISEN_SIGMAS * sigma):
+        return None
+    return f"the training loss rose to {format_number(top)}, from {format_number(start)} at the start"
+
+
+def _dead(measurement: Measurement) -> list[str]:
+    return [name for name, block in measurement.blocks.items() if block.grad_norm <= DEAD * measurement.grad_norm]
+
+
+def _relative_gradients(report: OptimizabilityReport) -> dict[str, float]:
+    """‖g_b‖/‖θ_b‖ of the layers, which are built alike; embeddings get few gradients, a new head has small weights."""
+    last = _last(report)
+    if last is None:
+        return {}
+    dead = {EMBEDDINGS, HEAD, *_dead(last)}
+    layers = {name: block for name, block in last.blocks.items() if name not in dead and block.weight_norm > 0}
+    return {name: block.grad_norm / block.weight_norm for name, block in layers.items()} if len(layers) > 2 else {}
+
+
+def _exploding(relative: dict[str, float]) -> list[str]:
+    return [name for name, value in relative.items() if value > UNEVEN * statistics.median(relative.values())]
+
+
+def _off_the_others(
+    report: OptimizabilityReport,
+    relative: dict[str, float],
+    layers: Sequence[str],
+    *,
+    name: str,
+    sentence: str,
+    advice: str,
+) -> Finding | None:
+    if not layers:
+        return None
+    median = format_number(statistics.median(relative.values()), digits=3)
+    return Finding(
+        name=name,
+        severity="warning",
+        sentence=sentence.format(_listed(layers)),
+        evidence=(
+            *(f"‖g_b‖/‖θ_b‖ of {layer}: {format_number(relative[layer], digits=3)}" for layer in layers[:MOST_NAMED]),
+            f"median of the layers: {median}, at step {report.measurements[-1].step:,}",
+        ),
+        advice=advice,
+        source="Glorot and Bengio 2010, section 4; ‖g‖/‖θ‖ by layer: You et al., arXiv 1708.03888",
+    )
+
+
+def _bumps(losses: Sequence[float], *, least: float) -> list[tuple[float, int]]:
+    """Rises of at least that much that are followed by falls of at least that much: size, and where the top is."""
+    found = []
+    bottom, top = 0, 0
+    for index, loss in enumerate(losses):
+        if loss > losses[top]:
+            top = index
+        size = min(losses[top] - losses[bottom], losses[top] - loss)
+        if size >= least:
+            found.append((size, top))
+        if size >= least or loss < losses[bottom]:
+            bottom = top = index
+    return found
+
+
+def _batch_items(report: OptimizabilityReport) -> float | None:
+    """Items that a step's gradient is the mean over: examples, or labels of a language model."""
+    examples = report.training.get("examples_per_step")
+    probed, items = report.data.get("probe_examples"), report.data.get("probe_items")
+    return examples * items / probed if examples and probed and items else None
+
+
+def _noise_interval(report: OptimizabilityReport) -> tuple[float, float] | None:
+    """Lowest and highest end of the noise scale over the run, which usually grows as training goes on."""
+    scales = [measurement.noise_scale for measurement in report.measurements if measurement.noise_scale is not None]
+    return (min(scale.low for scale in scales), max(scale.high for scale in scales)) if scales else None
+
+
+def _batch_evidence(report: OptimizabilityReport, batch: float) -> tuple[str, ...]:
+    scales = [
+        f"noise scale at step {measurement.step:,}: "
+        + format_interval(measurement.noise_scale.value, measurement.noise_scale.low, measurement.noise_scale.high)
+        for measurement in report.measurements[-MOST_NAMED:]
+        if measurement.noise_scale is not None
+    ]
+    return (f"items in a step: {format_number(batch, digits=3)}", *scales)
+
+
+def _error(estimate: Estimate) -> float:
+    """The error behind ±; infinite where it is not known."""
+    return math.inf if math.isnan(estimate.error) else estimate.error
+
+
+def _parameters(measurement: Measurement) -> int:
+    return sum(block.parameters for block in measurement.blocks.values())
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a sentence.
+
+    Example:
+        >>> [_listed(["a"]), _listed(["a", "b"]), _listed(["a", "b", "c", "d", "e"])]
+        ['a', 'a and b', 'a, b, c and 2 more']
+    """
+    if len(names) > MOST_NAMED:
+        return f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+FINDINGS: tuple[Callable[[OptimizabilityReport], Finding | None], ...] = (
+    learning_rate_above_limit,
+    training_unstable,
+    gradients_dead,
+    loss_scaled,
+    overfitting,
+    underfitting,
+    not_converged,
+    evaluation_unstable,
+    gradients_exploding,
+    gradients_vanishing,
+    learning_rate_far_below_limit,
+    errors_wide,
+    central_differences_off,
+    measurement_failed,
+    learning_rate_near_limit,
+    curvature_concentrated,
+    saddle,
+    batch_below_noise_scale,
+    batch_above_noise_scale,
+)
+"""Of one severity in this order."""
