@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed import all_reduce
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 
@@ -19,6 +20,7 @@ from .curvature.lanczos import free_memory
 from .curvature.preconditioner import Held
 from .curvature.ranks import Ranks
 from .curvature.rows import Rows
+from .gradients import norm_of
 from .measurement import MeasurementError
 from .objective import Batch, Objective, batch_size, count_items, cut_batch
 from .stages import Price, Prices, count_products, list_stages
@@ -116,6 +118,26 @@ def whole_memory(objective: Objective, config: OptimizabilityConfig) -> int:
     stages = list_stages(config, count_products(config, prices, preconditions=True), prices)
     parameters = itemsize * sum(parameter.numel() for parameter in objective.model.parameters())
     return parameters + 2 * itemsize * size + max(stage.vector_memory for stage in stages)  # 2: gradient, P
+
+
+def norms_over_ranks(tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """2-norm of all entries of each list of tensors, wherever they are; reading it synchronizes.
+
+    Where they lie over ranks, all ranks must call this together; it takes one small message.
+
+    Example:
+        >>> norms_over_ranks({"layer": [torch.tensor([3.0]), torch.tensor([[4.0]])]})
+        {'layer': tensor(5.)}
+    """
+    norms = {name: norm_of([local_tensor(tensor) for tensor in held]) for name, held in tensors.items()}
+    some = next((tensor for held in tensors.values() for tensor in held if isinstance(tensor, DTensor)), None)
+    if some is None:
+        return norms
+    squares = torch.stack(list(norms.values())).square()
+    for dimension, placement in enumerate(some.placements):
+        if placement.is_shard():
+            all_reduce(squares, group=some.device_mesh.get_group(dimension))
+    return dict(zip(norms, squares.sqrt(), strict=True))
 
 
 def class_name(module: nn.Module) -> str:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .callback import OptimizabilityCallback
 from .configuration import OptimizabilityConfig
-from .gradients import norm_of
+from .fsdp import norms_over_ranks
 from .hub import HubError, add_to_model_folder, explained
 from .measure import block_indices
 from .measurement import PREFIX
@@ -54,10 +54,10 @@ class OptimizabilityTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         self.optimizability_callback = OptimizabilityCallback(optimizability, trainer=self)
         self.add_callback(self.optimizability_callback)
-        self._blocks: dict[str, list[nn.Parameter]] = {}
+        self._blocks: dict[str, list[str]] = {}
         self._blocks_model: nn.Module | None = None
         self._train_grad_norms: dict[str, Tensor] = {}
-        self._parameter_blocks()
+        self._block_names()
 
     def optimizability_report(self) -> OptimizabilityReport:
         """The report so far; complete after `train()`."""
@@ -69,10 +69,11 @@ class OptimizabilityTrainerMixin(_Base):
         if self.accelerator.sync_gradients:
             self._train_grad_norms = {}
         if self.accelerator.sync_gradients and self._is_logged():
-            for name, parameters in self._parameter_blocks().items():
-                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                if gradients:
-                    self._train_grad_norms[name] = norm_of(gradients)
+            gradients = {
+                block: [p.grad for p in map(cast(nn.Module, self.model).get_parameter, names) if p.grad is not None]
+                for block, names in self._block_names().items()
+            }
+            self._train_grad_norms = norms_over_ranks({block: held for block, held in gradients.items() if held})
         return loss
 
     def _is_logged(self) -> bool:
@@ -131,13 +132,12 @@ class OptimizabilityTrainerMixin(_Base):
         with explained("pushing the model", kept=kept, token=kwargs.get("token") or self.args.hub_token):
             return super().push_to_hub(*args, **kwargs)
 
-    def _parameter_blocks(self) -> dict[str, list[nn.Parameter]]:
-        """The trainable parameters by block, of the model that the Trainer has now (`model_init` makes new ones)."""
+    def _block_names(self) -> dict[str, list[str]]:
+        """Names of the trainable parameters by block, of the model that the Trainer has now (see `model_init`)."""
         if self._blocks_model is not self.model:
-            named = trainable_parameters(cast(nn.Module, self.model))
-            parameters = list(named.values())
-            blocks = block_indices(list(named), self.optimizability_callback.config)
-            self._blocks = {name: [parameters[index] for index in indices] for name, indices in blocks.items()}
+            names = list(trainable_parameters(cast(nn.Module, self.model)))
+            blocks = block_indices(names, self.optimizability_callback.config)
+            self._blocks = {block: [names[index] for index in indices] for block, indices in blocks.items()}
             self._blocks_model = self.model
         return self._blocks
 

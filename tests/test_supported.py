@@ -12,7 +12,9 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainingArguments
+from transformers.utils import logging
 
+from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
 from hf_optimizability.supported import deepspeed_limits, require_supported, zero_stage
 
 
@@ -50,6 +52,27 @@ def test_parameters_that_zero_3_has_cut_are_known_without_a_trainer():
     model.classifier.weight.ds_id = 7  # as `deepspeed.zero.Init` marks them
     with pytest.raises(ValueError, match="ZeRO-3"):
         require_supported(model)
+
+
+def test_training_with_zero_3_does_not_begin(tmp_path: Path):
+    trainer = training.trainer(tmp_path, callbacks=[OptimizabilityCallback()])
+    trainer.args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=3)
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_training_with_zero_2_tells_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    callback = OptimizabilityCallback(OptimizabilityConfig(profile="light", max_hvps=16))
+    trainer = training.trainer(tmp_path, callbacks=[callback], max_steps=1)
+    trainer.args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
+    logging.enable_propagation()
+    try:
+        trainer.train()
+    finally:
+        logging.disable_propagation()
+    assert "Under DeepSpeed (ZeRO-2)" in caplog.text
+    assert callback.report.measurements and not callback.report.failures
 
 
 def test_fsdp_1_is_refused():

@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, fsdp, measure
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.operators import HessianOperator
-from hf_optimizability.fsdp import on_shards, unsharded
+from hf_optimizability.fsdp import norms_over_ranks, on_shards, unsharded
 from hf_optimizability.gradients import gradient
 from hf_optimizability.objective import Objective
 from hf_optimizability.parallel import training_ranks
@@ -178,6 +178,14 @@ def in_full_precision(shards: bool) -> list[float]:
         return [float(tensor.square().sum()) for tensor in gradient(objective, ranks=objective.ranks).tensors]
 
 
+def gradient_norms() -> dict[str, float]:
+    """Of the gradients as training leaves them."""
+    model = sharded("bert").eval()
+    model(**batches("bert")[0]).loss.backward()
+    head = [parameter.grad for name, parameter in model.named_parameters() if "classifier" in name]
+    return {name: float(norm) for name, norm in norms_over_ranks({"head": head, "one": head[:1]}).items()}
+
+
 def refusal(action: Callable[[], Any]) -> str:
     try:
         action()
@@ -224,6 +232,7 @@ def checks(rank: int) -> dict[str, Any]:
         for fails in (False, True):
             interrupt = partial(interruption, shards=shards, fails=fails)
             found[f"training, {shards=}, {fails=}"] = training(interrupt)
+    found["norms"] = gradient_norms()
     found["precision"] = {shards: in_full_precision(shards) for shards in (False, True)}
     found["refusals"] = refusals()
     return found
@@ -294,6 +303,16 @@ def test_training_goes_on_bit_for_bit(shards: bool, fails: bool, found: list[dic
     for result in found:
         assert result[f"training, {shards=}, {fails=}"] == result["training"]
     assert len({result["training"] for result in found}) == len(found)
+
+
+def test_norms_of_gradients_in_training(found: list[dict[str, Any]]):
+    model = tiny_models.make("bert")
+    model.eval()
+    model(**batches("bert")[0]).loss.backward()
+    weight, bias = model.classifier.weight.grad, model.classifier.bias.grad
+    for result in found:
+        assert result["norms"]["one"] == pytest.approx(float(weight.norm()), rel=1e-10)
+        assert result["norms"]["head"] == pytest.approx(float(torch.cat([weight.flatten(), bias]).norm()), rel=1e-10)
 
 
 def test_mixed_precision_is_set_aside(found: list[dict[str, Any]]):
