@@ -19,6 +19,7 @@ from .clock import Clock
 from .configuration import OptimizabilityConfig
 from .curvature.preconditioner import unwrapped
 from .files import keep_aside, require_writable
+from .fsdp import class_name
 from .history import record, restore, without_records
 from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
@@ -30,6 +31,7 @@ from .probe import probe_batches
 from .report import OptimizabilityReport
 from .safety import pretrained
 from .schedule import affordable
+from .supported import deepspeed_limits, require_supported
 
 
 if TYPE_CHECKING:
@@ -90,9 +92,13 @@ class OptimizabilityCallback(TrainerCallback):
         A run that goes on from a checkpoint takes up what was measured before.
 
         Raises:
-            ValueError: If the data, the model, the blocks or the report's folder can't work.
+            ValueError: If the data, the model, the blocks or the report's folder can't work, or the model is spread
+                over devices in a way that can't be measured under.
         """
         model, loader = kwargs["model"], kwargs["train_dataloader"]
+        require_supported(model, args)
+        if limits := deepspeed_limits(args):
+            logger.warning_once(limits)
         ranks = training_ranks(next(model.parameters()).device)
         history = restore(state, config=provenance.describe_config(self.config))
         self._clock = Clock(trained=history.train_seconds, measured=[m.seconds for m in history.measurements])
@@ -259,7 +265,7 @@ class OptimizabilityCallback(TrainerCallback):
         factor = loss_scale(trainer, self._objective.whole().batches[0], seed=self.config.probe_seed)
         self.report.training["loss_scale"] = factor
         if factor != 1:
-            logger.warning_once(explanation(type(pretrained(model) or model).__name__, factor))
+            logger.warning_once(explanation(class_name(pretrained(model) or model), factor))
 
     def _log(self, logs: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         if self._trainer is None:

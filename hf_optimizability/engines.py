@@ -20,7 +20,7 @@ from .curvature.forward_over_reverse import ForwardOverReverseHessian
 from .curvature.gauss_newton import GaussNewtonOperator
 from .curvature.operators import HessianOperator, ObjectiveOperator
 from .curvature.twice_differentiable import CheapSecondDerivatives
-from .curvature.vectors import norm, rademacher
+from .curvature.vectors import norm
 from .measurement import MeasurementError
 from .objective import Objective
 from .privacy import anonymous, without_secrets
@@ -38,7 +38,6 @@ OnProducts = Callable[[int], object]
 _ENGINES: dict[str, Callable[..., ObjectiveOperator]] = {
     "double_backward": HessianOperator,
     "forward_over_reverse": ForwardOverReverseHessian,
-    "central_difference": CentralDifferenceHessian,
 }
 
 
@@ -74,6 +73,8 @@ class Way:
             return GaussNewtonOperator(objective, **options)
         if curvature == "empirical_fisher":
             return EmpiricalFisherOperator(objective, **options)
+        if self.engine == "central_difference":
+            return CentralDifferenceHessian(objective, rows=objective.rows, **options)
         return _ENGINES[self.engine](objective, **options)
 
     @contextmanager
@@ -178,9 +179,9 @@ def _difference_error(objective: Objective, config: OptimizabilityConfig, on_pro
     by much, the gradient has kinks within the step (ReLU), or drowns in rounding.
     """
     options: dict[str, Any] = {"ranks": objective.ranks, "on_products": on_products}
-    differences = CentralDifferenceHessian(objective, **options)
+    differences = CentralDifferenceHessian(objective, rows=objective.rows, **options)
     generator = torch.Generator().manual_seed(config.probe_seed)
-    probe = rademacher(differences.size, generator=generator, dtype=differences.dtype, device=differences.device)
+    probe = differences.rows.rademacher(generator=generator, dtype=differences.dtype, device=differences.device)
     product = differences.matvec(probe)
     try:
         with objective.ranks.agreed(), math_attention(), CheapSecondDerivatives():
@@ -191,5 +192,8 @@ def _difference_error(objective: Objective, config: OptimizabilityConfig, on_pro
         raise
     except RuntimeError:
         half = RELATIVE_STEP[differences.dtype] / 2
-        reference = CentralDifferenceHessian(objective, relative_step=half, **options).matvec(probe)
-    return norm(product - reference) / (norm(reference) or 1.0)
+        reference = CentralDifferenceHessian(objective, relative_step=half, rows=objective.rows, **options).matvec(
+            probe
+        )
+    ranks = differences.rows.ranks
+    return norm(product - reference, ranks) / (norm(reference, ranks) or 1.0)

@@ -50,8 +50,12 @@ def gradient_sum(objective: SumOfLosses) -> tuple[list[Tensor], float, int]:
     return totals, loss_sum, items
 
 
-def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+def norm_of(tensors: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
     """2-norm of all entries of all tensors, at least in float32, on the first one's device: reading it synchronizes.
+
+    Args:
+        tensors: What is here of them.
+        ranks: The processes that hold all entries between them.
 
     Example:
         >>> norm_of([torch.tensor([3.0]), torch.tensor([[4.0]])])
@@ -59,4 +63,5 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     """
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     norms = [torch.linalg.vector_norm(tensor, dtype=dtype).to(tensors[0].device) for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    return total if ranks is ALONE else ranks.sum(total.square()).sqrt()

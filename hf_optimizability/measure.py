@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
+from transformers.optimization import Adafactor
 from transformers.utils import logging
 
 from .blocks import match_blocks, name_blocks
@@ -32,13 +33,16 @@ from .curvature.sketch import Sketch, sketch
 from .curvature.step import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
 from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
-from .curvature.vectors import dot, norm, rademacher
+from .curvature.vectors import dot, norm
 from .engines import OnProducts, Way, first_that_works
+from .fsdp import ShardedObjective, is_sharded, measurable, reshard
 from .gradients import Gradient, gradient, norm_of
 from .measurement import BlockMeasurement, Measurement, MeasurementError, StepMeasurement
 from .memory import in_memory
 from .objective import Batch, LossFunction, Objective
+from .parallel import training_ranks
 from .safety import full_precision, measuring
+from .supported import require_supported
 
 
 logger = logging.get_logger(__name__)
@@ -67,7 +71,8 @@ def measure(
     Args:
         model: Any module; its parameters with `requires_grad` are what is differentiated by. Measured in eval mode,
             and left as it was.
-        batches: What the model takes (dict or `BatchEncoding` with labels), batch by batch.
+        batches: What the model takes (dict or `BatchEncoding` with labels), batch by batch. Under FSDP2 all processes
+            call this together, with the same batches, and share the work.
         config: Precision and budget; when to measure does not matter here.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
@@ -113,7 +118,10 @@ def checked(
     """
     if optimizer is not None:
         optimizer = unwrapped_optimizer(optimizer)
+    require_supported(model)
     objective = Objective(model, batches, loss_fn=loss_fn)
+    if is_sharded(model):
+        objective = objective.shared(training_ranks(objective.parameters[0].device))
     block_indices(objective.names, config)
     objective.check(seed=config.probe_seed)
     return objective, optimizer
@@ -178,12 +186,19 @@ def _found(
     count: OnProducts,
 ) -> dict[str, Any]:
     """The fields of the measurement."""
-    in_optimizer = objective.parameters  # `full_precision` may put copies in their place
-    with measuring(objective.model, seed=config.probe_seed), full_precision(objective.model):
+    reshard(objective.model)
+    in_optimizer = objective.parameters  # others may be put in their place
+    with (
+        measuring(objective.model, seed=config.probe_seed),
+        measurable(objective, config) as (objective, held),
+        full_precision(objective.model),
+    ):
+        if isinstance(objective, ShardedObjective) and isinstance(optimizer, Adafactor):
+            optimizer = None  # what it makes of a part of a gradient is no part of what it makes of the whole
         point = finite_gradient(objective)
         preconditioner = None
         if optimizer is not None:
-            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors)
+            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors, held=held)
 
         def curvature_by(way: Way) -> _Curvature:
             return _curvature(way, objective, config, point, preconditioner, count)
@@ -191,12 +206,14 @@ def _found(
         curvature, way = first_that_works(objective, config, curvature_by, count)
         step_size = None
         if optimizer is not None and preconditioner is not None and curvature.sharpness is not None:
-            update = optimizer_update(optimizer, in_optimizer, point.tensors)
+            update = optimizer_update(optimizer, in_optimizer, point.tensors, held=held)
             step_size = _step_size(objective, preconditioner, update, curvature.sharpness)
         blocks = _blocks(objective, config, point, curvature)
         noise = None
         if objective.parts >= MIN_PARTS:
-            noise = noise_scale(objective, mean_gradient=point.tensors, ranks=objective.ranks)
+            noise = noise_scale(
+                objective, mean_gradient=point.tensors, ranks=objective.ranks, holders=objective.rows.ranks
+            )
         return {
             "loss": point.loss,
             "items": point.items,
@@ -235,7 +252,8 @@ def finite_gradient(objective: Objective) -> Gradient:
             f"The loss on the probe set is {point.loss}.",
             "Look for a learning rate that is too high, or for inputs and labels that are not finite.",
         )
-    if not all(torch.isfinite(tensor).all() for tensor in point.tensors):
+    finite = all(torch.isfinite(tensor).all() for tensor in point.tensors)
+    if not all(objective.rows.ranks.gather([finite])):
         raise MeasurementError(
             "The gradient on the probe set is not finite.", "Look for operations whose derivative is infinite."
         )
@@ -261,7 +279,7 @@ def _curvature(
     preconditioner: Preconditioner | None,
     count: OnProducts,
 ) -> _Curvature:
-    preconditions = preconditioner is not None and not preconditioner.is_identity
+    preconditions = preconditioner is not None and not all(objective.rows.ranks.gather([preconditioner.is_identity]))
     twice = way.exact and config.curvature == "hessian"  # the Hessian itself, by differentiating twice
     shares = config.budget.shares(sharpness=preconditions, blocks=twice and config.budget.block_eigenvalues)
     options: dict[str, Any] = {"tolerance": config.budget.eigen_tolerance, "seed": config.probe_seed}
@@ -333,16 +351,19 @@ def _along_gradient(
     """The quadratic model along −g; a second product in lockstep tells whether the matrix is symmetric at all."""
     flat = torch.cat([tensor.reshape(-1) for tensor in point.tensors]).to(operator.device, operator.dtype)
     generator = torch.Generator().manual_seed(config.probe_seed)
-    probe = rademacher(operator.size, generator=generator, dtype=operator.dtype, device=operator.device)
+    probe = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
     along, other = operator.matmat(torch.stack([flat, probe], dim=1)).T
-    asymmetry = abs(dot(flat, other) - dot(probe, along)) / ((norm(flat) * norm(other)) or 1.0)
+    ranks = operator.rows.ranks
+    asymmetry = abs(dot(flat, other, ranks) - dot(probe, along, ranks)) / (
+        (norm(flat, ranks) * norm(other, ranks)) or 1.0
+    )
     if exact and asymmetry > LARGEST_ASYMMETRY:
         raise MeasurementError(
             f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
             "derivative of its forward pass.",
             "Look for custom autograd functions (straight-through estimators, approximate attention).",
         )
-    return quadratic_model(flat, along)
+    return quadratic_model(flat, along, ranks)
 
 
 def _step_size(
@@ -364,13 +385,14 @@ def _blocks(
 ) -> dict[str, BlockMeasurement]:
     blocks = block_indices(objective.names, config)
     parameters = [parameter.detach() for parameter in objective.parameters]
+    ranks, sizes = objective.rows.ranks, objective.sizes
     traces = curvature.sketch.segments
     ends = curvature.by_block or [None] * len(blocks)
     return {
         name: BlockMeasurement(
-            parameters=sum(parameters[index].numel() for index in indices),
-            grad_norm=float(norm_of([point.tensors[index] for index in indices])),
-            weight_norm=float(norm_of([parameters[index] for index in indices])),
+            parameters=sum(sizes[index] for index in indices),
+            grad_norm=float(norm_of([point.tensors[index] for index in indices], ranks)),
+            weight_norm=float(norm_of([parameters[index] for index in indices], ranks)),
             trace=trace,
             lambda_max=None if spectrum is None else spectrum.lambda_max,
             lambda_min=None if spectrum is None else spectrum.lambda_min,

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import find_labels
 
 from .curvature.ranks import ALONE, Ranks
+from .curvature.rows import Rows
 from .safety import measuring, pretrained, quantization
 
 
@@ -64,6 +65,16 @@ class Objective:
     def parameters(self) -> list[nn.Parameter]:
         """The variables as the model holds them now: inside `full_precision` they are the float32 copies."""
         return [self.model.get_parameter(name) for name in self.names]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of entries of each variable, wherever they are."""
+        return [self.model.get_parameter(name).numel() for name in self.names]
+
+    @property
+    def rows(self) -> Rows:
+        """How vectors over the variables lie: each rank holds them whole."""
+        return Rows.whole(sum(parameter.numel() for parameter in self.parameters))
 
     @property
     def quantized(self) -> str | None:
@@ -344,7 +355,8 @@ def _shifts_labels(model: nn.Module) -> bool:
     inner = pretrained(model)
     if inner is None or inner.config.is_encoder_decoder:
         return False
-    causal = type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    # `fully_shard` puts a class of its own before the model's.
+    causal = any(kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for kind in type(inner).__mro__)
     return causal or LOSS_MAPPING.get(inner.loss_type) is ForCausalLMLoss
 
 

@@ -61,7 +61,10 @@ class ProcessGroupRanks(Ranks):
         self._meet(sum(tensor.numel() for tensor in tensors))
         with _collective():
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                there = tensor.to(self._device)
+                dist.all_reduce(there)
+                if there is not tensor:
+                    tensor.copy_(there)
 
     def gather(self, items: list[Item]) -> list[Item]:
         """What all ranks hold, in the order in which it was dealt to them: one to each, again and again."""

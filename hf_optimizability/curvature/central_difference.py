@@ -13,6 +13,7 @@ from torch import Tensor
 from ..gradients import gradient_sum, norm_of
 from .operators import ObjectiveOperator, SumOfLosses
 from .ranks import ALONE, Ranks
+from .rows import Rows
 from .vectors import norm
 
 
@@ -44,6 +45,8 @@ class CentralDifferenceHessian(ObjectiveOperator):
         relative_step: Size of the step beside the parameters; by default `RELATIVE_STEP` of their dtype.
         ranks: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
+        rows: How the parameters lie over ranks, if the objective's are the shards that are here; its losses must have
+            the gradient of what all ranks evaluate.
 
     Raises:
         ValueError: If a parameter is of less than float32: the step would round away. Hold
@@ -66,8 +69,11 @@ class CentralDifferenceHessian(ObjectiveOperator):
         relative_step: float | None = None,
         ranks: Ranks = ALONE,
         on_products: Callable[[int], object] | None = None,
+        rows: Rows | None = None,
     ):
         super().__init__(objective, ranks=ranks, on_products=on_products)
+        self._rows = Rows.whole(self.size) if rows is None else rows
+        self.size = self._rows.size
         low = next((p.dtype for p in objective.parameters if torch.finfo(p.dtype).bits < 32), None)
         if low is not None:
             raise ValueError(
@@ -77,6 +83,11 @@ class CentralDifferenceHessian(ObjectiveOperator):
         self._objective = objective
         self._relative_step = RELATIVE_STEP[self.dtype] if relative_step is None else relative_step
 
+    @property
+    def rows(self) -> Rows:
+        """Which rows of the vectors are here."""
+        return self._rows
+
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
         products = (self._product(vector) for vector in vectors)
         first, items = next(products)
@@ -85,8 +96,8 @@ class CentralDifferenceHessian(ObjectiveOperator):
     def _product(self, vector: Tensor) -> tuple[list[Tensor], int]:
         """The product, summed over the items, and their number."""
         parameters = self._objective.parameters
-        length = norm(vector) or 1.0
-        scale = float(norm_of([parameter.detach() for parameter in parameters])) or 1.0
+        length = norm(vector, self.rows.ranks) or 1.0
+        scale = float(norm_of([parameter.detach() for parameter in parameters], self.rows.ranks)) or 1.0
         step = self._relative_step * scale / length
         direction = self._split(vector, parameters)
         with _moved(parameters, direction, step):

@@ -44,7 +44,11 @@ class NoiseScale:
 
 
 def noise_scale(
-    objective: SumOfLosses, *, mean_gradient: Sequence[Tensor] | None = None, ranks: Ranks = ALONE
+    objective: SumOfLosses,
+    *,
+    mean_gradient: Sequence[Tensor] | None = None,
+    ranks: Ranks = ALONE,
+    holders: Ranks = ALONE,
 ) -> NoiseScale:
     """Estimates the gradient noise scale from the gradients of an objective's parts (McCandlish et al., 1812.06162).
 
@@ -55,6 +59,7 @@ def noise_scale(
         objective: The loss, in parts: micro-batches, or single examples.
         mean_gradient: Gradient of the mean loss, shaped like the parameters.
         ranks: The processes that share the parts.
+        holders: The processes that hold the parameters between them, if this one has shards of them.
 
     Raises:
         ValueError: If there are fewer than 3 parts.
@@ -75,6 +80,7 @@ def noise_scale(
         pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
         square = sum(dot(piece.reshape(-1), piece.reshape(-1)) for piece in pieces)
         product = sum(dot(p.reshape(-1), m.reshape(-1)) for p, m in zip(pieces, mean, strict=True))
+        square, product = holders.sum(torch.tensor([square, product], dtype=torch.float64)).tolist()
         found.append((square, product, count))
     squares, products, counts = np.array(ranks.gather(found)).reshape(-1, 3).T
     return noise_from_products(squares, products, counts.astype(int))

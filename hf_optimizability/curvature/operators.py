@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .products import first_backward, second_backward
 from .ranks import ALONE, Ranks
+from .rows import Rows
 from .vectors import segment_sums
 
 
@@ -51,6 +52,11 @@ class SymmetricOperator(ABC):
     device: torch.device
     ranks: Ranks = ALONE
 
+    @property
+    def rows(self) -> Rows:
+        """Which rows of the vectors are here: all n, unless they lie over ranks. Shapes below are of those."""
+        return Rows.whole(self.size)
+
     @abstractmethod
     def matmat(self, vectors: Tensor) -> Tensor:
         """`A V` for the columns of V, of shape (n, k)."""
@@ -75,7 +81,7 @@ class SymmetricOperator(ABC):
             each part.
         """
         product = self.matmat(vectors)
-        return product, _forms(vectors.T, product.T, segments)[None], [1]
+        return product, _forms(vectors.T, product.T, segments, self.rows.ranks)[None], [1]
 
     def to_scipy(self) -> LinearOperator:
         """The same matrix for SciPy's solvers, on NumPy arrays."""
@@ -158,18 +164,18 @@ class ObjectiveOperator(SymmetricOperator):
         for products, count in self._parts(vectors.T):
             total = self._add(products, total, number=vectors.shape[1])
             items += count
-        return self._mean(self._rows(vectors.shape[1]) if total is None else total, items)
+        return self._mean(self._zeros(vectors.shape[1]) if total is None else total, items)
 
     def matmat_by_part(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
     ) -> tuple[Tensor, np.ndarray, list[int]]:
         """`A V`, and what each part tells; see `SymmetricOperator`. Takes the memory of one more product."""
-        total, part = self._rows(vectors.shape[1]), None
+        total, part = self._zeros(vectors.shape[1]), None
         forms, items = [], []
         for products, count in self._parts(vectors.T):
             part = self._add(products, None if part is None else part.zero_(), number=vectors.shape[1])
             total += part
-            forms.append(_forms(vectors.T, part, segments) / count)
+            forms.append(_forms(vectors.T, part, segments, self.rows.ranks) / count)
             items.append(count)
         product = self._mean(total, sum(items))
         return product, np.array(self.ranks.gather(forms)), self.ranks.gather(items)
@@ -179,7 +185,7 @@ class ObjectiveOperator(SymmetricOperator):
         if self._items is None:
             self._items = sum(self.ranks.gather([items]))
         self.ranks.sum(total).div_(self._items)
-        _require_finite(total)
+        _require_finite(total, self.rows.ranks)
         self._count(len(total))
         return total.T
 
@@ -190,14 +196,14 @@ class ObjectiveOperator(SymmetricOperator):
         """
         for index, product in enumerate(products):
             if total is None:
-                total = self._rows(number)
+                total = self._zeros(number)
             for place, piece in zip(total[index].split(self._sizes), product, strict=True):
                 place.add_(piece.detach().reshape(-1).to(place))
         assert total is not None
         return total
 
-    def _rows(self, number: int) -> Tensor:
-        return torch.zeros(number, self.size, dtype=self.dtype, device=self.device)
+    def _zeros(self, number: int) -> Tensor:
+        return torch.zeros(number, len(self.rows), dtype=self.dtype, device=self.device)
 
     def _count(self, products: int) -> None:
         if self._on_products is not None:
@@ -320,12 +326,15 @@ class _Kept(NamedTuple):
     items: int
 
 
-def _forms(vectors: Tensor, products: Tensor, segments: Sequence[Sequence[slice]]) -> np.ndarray:
+def _forms(vectors: Tensor, products: Tensor, segments: Sequence[Sequence[slice]], ranks: Ranks) -> np.ndarray:
     """`v_sᵀ(Av)_s` for rows v and their products, of shape (k, segments)."""
-    return np.array([segment_sums(v * row, segments) for v, row in zip(vectors, products, strict=True)])
+    forms = [segment_sums(v * row, segments) for v, row in zip(vectors, products, strict=True)]
+    return ranks.sum(torch.tensor(forms, dtype=torch.float64)).numpy()
 
 
-def _require_finite(products: Tensor) -> None:
+def _require_finite(products: Tensor, ranks: Ranks) -> None:
     # The sum is finite if all entries are, unless it overflows, and is had far sooner than a look at each of them.
-    if not math.isfinite(products.sum()) and not torch.isfinite(products).all():
+    if math.isfinite(ranks.sum(products.sum())):
+        return
+    if ranks.sum((~torch.isfinite(products)).sum()):
         raise FloatingPointError("A product with the curvature matrix is not finite.")

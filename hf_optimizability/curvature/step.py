@@ -38,12 +38,13 @@ class QuadraticModel:
     predicted_decrease: float | None
 
 
-def quadratic_model(gradient: Tensor, product: Tensor) -> QuadraticModel:
+def quadratic_model(gradient: Tensor, product: Tensor, ranks: Ranks = ALONE) -> QuadraticModel:
     """The quadratic model of the loss along −g (Nocedal & Wright, Numerical Optimization, chapter 4.1).
 
     Args:
         gradient: g, of shape (n,).
         product: Hg, of shape (n,).
+        ranks: The processes that hold the n rows between them.
 
     Example:
         >>> gradient, product = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 3.0])  # H = diag(1, 3)
@@ -51,7 +52,7 @@ def quadratic_model(gradient: Tensor, product: Tensor) -> QuadraticModel:
         >>> model.curvature, model.best_step, model.predicted_decrease
         (4.0, 0.5, 0.5)
     """
-    squared, curvature = dot(gradient, gradient), dot(gradient, product)
+    squared, curvature = dot(gradient, gradient, ranks), dot(gradient, product, ranks)
     if curvature <= 0:
         return QuadraticModel(squared, curvature, None, None)
     best_step = squared / curvature
