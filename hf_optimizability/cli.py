@@ -250,10 +250,13 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
         with _only_json_on_stdout(as_json):
             trainer = Trainer(args=training_args, **load(task, model_args, data_args, training_args))
             measured = measured_by(trainer, config)
-            if not forecast_only:
+            if forecast_only:
+                price = forecast(**measured)
+            else:
                 measurement = measure(**measured, progress=not training_args.disable_tqdm)
+    if not trainer.is_world_process_zero():
+        return
     if forecast_only:
-        price = forecast(**measured)
         typer.echo(json.dumps(asdict(price)) if as_json else str(price))
         return
     found = single_report(trainer, measured, measurement)
