@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does the advice hold? What one measurement says about the learning rate and the batch size, against sweeps.
 
-A case is a model, a data set and an optimizer. Short runs (warm-up, then linear decay to 0, gradients clipped at norm 1,
-as the Trainer has it) are made at learning rates a factor 2 apart until the best one is bracketed; what counts is the
-loss on held-out examples, the geometric mean over seeds. Measured is what a report holds, at step 0 and after the
+A case is a model, a data set and an optimizer. Short runs (warm-up, then linear decay to 0, gradients clipped at norm
+1, as the Trainer has it) are made at learning rates a factor 2 apart until the best one is bracketed; what counts is
+the loss on held-out examples, the geometric mean over seeds. Measured is what a report holds, at step 0 and after the
 warm-up of a run at a sixteenth of the best rate and (small models) at the best and at four times it: whoever asks for
 advice does not know the best one. Beside it stands a learning-rate range test.
 
@@ -663,8 +663,8 @@ def to_markdown(results: dict[str, Any]) -> str:
 HEAD = """# Does the advice hold?
 
 Made by `benchmarks/advice.py`; its first lines say how. Best: the rate of the least held-out loss among rates a factor
-2 apart. Good: rates whose loss is within 5 % of that. Fitted factors are geometric means over the problems marked *fit*;
-hits are counted on the others.
+2 apart. Good: rates whose loss is within 5 % of that. Fitted factors are geometric means over the problems marked
+*fit*; hits are counted on the others.
 """
 
 
@@ -673,8 +673,8 @@ def _rules(results: dict[str, Any]) -> Iterator[str]:
     yield "## Learning rate: one measured quantity times one factor\n"
     yield (
         "A hit is a best rate within a factor 2 (AdamW) or 3 (others) of the rule's; in brackets, with the nearest "
-        "good rate in place of the best. One rate for all: no measurement. Range tests are taken as they are; a dash: no "
-        "factor could be fitted.\n"
+        "good rate in place of the best. One rate for all: no measurement. Range tests are taken as they are; a dash: "
+        "no factor could be fitted.\n"
     )
     lines = []
     for optimizer, within in WITHIN.items():

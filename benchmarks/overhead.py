@@ -1,144 +1,260 @@
 # SPDX-License-Identifier: Apache-2.0
 """What measuring adds to a real fine-tuning run: wall-clock time and peak memory, with over without.
 
-Each run trains in a process of its own: plainly; with the gradient norms of each block logged and nothing measured;
-and with all of it at default settings. The three alternate, repeat by repeat, and ratios are those within a repeat.
-Runs must be long: the first and the last measurement are always made, and the default budget is 5 % of the training.
+One training at default settings is timed step by step. In each pair of neighbouring steps one, by lot, is without the
+gradient norms of the blocks: what these add is the median difference within the pairs. What measuring adds is all the
+time that the callback takes, beside as many steps as there are at the price of those without. So both sides of each
+ratio come from the same minutes of one process, whatever else the machine does. Peak memory is that of two steps, in a
+process each with and without.
 
-    python benchmarks/overhead.py --workload vision --steps 2000 --repeats 3
-    python benchmarks/overhead.py --workload text --steps 1500 --repeats 3 --profile light
+The run must be long: the first and the last measurement are always made, and are to fit into 5 % of the training time.
+Small inputs, and few of them (the probe set has 64 examples, or as many as there are), make both cheap and the run
+short enough to wait for:
 
-replaces these rows in `benchmarks/results/overhead.json`, and writes the table beside it anew. Needs Linux, for the
-peak memory. On two cores each run above takes about half an hour.
+    python benchmarks/overhead.py --steps 5000 --examples 16
+
+adds a run to each row in `benchmarks/results/overhead.json`, and writes the table beside it anew. Needs Linux, for the
+peak memory. On one idle core that takes about a quarter of an hour; with 960 examples and 20000 steps, an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
+import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from peers import memory, peak_memory
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
-from workloads import BATCH_SIZE, SEED, TITLES, text, vision
+from workloads import BATCH_SIZE, SEED, text, vision
 
-from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
+from hf_optimizability import OptimizabilityTrainer
 
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
-WORKLOADS = {"text": (text, 2e-5), "vision": (vision, 1e-3)}
-MODES = ("plain", "norms", "measured")
-EXAMPLES = 960  # trained on again and again
-PROMISED = {"measured": 0.05, "norms": 0.005}
-"""Share of the training time that each mode may add."""
+WORKLOADS = {
+    "text": (partial(text, tokens=6), 2e-5, "MiniLM-L6 on sentences of 6 tokens"),
+    "vision": (partial(vision, pixels=32), 1e-3, "MobileNetV2 on MNIST at 32 px"),
+}
+MEMORY_STEPS = 2
+INTRODUCTION = """From `python benchmarks/overhead.py`, which says how it is measured. Measuring: all that the callback
+does at default settings, as a share of the training time without it. Norms: what the gradient norms of the blocks add
+to a step whose norms are logged, by the clock within pairs of neighbouring steps; and to training as a whole if each
+10th step is logged, or each 500th as is the Trainer's default. Memory: the peak of the training with over without."""
 
 
-def run(name: str, mode: str, steps: int, profile: str) -> dict[str, Any]:
-    """One training."""
+class Mark(NamedTuple):
+    """A moment of the training: which event, before or after the measuring callback, in seconds of wall and CPU."""
+
+    event: str
+    after: bool
+    wall: float
+    cpu: float
+
+
+class Marks(TrainerCallback):
+    """Notes the time of events; one goes before the measuring callback, one after it."""
+
+    def __init__(self, marks: list[Mark], *, after: bool):
+        self._marks, self._after = marks, after
+
+    def _note(self, event: str) -> None:
+        self._marks.append(Mark(event, self._after, time.perf_counter(), time.process_time()))
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Before the first step."""
+        self._note("begin")
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """What is between two of these, less the callback, is a step: loading, training, logging."""
+        self._note("step")
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """After each step."""
+        self._note("step end")
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """After the last step."""
+        self._note("end")
+
+
+class Alternating(OptimizabilityTrainer):
+    """Takes the gradient norms at one step of each pair, as if it were a step to log."""
+
+    with_norms: Sequence[bool]
+
+    def _is_logged(self) -> bool:
+        return self.with_norms[self.state.global_step]
+
+
+def make_trainer(name: str, cls: type[Trainer], folder: str, *, steps: int, examples: int) -> Trainer:
+    """A training of a real checkpoint. It logs at each step, so that pairs differ by the norms alone."""
     logging.set_verbosity_error()
     torch.manual_seed(SEED)
-    make, learning_rate = WORKLOADS[name]
-    model, batches = make(EXAMPLES // BATCH_SIZE)
-    rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(BATCH_SIZE)]
+    make, learning_rate, _ = WORKLOADS[name]
+    model, batches = make(math.ceil(examples / BATCH_SIZE))
+    rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(BATCH_SIZE)][:examples]
+    args = TrainingArguments(
+        folder, max_steps=steps, per_device_train_batch_size=BATCH_SIZE, learning_rate=learning_rate,
+        logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True, seed=SEED,
+    )  # fmt: skip
+    trainer = cls(model, args, train_dataset=rows)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def time_run(name: str, steps: int, examples: int) -> dict[str, Any]:
+    """One training with all of it at default settings, timed."""
+    lots = random.Random(SEED)
+    pairs = [lots.sample([True, False], 2) for _ in range(steps // 2)]
+    marks: list[Mark] = []
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=BATCH_SIZE, learning_rate=learning_rate,
-            logging_steps=10, save_strategy="no", use_cpu=True, disable_tqdm=True, seed=SEED,
-        )  # fmt: skip
-        if mode == "plain":
-            trainer = Trainer(model, args, train_dataset=rows)
-        else:
-            config = OptimizabilityConfig(profile=profile)  # type: ignore[arg-type]
-            trainer = OptimizabilityTrainer(model, args, train_dataset=rows, optimizability=config)
-            if mode == "norms":
-                trainer.remove_callback(trainer.optimizability_callback)
-        before, started = memory(), time.perf_counter()
-        peak = peak_memory(trainer.train)
-        seconds = time.perf_counter() - started
-    measurements = []
-    if isinstance(trainer, OptimizabilityTrainer):
-        measurements = [[m.step, m.hvps, m.seconds] for m in trainer.optimizability_report().measurements]
-    return {"seconds": seconds, "mebibytes": peak - before, "measurements": measurements}
+        trainer = make_trainer(name, Alternating, folder, steps=2 * len(pairs), examples=examples)
+        trainer.with_norms = [kind for pair in pairs for kind in pair]
+        measuring = trainer.pop_callback(trainer.optimizability_callback)
+        for callback in (Marks(marks, after=False), measuring, Marks(marks, after=True)):
+            trainer.add_callback(callback)
+        trainer.train()
+    found = {clock: shares(marks, trainer.with_norms, clock=clock) for clock in ("wall", "cpu")}
+    report = trainer.optimizability_report()
+    assert not report.failures
+    measurements = [[m.step, m.hvps, round(m.seconds, 2)] for m in report.measurements]
+    return {
+        "steps": 2 * len(pairs),
+        "examples": examples,
+        **found,
+        "told": report.training["overhead"],
+        "measurements": measurements,
+    }
+
+
+def shares(marks: list[Mark], with_norms: Sequence[bool], *, clock: str) -> dict[str, float]:
+    """What the callback and the norms took, beside steps without norms.
+
+    Args:
+        marks: Of the whole training, in their order.
+        with_norms: For each step, whether its norms were taken.
+        clock: "wall" or "cpu".
+
+    Returns:
+        Median seconds of a step without norms and the quartiles of it, what the callback added to the training, what
+        the norms add to a step that takes them and the standard error of that; the latter as shares.
+
+    Example:
+        >>> times = [("begin", 0, 0), ("begin", 1, 3), ("step", 0, 3), ("step", 1, 3), ("step end", 0, 13),
+        ...          ("step end", 1, 14), ("step", 0, 15), ("step", 1, 15), ("step end", 0, 24), ("step end", 1, 24),
+        ...          ("end", 0, 24), ("end", 1, 26)]
+        >>> marks = [Mark(event, bool(after), second, 0) for event, after, second in times]
+        >>> found = shares(marks, [True, False], clock="wall")  # steps of 11 s with, 9 s without; callback 3 + 1 + 2 s
+        >>> found["step"], round(found["measured"], 3), round(found["norms"], 3)
+        (9, 0.333, 0.222)
+    """
+    steps: list[float] = []
+    callback = 0.0
+    for mark, following in pairwise(marks):
+        if mark.event == "step" and not mark.after:
+            steps.append(0)
+        elapsed = getattr(following, clock) - getattr(mark, clock)
+        if following.after:
+            callback += elapsed
+        elif steps:
+            steps[-1] += elapsed
+    plain = [seconds for seconds, kind in zip(steps, with_norms, strict=True) if not kind]
+    signed = [seconds if kind else -seconds for seconds, kind in zip(steps, with_norms, strict=True)]
+    differences = [one + other for one, other in zip(signed[::2], signed[1::2], strict=True)]
+    step, added = statistics.median(plain), statistics.median(differences)
+    deviation = 1.4826 * statistics.median(abs(difference - added) for difference in differences)
+    return {
+        "step": step,
+        "quartiles": statistics.quantiles(plain, n=4)[::2] if len(plain) > 1 else [step, step],
+        "measured": callback / (statistics.fmean(plain) * len(steps)),
+        "norms": added / step,
+        "norms_error": 1.2533 * deviation / math.sqrt(len(differences)) / step,
+    }
+
+
+def peak(name: str, measured: bool, examples: int) -> float:
+    """MiB that a short training holds at its peak, beyond what was held before it."""
+    with tempfile.TemporaryDirectory() as folder:
+        cls = OptimizabilityTrainer if measured else Trainer
+        trainer = make_trainer(name, cls, folder, steps=MEMORY_STEPS, examples=examples)
+        before = memory()
+        return peak_memory(trainer.train) - before
 
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown.
 
     Example:
-        >>> runs = {mode: [{"seconds": s, "mebibytes": m, "measurements": []}] for mode, s, m in (
-        ...     ("plain", 100.0, 500.0), ("norms", 100.2, 500.0), ("measured", 104.0, 900.0))}
-        >>> row = {"steps": 10, "profile": "standard", "threads": 2, "runs": runs}
-        >>> print(table({"text": row}).splitlines()[-1])
-        | 10 | standard | 1 | +0.20 % | +4.00 % | 0 | × 1.80 |
+        >>> clock = {"step": 0.1, "quartiles": [0.09, 0.12], "measured": 0.04, "norms": 0.02, "norms_error": 0.001}
+        >>> run = {"examples": 64, "steps": 9000, "wall": clock, "cpu": clock, "measurements": [[0, 40, 18.0]] * 2}
+        >>> row = {"threads": 1, "runs": [run], "plain_mebibytes": [500.0], "measured_mebibytes": [900.0]}
+        >>> print(table({"text": row}).splitlines()[-1].partition("| 4.00")[2])
+         % (4.00 %) | 2.00 ± 0.10 % | 0.200 % | 0.004 % | × 1.80 |
     """
-    lines = [
-        "# What measuring adds to a training run",
-        "",
-        "Wall-clock time and peak memory with over without, medians of ratios within a repeat.",
-    ]
+    lines = ["# What measuring adds to a training run", "", INTRODUCTION]
     for name, row in results.items():
-        runs = row["runs"]
-        added = {mode: _median_ratio(runs, mode, "seconds") - 1 for mode in PROMISED}
-        cells = [
-            str(row["steps"]),
-            row["profile"],
-            str(len(runs["plain"])),
-            f"{added['norms']:+.2%}".replace("%", " %"),
-            f"{added['measured']:+.2%}".replace("%", " %"),
-            str(statistics.median_low([len(run["measurements"]) for run in runs["measured"]])),
-            f"× {_median_ratio(runs, 'measured', 'mebibytes'):.2f}",
-        ]
+        memory = statistics.median(row["measured_mebibytes"]) / statistics.median(row["plain_mebibytes"])
         lines += [
             "",
-            f"## {TITLES[name].partition(',')[0]}; threads: {row['threads']}",  # type: ignore[index]
+            f"## {WORKLOADS[name][2]}, batches of {BATCH_SIZE}; threads: {row['threads']}",
             "",
-            "| steps | profile | repeats | gradient norms by block | all | measurements | peak memory |",
-            "|--:|---|--:|--:|--:|--:|--:|",
-            f"| {' | '.join(cells)} |",
+            "| examples | steps | a step (quartiles) | measurements | measuring (CPU time) | norms at a step "
+            "| each 10th | each 500th | memory |",
+            "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
+        for run in row["runs"]:
+            wall, seconds = run["wall"], [measurement[2] for measurement in run["measurements"]]
+            cells = [
+                str(run["examples"]),
+                str(run["steps"]),
+                "{:.3f} s ({:.3f}–{:.3f})".format(wall["step"], *wall["quartiles"]),
+                f"{len(seconds)}, {statistics.median(seconds):.1f} s",
+                f"{100 * wall['measured']:.2f} % ({100 * run['cpu']['measured']:.2f} %)",
+                f"{100 * wall['norms']:.2f} ± {100 * wall['norms_error']:.2f} %",
+                *(f"{100 * wall['norms'] / every:.3f} %" for every in (10, 500)),
+                f"× {memory:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _median_ratio(runs: dict[str, list[dict[str, Any]]], mode: str, what: str) -> float:
-    pairs = zip(runs[mode], runs["plain"], strict=True)
-    return statistics.median(run[what] / plain[what] for run, plain in pairs)
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def main() -> None:
     """Trains as asked, and writes what came out so far."""
-    profiles = get_args(get_type_hints(OptimizabilityConfig)["profile"])
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", choices=profiles, default="standard")
+    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--examples", type=int, default=960, help="Size of the training set, trained on repeatedly.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="The JSON file; the table goes beside it.")
     arguments = parser.parse_args()
-    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for name in arguments.workload:
-        runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
-        for _ in range(arguments.repeats):
-            for mode in MODES:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    found = pool.apply(run, (name, mode, arguments.steps, arguments.profile))
-                print(name, mode, found, flush=True)
-                runs[mode].append(found)
-            results[name] = {
-                "steps": arguments.steps,
-                "profile": arguments.profile,
-                "threads": torch.get_num_threads(),
-                "runs": runs,
-            }
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-            arguments.out.with_suffix(".md").write_text(table(results))
-    print(table(results))
+        results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+        row = results.setdefault(name, {"threads": torch.get_num_threads(), "runs": []})
+        for measured in (False, True):
+            row[f"{'measured' if measured else 'plain'}_mebibytes"] = [
+                apart(peak, name, measured, arguments.examples) for _ in range(2)
+            ]
+        row["runs"].append(apart(time_run, name, arguments.steps, arguments.examples))
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text(table(results))
+        print(table(results), flush=True)
 
 
 if __name__ == "__main__":

@@ -104,26 +104,28 @@ def make(name: WorkloadName, folder: Path) -> None:
     torch.save(batches, folder / "batches.pt")
 
 
-def text(number: int) -> tuple[PreTrainedModel, list[Batch]]:
+def text(number: int, *, tokens: int = 48) -> tuple[PreTrainedModel, list[Batch]]:
     """MiniLM-L6 with a new head for two classes, and batches of sentences from movie reviews."""
     tokenizer = AutoTokenizer.from_pretrained(TEXT_CHECKPOINT)
     model = AutoModelForSequenceClassification.from_pretrained(TEXT_CHECKPOINT, num_labels=2, dtype="float32")
     rows = _rows(TEXT_DATA, number)
-    tokens = tokenizer(rows["sentence"], padding="max_length", truncation=True, max_length=48, return_tensors="pt")
-    return model, _cut({**tokens, "labels": torch.tensor(rows["label"])})
+    columns = tokenizer(
+        rows["sentence"], padding="max_length", truncation=True, max_length=tokens, return_tensors="pt"
+    )
+    return model, _cut({**columns, "labels": torch.tensor(rows["label"])})
 
 
-def vision(number: int) -> tuple[PreTrainedModel, list[Batch]]:
-    """MobileNetV2 with a new head for ten classes, and batches of digits at 64 pixels."""
+def vision(number: int, *, pixels: int = 64) -> tuple[PreTrainedModel, list[Batch]]:
+    """MobileNetV2 with a new head for ten classes, and batches of digits."""
     processor = AutoImageProcessor.from_pretrained(VISION_CHECKPOINT)
-    processor.size, processor.crop_size = {"shortest_edge": 64}, {"height": 64, "width": 64}
+    processor.size, processor.crop_size = {"shortest_edge": pixels}, {"height": pixels, "width": pixels}
     model = AutoModelForImageClassification.from_pretrained(VISION_CHECKPOINT, num_labels=10, dtype="float32")
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1  # the checkpoint's own lets the running statistics stand still
     rows = _rows(VISION_DATA, number)
-    pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
-    return model, _cut({"pixel_values": pixels, "labels": torch.tensor(rows["label"])})
+    images = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
+    return model, _cut({"pixel_values": images, "labels": torch.tensor(rows["label"])})
 
 
 def _text() -> tuple[PreTrainedModel, list[Batch]]:

@@ -1,39 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures how well a checkpoint optimizes while the Transformers `Trainer` fine-tunes it."""
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from .callback import OptimizabilityCallback
-from .configuration import OptimizabilityConfig
-from .forecast import Forecast, forecast
-from .measure import measure
-from .measurement import Measurement, MeasurementError
-from .report import OptimizabilityReport
 
 
 if TYPE_CHECKING:
-    from .trainer import OptimizabilityTrainer, OptimizabilityTrainerMixin
+    from .callback import OptimizabilityCallback as OptimizabilityCallback
+    from .configuration import OptimizabilityConfig as OptimizabilityConfig
+    from .forecast import Forecast as Forecast
+    from .forecast import forecast as forecast
+    from .measure import measure as measure
+    from .measurement import Measurement as Measurement
+    from .measurement import MeasurementError as MeasurementError
+    from .report import OptimizabilityReport as OptimizabilityReport
+    from .trainer import OptimizabilityTrainer as OptimizabilityTrainer
+    from .trainer import OptimizabilityTrainerMixin as OptimizabilityTrainerMixin
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Forecast",
-    "Measurement",
-    "MeasurementError",
-    "OptimizabilityCallback",
-    "OptimizabilityConfig",
-    "OptimizabilityReport",
-    "OptimizabilityTrainer",
-    "OptimizabilityTrainerMixin",
-    "forecast",
-    "measure",
-]
+_MODULES = {
+    "Forecast": "forecast",
+    "Measurement": "measurement",
+    "MeasurementError": "measurement",
+    "OptimizabilityCallback": "callback",
+    "OptimizabilityConfig": "configuration",
+    "OptimizabilityReport": "report",
+    "OptimizabilityTrainer": "trainer",
+    "OptimizabilityTrainerMixin": "trainer",
+    "forecast": "forecast",
+    "measure": "measure",
+}
+"""Where each public name is defined."""
+
+__all__ = [*_MODULES]
 
 
-def __getattr__(name: str) -> Any:
-    # `transformers.Trainer` imports `datasets`; only those who use the Trainer subclass pay for that.
-    if name in ("OptimizabilityTrainer", "OptimizabilityTrainerMixin"):
-        from . import trainer
+class _Package(ModuleType):
+    """Loads a public name when it is first used: torch and Transformers take seconds, and `--help` needs neither."""
 
-        return getattr(trainer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing `.measure` or `.forecast` would put the module where the function of that name belongs.
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *__all__]
+
+
+sys.modules[__name__].__class__ = _Package

@@ -19,21 +19,28 @@ from .clock import Clock
 from .configuration import OptimizabilityConfig
 from .curvature.preconditioner import unwrapped
 from .files import keep_aside, require_writable
+from .fsdp import class_name
 from .history import record, restore, without_records
 from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure
 from .objective import Objective, trainer_loss
+from .parallel import RankLostError, training_ranks
+from .privacy import anonymous, in_strings, without_secrets
 from .probe import probe_batches
 from .report import OptimizabilityReport
 from .safety import pretrained
 from .schedule import affordable
+from .supported import deepspeed_limits, require_supported
 
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.get_logger(__name__)
+
+_DECISIONS = 100
+"""How often in a run several processes settle whether there is time to measure: each time takes a message."""
 
 
 class OptimizabilityCallback(TrainerCallback):
@@ -85,27 +92,34 @@ class OptimizabilityCallback(TrainerCallback):
         A run that goes on from a checkpoint takes up what was measured before.
 
         Raises:
-            ValueError: If the data, the model, the blocks or the report's folder can't work.
+            ValueError: If the data, the model, the blocks or the report's folder can't work, or the model is spread
+                over devices in a way that can't be measured under.
         """
         model, loader = kwargs["model"], kwargs["train_dataloader"]
+        require_supported(model, args)
+        if limits := deepspeed_limits(args):
+            logger.warning_once(limits)
+        ranks = training_ranks(next(model.parameters()).device)
         history = restore(state, config=provenance.describe_config(self.config))
-        self._clock = Clock(trained=history.train_seconds, measured=[m.seconds for m in history.measurements])
+        self._clock = Clock(trained=history.train_seconds, measured=history.measured_seconds)
         self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
-        if state.is_world_process_zero:
-            require_writable(self._folder, "report_dir")
-            if not history.measurements and (earlier := keep_aside(self._folder / "report.json")):
-                logger.info(f"The report of an earlier run is now {earlier}.")
+        with ranks.agreed():
+            if state.is_world_process_zero:
+                require_writable(self._folder, "report_dir")
+                if not history.steps and (earlier := keep_aside(self._folder / "report.json")):
+                    logger.info(f"The report of an earlier run is now {earlier}.")
         batches = probe_batches(
             loader,
             examples=self.config.budget.probe_examples,
             batch_size=self.config.probe_batch_size,
             seed=self.config.probe_seed,
             required=self.config.probe_examples is not None,
+            ranks=ranks,
         )
         trainer = self._trainer
         loss_fn = None if trainer is None else trainer_loss(trainer)
         eval_dataset = None if trainer is None or isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
-        self._objective = Objective(model, batches, loss_fn=loss_fn)
+        self._objective = Objective(model, batches, loss_fn=loss_fn).shared(ranks)
         self._optimizer = _readable(kwargs["optimizer"])
         block_indices(self._objective.names, self.config)
         self._check()
@@ -121,7 +135,7 @@ class OptimizabilityCallback(TrainerCallback):
         )
         if trainer is not None:
             self._guarded("finding the scale of the loss", lambda: self._find_loss_scale(trainer, model))
-        if not history.measurements or self._ends_an_epoch(state):
+        if not history.steps or self._ends_an_epoch(state):
             self._measure(args, state, control)
         self._clock.go_on()
 
@@ -141,15 +155,19 @@ class OptimizabilityCallback(TrainerCallback):
     def _due(self, state: TrainerState) -> bool:
         if self.config.measure_strategy == "steps":
             return state.global_step % self.config.measure_steps == 0
-        if self.config.measure_strategy != "auto" or not self._clock.measured:
+        if self.config.measure_strategy != "auto" or not self.report.measurements:
             return False
-        return affordable(
+        ranks = self._objective.ranks
+        if ranks.number > 1 and state.global_step % math.ceil(state.max_steps / _DECISIONS):
+            return False
+        due = affordable(
             state.global_step,
             max_steps=state.max_steps,
             budget=self.config.overhead_budget,
             step_seconds=self._clock.step_seconds,
             measured_seconds=self._clock.measured,
         )
+        return ranks.gather([due])[0]  # by one clock
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,8 +186,14 @@ class OptimizabilityCallback(TrainerCallback):
         if trainer is not None:
             from .generalization import measure_gap
 
+            ranks = self._objective.ranks
+
+            def measured_gap() -> dict[str, float]:
+                with ranks.agreed():
+                    return measure_gap(trainer, self.config, ranks=ranks)
+
             with self._clock.paused():
-                gap = self._guarded("measuring the generalization gap", lambda: measure_gap(trainer, self.config))
+                gap = self._guarded("measuring the generalization gap", measured_gap)
             if gap:
                 self._log(gap, state, control)
         if state.is_world_process_zero:
@@ -209,6 +233,8 @@ class OptimizabilityCallback(TrainerCallback):
                     epoch=state.epoch,
                     on_products=bar.update,
                 )
+        except RankLostError:
+            raise
         except Exception as error:
             self._record_failure(error, step, state)
         else:
@@ -224,21 +250,22 @@ class OptimizabilityCallback(TrainerCallback):
         else:
             reason = f"{type(error).__name__}: {error}"
             remedy = "Try `hf_optimizability.measure` on the same model and batches to see the whole traceback."
-        if reason not in [failure.reason for failure in self.report.failures]:  # once is enough to know
+        failure = MeasurementFailure(step=step, epoch=state.epoch, reason=anonymous(reason), remedy=remedy)
+        if failure.reason not in [earlier.reason for earlier in self.report.failures]:  # once is enough to know
+            reason = without_secrets(reason)
             logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy} Training goes on.")
-        failure = MeasurementFailure(step=step, epoch=state.epoch, reason=reason, remedy=remedy)
         self.report.failures.append(failure)
         self._record(failure, state)
 
     def _record(self, found: Measurement | MeasurementFailure, state: TrainerState) -> None:
-        record(state, found, config=self.report.config, train_seconds=self._clock.train_seconds)
+        record(state, found, config=self.report.config, clock=self._clock)
 
     def _find_loss_scale(self, trainer: Trainer, model: nn.Module) -> None:
         """Records by what factor the Trainer's loss is off the mean, and says so once."""
-        factor = loss_scale(trainer, self._objective.batches[0], seed=self.config.probe_seed)
+        factor = loss_scale(trainer, self._objective.whole().batches[0], seed=self.config.probe_seed)
         self.report.training["loss_scale"] = factor
         if factor != 1:
-            logger.warning_once(explanation(type(pretrained(model) or model).__name__, factor))
+            logger.warning_once(explanation(class_name(pretrained(model) or model), factor))
 
     def _log(self, logs: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         if self._trainer is None:
@@ -252,7 +279,7 @@ class OptimizabilityCallback(TrainerCallback):
     def _finish(self, state: TrainerState) -> None:
         from .dynamics import compute_dynamics
 
-        self.report.log_history = without_records(state.log_history)
+        self.report.log_history = in_strings(without_records(state.log_history), anonymous)
         self.report.dynamics = compute_dynamics(self.report.log_history, seed=self.config.probe_seed)
         self.report.training["overhead"] = self._clock.overhead
         path = self._stamp().save(self._folder)
@@ -266,8 +293,11 @@ class OptimizabilityCallback(TrainerCallback):
         """Runs what must not take the training down; a failure becomes a warning."""
         try:
             return action()
+        except RankLostError:
+            raise
         except Exception as error:
-            logger.warning(f"Failed at {what}: {type(error).__name__}: {error}. Training goes on.")
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+            logger.warning(f"Failed at {what}: {reason}. Training goes on.")
 
 
 def _readable(optimizer: Optimizer) -> Optimizer | None:

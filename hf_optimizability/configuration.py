@@ -194,13 +194,18 @@ class OptimizabilityConfig:
                 f"`engine` is {self.engine!r}, which makes products with the Hessian only, but `curvature` is "
                 f"{self.curvature!r}. Leave `engine` at 'auto'."
             )
-        if self.curvature != "hessian" and self.block_eigenvalues:
+        if self.block_eigenvalues and self.curvature != "hessian":
             raise ValueError(
                 f"`block_eigenvalues` are those of the Hessian, but `curvature` is {self.curvature!r}. Leave it unset."
             )
+        if self.block_eigenvalues and self.engine in ("forward_over_reverse", "central_difference"):
+            raise ValueError(
+                f"`block_eigenvalues` need double_backward, but `engine` is {self.engine!r}. Leave one of them unset."
+            )
         if self.eigen_method == "power_iteration" and self.num_eigenvalues > 1:
             raise ValueError(
-                f"`num_eigenvalues` is {self.num_eigenvalues}, but power iteration finds one. Use eigen_method='lanczos'."
+                f"`num_eigenvalues` is {self.num_eigenvalues}, but power iteration finds one. Set `eigen_method` to "
+                "'lanczos'."
             )
 
     @property

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -20,9 +20,10 @@ from .curvature.forward_over_reverse import ForwardOverReverseHessian
 from .curvature.gauss_newton import GaussNewtonOperator
 from .curvature.operators import HessianOperator, ObjectiveOperator
 from .curvature.twice_differentiable import CheapSecondDerivatives
-from .curvature.vectors import norm, rademacher
+from .curvature.vectors import norm
 from .measurement import MeasurementError
 from .objective import Objective
+from .privacy import anonymous, without_secrets
 from .safety import eager_attention, math_attention, pretrained
 
 
@@ -37,7 +38,6 @@ OnProducts = Callable[[int], object]
 _ENGINES: dict[str, Callable[..., ObjectiveOperator]] = {
     "double_backward": HessianOperator,
     "forward_over_reverse": ForwardOverReverseHessian,
-    "central_difference": CentralDifferenceHessian,
 }
 
 
@@ -64,13 +64,18 @@ class Way:
         """Whether derivatives are taken twice, so that matrices other than the Hessian itself can be had as well."""
         return self.engine == "double_backward"
 
-    def operator(self, objective: Objective, *, curvature: str, on_products: OnProducts) -> ObjectiveOperator:
+    def operator(
+        self, objective: Objective, *, curvature: str, on_products: OnProducts | None = None
+    ) -> ObjectiveOperator:
         """The curvature matrix of an objective, multiplied this way."""
+        options: dict[str, Any] = {"ranks": objective.ranks, "on_products": on_products}
         if curvature == "gauss_newton":
-            return GaussNewtonOperator(objective, on_products=on_products)
+            return GaussNewtonOperator(objective, **options)
         if curvature == "empirical_fisher":
-            return EmpiricalFisherOperator(objective, on_products=on_products)
-        return _ENGINES[self.engine](objective, on_products=on_products)
+            return EmpiricalFisherOperator(objective, **options)
+        if self.engine == "central_difference":
+            return CentralDifferenceHessian(objective, rows=objective.rows, **options)
+        return _ENGINES[self.engine](objective, **options)
 
     @contextmanager
     def held(self, model: nn.Module) -> Iterator[None]:
@@ -104,7 +109,7 @@ def first_that_works(
         if config.curvature != "empirical_fisher" and way.exact and objective.quantized is not None:
             raise MeasurementError(objective.quantized, "Set `engine='central_difference'`, or leave it at 'auto'.")
         try:
-            with way.held(objective.model):
+            with objective.ranks.agreed(), way.held(objective.model):
                 found = found_by(way)
         except (torch.OutOfMemoryError, FloatingPointError, MeasurementError):
             raise
@@ -161,9 +166,10 @@ def _judged(
             "Replace the operation that has no second derivative.",
         )
     logger.warning_once(
-        f"Hessian-vector products are made by {way.engine} under {way.attention} attention, because of this: {reason}"
+        f"Hessian-vector products are made by {way.engine} under {way.attention} attention, because of this: "
+        f"{without_secrets(reason)}"
     )
-    return replace(way, fallback=reason)
+    return replace(way, fallback=anonymous(reason))
 
 
 def _difference_error(objective: Objective, config: OptimizabilityConfig, on_products: OnProducts) -> float:
@@ -172,18 +178,22 @@ def _difference_error(objective: Objective, config: OptimizabilityConfig, on_pro
     Against the exact product where there is one, else against the product with half the step: where that changes it
     by much, the gradient has kinks within the step (ReLU), or drowns in rounding.
     """
-    differences = CentralDifferenceHessian(objective, on_products=on_products)
+    options: dict[str, Any] = {"ranks": objective.ranks, "on_products": on_products}
+    differences = CentralDifferenceHessian(objective, rows=objective.rows, **options)
     generator = torch.Generator().manual_seed(config.probe_seed)
-    probe = rademacher(differences.size, generator=generator, dtype=differences.dtype, device=differences.device)
+    probe = differences.rows.rademacher(generator=generator, dtype=differences.dtype, device=differences.device)
     product = differences.matvec(probe)
     try:
-        if objective.quantized is not None:
-            raise RuntimeError(objective.quantized)
-        with math_attention(), CheapSecondDerivatives():
-            reference = HessianOperator(objective, on_products=on_products).matvec(probe)
+        with objective.ranks.agreed(), math_attention(), CheapSecondDerivatives():
+            if objective.quantized is not None:
+                raise RuntimeError(objective.quantized)
+            reference = HessianOperator(objective, **options).matvec(probe)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         half = RELATIVE_STEP[differences.dtype] / 2
-        reference = CentralDifferenceHessian(objective, relative_step=half, on_products=on_products).matvec(probe)
-    return norm(product - reference) / (norm(reference) or 1.0)
+        reference = CentralDifferenceHessian(objective, relative_step=half, rows=objective.rows, **options).matvec(
+            probe
+        )
+    ranks = differences.rows.ranks
+    return norm(product - reference, ranks) / (norm(reference, ranks) or 1.0)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,17 @@ from .configuration import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.decoupled import DecoupledHessian
 from .curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
-from .curvature.lanczos import SLAB
 from .curvature.operators import ObjectiveOperator
 from .curvature.preconditioner import read_preconditioner
-from .curvature.sketch import DEFLATED
 from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .engines import Way, first_that_works
+from .fsdp import measurable, reshard
 from .measure import block_indices, checked, finite_gradient
 from .memory import in_memory
 from .objective import Batch, LossFunction, Objective, batch_size, count_items, cut_batch
 from .safety import full_precision, measuring
+from .stages import Price, Prices, Products, count_products, list_stages
 
 
 _GRADIENTS = 4
@@ -139,22 +139,28 @@ def forecast_objective(
 
 
 def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Optimizer | None) -> Forecast:
+    reshard(objective.model)
     in_optimizer, before = objective.parameters, set(map(id, _tensors(objective.model)))
     preconditions = False
-    with measuring(objective.model, seed=config.probe_seed), full_precision(objective.model):
+    with (
+        measuring(objective.model, seed=config.probe_seed),
+        measurable(objective, config) as (objective, of_parameters),
+        full_precision(objective.model),
+    ):
+        objective = objective.whole()
         started = time.perf_counter()
         point = finite_gradient(objective)
         gradient_seconds = time.perf_counter() - started
         if optimizer is not None:
-            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors)
+            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors, held=of_parameters)
             preconditions = not preconditioner.is_identity
         prices, way = first_that_works(
             objective, config, lambda way: _prices(way, objective, config), lambda products: None
         )
         copied = sum(_size(tensor) for tensor in _tensors(objective.model) if id(tensor) not in before)
-    products = _products(way, config, prices, preconditions=preconditions)
+    products = count_products(config, prices, preconditions=preconditions, judged=way.engine == "central_difference")
     gradients = _GRADIENTS + (_STEP_GRADIENTS if optimizer is not None else 0)
-    stage = max(_stages(config, products, prices), key=lambda stage: stage.vector_memory + stage.graph_memory)
+    stage = max(list_stages(config, products, prices), key=lambda stage: stage.vector_memory + stage.graph_memory)
     # Copies of the weights (to come back from, and in float32), the gradient, and the optimizer's preconditioner.
     held = sum(map(_size, in_optimizer)) + copied + (1 + (optimizer is not None)) * prices.all_bytes
     return Forecast(
@@ -169,37 +175,7 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
     )
 
 
-class _Price(NamedTuple):
-    """What one product takes: seconds over all batches, and bytes for the largest one."""
-
-    seconds: float
-    memory: int
-
-
-class _Prices(NamedTuple):
-    """What each kind of product takes.
-
-    Attributes:
-        size: Rows of the matrix, without the embedding rows that are left out.
-        vector_bytes: Bytes of a vector of that size.
-        all_bytes: Bytes of a vector with all rows.
-        one: One product.
-        lockstep: One of `LOCKSTEP` products at once with the matrix that the trace is estimated from; the memory is
-            that of all of them.
-        block: One with the block-diagonal matrix; `None` where the eigenvalues of blocks are not asked for.
-        known_part: Seconds for the part of the trace that is had without products.
-    """
-
-    size: int
-    vector_bytes: int
-    all_bytes: int
-    one: _Price
-    lockstep: _Price
-    block: _Price | None
-    known_part: float
-
-
-def _prices(way: Way, objective: Objective, config: OptimizabilityConfig) -> _Prices:
+def _prices(way: Way, objective: Objective, config: OptimizabilityConfig) -> Prices:
     exact = way.exact and config.curvature == "hessian"
     with used_rows(objective) as left_out:
         part, share = _largest_part(objective)
@@ -217,7 +193,7 @@ def _prices(way: Way, objective: Objective, config: OptimizabilityConfig) -> _Pr
         known_part = _known_part_seconds(objective) if exact and config.trace_method == "hutchinson" else 0.0
         operator = matrix()
     itemsize = operator.dtype.itemsize
-    return _Prices(
+    return Prices(
         size=operator.size,
         vector_bytes=operator.size * itemsize,
         all_bytes=(operator.size + left_out) * itemsize,
@@ -259,7 +235,7 @@ def _values(batch: Batch) -> Iterable[Any]:
     return batch.values() if isinstance(batch, Mapping) else batch
 
 
-def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) -> _Price:
+def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) -> Price:
     """Makes `columns` products at once, `calls` times: the last by the clock, with bytes counted in those before."""
     vectors = torch.ones(operator.size, columns, dtype=operator.dtype, device=operator.device)
     with PeakMemory() as memory:
@@ -267,77 +243,13 @@ def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) 
             operator.matmat(vectors)
     started = time.perf_counter()
     operator.matmat(vectors)  # looks at its sum, so that it has ended
-    return _Price(share * (time.perf_counter() - started) / columns, memory.bytes)
+    return Price(share * (time.perf_counter() - started) / columns, memory.bytes)
 
 
-class _Products(NamedTuple):
-    """How many products `measure` makes of each kind at most."""
-
-    ends: int
-    trace: int
-    blocks: int
-    sharpness: int
-    checks: int  # the one along the gradient and another with it, and those that judge central differences
-
-    @property
-    def number(self) -> int:
-        return sum(self)
-
-
-def _products(way: Way, config: OptimizabilityConfig, prices: _Prices, *, preconditions: bool) -> _Products:
-    shares = config.budget.shares(sharpness=preconditions, blocks=prices.block is not None)
-    ends = shares.sketch // 2
-    return _Products(
-        ends=ends,
-        trace=prices.size if config.trace_method == "exact" else shares.sketch - ends,
-        blocks=shares.blocks,
-        sharpness=shares.sharpness,
-        checks=shares.along_gradient + (2 if way.engine == "central_difference" else 0),
-    )
-
-
-def _seconds(products: _Products, prices: _Prices) -> float:
+def _seconds(products: Products, prices: Prices) -> float:
     blocks = 0.0 if prices.block is None else products.blocks * prices.block.seconds
     alone = products.ends + products.sharpness + products.checks
     return alone * prices.one.seconds + products.trace * prices.lockstep.seconds + blocks + prices.known_part
-
-
-class _Stage(NamedTuple):
-    """What is in memory at one stage of a measurement: vectors and the bytes they take, and one batch's graph."""
-
-    vectors: int
-    vector_memory: int
-    graph_memory: int
-
-
-def _stages(config: OptimizabilityConfig, products: _Products, prices: _Prices) -> list[_Stage]:
-    """The stages that may be the largest; each gives back what it took, but for the Ritz vectors."""
-    lanczos = config.eigen_method == "lanczos"
-    ritz = min(DEFLATED, prices.size) if lanczos else 0
-    ends = _basis(products.ends, prices.size) if lanczos else 3
-    left = products.ends + products.trace  # for the trace, if the ends took next to none
-    trace = {
-        "hutchinson": 2 * LOCKSTEP,  # Ritz vectors' products, and probes
-        "exact": LOCKSTEP,
-        "hutch++": 2 * left,  # two for each column, which takes two products, and a copy of both
-        "xtrace": left + LOCKSTEP,
-    }[config.trace_method]
-    counts = [
-        (ends + 1, prices.vector_bytes, prices.one.memory),
-        (ends + ritz, prices.vector_bytes, 0),
-        (ritz + trace + 1, prices.vector_bytes, prices.lockstep.memory),
-    ]
-    if prices.block is not None:
-        counts.append((ritz + _basis(products.blocks, prices.size) + 2, prices.vector_bytes, prices.block.memory))
-    if products.sharpness:
-        more = 3 * (prices.all_bytes - prices.vector_bytes)  # here the product has all the rows
-        counts.append((ritz + _basis(products.sharpness, prices.size) + 2, prices.all_bytes, prices.one.memory + more))
-    return [_Stage(number, number * size, graph) for number, size, graph in counts]
-
-
-def _basis(steps: int, size: int) -> int:
-    """Vectors that a Krylov basis holds after so many steps."""
-    return -(-min(steps, size) // SLAB) * SLAB
 
 
 class PeakMemory(TorchDispatchMode):

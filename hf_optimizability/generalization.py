@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from .configuration import OptimizabilityConfig
+from .curvature.ranks import ALONE, Ranks
 from .measurement import PREFIX
 from .objective import Objective, trainer_loss
 from .probe import num_examples, probe_batches, probe_indices
@@ -31,12 +32,13 @@ _NO_METRICS = ("_loss", "_runtime", "_per_second", "_preparation_time")
 """Endings of what `Trainer.predict` adds to the metrics."""
 
 
-def measure_gap(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, float]:
+def measure_gap(trainer: Trainer, config: OptimizabilityConfig, *, ranks: Ranks = ALONE) -> dict[str, float]:
     """Loss, and the metrics of `compute_metrics`, on equally many training and evaluation examples, both in eval mode.
 
     Args:
         trainer: Its data, loss and metrics are used.
         config: Seed and batch size.
+        ranks: Processes that train together: they share the examples.
 
     Returns:
         What to log: `train_loss`, `eval_loss`, each with `_std_error` (over batches), `gap_examples`, and
@@ -54,7 +56,7 @@ def measure_gap(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, flo
             return {}
         numbers: dict[str, float] = {f"{PREFIX}gap_examples": examples}
         for split, loader in loaders.items():
-            numbers |= _mean_loss(trainer, split, loader, examples, config)
+            numbers |= _mean_loss(trainer, split, loader, examples, config, ranks)
             if trainer.compute_metrics is not None:
                 sample = Subset(loader.dataset, probe_indices(sizes[split], examples, seed=config.probe_seed))
                 metrics = trainer.predict(sample, metric_key_prefix=PREFIX + split).metrics or {}
@@ -63,15 +65,16 @@ def measure_gap(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, flo
 
 
 def _mean_loss(
-    trainer: Trainer, split: str, loader: DataLoader, examples: int, config: OptimizabilityConfig
+    trainer: Trainer, split: str, loader: DataLoader, examples: int, config: OptimizabilityConfig, ranks: Ranks
 ) -> dict[str, float]:
     """Mean loss over a sample, and its standard error from the spread between batches (that of a ratio of sums)."""
     batch_size = min(config.probe_batch_size, -(-examples // LEAST_BATCHES))
-    batches = probe_batches(loader, examples=examples, batch_size=batch_size, seed=config.probe_seed)
+    batches = probe_batches(loader, examples=examples, batch_size=batch_size, seed=config.probe_seed, ranks=ranks)
     model = cast(nn.Module, trainer.model)
-    objective = Objective(model, batches, loss_fn=trainer_loss(trainer))
+    objective = Objective(model, batches, loss_fn=trainer_loss(trainer)).shared(ranks)
     with measuring(model, seed=config.probe_seed), torch.no_grad():
-        sums, items = np.array([(float(loss), count) for loss, count in objective.losses()]).T
+        found = ranks.gather([(float(loss), count) for loss, count in objective.losses()])
+    sums, items = np.array(found).T
     number, mean = len(sums), sums.sum() / items.sum()
     numbers = {f"{PREFIX}{split}_loss": float(mean)}
     if number > 1:

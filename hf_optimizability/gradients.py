@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .curvature.operators import SumOfLosses
+from .curvature.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -27,22 +28,34 @@ class Gradient:
     tensors: tuple[Tensor, ...]
 
 
-def gradient(objective: SumOfLosses) -> Gradient:
-    """Loss and gradient over all parts of an objective; leaves `.grad` alone."""
+def gradient(objective: SumOfLosses, *, ranks: Ranks = ALONE) -> Gradient:
+    """Loss and gradient over all parts of an objective, and of the objectives of all ranks; leaves `.grad` alone."""
+    totals, loss_sum, items = gradient_sum(objective)
+    ranks.sum_each(totals)
+    loss_sums, counts = zip(*ranks.gather([(loss_sum, items)]), strict=True)
+    items = sum(counts)
+    return Gradient(sum(loss_sums) / items, items, tuple(total / items for total in totals))
+
+
+def gradient_sum(objective: SumOfLosses) -> tuple[list[Tensor], float, int]:
+    """The gradient of the sum of the losses, shaped like the parameters; that sum; and the number of items."""
     totals = [torch.zeros_like(parameter) for parameter in objective.parameters]
     loss_sum, items = 0.0, 0
     for loss, count in objective.losses():
-        for total, piece in zip(
-            totals, torch.autograd.grad(loss, objective.parameters, materialize_grads=True), strict=True
-        ):
+        pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
+        for total, piece in zip(totals, pieces, strict=True):
             total += piece
         loss_sum += float(loss.detach())
         items += count
-    return Gradient(loss_sum / items, items, tuple(total / items for total in totals))
+    return totals, loss_sum, items
 
 
-def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+def norm_of(tensors: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
     """2-norm of all entries of all tensors, at least in float32, on the first one's device: reading it synchronizes.
+
+    Args:
+        tensors: What is here of them.
+        ranks: The processes that hold all entries between them.
 
     Example:
         >>> norm_of([torch.tensor([3.0]), torch.tensor([[4.0]])])
@@ -50,4 +63,5 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     """
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     norms = [torch.linalg.vector_norm(tensor, dtype=dtype).to(tensors[0].device) for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    return total if ranks is ALONE else ranks.sum(total.square()).sqrt()

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from transformers import TrainerState
 from transformers.utils import logging
 
+from .clock import Clock
 from .files import finite
 from .measurement import PREFIX, Measurement, MeasurementFailure
 
@@ -18,26 +20,33 @@ RECORD = f"{PREFIX}record"
 """Key of the entries of `log_history` that hold a measurement, or why there is none."""
 
 
+_WHEN = ("profile", "measure_strategy", "measure_steps", "overhead_budget")
+"""Options that say when to measure, not what; the profile stands there with all that it fills in."""
+
+
 class History(NamedTuple):
     """What a run has measured.
 
     Attributes:
         measurements: In the order of the steps.
         failures: Measurements that could not be made.
+        measured_seconds: Time that each of both took.
         train_seconds: Time that training took until the last of them, without measurements.
     """
 
     measurements: list[Measurement]
     failures: list[MeasurementFailure]
+    measured_seconds: list[float]
     train_seconds: float
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps at which a measurement was made or tried."""
+        return [found.step for found in self.measurements] + [found.step for found in self.failures]
 
 
 def record(
-    state: TrainerState,
-    found: Measurement | MeasurementFailure,
-    *,
-    config: dict[str, Any],
-    train_seconds: float,
+    state: TrainerState, found: Measurement | MeasurementFailure, *, config: dict[str, Any], clock: Clock
 ) -> None:
     """Adds a measurement, or a failure, to the log that goes into the next checkpoint; no tracker gets to see it.
 
@@ -45,35 +54,75 @@ def record(
         state: The Trainer's state.
         found: What was measured, or why nothing was.
         config: The options it was measured with: several callbacks may share a log.
-        train_seconds: Time of training so far, without measurements.
+        clock: The run's, with this as the last thing that it measured.
     """
-    data = found.to_dict() if isinstance(found, Measurement) else vars(found)
     kind = "measurement" if isinstance(found, Measurement) else "failure"
-    entry: dict[str, Any] = {RECORD: {kind: finite(data), "config": config, "train_seconds": train_seconds}}
-    state.log_history.append({**entry, "epoch": state.epoch, "step": found.step})
+    data = found.to_dict() if isinstance(found, Measurement) else vars(found)
+    held = {kind: finite(data), "config": config, "seconds": clock.measured[-1], "train_seconds": clock.train_seconds}
+    entry: dict[str, Any] = {RECORD: held, "epoch": state.epoch, "step": found.step}
+    state.log_history.append(entry)
 
 
 def restore(state: TrainerState, *, config: dict[str, Any]) -> History:
-    """What the log of a resumed run says was measured with these options; nothing in a run that begins."""
-    history = History([], [], 0.0)
-    steps = set()  # two callbacks with the same options measure the same
+    """What the log of a resumed run says was measured with these options; nothing in a run that begins.
+
+    Options that say when to measure may change on the way. With others changed, the run is measured anew from the
+    checkpoint on, as by a callback that is new to it: a report is about one probe set and one precision, and several
+    callbacks may share a log. Nothing leaves the log, and a warning tells what is not taken up.
+
+    Args:
+        state: The Trainer's state, as a checkpoint left it.
+        config: The options to measure with.
+    """
+    history = History([], [], [], 0.0)
+    others: list[dict[str, Any]] = []
+    for held in _readable(state):
+        if _what(held.config) != _what(config):
+            others.append(held.config)
+        elif held.found.step not in history.steps:  # two callbacks with the same options measure the same
+            kept = history.measurements if isinstance(held.found, Measurement) else history.failures
+            kept.append(held.found)  # type: ignore[arg-type]
+            history.measured_seconds.append(held.seconds)
+            history = history._replace(train_seconds=held.train_seconds)
+    if others and not history.steps:
+        changed = ", ".join(f"`{name}`" for name, value in _what(config).items() if others[-1].get(name) != value)
+        logger.warning(
+            f"The run was measured {len(others)} times with another {changed}. That stays in `trainer_state.json`; "
+            "the report begins anew, and the one of before is kept beside it."
+        )
+    return history
+
+
+class _Record(NamedTuple):
+    found: Measurement | MeasurementFailure
+    config: dict[str, Any]
+    seconds: float
+    train_seconds: float
+
+
+def _readable(state: TrainerState) -> Iterator[_Record]:
+    """The records in the log; one that is damaged is told of and left where it is."""
     for entry in state.log_history:
-        held: dict[str, Any] = entry.get(RECORD, {})  # type: ignore[assignment]
-        if held.get("config") != config or entry["step"] in steps:
+        if RECORD not in entry:
             continue
-        steps.add(entry["step"])
         try:
-            if "measurement" in held:
-                history.measurements.append(Measurement.from_dict(held["measurement"]))
-            elif "failure" in held:
-                history.failures.append(MeasurementFailure(**held["failure"]))
-            history = history._replace(train_seconds=held["train_seconds"])
-        except (KeyError, TypeError, AttributeError) as error:
+            yield _read(entry[RECORD])
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             logger.warning(
                 f"The measurement at step {entry.get('step')} in the checkpoint's log can't be read "
                 f"({type(error).__name__}: {error}). It stays in `trainer_state.json`; the report goes on without it."
             )
-    return history
+
+
+def _read(held: Any) -> _Record:
+    measured = "measurement" in held
+    found = Measurement.from_dict(held["measurement"]) if measured else MeasurementFailure(**held["failure"])
+    return _Record(found, dict(held["config"]), float(held["seconds"]), float(held["train_seconds"]))
+
+
+def _what(config: dict[str, Any]) -> dict[str, Any]:
+    """The options that a measurement depends on."""
+    return {name: value for name, value in config.items() if name not in _WHEN}
 
 
 def without_records(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
+from transformers.optimization import Adafactor
 from transformers.utils import logging
 
 from .blocks import match_blocks, name_blocks
@@ -25,25 +26,32 @@ from .curvature.estimates import Estimate, Spectrum
 from .curvature.gauss_newton import split_trace
 from .curvature.lanczos import lanczos, lanczos_by_segment
 from .curvature.noise_scale import MIN_PARTS, noise_scale
-from .curvature.operators import ObjectiveOperator
+from .curvature.operators import ObjectiveOperator, SharedColumns, SymmetricOperator
 from .curvature.preconditioner import PreconditionedOperator, Preconditioner, optimizer_update, read_preconditioner
 from .curvature.preconditioner import unwrapped as unwrapped_optimizer
 from .curvature.sketch import Sketch, sketch
 from .curvature.step import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
+from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
-from .curvature.vectors import dot, norm, rademacher
+from .curvature.vectors import dot, norm
 from .engines import OnProducts, Way, first_that_works
+from .fsdp import ShardedObjective, is_sharded, measurable, reshard
 from .gradients import Gradient, gradient, norm_of
 from .measurement import BlockMeasurement, Measurement, MeasurementError, StepMeasurement
 from .memory import in_memory
 from .objective import Batch, LossFunction, Objective
+from .parallel import training_ranks
 from .safety import full_precision, measuring
+from .supported import require_supported
 
 
 logger = logging.get_logger(__name__)
 
 LARGEST_ASYMMETRY = 1e-4
 """`|uᵀHv − vᵀHu| / (‖u‖‖Hv‖)` above which a backward pass is not the derivative of its loss: rounding makes 1e-6."""
+
+_GRAPH, _PRODUCT = 1.5, 2.0
+"""Gradients that the graph of a part takes, and each product made from it."""
 
 _START = 1e-3
 """Where the search for the critical learning rate starts if the learning rate is 0, as at the start of a warm-up."""
@@ -63,7 +71,8 @@ def measure(
     Args:
         model: Any module; its parameters with `requires_grad` are what is differentiated by. Measured in eval mode,
             and left as it was.
-        batches: What the model takes (dict or `BatchEncoding` with labels), batch by batch.
+        batches: What the model takes (dict or `BatchEncoding` with labels), batch by batch. Under FSDP2 all processes
+            call this together, with the same batches, and share the work.
         config: Precision and budget; when to measure does not matter here.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
@@ -109,7 +118,10 @@ def checked(
     """
     if optimizer is not None:
         optimizer = unwrapped_optimizer(optimizer)
+    require_supported(model)
     objective = Objective(model, batches, loss_fn=loss_fn)
+    if is_sharded(model):
+        objective = objective.shared(training_ranks(objective.parameters[0].device))
     block_indices(objective.names, config)
     objective.check(seed=config.probe_seed)
     return objective, optimizer
@@ -174,12 +186,19 @@ def _found(
     count: OnProducts,
 ) -> dict[str, Any]:
     """The fields of the measurement."""
-    in_optimizer = objective.parameters  # `full_precision` may put copies in their place
-    with measuring(objective.model, seed=config.probe_seed), full_precision(objective.model):
+    reshard(objective.model)
+    in_optimizer = objective.parameters  # others may be put in their place
+    with (
+        measuring(objective.model, seed=config.probe_seed),
+        measurable(objective, config) as (objective, held),
+        full_precision(objective.model),
+    ):
+        if isinstance(objective, ShardedObjective) and isinstance(optimizer, Adafactor):
+            optimizer = None  # what it makes of a part of a gradient is no part of what it makes of the whole
         point = finite_gradient(objective)
         preconditioner = None
         if optimizer is not None:
-            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors)
+            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors, held=held)
 
         def curvature_by(way: Way) -> _Curvature:
             return _curvature(way, objective, config, point, preconditioner, count)
@@ -187,10 +206,14 @@ def _found(
         curvature, way = first_that_works(objective, config, curvature_by, count)
         step_size = None
         if optimizer is not None and preconditioner is not None and curvature.sharpness is not None:
-            update = optimizer_update(optimizer, in_optimizer, point.tensors)
+            update = optimizer_update(optimizer, in_optimizer, point.tensors, held=held)
             step_size = _step_size(objective, preconditioner, update, curvature.sharpness)
         blocks = _blocks(objective, config, point, curvature)
-        noise = noise_scale(objective, mean_gradient=point.tensors) if objective.parts >= MIN_PARTS else None
+        noise = None
+        if objective.parts >= MIN_PARTS:
+            noise = noise_scale(
+                objective, mean_gradient=point.tensors, ranks=objective.ranks, holders=objective.rows.ranks
+            )
         return {
             "loss": point.loss,
             "items": point.items,
@@ -218,7 +241,7 @@ def finite_gradient(objective: Objective) -> Gradient:
         MeasurementError: If it is not, or the model does not.
     """
     versions = [parameter._version for parameter in objective.model.parameters()]
-    point = gradient(objective)
+    point = gradient(objective, ranks=objective.ranks)
     if versions != [parameter._version for parameter in objective.model.parameters()]:
         raise MeasurementError(
             "The model changes its own weights in eval mode.",
@@ -229,7 +252,8 @@ def finite_gradient(objective: Objective) -> Gradient:
             f"The loss on the probe set is {point.loss}.",
             "Look for a learning rate that is too high, or for inputs and labels that are not finite.",
         )
-    if not all(torch.isfinite(tensor).all() for tensor in point.tensors):
+    finite = all(torch.isfinite(tensor).all() for tensor in point.tensors)
+    if not all(objective.rows.ranks.gather([finite])):
         raise MeasurementError(
             "The gradient on the probe set is not finite.", "Look for operations whose derivative is infinite."
         )
@@ -255,20 +279,21 @@ def _curvature(
     preconditioner: Preconditioner | None,
     count: OnProducts,
 ) -> _Curvature:
-    preconditions = preconditioner is not None and not preconditioner.is_identity
+    preconditions = preconditioner is not None and not all(objective.rows.ranks.gather([preconditioner.is_identity]))
     twice = way.exact and config.curvature == "hessian"  # the Hessian itself, by differentiating twice
     shares = config.budget.shares(sharpness=preconditions, blocks=twice and config.budget.block_eigenvalues)
     options: dict[str, Any] = {"tolerance": config.budget.eigen_tolerance, "seed": config.probe_seed}
+    shared: dict[str, Any] = {"ranks": objective.ranks, "on_products": count}
     matrix = partial(way.operator, objective, curvature=config.curvature, on_products=count)
     along_gradient = _along_gradient(matrix(), point, config, exact=way.exact)  # first: it finds what is no Hessian
-    with used_rows(objective) as left_out:
+    with used_rows(objective, ranks=objective.ranks) as left_out:
         blocks = list(block_indices(objective.names, config).values())
         segments = _segments(objective, blocks)
         found = sketch(
             matrix,
             segments,
-            trace_matrix=partial(DecoupledHessian, objective, on_products=count) if twice else None,
-            split_trace=partial(split_trace, objective, segments, on_products=count) if twice else None,
+            trace_matrix=_trace_matrix(objective, way, config, count),
+            split_trace=partial(split_trace, objective, segments, **shared) if twice else None,
             eigen_tolerance=config.budget.eigen_tolerance,
             trace_tolerance=config.budget.trace_tolerance,
             max_hvps=shares.sketch,
@@ -280,7 +305,7 @@ def _curvature(
         )
         by_block = None
         if shares.blocks:
-            block_diagonal = BlockDiagonalHessian(objective, blocks, on_products=count)
+            block_diagonal = BlockDiagonalHessian(objective, blocks, **shared)
             by_block = lanczos_by_segment(block_diagonal, segments, max_hvps=shares.blocks, **options)
     sharpness = None
     if preconditioner is not None:
@@ -289,6 +314,28 @@ def _curvature(
             preconditioned = PreconditionedOperator(matrix(), preconditioner.diagonal)
             sharpness = lanczos(preconditioned, max_hvps=shares.sharpness, **options).lambda_max
     return _Curvature(found, left_out, by_block, along_gradient, sharpness)
+
+
+def _trace_matrix(
+    objective: Objective, way: Way, config: OptimizabilityConfig, count: OnProducts
+) -> Callable[[], SymmetricOperator]:
+    """Builds the matrix that the trace is estimated from.
+
+    Its vectors come in lockstep. Their products are shared over ranks by parts of the objective or by vectors,
+    whichever leaves less to the busiest rank.
+    """
+
+    def whole(objective: Objective, **options: Any) -> ObjectiveOperator:
+        if way.exact and config.curvature == "hessian":
+            return DecoupledHessian(objective, ranks=objective.ranks, **options)
+        return way.operator(objective, curvature=config.curvature, **options)
+
+    ranks, parts = objective.ranks, objective.parts
+    by_part = math.ceil(parts / ranks.number) * (_GRAPH + LOCKSTEP * _PRODUCT)
+    by_vector = parts * (_GRAPH + math.ceil(LOCKSTEP / ranks.number) * _PRODUCT)
+    if by_vector < by_part:
+        return lambda: SharedColumns(whole(objective.whole()), ranks, on_products=count)
+    return lambda: whole(objective, on_products=count)
 
 
 def _segments(objective: Objective, blocks: Iterable[list[int]]) -> list[list[slice]]:
@@ -304,22 +351,25 @@ def _along_gradient(
     """The quadratic model along −g; a second product in lockstep tells whether the matrix is symmetric at all."""
     flat = torch.cat([tensor.reshape(-1) for tensor in point.tensors]).to(operator.device, operator.dtype)
     generator = torch.Generator().manual_seed(config.probe_seed)
-    probe = rademacher(operator.size, generator=generator, dtype=operator.dtype, device=operator.device)
+    probe = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
     along, other = operator.matmat(torch.stack([flat, probe], dim=1)).T
-    asymmetry = abs(dot(flat, other) - dot(probe, along)) / ((norm(flat) * norm(other)) or 1.0)
+    ranks = operator.rows.ranks
+    asymmetry = abs(dot(flat, other, ranks) - dot(probe, along, ranks)) / (
+        (norm(flat, ranks) * norm(other, ranks)) or 1.0
+    )
     if exact and asymmetry > LARGEST_ASYMMETRY:
         raise MeasurementError(
             f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
             "derivative of its forward pass.",
             "Look for custom autograd functions (straight-through estimators, approximate attention).",
         )
-    return quadratic_model(flat, along)
+    return quadratic_model(flat, along, ranks)
 
 
 def _step_size(
     objective: Objective, preconditioner: Preconditioner, update: Tensor, sharpness: Estimate
 ) -> StepMeasurement:
-    with loss_along(objective, update) as loss:
+    with loss_along(objective, update, ranks=objective.ranks) as loss:
         critical = critical_learning_rate(loss, start=preconditioner.learning_rate or _START)
     return StepMeasurement(
         optimizer=preconditioner.name,
@@ -335,13 +385,14 @@ def _blocks(
 ) -> dict[str, BlockMeasurement]:
     blocks = block_indices(objective.names, config)
     parameters = [parameter.detach() for parameter in objective.parameters]
+    ranks, sizes = objective.rows.ranks, objective.sizes
     traces = curvature.sketch.segments
     ends = curvature.by_block or [None] * len(blocks)
     return {
         name: BlockMeasurement(
-            parameters=sum(parameters[index].numel() for index in indices),
-            grad_norm=float(norm_of([point.tensors[index] for index in indices])),
-            weight_norm=float(norm_of([parameters[index] for index in indices])),
+            parameters=sum(sizes[index] for index in indices),
+            grad_norm=float(norm_of([point.tensors[index] for index in indices], ranks)),
+            weight_norm=float(norm_of([parameters[index] for index in indices], ranks)),
             trace=trace,
             lambda_max=None if spectrum is None else spectrum.lambda_max,
             lambda_min=None if spectrum is None else spectrum.lambda_min,

@@ -26,9 +26,12 @@ class MeasurementError(RuntimeError):
     """
 
     def __init__(self, reason: str, remedy: str):
-        super().__init__(f"{reason} {remedy}")
+        super().__init__(reason, remedy)  # so that it can be sent to another process
         self.reason = reason
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.reason} {self.remedy}"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .measurement import MeasurementError
 from .objective import Objective
+from .parallel import RankLostError
 
 
 logger = logging.get_logger(__name__)
@@ -30,12 +31,14 @@ def in_memory(objective: Objective, attempt: Callable[[Objective], Found]) -> tu
         What `attempt` returned, and the objective in the batches that it returned it for.
 
     Raises:
+        RankLostError: If another process has ended.
         MeasurementError: If not even a single example fits, or `attempt` fails otherwise; it says what to do.
     """
     while True:
         try:
-            return attempt(objective), objective
-        except MeasurementError:
+            with objective.ranks.agreed():
+                return attempt(objective), objective
+        except (MeasurementError, RankLostError):
             raise
         except Exception as error:  # whatever the model's code raises
             if not out_of_memory(error) or objective.batch_size == 1:
@@ -54,7 +57,7 @@ def _halved(objective: Objective) -> Objective:
     size = objective.batch_size // 2
     logger.warning_once(f"The device ran out of memory while measuring; trying again with batches of {size}.")
     try:
-        return objective.cut(size)
+        return objective.whole().cut(size).shared(objective.ranks)
     except ValueError as error:
         raise MeasurementError(
             f"The device ran out of memory while measuring. {error}",

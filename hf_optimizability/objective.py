@@ -16,6 +16,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
+from .curvature.ranks import ALONE, Ranks
+from .curvature.rows import Rows
 from .safety import measuring, pretrained, quantization
 
 
@@ -40,6 +42,10 @@ class Objective:
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
 
+    Attributes:
+        ranks: The processes that share the batches; one alone, unless `shared` made it.
+        batches: Those of this rank.
+
     Raises:
         ValueError: If there is nothing to differentiate by, no batch, or no item that counts.
     """
@@ -49,6 +55,8 @@ class Objective:
         self.model = model
         self.names = list(named)
         self.batches = [send_to_device(batch, self.parameters[0].device) for batch in batches]
+        self.ranks = ALONE
+        self._whole = self.batches
         self._loss_fn = loss_fn or model_loss
         if not self.batches:
             raise ValueError("`batches` is empty, so there is nothing to measure on. Pass at least one batch.")
@@ -57,6 +65,16 @@ class Objective:
     def parameters(self) -> list[nn.Parameter]:
         """The variables as the model holds them now: inside `full_precision` they are the float32 copies."""
         return [self.model.get_parameter(name) for name in self.names]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of entries of each variable, wherever they are."""
+        return [self.model.get_parameter(name).numel() for name in self.names]
+
+    @property
+    def rows(self) -> Rows:
+        """How vectors over the variables lie: each rank holds them whole."""
+        return Rows.whole(sum(parameter.numel() for parameter in self.parameters))
 
     @property
     def quantized(self) -> str | None:
@@ -71,17 +89,30 @@ class Objective:
 
     @property
     def batch_size(self) -> int:
-        """The most examples in one batch."""
-        return max(batch_size(batch) for batch in self.batches)
+        """The most examples in one batch, of all ranks'."""
+        return max(batch_size(batch) for batch in self._whole)
 
     @property
     def parts(self) -> int:
-        """The number of batches with an item that counts."""
-        return sum(1 for _ in self._counted_batches())
+        """The number of batches with an item that counts, of all ranks'."""
+        return len(self._counted(self._whole))
+
+    def shared(self, ranks: Ranks) -> Objective:
+        """The share of this rank, where all have the same batches: those that count are dealt to them in turn."""
+        objective = copy(self)
+        objective.ranks = ranks
+        objective.batches = self._counted(self._whole)[ranks.index :: ranks.number]
+        return objective
+
+    def whole(self) -> Objective:
+        """The objective of all ranks, for one alone."""
+        objective = copy(self)
+        objective.ranks, objective.batches = ALONE, self._whole
+        return objective
 
     def losses(self) -> Iterator[tuple[Tensor, int]]:
         """Yields each batch's sum of losses, with its graph, and the number of items it sums over."""
-        for batch in self._counted_batches():
+        for batch in self._counted(self.batches):
             yield self._sum_of_losses(self.model, batch)
 
     def functional_losses(self) -> Iterator[Callable[[Sequence[Tensor]], tuple[Tensor, int]]]:
@@ -92,7 +123,7 @@ class Objective:
         def loss_at(batch: Batch, tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
             return functional_call(module, dict(zip(names, tensors, strict=True)), (batch,))
 
-        for batch in self._counted_batches():
+        for batch in self._counted(self.batches):
             yield partial(loss_at, batch)
 
     def outputs_and_losses(self) -> Iterator[tuple[list[Tensor], Tensor, int]]:
@@ -101,7 +132,7 @@ class Objective:
         Raises:
             ValueError: If the model returns neither a tensor nor an output with logits, or the loss does not call it.
         """
-        for batch in self._counted_batches():
+        for batch in self._counted(self.batches):
             outputs: list[Tensor] = []
             with self.model.register_forward_hook(lambda *call, outputs=outputs: outputs.extend(_logits(call[-1]))):
                 loss, items = self._sum_of_losses(self.model, batch)
@@ -115,9 +146,9 @@ class Objective:
         Raises:
             ValueError: If the batches can't be cut, because their tensors differ in their first dimension.
         """
-        pieces = [piece for batch in self.batches for piece in cut_batch(batch, size)]
         objective = copy(self)
-        objective.batches = pieces
+        objective.batches = [piece for batch in self.batches for piece in cut_batch(batch, size)]
+        objective._whole = [piece for batch in self._whole for piece in cut_batch(batch, size)]
         return objective
 
     def block(self, names: Collection[str]) -> Objective:
@@ -136,9 +167,9 @@ class Objective:
         block.names = [name for name in self.names if name in names]
         return block
 
-    def _counted_batches(self) -> Iterator[Batch]:
+    def _counted(self, batches: list[Batch]) -> list[Batch]:
         """The batches with an item that counts: the mean of nothing is NaN."""
-        return (batch for batch in self.batches if count_items(self.model, batch))
+        return [batch for batch in batches if count_items(self.model, batch)]
 
     def _sum_of_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         loss = self._loss_fn(model, batch)
@@ -157,7 +188,7 @@ class Objective:
             ValueError: If labels are missing, no item counts, or the loss is no scalar that depends on the parameters.
         """
         with measuring(self.model, seed=seed):
-            loss, _ = next(self.losses(), (None, 0))
+            loss, _ = next(self.whole().losses(), (None, 0))
         if loss is None:
             raise ValueError(
                 f"All labels of the probe set are {IGNORED_LABEL}, which the loss ignores. "
@@ -324,7 +355,8 @@ def _shifts_labels(model: nn.Module) -> bool:
     inner = pretrained(model)
     if inner is None or inner.config.is_encoder_decoder:
         return False
-    causal = type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    # `fully_shard` puts a class of its own before the model's.
+    causal = any(kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for kind in type(inner).__mro__)
     return causal or LOSS_MAPPING.get(inner.loss_type) is ForCausalLMLoss
 
 

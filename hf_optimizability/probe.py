@@ -9,9 +9,11 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .curvature.ranks import ALONE, Ranks
 from .safety import preserved_rng
 
 
@@ -30,7 +32,13 @@ def probe_indices(total: int, examples: int, *, seed: int) -> list[int]:
 
 
 def probe_batches(
-    dataloader: DataLoader, *, examples: int, batch_size: int, seed: int, required: bool = False
+    dataloader: DataLoader,
+    *,
+    examples: int,
+    batch_size: int,
+    seed: int,
+    required: bool = False,
+    ranks: Ranks = ALONE,
 ) -> list[Any]:
     """Draws the probe set from a data loader's data set, without running the loader.
 
@@ -40,6 +48,7 @@ def probe_batches(
         batch_size: Examples to collate at a time.
         seed: Seed of the draw, and of whatever augmentation or masking does to the examples.
         required: Whether fewer examples are an error; otherwise all there are are taken.
+        ranks: Processes that train together: the first one draws for all.
 
     Returns:
         The collated batches, on the CPU.
@@ -47,7 +56,15 @@ def probe_batches(
     Raises:
         ValueError: If the data set is empty or too small.
     """
+    with ranks.agreed():
+        batches = _drawn(dataloader, examples, batch_size, seed, required) if ranks.index == 0 else []
+    return ranks.gather(batches)
+
+
+def _drawn(dataloader: DataLoader, examples: int, batch_size: int, seed: int, required: bool) -> list[Any]:
     dataset = dataloader.dataset
+    if isinstance(dataset, IterableDatasetShard):
+        dataset = dataset.dataset  # of all ranks
     with preserved_rng(seed):
         total = num_examples(dataset)
         if total is None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from .configuration import OptimizabilityConfig
+from .fsdp import class_name
 from .objective import batch_size, count_items
 from .probe import fingerprint, num_examples
 from .safety import pretrained
@@ -34,11 +36,12 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     inner = pretrained(model)
     identifier = str(inner.name_or_path) if inner is not None else ""
     # A local path says where the user keeps things; its last folder is the checkpoint's name.
-    name = Path(identifier).name if Path(identifier).is_absolute() or Path(identifier).exists() else identifier
+    local = Path(identifier).exists() or re.match(r"[\\/.~]|[A-Za-z]:", identifier) or identifier.count("/") > 1
+    name = re.split(r"[\\/]", identifier.rstrip("\\/"))[-1] if local else identifier
     parameters = list(model.parameters())
     return {
         "id": name,
-        "class": type(inner or model).__name__,
+        "class": class_name(inner or model),
         "batch_norm": any(isinstance(module, _BatchNorm) for module in model.modules()),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
@@ -49,7 +52,7 @@ def describe_task(model: nn.Module, *, own_loss: bool) -> dict[str, str]:
     """The task in the Hub's terms, and whose loss was measured."""
     from transformers.modelcard import TASK_MAPPING
 
-    name = type(pretrained(model) or model).__name__
+    name = class_name(pretrained(model) or model)
     tasks: dict[str, Any] = TASK_MAPPING
     task = next((task for task, classes in tasks.items() if name in classes.values()), "")
     return {"task": task, "loss": "the model's own" if own_loss else "the Trainer's"}

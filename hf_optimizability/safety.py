@@ -128,7 +128,11 @@ def unpatched_forward(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def measuring(model: nn.Module, *, seed: int) -> Iterator[None]:
-    """Everything that a measurement needs held: RNG, eval mode, full precision, gradients on."""
+    """Everything that a measurement needs held: RNG, eval mode, full precision, gradients on, nothing compiled.
+
+    Compiled, most backward passes can't be differentiated again. And hooks and modes of a measurement would make
+    torch.compile compile anew, which counts against its limit: beyond that, training would go on uncompiled.
+    """
     device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(seed))
@@ -137,6 +141,7 @@ def measuring(model: nn.Module, *, seed: int) -> Iterator[None]:
         stack.enter_context(unpatched_forward(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import training
 from torch import nn
 from transformers import BertModel, TrainerCallback
 
-from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer, measure
+from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer, forecast, measure
 
 
 class NoStep(TrainerCallback):
@@ -45,11 +46,30 @@ def refused(folder: Path, match: str, *, config: dict[str, Any] | None = None, *
         ({"trace_tolerance": 0.0}, "`trace_tolerance` is 0.0; it must lie between 0 and 1"),
         ({"eigen_tolerance": 1.5}, "`eigen_tolerance` is 1.5; it must lie between 0 and 1"),
         ({"blocks": []}, "`blocks` is empty"),
+        (
+            {"curvature": "gauss_newton", "engine": "forward_over_reverse"},
+            "`engine` is 'forward_over_reverse', which makes products with the Hessian only.*Leave `engine` at 'auto'",
+        ),
+        ({"curvature": "empirical_fisher", "engine": "central_difference"}, "`engine` is 'central_difference'"),
+        ({"curvature": "gauss_newton", "block_eigenvalues": True}, "`block_eigenvalues` are those of the Hessian"),
+        (
+            {"engine": "central_difference", "block_eigenvalues": True},
+            "`block_eigenvalues` need double_backward, but `engine` is 'central_difference'",
+        ),
+        (
+            {"eigen_method": "power_iteration", "num_eigenvalues": 2},
+            "`num_eigenvalues` is 2, but power iteration finds one. Set `eigen_method` to 'lanczos'",
+        ),
     ],
 )
 def test_configuration(options: dict[str, Any], match: str):
     with pytest.raises(ValueError, match=match):
         OptimizabilityConfig(**options)
+
+
+@pytest.mark.parametrize("curvature", ["gauss_newton", "empirical_fisher"])
+def test_what_a_profile_fills_in_is_not_refused(curvature: str):
+    OptimizabilityConfig(profile="full", curvature=curvature, engine="double_backward")
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path):
@@ -130,6 +150,15 @@ def test_model_without_trainable_parameters(tmp_path: Path):
         ),
     ],
 )
-def test_measure(batches: list[Any], loss_fn: Any, match: str):
+@pytest.mark.parametrize("function", [measure, forecast])
+def test_measure_and_forecast(function: Callable[..., Any], batches: list[Any], loss_fn: Any, match: str):
     with pytest.raises(ValueError, match=match):
-        measure(nn.Linear(3, 1), batches, loss_fn=loss_fn)
+        function(nn.Linear(3, 1), batches, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("function", [measure, forecast])
+def test_measure_and_forecast_with_an_optimizer_that_cannot_be_read(function: Callable[..., Any]):
+    model = tiny_models.bert()
+    batches = tiny_models.cut(tiny_models.examples("bert", 2, dtype=torch.float32), 2)
+    with pytest.raises(TypeError, match="RMSprop"):
+        function(model, batches, optimizer=torch.optim.RMSprop(model.parameters()))

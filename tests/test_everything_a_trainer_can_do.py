@@ -16,7 +16,7 @@ import tiny_models
 import torch
 import training
 from peft import LoraConfig, get_peft_model
-from test_hands_off import assert_equal, run
+from test_hands_off import assert_equal, left_behind, run
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import (
@@ -90,6 +90,14 @@ class Stream(IterableDataset):
         return iter(sentences())
 
 
+def shuffled_stream() -> Any:
+    """As `load_dataset(streaming=True).shuffle()` gives it."""
+    from datasets import Dataset
+
+    rows = [{**row, "input_ids": row["input_ids"].tolist()} for row in sentences()]
+    return Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=1, buffer_size=8).with_format("torch")
+
+
 class OwnLoss(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         return model(**inputs).logits.square().mean()
@@ -129,12 +137,20 @@ CASES: dict[str, Case] = {
     ),
     "torch_compile": Case(bert, sentences, {"torch_compile": True, "torch_compile_backend": "eager"}),
     "stream": Case(bert, Stream),
+    "dispatched stream": Case(
+        bert, Stream, {"accelerator_config": {"dispatch_batches": True}}
+    ),
+    "shuffled stream": Case(bert, shuffled_stream, {"dataloader_num_workers": 1}),
     "length grouping": Case(
         bert, of_uneven_length, {"train_sampling_strategy": "group_by_length", "data_collator": padded}
     ),
-    "workers": Case(bert, sentences, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}),
+    "workers": Case(bert, sentences, {"dataloader_num_workers": 1, "max_steps": 10}),  # two epochs
+    "persistent workers": Case(
+        bert, sentences, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 10}
+    ),
     "sgd": Case(bert, sentences, {"optim": "sgd"}),
     "adafactor": Case(bert, sentences, {"optim": "adafactor"}),
+    "8-bit": Case(lambda: bert(intermediate_size=1024), sentences, {"optim": "adamw_bnb_8bit"}),  # from 4096 entries
     "rmsprop": Case(bert, sentences, {"optim": "rmsprop"}),  # its state can't be read
     "warm-up": Case(bert, sentences, {"warmup_steps": 2, "lr_scheduler_type": "cosine"}),
     "lora": Case(lora, sentences),
@@ -190,12 +206,16 @@ def subclass(case: Case) -> type[Trainer]:
 @pytest.mark.parametrize("name", CASES)
 def test_training_is_the_same(tmp_path: Path, name: str):
     case = CASES[name]
+    if name == "8-bit":
+        pytest.importorskip("bitsandbytes", reason="8-bit optimizers are those of bitsandbytes")
     plain = run(make_trainer(tmp_path / "plain", case))
     callbacks = [OptimizabilityCallback(OptimizabilityConfig(**CONFIG)) for _ in range(2)]  # several at once
     assert_equal(run(make_trainer(tmp_path / "callback", case, callbacks=callbacks)), plain)
     for callback in callbacks:
         assert not callback.report.failures, callback.report.failures[0]
         assert [measurement.step for measurement in callback.report.measurements][:3] == [0, 2, 4]
+    if name == "8-bit":
+        assert any(state["state1"].dtype == torch.uint8 for state in plain["optimizer"]["state"].values())
     own = make_trainer(tmp_path / "own", case, subclass(case), optimizability=OptimizabilityConfig(**CONFIG))
     assert_equal(run(own), plain)
     assert not own.optimizability_report().failures
@@ -266,36 +286,45 @@ def test_training_is_the_same_when_a_measurement_fails(
     assert not callback.report.measurements and len(callback.report.failures) == 3
 
 
-class InterruptAt(TrainerCallback):
-    """Breaks a function from a step on."""
+class At(TrainerCallback):
+    """Does something at the end of a step."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int):
-        self.monkeypatch, self.step = monkeypatch, step
+    def __init__(self, step: int, action: Callable[[], None]):
+        self.step, self.action = step, action
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            break_stage(self.monkeypatch, "product", KeyboardInterrupt())
+            self.action()
 
 
-def test_ctrl_c_in_a_measurement_stops_training_and_leaves_it_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        *((stage, "warm-up") for stage in STAGES),
+        *(("product", name) for name in ("BatchNorm", "checkpointing", "torch_compile", "bf16 autocast", "tied")),
+        ("noise", "pure bf16"),
+    ],
+)
+def test_ctrl_c_in_a_measurement_leaves_all_as_it_was_after_that_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, name: str
 ):
-    """Whoever catches it finds the model as it was after that step, and may train on."""
-    case = CASES["warm-up"]
-    plain = make_trainer(tmp_path / "plain", case._replace(options={**case.options, "max_steps": 2}))
-    expected = run(plain)
-    measured = make_trainer(
-        tmp_path / "measured", case,
-        callbacks=[InterruptAt(monkeypatch, 1), OptimizabilityCallback(OptimizabilityConfig(**CONFIG))],
-    )  # fmt: skip
-    with pytest.raises(KeyboardInterrupt):
-        measured.train()
-    assert measured.state.global_step == 2
-    model = measured.model
-    assert all(module.training for module in model.modules())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    for name, tensor in model.state_dict().items():
-        assert tensor.shape == expected["weights"][name].shape and torch.isfinite(tensor).all()
+    """To the last bit as after Ctrl-C at the same step of a training without measurements."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def interrupted(folder: str, *callbacks: TrainerCallback) -> dict[str, Any]:
+        trainer = make_trainer(tmp_path / folder, CASES[name], callbacks=list(callbacks))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert trainer.state.global_step == 2
+        return left_behind(trainer)
+
+    plain = interrupted("plain", At(2, interrupt))
+    break_now = At(1, lambda: break_stage(monkeypatch, stage, KeyboardInterrupt()))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG, engine="double_backward"))
+    assert_equal(interrupted("measured", break_now, callback), plain)
+    assert [measurement.step for measurement in callback.report.measurements] == [0]
 
 
 def test_sft_trainer_through_the_mixin(tmp_path: Path):

@@ -69,7 +69,7 @@ def test_no_profile_takes_more_products(profile: str):
         {"engine": "central_difference"},
         {"engine": "forward_over_reverse"},
         {"curvature": "gauss_newton"},
-        {"curvature": "empirical_fisher", "block_eigenvalues": True},
+        {"curvature": "empirical_fisher", "profile": "full"},
         {"eigen_method": "power_iteration"},
         {"trace_method": "hutch++"},
         {"trace_method": "xtrace"},

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import training
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer
 
@@ -19,19 +20,34 @@ EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 
 
 
 def run(trainer: Trainer) -> dict[str, Any]:
-    """All that a training leaves behind."""
+    """Trains; all that this leaves behind."""
     trainer.train()
+    return left_behind(trainer)
+
+
+def left_behind(trainer: Trainer) -> dict[str, Any]:
+    """All that a training leaves behind, wherever it stopped."""
+    model = trainer.model
     own = ("loss", "grad_norm", "learning_rate", "epoch", "step", "eval_loss")
     log = [{k: v for k, v in entry.items() if k in own} for entry in trainer.state.log_history]
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     return {
-        "weights": trainer.model.state_dict(),  # with the buffers
+        "weights": model.state_dict(),
+        "buffers": dict(model.named_buffers()),  # those too that are not saved
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "log": [entry for entry in log if entry.keys() & {"loss", "eval_loss"}],
         "rng": torch.get_rng_state(),
         "numpy rng": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
-        "modes": [module.training for module in trainer.model.modules()],
-        "gradients": [parameter.grad for parameter in trainer.model.parameters()],
+        "python rng": random.getstate(),
+        "modes": [module.training for module in model.modules()],
+        "gradients": [parameter.grad for parameter in model.parameters()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "attention": [config._attn_implementation for config in configs],
+        "cache": [vars(config).get("use_cache") for config in configs],
+        "checkpointing": [vars(module).get("gradient_checkpointing") for module in model.modules()],
+        "compiled": [module._compiled_call_impl is not None for module in model.modules()],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
     }
 
 

@@ -11,11 +11,31 @@ import pytest
 import hf_optimizability
 
 
+def loaded_by(script: str) -> set[str]:
+    script = f"import sys, hf_optimizability; {script}; print(*(m for m in sys.modules if '.' not in m))"
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_the_package_alone_loads_next_to_nothing():
+    loaded = loaded_by("import hf_optimizability.cli")
+    assert "hf_optimizability" in loaded and "typer" in loaded
+    assert not {"torch", "transformers", "numpy", "rich"} & loaded
+
+
 def test_core_import_leaves_heavy_packages_alone():
-    script = "import sys, hf_optimizability; print(*(m for m in sys.modules if '.' not in m))"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    names = [name for name in hf_optimizability.__all__ if "Trainer" not in name]
+    loaded = loaded_by(f"from hf_optimizability import {', '.join(names)}")
     assert "torch" in loaded and "hf_optimizability" in loaded
-    assert not {"datasets", "evaluate", "matplotlib", "pandas", "sklearn"} & set(loaded)
+    assert not {"datasets", "evaluate", "matplotlib", "pandas", "sklearn"} & loaded
+
+
+def test_a_function_is_not_hidden_by_the_module_of_its_name():
+    script = (
+        "from hf_optimizability.forecast import forecast_objective; from hf_optimizability import forecast, measure"
+    )
+    assert loaded_by(f"{script}; assert callable(forecast) and callable(measure)")
 
 
 def test_public_names_are_there():

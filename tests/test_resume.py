@@ -11,13 +11,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from copy import deepcopy
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import training
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_optimizability import (
     OptimizabilityCallback,
@@ -25,7 +28,10 @@ from hf_optimizability import (
     OptimizabilityReport,
     OptimizabilityTrainer,
 )
-from hf_optimizability.history import RECORD
+from hf_optimizability.clock import Clock
+from hf_optimizability.history import RECORD, record, restore
+from hf_optimizability.measurement import MeasurementFailure
+from hf_optimizability.provenance import describe_config
 
 
 TESTS = Path(__file__).parent
@@ -116,15 +122,73 @@ def test_epochs_that_end_with_a_checkpoint_are_measured(tmp_path: Path, stop_bef
 
 
 def test_failures_are_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nor is there a measurement more at the checkpoint, from which nothing but failures is known."""
+
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("broken on purpose")
 
+    config = {"measure_strategy": "steps", "measure_steps": 3, "engine": "double_backward"}
     with monkeypatch.context() as broken:
         broken.setattr("hf_optimizability.curvature.operators.second_backward", fail)
-        run(tmp_path, config={**STEPS, "engine": "double_backward"}, stop_before=3)
-    resumed = run(tmp_path, config={**STEPS, "engine": "double_backward"}, resume=True)
-    assert [failure.step for failure in resumed.failures] == [0, 2]
-    assert [measurement.step for measurement in resumed.measurements] == [4, 6]
+        run(tmp_path, config=config, stop_before=5)
+    resumed = run(tmp_path, config=config, resume=True)
+    assert [failure.step for failure in resumed.failures] == [0, 3]
+    assert [measurement.step for measurement in resumed.measurements] == [6]
+
+
+def test_when_to_measure_may_change(tmp_path: Path):
+    run(tmp_path, config=STEPS, stop_before=3)
+    resumed = run(tmp_path, config={"measure_strategy": "steps", "measure_steps": 3}, resume=True)
+    assert [measurement.step for measurement in resumed.measurements] == [0, 2, 3, 6]
+
+
+def test_the_share_of_a_process_in_a_step_may_change(tmp_path: Path):
+    """As it does where there are more of them, or fewer."""
+    run(tmp_path, config=STEPS, stop_before=3)
+    smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    resumed = run(tmp_path, config=STEPS, resume=True, **smaller)
+    assert [measurement.step for measurement in resumed.measurements] == [0, 2, 4, 6]
+    assert {measurement.items for measurement in resumed.measurements} == {QUICK["probe_examples"]}
+
+
+def test_with_other_options_the_report_begins_anew_and_nothing_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run(tmp_path, config=STEPS, stop_before=3)
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        resumed = run(tmp_path, config={**STEPS, "max_hvps": 20}, resume=True)
+    assert "The run was measured 2 times with another `max_hvps`." in caplog.text
+    assert [measurement.step for measurement in resumed.measurements] == [2, 4, 6]
+    earlier = OptimizabilityReport.load(tmp_path / "optimizability" / "report-1.json")
+    assert [measurement.step for measurement in earlier.measurements] == [0, 2]
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if RECORD in entry] == [0, 2, 2, 4, 6]
+
+
+def test_several_callbacks_take_up_each_what_it_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("transformers").propagate = True
+    every = {"often": {**QUICK, **STEPS}, "well": {**QUICK, "measure_strategy": "steps", "measure_steps": 3}}
+    every["well"]["max_hvps"] = 20
+
+    def train(folder: str, *, stop_before: int | None = None, resume: bool = False) -> dict[str, Any]:
+        callbacks = {
+            name: OptimizabilityCallback(OptimizabilityConfig(**options, report_dir=str(tmp_path / folder / name)))
+            for name, options in every.items()
+        }
+        stops = [] if stop_before is None else [StopBefore(stop_before)]
+        trainer = training.trainer(tmp_path / folder, callbacks=[*stops, *callbacks.values()], **SAVES)
+        with suppress(StoppedError):
+            trainer.train(resume_from_checkpoint=resume)
+        return {name: numbers(callback.report) for name, callback in callbacks.items()}
+
+    whole = train("whole")
+    assert [[m["step"] for m in whole[name]["measurements"]] for name in every] == [[0, 2, 4, 6], [0, 3, 6]]
+    train("run", stop_before=5)
+    with caplog.at_level(logging.WARNING):
+        assert train("run", resume=True) == whole
+    assert "another" not in caplog.text
 
 
 def test_a_callback_that_is_new_to_the_checkpoint_begins_there(tmp_path: Path):
@@ -152,6 +216,53 @@ def test_a_record_that_cannot_be_read_is_told_and_kept(tmp_path: Path, caplog: p
         resumed = run(tmp_path, config=STEPS, resume=True)
     assert "The measurement at step 2 in the checkpoint's log can't be read" in caplog.text
     assert [measurement.step for measurement in resumed.measurements] == [0, 4, 6]
+
+
+def places(held: Any) -> Iterator[tuple[Any, Any]]:
+    """Every dict and list inside, with each key, or the first index, of it."""
+    if isinstance(held, (dict, list)):
+        for key in list(held) if isinstance(held, dict) else range(len(held))[:1]:
+            yield held, key
+            yield from places(held[key])
+
+
+def test_a_damaged_record_never_raises_and_is_never_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Each entry of a record in turn is lost, or becomes something else."""
+    callback = OptimizabilityCallback(OptimizabilityConfig(**QUICK, measure_strategy="no"))
+    trainer = training.trainer(tmp_path, callbacks=[callback], max_steps=1)
+    trainer.train()
+    config = describe_config(callback.config)
+    records = json.dumps([entry for entry in trainer.state.log_history if RECORD in entry])
+    assert len(restore(TrainerState(log_history=json.loads(records)), config=config).measurements) == 2
+    logging.getLogger("transformers").propagate = True
+    for number, damage in product(range(sum(1 for _ in places(json.loads(records)[0]))), (None, "torn", [], 7, ...)):
+        log = json.loads(records)
+        container, key = next(islice(places(log[0]), number, None))
+        needed = container is log[0][RECORD]["measurement"] and key != "converged"
+        if damage is ...:
+            del container[key]
+        else:
+            container[key] = damage
+        before = deepcopy(log)
+        caplog.clear()
+        history = restore(TrainerState(log_history=log), config=config)
+        assert log == before and len(history.measurements) >= 1
+        if needed and damage is ...:
+            told = f"The measurement at step {log[0]['step']} in the checkpoint's log can't be read"
+            assert len(history.measurements) == 1 and told in caplog.text
+
+
+def test_a_resumed_clock_knows_what_was_measured_and_what_failed():
+    state, clock = TrainerState(log_history=[]), Clock(trained=100.0)
+    for step in (0, 2):
+        with suppress(StoppedError), clock.paused():
+            raise StoppedError
+        failure = MeasurementFailure(step=step, epoch=None, reason="Broken.", remedy="Mend it.")
+        record(state, failure, config={"max_hvps": 16}, clock=clock)
+    state.log_history = json.loads(json.dumps(state.log_history))
+    history = restore(state, config={"max_hvps": 16, "measure_steps": 5})
+    assert history.steps == [0, 2] and history.measured_seconds == clock.measured
+    assert history.train_seconds == pytest.approx(100.0, abs=1.0)
 
 
 def test_the_report_of_an_earlier_run_is_kept(tmp_path: Path):

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch.func import functional_call
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AttentionInterface,
     LevitConfig,
@@ -33,6 +36,7 @@ from hf_optimizability.curvature.central_difference import CentralDifferenceHess
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
 from hf_optimizability.objective import Objective
+from hf_optimizability.probe import probe_batches
 from hf_optimizability.safety import eager_attention, eval_mode, full_precision, preserved_rng, unpatched_forward
 
 
@@ -206,6 +210,133 @@ def test_attention_is_given_back_after_an_error():
         assert model.config._attn_implementation == "eager"
         raise KeyboardInterrupt
     assert model.config._attn_implementation == "sdpa"
+
+
+class Counting:
+    """A backend of torch.compile that, like its default, can't be differentiated twice, and counts."""
+
+    def __init__(self) -> None:
+        self.compiled = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.compiled += 1
+        return lookup_backend("aot_eager")(graph, inputs)
+
+
+def flags(model: nn.Module) -> dict[str, Any]:
+    """All that a measurement may switch."""
+    modules = list(model.modules())
+    configs = [module.config for module in modules if isinstance(module, PreTrainedModel)]
+    return {
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "gradients": [parameter.grad for parameter in model.parameters()],
+        "modes": [module.training for module in modules],
+        "attention": [config._attn_implementation for config in configs],
+        "cache": [config.use_cache for config in configs],
+        "checkpointing": [vars(module).get("gradient_checkpointing") for module in modules],
+        "checkpointing by": [vars(module).get("_gradient_checkpointing_func") for module in modules],
+        "compiled": [module._compiled_call_impl for module in modules],
+        "forward": [vars(module).get("forward") for module in modules],
+        "hooks": [[*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks] for module in modules],
+    }
+
+
+@pytest.mark.parametrize("ending", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("attention", ["sdpa", "fused"])
+def test_every_flag_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, ending: type[BaseException] | None, attention: str
+):
+    """Frozen weights, modules in eval mode, checkpointing, a key-value cache, `.grad`; SDPA or the eager fallback."""
+    AttentionInterface.register("fused", fused_attention)
+    model = tiny_models.make("llama", attn_implementation=attention).train()
+    model.model.layers[0].mlp.requires_grad_(False).eval()
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = True
+    batches = tiny_models.cut(tiny_models.examples("llama", 4), 2)
+    model(**batches[0]).loss.backward()
+    before, values = flags(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if ending is not None:
+
+        def fail(*args: object, **kwargs: object) -> None:
+            raise ending
+
+        monkeypatch.setattr(sys.modules["hf_optimizability.measure"], "sketch", fail)  # after the first products
+    expected = {None: nullcontext(), RuntimeError: pytest.raises(MeasurementError)}
+    with expected.get(ending) or pytest.raises(KeyboardInterrupt):
+        measure(model, batches, OptimizabilityConfig(max_hvps=16))
+    assert flags(model) == before
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ending", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("wrapped", [True, False], ids=["torch.compile(model)", "model.compile()"])
+def test_a_compiled_model_is_measured_as_it_is_and_not_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch, wrapped: bool, ending: type[BaseException] | None
+):
+    torch.compiler.reset()
+    batches = tiny_models.cut(tiny_models.examples("bert", 4), 2)
+    config = OptimizabilityConfig(max_hvps=16)
+    backend, model = Counting(), tiny_models.make("bert").train()
+    compiled = torch.compile(model, backend=backend) if wrapped else model
+    if not wrapped:
+        model.compile(backend=backend)
+    for _ in range(2):  # the first call notes the kind of problem in the config, so that the second compiles anew
+        compiled(**batches[0]).loss.backward()
+    before, number = flags(model), backend.compiled
+    assert number > 0
+    with monkeypatch.context() as broken:
+        if ending is None:
+            found = measure(compiled, batches, config)
+            expected = measure(tiny_models.make("bert"), batches, config)
+            assert found.engine == "double_backward" and found.fallback is None
+            assert found.hessian.lambda_max.value == pytest.approx(expected.hessian.lambda_max.value, rel=1e-9)
+        else:
+
+            def fail(*args: object, **kwargs: object) -> None:
+                raise ending
+
+            broken.setattr(sys.modules["hf_optimizability.measure"], "sketch", fail)
+            with pytest.raises(MeasurementError if ending is RuntimeError else ending):
+                measure(compiled, batches, config)
+    assert flags(model) == before
+    compiled(**batches[0]).loss.backward()
+    assert backend.compiled == number
+
+
+@pytest.mark.parametrize("ending", [None, RuntimeError, KeyboardInterrupt])
+def test_drawing_the_probe_set_leaves_loader_and_sampler_where_they_are(ending: type[BaseException] | None):
+    """In the middle of an epoch, with examples that are augmented at random."""
+
+    class Augmented(Dataset):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, index: int) -> Tensor:
+            return index + torch.rand(())
+
+    def seen(draws: bool) -> list[list[float]]:
+        torch.manual_seed(0)
+        broken: list[type[BaseException]] = []
+
+        def collate(rows: list[Tensor]) -> list[float]:
+            if broken:
+                raise broken[0]
+            return [float(row) for row in rows]
+
+        generator = torch.Generator().manual_seed(1)
+        loader = Accelerator(cpu=True).prepare(
+            DataLoader(Augmented(), batch_size=2, shuffle=True, generator=generator, collate_fn=collate)
+        )
+        batches = iter(loader)
+        found = [next(batches)]
+        if draws:
+            broken.extend([] if ending is None else [ending])
+            with nullcontext() if ending is None else pytest.raises(ending):
+                probe_batches(loader, examples=6, batch_size=3, seed=5)
+            broken.clear()
+        return [*found, *batches, *loader]
+
+    assert seen(draws=True) == seen(draws=False)
 
 
 def half(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import training
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
+from hf_optimizability.clock import Clock
 from hf_optimizability.schedule import affordable
 
 
@@ -61,3 +63,31 @@ def test_the_callback_goes_by_the_clock(tmp_path: Path, monkeypatch: pytest.Monk
     training.trainer(tmp_path, callbacks=[often], max_steps=8).train()
     assert len(often.report.measurements) > 4
     assert often.report.training["overhead"] > 0
+
+
+def test_what_failed_at_the_start_is_not_tried_again_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A failure is cheap, so that there would be time for one after each step."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr("hf_optimizability.clock.Clock.step_seconds", 60.0)
+    monkeypatch.setattr(sys.modules["hf_optimizability.measure"], "gradient", fail)
+    callback = OptimizabilityCallback(OptimizabilityConfig(probe_examples=4, max_hvps=16))
+    training.trainer(tmp_path, callbacks=[callback], max_steps=8).train()
+    assert [failure.step for failure in callback.report.failures] == [0, 8]
+
+
+def test_a_measurement_that_raises_is_timed_as_well(monkeypatch: pytest.MonkeyPatch):
+    seconds = iter([0.0, 0.0, 10.0, 13.0, 20.0, 20.0])
+    monkeypatch.setattr("hf_optimizability.clock.time.perf_counter", lambda: next(seconds))
+    clock = Clock()
+    with pytest.raises(RuntimeError), clock.paused():
+        raise RuntimeError
+    assert clock.measured == [3.0] and clock.train_seconds == 17.0
+
+
+def test_a_clock_goes_on_where_another_stopped(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hf_optimizability.clock.time.perf_counter", lambda: 50.0)
+    clock = Clock(trained=200.0, measured=[4.0, 6.0])
+    assert clock.train_seconds == 200.0 and clock.overhead == 0.05

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .operators import ObjectiveOperator, SumOfLosses
 from .products import first_backward
+from .ranks import ALONE, Ranks
 
 
 class BlockDiagonalHessian(ObjectiveOperator):
@@ -24,6 +25,7 @@ class BlockDiagonalHessian(ObjectiveOperator):
     Args:
         objective: The loss, in parts.
         blocks: Indices into `objective.parameters`, block by block. Parameters in no block get zeros.
+        ranks: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -47,9 +49,10 @@ class BlockDiagonalHessian(ObjectiveOperator):
         objective: SumOfLosses,
         blocks: Sequence[Sequence[int]],
         *,
+        ranks: Ranks = ALONE,
         on_products: Callable[[int], object] | None = None,
     ):
-        super().__init__(objective, on_products=on_products)
+        super().__init__(objective, ranks=ranks, on_products=on_products)
         indices = [index for block in blocks for index in block]
         if len(set(indices)) < len(indices):
             raise ValueError("A parameter is in two of the `blocks`, or in one of them twice.")

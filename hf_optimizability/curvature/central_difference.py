@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from ..gradients import gradient, norm_of
+from ..gradients import gradient_sum, norm_of
 from .operators import ObjectiveOperator, SumOfLosses
+from .ranks import ALONE, Ranks
+from .rows import Rows
 from .vectors import norm
 
 
@@ -40,7 +43,10 @@ class CentralDifferenceHessian(ObjectiveOperator):
     Args:
         objective: The loss, in parts.
         relative_step: Size of the step beside the parameters; by default `RELATIVE_STEP` of their dtype.
+        ranks: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
+        rows: How the parameters lie over ranks, if the objective's are the shards that are here; its losses must have
+            the gradient of what all ranks evaluate.
 
     Raises:
         ValueError: If a parameter is of less than float32: the step would round away. Hold
@@ -61,9 +67,13 @@ class CentralDifferenceHessian(ObjectiveOperator):
         objective: SumOfLosses,
         *,
         relative_step: float | None = None,
+        ranks: Ranks = ALONE,
         on_products: Callable[[int], object] | None = None,
+        rows: Rows | None = None,
     ):
-        super().__init__(objective, on_products=on_products)
+        super().__init__(objective, ranks=ranks, on_products=on_products)
+        self._rows = Rows.whole(self.size) if rows is None else rows
+        self.size = self._rows.size
         low = next((p.dtype for p in objective.parameters if torch.finfo(p.dtype).bits < 32), None)
         if low is not None:
             raise ValueError(
@@ -73,22 +83,28 @@ class CentralDifferenceHessian(ObjectiveOperator):
         self._objective = objective
         self._relative_step = RELATIVE_STEP[self.dtype] if relative_step is None else relative_step
 
-    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
-        yield (self._product(vector) for vector in vectors), 1
+    @property
+    def rows(self) -> Rows:
+        """Which rows of the vectors are here."""
+        return self._rows
 
-    def _product(self, vector: Tensor) -> list[Tensor]:
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+        products = (self._product(vector) for vector in vectors)
+        first, items = next(products)
+        yield chain([first], (product for product, _ in products)), items
+
+    def _product(self, vector: Tensor) -> tuple[list[Tensor], int]:
+        """The product, summed over the items, and their number."""
         parameters = self._objective.parameters
-        length = norm(vector)
-        if length == 0:
-            return [torch.zeros_like(parameter) for parameter in parameters]
-        scale = float(norm_of([parameter.detach() for parameter in parameters])) or 1.0
+        length = norm(vector, self.rows.ranks) or 1.0
+        scale = float(norm_of([parameter.detach() for parameter in parameters], self.rows.ranks)) or 1.0
         step = self._relative_step * scale / length
         direction = self._split(vector, parameters)
         with _moved(parameters, direction, step):
-            ahead = gradient(self._objective).tensors
+            ahead, _, items = gradient_sum(self._objective)
         with _moved(parameters, direction, -step):
-            behind = gradient(self._objective).tensors
-        return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+            behind, _, _ = gradient_sum(self._objective)
+        return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)], items
 
 
 @contextmanager

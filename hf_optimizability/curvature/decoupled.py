@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .operators import ObjectiveOperator, SumOfLosses
 from .products import double_backward
+from .ranks import ALONE, Ranks
 
 
 class DecoupledHessian(ObjectiveOperator):
@@ -31,6 +32,7 @@ class DecoupledHessian(ObjectiveOperator):
 
     Args:
         objective: The loss, in parts.
+        ranks: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -46,10 +48,13 @@ class DecoupledHessian(ObjectiveOperator):
                 [0., 0.]])
     """
 
-    def __init__(self, objective: SumOfLosses, *, on_products: Callable[[int], object] | None = None):
-        super().__init__(objective, on_products=on_products)
+    def __init__(
+        self, objective: SumOfLosses, *, ranks: Ranks = ALONE, on_products: Callable[[int], object] | None = None
+    ):
+        super().__init__(objective, ranks=ranks, on_products=on_products)
         self._objective = objective
         shared = {index for loss, _ in objective.losses() for index in _used_again(loss, objective.parameters)}
+        shared = set(ranks.gather(list(shared)))
         self._decoupled = [index for index in range(len(objective.parameters)) if index not in shared]
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:

@@ -290,7 +290,7 @@ def _smoothed(nodes: np.ndarray, weights: np.ndarray, width: float | None) -> tu
     """The sum of one Gaussian per node, on a grid that is fine and wide enough for its integral to be 1."""
     span = float(nodes[-1] - nodes[0])
     width = width or 0.01 * max(span, 0.01 * float(np.abs(nodes).max())) or 1.0
-    points = math.ceil(3 * (span / width + 12))
+    points = round(3 * (span / width + 12))
     grid = np.linspace(nodes[0] - 6 * width, nodes[-1] + 6 * width, points)
     kernels = np.exp(-(((grid[:, None] - nodes) / width) ** 2) / 2) / (width * math.sqrt(2 * math.pi))
     return grid, kernels @ weights, width

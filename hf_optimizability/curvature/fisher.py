@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .operators import ObjectiveOperator, SumOfLosses
+from .ranks import ALONE, Ranks
 from .vectors import dot
 
 
@@ -33,6 +34,7 @@ class EmpiricalFisherOperator(ObjectiveOperator):
 
     Args:
         objective: The loss, which must be able to be cut into examples.
+        ranks: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -50,8 +52,10 @@ class EmpiricalFisherOperator(ObjectiveOperator):
         tensor([5.])
     """
 
-    def __init__(self, objective: CuttableLosses, *, on_products: Callable[[int], object] | None = None):
-        super().__init__(objective, on_products=on_products)
+    def __init__(
+        self, objective: CuttableLosses, *, ranks: Ranks = ALONE, on_products: Callable[[int], object] | None = None
+    ):
+        super().__init__(objective, ranks=ranks, on_products=on_products)
         self._examples = objective.cut(1)
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .operators import ObjectiveOperator, Variables
+from .ranks import ALONE, Ranks
 
 
 class FunctionalLosses(Variables, Protocol):
@@ -40,6 +41,7 @@ class ForwardOverReverseHessian(ObjectiveOperator):
 
     Args:
         objective: The loss, in parts.
+        ranks: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -57,10 +59,12 @@ class ForwardOverReverseHessian(ObjectiveOperator):
         tensor([ 6., 12.])
     """
 
-    def __init__(self, objective: FunctionalLosses, *, on_products: Callable[[int], object] | None = None):
+    def __init__(
+        self, objective: FunctionalLosses, *, ranks: Ranks = ALONE, on_products: Callable[[int], object] | None = None
+    ):
         if objective.quantized is not None:
             raise RuntimeError(objective.quantized)
-        super().__init__(objective, on_products=on_products)
+        super().__init__(objective, ranks=ranks, on_products=on_products)
         self._objective = objective
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:

@@ -16,6 +16,7 @@ from .decoupled import DecoupledHessian
 from .estimates import Estimate
 from .operators import ObjectiveOperator, Variables
 from .products import require_second_derivative
+from .ranks import ALONE, Ranks
 from .trace import PartTraces, Segments, Tally, TraceResult, average, exact_estimates
 from .vectors import norm, segment_sums
 
@@ -53,6 +54,7 @@ class GaussNewtonOperator(ObjectiveOperator):
 
     Args:
         objective: The loss, in parts, with the outputs it is a function of.
+        ranks: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -71,10 +73,12 @@ class GaussNewtonOperator(ObjectiveOperator):
         tensor([972.])
     """
 
-    def __init__(self, objective: LossesOfOutputs, *, on_products: Callable[[int], object] | None = None):
+    def __init__(
+        self, objective: LossesOfOutputs, *, ranks: Ranks = ALONE, on_products: Callable[[int], object] | None = None
+    ):
         if objective.quantized is not None:
             raise RuntimeError(objective.quantized)
-        super().__init__(objective, on_products=on_products)
+        super().__init__(objective, ranks=ranks, on_products=on_products)
         self._objective = objective
         self._checked = False
 
@@ -135,7 +139,7 @@ def _require_no_other_path(outputs: Sequence[Tensor], loss: Tensor, parameters: 
 
 
 def gauss_newton_trace(
-    objective: LossesOfOutputs, segments: Segments, *, max_outputs: int = MAX_OUTPUTS
+    objective: LossesOfOutputs, segments: Segments, *, max_outputs: int = MAX_OUTPUTS, ranks: Ranks = ALONE
 ) -> tuple[Estimate, tuple[Estimate, ...]]:
     """The trace of the generalized Gauss-Newton matrix, in all and by segment, without error and without probes.
 
@@ -148,6 +152,7 @@ def gauss_newton_trace(
         objective: The loss, in parts, with the outputs it is a function of.
         segments: Slices of the rows; together they must hold each row once.
         max_outputs: Most outputs of an example to do this for.
+        ranks: The processes that share the parts.
 
     Returns:
         The trace, and the traces of the segments' diagonal blocks, with standard error 0 and no product spent; the
@@ -172,7 +177,7 @@ def gauss_newton_trace(
         >>> total.value
         972.0
     """
-    known = _known_part(objective, segments, max_outputs=max_outputs)
+    known = _known_part(objective, segments, max_outputs=max_outputs, ranks=ranks)
     return exact_estimates(known.traces, known.items, hvps=0)
 
 
@@ -183,6 +188,7 @@ def split_trace(
     tolerance: float,
     max_hvps: int,
     seed: int,
+    ranks: Ranks = ALONE,
     on_products: Callable[[int], object] | None = None,
 ) -> TraceResult:
     """Estimates the trace of the Hessian, that of its Gauss-Newton part exactly.
@@ -202,6 +208,7 @@ def split_trace(
         tolerance: Standard error to stop at, relative to the whole trace.
         max_hvps: Most products with R to spend, at least 2.
         seed: Seed of the probes.
+        ranks: The processes that share the parts.
         on_products: Called with the number of products with R just made; for progress bars.
 
     Returns:
@@ -226,8 +233,8 @@ def split_trace(
         >>> split_trace(Cubic(), [[slice(0, 1)]], tolerance=0.1, max_hvps=8, seed=0).total.value
         30.0
     """
-    known = _known_part(objective, segments, max_outputs=MAX_SPLIT_OUTPUTS)
-    rest = DecoupledHessian(_WithSlopesHeld(objective), on_products=on_products)
+    known = _known_part(objective, segments, max_outputs=MAX_SPLIT_OUTPUTS, ranks=ranks)
+    rest = DecoupledHessian(_WithSlopesHeld(objective), ranks=ranks, on_products=on_products)
     tally = Tally(rest, segments, parts=PartTraces(segments, known.traces))
     tally.exact += np.average(known.traces, axis=0, weights=known.items)
     generator = torch.Generator().manual_seed(seed)
@@ -261,15 +268,18 @@ class _Known(NamedTuple):
     diagonal: Tensor
 
 
-def _known_part(objective: LossesOfOutputs, segments: Segments, *, max_outputs: int) -> _Known:
+def _known_part(objective: LossesOfOutputs, segments: Segments, *, max_outputs: int, ranks: Ranks) -> _Known:
     if objective.quantized is not None:
         raise RuntimeError(objective.quantized)
     sums, items = [], []
     diagonal = _flat_zeros(objective.parameters)
-    for part, count in _diagonal_by_part(objective, max_outputs=max_outputs):
-        sums.append(segment_sums(part, segments))
-        items.append(count)
-        diagonal += part
+    with ranks.agreed():  # a loss that can't be split is no end
+        for part, count in _diagonal_by_part(objective, max_outputs=max_outputs):
+            sums.append(segment_sums(part, segments))
+            items.append(count)
+            diagonal += part
+    ranks.sum(diagonal)
+    sums, items = ranks.gather(sums), ranks.gather(items)
     return _Known(np.array(sums) / np.array(items)[:, None], items, diagonal.div_(sum(items)))
 
 

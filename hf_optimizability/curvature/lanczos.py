@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.nn import functional
 
 from .estimates import Estimate, Spectrum
 from .operators import SymmetricOperator
-from .vectors import rademacher
+from .rows import Rows
 
 
 _BEYOND = 0.2
@@ -157,7 +159,7 @@ def lanczos(
     if warm_start is not None:
         # Halfway, on a log scale, between the share 1/√n that it has in the random part and that of the whole.
         first[0] += warm_start.to(first).sum(dim=0) * (operator.size**-0.25 / math.sqrt(len(warm_start)))
-    krylov = _Krylov(first)
+    krylov = _Krylov(first, operator.rows)
     hvps = 0
     while True:
         block = krylov.extend()
@@ -205,7 +207,8 @@ def lanczos_by_segment(
     generator = torch.Generator().manual_seed(seed)
     # Not signs: in a small block these are orthogonal to an eigenvector too often.
     start = torch.randn(1, operator.size, generator=generator, dtype=operator.dtype).to(operator.device)
-    processes = [_Krylov(functional.normalize(_gather(start, segment))) for segment in segments]
+    starts = [functional.normalize(_gather(start, segment)) for segment in segments]
+    processes = [_Krylov(start, Rows.whole(start.shape[1])) for start in starts]
     vector = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
     active = dict(enumerate(processes))
     hvps = 0
@@ -250,15 +253,22 @@ def _roomy_device(operator: SymmetricOperator, vectors: int) -> torch.device:
 
 def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
     """How many of the operator's vectors half of a device's free memory holds."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return free // 2 // (operator.size * operator.dtype.itemsize)
+    fit = free_memory(device) // 2 // (max(len(operator.rows), 1) * operator.dtype.itemsize)
+    return min(operator.rows.ranks.gather(operator.ranks.gather([fit])))  # all go the same way
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; of a host's memory, the share of each process that a launcher put there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _start_rows(operator: SymmetricOperator, number: int, seed: int, device: torch.device) -> Tensor:
     """Rademacher vectors of norm 1, as rows."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [rademacher(operator.size, generator=generator, dtype=operator.dtype, device=device) for _ in range(number)]
-    return torch.stack(rows).div_(math.sqrt(operator.size))
+    draw = partial(operator.rows.rademacher, generator=generator, dtype=operator.dtype, device=device)
+    return torch.stack([draw() for _ in range(number)]).div_(math.sqrt(operator.size))
 
 
 def _gather(row: Tensor, segment: Sequence[slice]) -> Tensor:
@@ -282,9 +292,10 @@ class _Krylov:
         vectors: Eigenvectors of T as columns, of shape (m, m).
     """
 
-    def __init__(self, starts: Tensor):
-        number, size = starts.shape
-        self.basis = _Basis(size, starts.dtype, starts.device)
+    def __init__(self, starts: Tensor, rows: Rows):
+        number = len(starts)
+        self.basis = _Basis(rows, starts.dtype, starts.device)
+        self._rows = rows
         self.values, self.vectors = np.zeros(0), np.zeros((0, 0))
         self._eps = torch.finfo(starts.dtype).eps
         self._T = np.zeros((0, 0))
@@ -319,7 +330,7 @@ class _Krylov:
 
     def absorb(self, product: Tensor) -> None:
         """Takes `Az` for each row z of the block that `extend` returned, as rows, and overwrites it."""
-        corner = _gram(self.basis.last(len(product)), product)
+        corner = self._rows.ranks.sum(_gram(self.basis.last(len(product)), product)).cpu().numpy()
         self._T = np.block([[self._T, self._C], [self._C.T, (corner + corner.T) / 2]])
         self.values, self.vectors = np.linalg.eigh(self._T)
         old = len(self._C)
@@ -431,8 +442,9 @@ class _Basis:
     Whatever is done with them is done columns by columns that fit into the cache: memory traffic is what it costs.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device):
-        self.size = size
+    def __init__(self, rows: Rows, dtype: torch.dtype, device: torch.device):
+        self.size = rows.size
+        self._rows = rows
         self._dtype, self._device = dtype, device
         self._slabs: list[Tensor] = []
         self._used: list[int] = []
@@ -444,7 +456,7 @@ class _Basis:
         """Appends `mix @ rows`, and returns a view of it."""
         number = len(mix)
         if not self._slabs or self._used[-1] + number > len(self._slabs[-1]):
-            shape = (max(SLAB, number), self.size)
+            shape = (max(SLAB, number), len(self._rows))
             self._slabs.append(torch.empty(shape, dtype=self._dtype, device=self._device))
             self._used.append(0)
         self._used[-1] += number
@@ -459,8 +471,9 @@ class _Basis:
 
     def subtract(self, coordinates: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """`rows −= coordinates Q`, in place; returns what `rows` has left along Q, and its Gram matrix."""
-        along = torch.zeros(len(rows), len(self), dtype=torch.float64, device=rows.device)
-        gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        number = len(self)
+        found = torch.zeros(len(rows), number + len(rows), dtype=torch.float64, device=rows.device)
+        along, gram = found[:, :number], found[:, number:]
         for columns in _columns(rows):
             part = rows[:, columns]
             if self._slabs:
@@ -469,11 +482,12 @@ class _Basis:
                 along += part @ basis.T
             part = part.double()
             gram += part @ part.T
-        return along.cpu().numpy(), gram.cpu().numpy()
+        found = self._rows.ranks.sum(found).cpu()
+        return found[:, :number].numpy(), found[:, number:].numpy()
 
     def combine(self, coordinates: np.ndarray) -> Tensor:
         """`coordinates Q`."""
-        result = torch.empty(len(coordinates), self.size, dtype=self._dtype, device=self._device)
+        result = torch.empty(len(coordinates), len(self._rows), dtype=self._dtype, device=self._device)
         factors = _like(coordinates, result)
         for columns in _columns(result):
             result[:, columns] = factors @ self._part(columns)
@@ -504,12 +518,12 @@ def _columns(rows: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, rows.shape[1], step))
 
 
-def _gram(left: Tensor, right: Tensor) -> np.ndarray:
+def _gram(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right.T` for rows, accumulated in float64."""
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for columns in _columns(left):
         total += left[:, columns].double() @ right[:, columns].double().T
-    return total.cpu().numpy()
+    return total
 
 
 def _like(array: np.ndarray, tensor: Tensor) -> Tensor:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..gradients import gradient
 from .estimates import Estimate
 from .operators import SumOfLosses
+from .ranks import ALONE, Ranks
 from .vectors import dot
 
 
@@ -41,7 +43,13 @@ class NoiseScale:
     parts: int
 
 
-def noise_scale(objective: SumOfLosses, *, mean_gradient: Sequence[Tensor] | None = None) -> NoiseScale:
+def noise_scale(
+    objective: SumOfLosses,
+    *,
+    mean_gradient: Sequence[Tensor] | None = None,
+    ranks: Ranks = ALONE,
+    holders: Ranks = ALONE,
+) -> NoiseScale:
     """Estimates the gradient noise scale from the gradients of an objective's parts (McCandlish et al., 1812.06162).
 
     The parts must be independent draws; they may hold different numbers of items. Costs one gradient of the objective
@@ -50,6 +58,8 @@ def noise_scale(objective: SumOfLosses, *, mean_gradient: Sequence[Tensor] | Non
     Args:
         objective: The loss, in parts: micro-batches, or single examples.
         mean_gradient: Gradient of the mean loss, shaped like the parameters.
+        ranks: The processes that share the parts.
+        holders: The processes that hold the parameters between them, if this one has shards of them.
 
     Raises:
         ValueError: If there are fewer than 3 parts.
@@ -64,13 +74,16 @@ def noise_scale(objective: SumOfLosses, *, mean_gradient: Sequence[Tensor] | Non
         >>> round(found.noise_scale.value, 4), round(found.trace_covariance.value, 4)
         (0.1739, 0.6667)
     """
-    mean = _mean_gradient(objective) if mean_gradient is None else mean_gradient
-    squares, products, counts = [], [], []
-    for pieces, count in _gradients(objective):
-        squares.append(sum(dot(piece, piece) for piece in pieces))
-        products.append(sum(dot(piece, whole.reshape(-1)) for piece, whole in zip(pieces, mean, strict=True)))
-        counts.append(count)
-    return noise_from_products(np.array(squares), np.array(products), np.array(counts))
+    mean = gradient(objective, ranks=ranks).tensors if mean_gradient is None else mean_gradient
+    found = []
+    for loss, count in objective.losses():
+        pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
+        square = sum(dot(piece.reshape(-1), piece.reshape(-1)) for piece in pieces)
+        product = sum(dot(p.reshape(-1), m.reshape(-1)) for p, m in zip(pieces, mean, strict=True))
+        square, product = holders.sum(torch.tensor([square, product], dtype=torch.float64)).tolist()
+        found.append((square, product, count))
+    squares, products, counts = np.array(ranks.gather(found)).reshape(-1, 3).T
+    return noise_from_products(squares, products, counts.astype(int))
 
 
 def noise_from_products(squares: np.ndarray, products: np.ndarray, counts: np.ndarray) -> NoiseScale:
@@ -169,21 +182,3 @@ def _t_quantile(parts: int) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(parts - 1, 0.975))
-
-
-def _gradients(objective: SumOfLosses) -> Iterator[tuple[list[Tensor], int]]:
-    """The gradient of each part's sum of losses, as flat pieces, and its number of items."""
-    for loss, count in objective.losses():
-        pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
-        yield [piece.reshape(-1) for piece in pieces], count
-
-
-def _mean_gradient(objective: SumOfLosses) -> list[Tensor]:
-    """The gradient of the mean loss, as flat pieces."""
-    totals = [torch.zeros_like(parameter).reshape(-1) for parameter in objective.parameters]
-    items = 0
-    for pieces, count in _gradients(objective):
-        for total, piece in zip(totals, pieces, strict=True):
-            total += piece
-        items += count
-    return [total / items for total in totals]

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from .products import first_backward, second_backward
+from .ranks import ALONE, Ranks
+from .rows import Rows
+from .vectors import segment_sums
 
 
 if TYPE_CHECKING:
@@ -41,11 +44,18 @@ class SymmetricOperator(ABC):
         size: n.
         dtype: Dtype of the vectors it multiplies.
         device: Device of the vectors it multiplies.
+        ranks: The processes that share the work on its products, and get the same ones.
     """
 
     size: int
     dtype: torch.dtype
     device: torch.device
+    ranks: Ranks = ALONE
+
+    @property
+    def rows(self) -> Rows:
+        """Which rows of the vectors are here: all n, unless they lie over ranks. Shapes below are of those."""
+        return Rows.whole(self.size)
 
     @abstractmethod
     def matmat(self, vectors: Tensor) -> Tensor:
@@ -55,12 +65,23 @@ class SymmetricOperator(ABC):
         """`A v`, of shape (n,)."""
         return self.matmat(vector[:, None])[:, 0]
 
-    def matmat_by_part(self, vectors: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Yields `A_p V` and the number of items of each part p, where A is the mean of the A_p, weighted by items.
+    def matmat_by_part(
+        self, vectors: Tensor, segments: Sequence[Sequence[slice]]
+    ) -> tuple[Tensor, np.ndarray, list[int]]:
+        """`A V`, and what each part p tells: A is the mean of the A_p, weighted by items.
 
-        A matrix that is not made of parts is one part. What is yielded may be overwritten when the next part comes.
+        A matrix that is not made of parts is one part.
+
+        Args:
+            vectors: V, of shape (n, k).
+            segments: Slices of the rows.
+
+        Returns:
+            `A V`; `v_sᵀ(A_p v)_s` for each part, column v and segment s, of shape (parts, k, segments); the items of
+            each part.
         """
-        yield self.matmat(vectors), 1
+        product = self.matmat(vectors)
+        return product, _forms(vectors.T, product.T, segments, self.rows.ranks)[None], [1]
 
     def to_scipy(self) -> LinearOperator:
         """The same matrix for SciPy's solvers, on NumPy arrays."""
@@ -102,17 +123,29 @@ class DenseOperator(SymmetricOperator):
 class ObjectiveOperator(SymmetricOperator):
     """A matrix over all parameters laid end to end, that is a mean over an objective's items, had part by part.
 
+    Where several processes share the work, each has the parts of its own objective, and a product is summed over the
+    ranks once, however many its columns.
+
     Args:
         objective: What depends on the parameters.
+        ranks: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
         FloatingPointError: From a product that is not finite.
     """
 
-    def __init__(self, objective: Variables, *, on_products: Callable[[int], object] | None = None):
+    def __init__(
+        self,
+        objective: Variables,
+        *,
+        ranks: Ranks = ALONE,
+        on_products: Callable[[int], object] | None = None,
+    ):
         parameters = objective.parameters
+        self.ranks = ranks
         self._on_products = on_products
+        self._items: int | None = None  # of all ranks, once a product has shown them
         self._sizes = [parameter.numel() for parameter in parameters]
         self.size = sum(self._sizes)
         self.device = parameters[0].device
@@ -131,21 +164,30 @@ class ObjectiveOperator(SymmetricOperator):
         for products, count in self._parts(vectors.T):
             total = self._add(products, total, number=vectors.shape[1])
             items += count
-        assert total is not None
-        total /= items
-        _require_finite(total)
-        self._count(len(total))
-        return total.T
+        return self._mean(self._zeros(vectors.shape[1]) if total is None else total, items)
 
-    def matmat_by_part(self, vectors: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Yields `A_p V` and the number of items of each part p, where A is the mean of the A_p, weighted by items."""
-        part: Tensor | None = None
+    def matmat_by_part(
+        self, vectors: Tensor, segments: Sequence[Sequence[slice]]
+    ) -> tuple[Tensor, np.ndarray, list[int]]:
+        """`A V`, and what each part tells; see `SymmetricOperator`. Takes the memory of one more product."""
+        total, part = self._zeros(vectors.shape[1]), None
+        forms, items = [], []
         for products, count in self._parts(vectors.T):
             part = self._add(products, None if part is None else part.zero_(), number=vectors.shape[1])
-            part /= count
-            _require_finite(part)
-            yield part.T, count
-        self._count(vectors.shape[1])
+            total += part
+            forms.append(_forms(vectors.T, part, segments, self.rows.ranks) / count)
+            items.append(count)
+        product = self._mean(total, sum(items))
+        return product, np.array(self.ranks.gather(forms)), self.ranks.gather(items)
+
+    def _mean(self, total: Tensor, items: int) -> Tensor:
+        """`A V` from the sum over this rank's items."""
+        if self._items is None:
+            self._items = sum(self.ranks.gather([items]))
+        self.ranks.sum(total).div_(self._items)
+        _require_finite(total, self.rows.ranks)
+        self._count(len(total))
+        return total.T
 
     def _add(self, products: Iterable[Sequence[Tensor]], total: Tensor | None, *, number: int) -> Tensor:
         """Adds products, shaped like the parameters, to the rows of `total`.
@@ -154,11 +196,14 @@ class ObjectiveOperator(SymmetricOperator):
         """
         for index, product in enumerate(products):
             if total is None:
-                total = torch.zeros(number, self.size, dtype=self.dtype, device=self.device)
+                total = self._zeros(number)
             for place, piece in zip(total[index].split(self._sizes), product, strict=True):
                 place.add_(piece.detach().reshape(-1).to(place))
         assert total is not None
         return total
+
+    def _zeros(self, number: int) -> Tensor:
+        return torch.zeros(number, len(self.rows), dtype=self.dtype, device=self.device)
 
     def _count(self, products: int) -> None:
         if self._on_products is not None:
@@ -171,6 +216,55 @@ class ObjectiveOperator(SymmetricOperator):
         return [piece.contiguous().view(parameter.shape).to(parameter) for piece, parameter in pieces]
 
 
+class SharedColumns(SymmetricOperator):
+    """A matrix that every rank has in whole; of its products each rank makes those with its share of the columns.
+
+    Where there are fewer parts than ranks to share them, this is how vectors in lockstep still share the work.
+
+    Args:
+        operator: The matrix, by itself on every rank.
+        ranks: The processes that share the columns.
+        on_products: Called with the number of products that all of them just made.
+
+    Example:
+        >>> from hf_optimizability.curvature.ranks import Ranks
+        >>> SharedColumns(DenseOperator(torch.eye(2)), Ranks()).matmat(torch.ones(2, 1)).T
+        tensor([[1., 1.]])
+    """
+
+    def __init__(
+        self, operator: SymmetricOperator, ranks: Ranks, *, on_products: Callable[[int], object] | None = None
+    ):
+        self._operator, self.ranks = operator, ranks
+        self._on_products = on_products
+        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """`A V` for the columns of V, of shape (n, k)."""
+        rows, mine = torch.zeros_like(vectors.T), slice(self.ranks.index, None, self.ranks.number)
+        if len(rows[mine]):
+            rows[mine] = self._operator.matmat(vectors[:, mine]).T
+        return self._summed(rows)
+
+    def matmat_by_part(
+        self, vectors: Tensor, segments: Sequence[Sequence[slice]]
+    ) -> tuple[Tensor, np.ndarray, list[int]]:
+        """`A V`, and what each part tells; see `SymmetricOperator`."""
+        rows, mine = torch.zeros_like(vectors.T), slice(self.ranks.index, None, self.ranks.number)
+        # A rank without a column multiplies one all the same, and so knows the parts.
+        own = mine if len(rows[mine]) else slice(1)
+        product, found, items = self._operator.matmat_by_part(vectors[:, own], segments)
+        forms = torch.zeros(len(items), len(rows), len(segments), dtype=torch.float64)
+        if own is mine:
+            rows[mine], forms[:, mine] = product.T, torch.from_numpy(found)
+        return self._summed(rows), self.ranks.sum(forms).numpy(), items
+
+    def _summed(self, rows: Tensor) -> Tensor:
+        if self._on_products is not None:
+            self._on_products(len(rows))
+        return self.ranks.sum(rows).T
+
+
 class HessianOperator(ObjectiveOperator):
     """The Hessian of a mean loss, over all its parameters laid end to end, by double backward.
 
@@ -179,6 +273,7 @@ class HessianOperator(ObjectiveOperator):
 
     Args:
         objective: The loss, in parts.
+        ranks: The processes that share the parts.
         on_products: Called with the number of Hessian-vector products just made; for progress bars.
 
     Raises:
@@ -193,8 +288,14 @@ class HessianOperator(ObjectiveOperator):
         tensor([6., 2.])
     """
 
-    def __init__(self, objective: SumOfLosses, *, on_products: Callable[[int], object] | None = None):
-        super().__init__(objective, on_products=on_products)
+    def __init__(
+        self,
+        objective: SumOfLosses,
+        *,
+        ranks: Ranks = ALONE,
+        on_products: Callable[[int], object] | None = None,
+    ):
+        super().__init__(objective, ranks=ranks, on_products=on_products)
         self._objective = objective
         self._one_part = False  # until the first product has shown it
         self._kept: _Kept | None = None
@@ -225,7 +326,15 @@ class _Kept(NamedTuple):
     items: int
 
 
-def _require_finite(products: Tensor) -> None:
+def _forms(vectors: Tensor, products: Tensor, segments: Sequence[Sequence[slice]], ranks: Ranks) -> np.ndarray:
+    """`v_sᵀ(Av)_s` for rows v and their products, of shape (k, segments)."""
+    forms = [segment_sums(v * row, segments) for v, row in zip(vectors, products, strict=True)]
+    return ranks.sum(torch.tensor(forms, dtype=torch.float64)).numpy()
+
+
+def _require_finite(products: Tensor, ranks: Ranks) -> None:
     # The sum is finite if all entries are, unless it overflows, and is had far sooner than a look at each of them.
-    if not math.isfinite(products.sum()) and not torch.isfinite(products).all():
+    if math.isfinite(ranks.sum(products.sum())):
+        return
+    if ranks.sum((~torch.isfinite(products)).sum()):
         raise FloatingPointError("A product with the curvature matrix is not finite.")

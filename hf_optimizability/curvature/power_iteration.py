@@ -9,7 +9,7 @@ import torch
 
 from .estimates import Estimate
 from .operators import SymmetricOperator
-from .vectors import dot, norm, rademacher
+from .vectors import dot, norm
 
 
 def power_iteration(operator: SymmetricOperator, *, tolerance: float, max_hvps: int, seed: int) -> Estimate:
@@ -57,15 +57,16 @@ def _dominant(
 ) -> tuple[float, float, int]:
     """Eigenvalue of A whose distance from `shift` is largest, its residual, and the products spent."""
     generator = torch.Generator().manual_seed(seed)
-    vector = rademacher(operator.size, generator=generator, dtype=operator.dtype, device=operator.device)
+    ranks = operator.rows.ranks
+    vector = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
     vector /= math.sqrt(operator.size)
     hvps = 0
     while True:
         product = operator.matvec(vector)
         hvps += 1
-        value = dot(vector, product)
-        residual = norm(product - value * vector)
+        value = dot(vector, product, ranks)
+        residual = norm(product - value * vector, ranks)
         if residual <= tolerance * abs(value) or hvps == max_hvps:
             return value, residual, hvps
         product = product - shift * vector
-        vector = product / norm(product)
+        vector = product / norm(product, ranks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,14 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from transformers.optimization import Adafactor
 
 from .operators import SymmetricOperator
+from .rows import Rows
 
 
 SUPPORTED = (SGD, Adam, AdamW, Adafactor)
 """Optimizers whose state can be read; with accelerate's wrapper around them or without."""
 
 Group = dict[str, Any]
+Held = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,11 @@ class Preconditioner:
 
 
 def read_preconditioner(
-    optimizer: Optimizer, parameters: Sequence[Tensor], *, gradients: Sequence[Tensor] | None = None
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    *,
+    gradients: Sequence[Tensor] | None = None,
+    held: Held = lambda tensor: tensor,
 ) -> Preconditioner:
     """Reads the diagonal preconditioner P from an optimizer's state, and leaves the optimizer as it is.
 
@@ -64,6 +70,8 @@ def read_preconditioner(
         parameters: The parameters to read for, in the order wanted. n entries in all.
         gradients: Gradients shaped like `parameters`; needed before the first step only. Memory: one parameter's state
             at a time.
+        held: Of a tensor of the optimizer that lies over ranks, what is measured of it: the whole, or what is here
+            (not with Adafactor, whose state is not entry by entry). Gradients are shaped like this.
 
     Returns:
         The preconditioner, in float32 (float64 if a parameter is); memory: one n-vector.
@@ -95,12 +103,18 @@ def read_preconditioner(
                     f"{type(optimizer).__name__} has no state yet for the parameter at position {index}. "
                     "Pass `gradients`, or read it after the first step."
                 )
-            state = _lone_step(optimizer, parameter, gradients[index], group)[1]
-        pieces.append(_denominator(optimizer, parameter, group, state) / rate)
+            state = _lone_step(optimizer, held(parameter.detach()), {}, gradients[index], group)[1]
+        pieces.append(_denominator(optimizer, held(parameter.detach()), group, _held(state, held)) / rate)
     return Preconditioner(_joined(pieces, parameters), type(optimizer).__name__, present, limits.pop())
 
 
-def optimizer_update(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+def optimizer_update(
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    held: Held = lambda tensor: tensor,
+) -> Tensor:
     """The direction u that the optimizer would step along: θ ← θ − ηu on its next step, if it met these gradients.
 
     The optimizer's own `step` says so, on a float64 copy of one parameter and its state at a time: momentum, bias
@@ -111,6 +125,7 @@ def optimizer_update(optimizer: Optimizer, parameters: Sequence[Tensor], gradien
         optimizer: SGD, Adam, AdamW or Adafactor, bare or inside accelerate's wrapper.
         parameters: The parameters, n entries in all.
         gradients: Shaped like `parameters`.
+        held: As for `read_preconditioner`.
 
     Returns:
         u, of shape (n,), for η the largest learning rate among the parameters' groups; where that is 0 (as at the
@@ -132,8 +147,9 @@ def optimizer_update(optimizer: Optimizer, parameters: Sequence[Tensor], gradien
     reference = present or 1.0
     pieces = []
     for parameter, gradient, group, rate in zip(parameters, gradients, groups, relative, strict=True):
-        after, _ = _lone_step(optimizer, parameter, gradient, {**group, "lr": rate * reference})
-        pieces.append((parameter.detach().double() - after) / reference)
+        before, state = held(parameter.detach()), _held(optimizer.state.get(parameter, {}), held)
+        after, _ = _lone_step(optimizer, before, state, gradient, {**group, "lr": rate * reference})
+        pieces.append((before.double() - after) / reference)
     return _joined(pieces, parameters)
 
 
@@ -183,13 +199,19 @@ class PreconditionedOperator(SymmetricOperator):
     """
 
     def __init__(self, operator: SymmetricOperator, diagonal: Tensor):
-        if diagonal.shape != (operator.size,):
+        if diagonal.shape != (len(operator.rows),):
             raise ValueError(f"`diagonal` has shape {tuple(diagonal.shape)}, the operator size {operator.size}.")
         if not (diagonal > 0).all():
             raise ValueError("`diagonal` has an entry that is not positive.")
         self._operator = operator
         self._scale = diagonal.to(device=operator.device, dtype=operator.dtype).rsqrt()[:, None]
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.ranks = operator.ranks
+
+    @property
+    def rows(self) -> Rows:
+        """As those of A."""
+        return self._operator.rows
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """`P^-½ A P^-½ V` for the columns of V, of shape (n, k)."""
@@ -260,32 +282,29 @@ def _denominator(optimizer: Optimizer, parameter: Tensor, group: Group, state: d
 
 @torch.no_grad()
 def _lone_step(
-    optimizer: Optimizer, parameter: Tensor, gradient: Tensor, group: Group
+    optimizer: Optimizer, parameter: Tensor, state: dict[str, Any], gradient: Tensor, group: Group
 ) -> tuple[Tensor, dict[str, Any]]:
     """One step of the optimizer on float64 copies of one parameter and its state: both as they are after it.
 
     The supported optimizers treat each parameter by itself, so one at a time is the same and needs little memory.
     """
-    copy = parameter.detach().to(torch.float64, copy=True)
+    copy = parameter.to(torch.float64, copy=True)
     copy.grad = gradient.detach().to(copy)
     alone: Optimizer = object.__new__(type(optimizer))
     alone.__setstate__(
         {
             "defaults": dict(optimizer.defaults),
             "param_groups": [{**group, "params": [copy], "foreach": False, "fused": False}],
-            "state": defaultdict(dict, {copy: _copied(optimizer.state.get(parameter, {}))}),
+            "state": defaultdict(dict, {copy: _held(state, lambda tensor: tensor.to(torch.float64, copy=True))}),
         }
     )
     alone.step()
     return copy, alone.state[copy]
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state with its tensors in float64."""
-    return {
-        name: value.to(torch.float64, copy=True) if isinstance(value, Tensor) else value
-        for name, value in state.items()
-    }
+def _held(state: dict[str, Any], held: Held) -> dict[str, Any]:
+    """A parameter's state with other tensors in the place of its own."""
+    return {name: held(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def _joined(pieces: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:

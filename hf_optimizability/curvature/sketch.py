@@ -192,6 +192,6 @@ def _trace(
     operator = matrix()
     if vectors is None or options["max_hvps"] < len(vectors) + MIN_PROBES:
         return hutchinson(operator, segments, **options)
-    deflation = Deflation(vectors, operator.matmat(vectors.T).T)
+    deflation = Deflation(vectors, operator.matmat(vectors.T).T, operator.rows.ranks)
     options["max_hvps"] -= len(vectors)
     return hutchinson(operator, segments, deflation=deflation, **options)

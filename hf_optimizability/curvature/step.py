@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .operators import SumOfLosses
+from .ranks import ALONE, Ranks
 from .vectors import dot
 
 
@@ -37,12 +38,13 @@ class QuadraticModel:
     predicted_decrease: float | None
 
 
-def quadratic_model(gradient: Tensor, product: Tensor) -> QuadraticModel:
+def quadratic_model(gradient: Tensor, product: Tensor, ranks: Ranks = ALONE) -> QuadraticModel:
     """The quadratic model of the loss along −g (Nocedal & Wright, Numerical Optimization, chapter 4.1).
 
     Args:
         gradient: g, of shape (n,).
         product: Hg, of shape (n,).
+        ranks: The processes that hold the n rows between them.
 
     Example:
         >>> gradient, product = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 3.0])  # H = diag(1, 3)
@@ -50,7 +52,7 @@ def quadratic_model(gradient: Tensor, product: Tensor) -> QuadraticModel:
         >>> model.curvature, model.best_step, model.predicted_decrease
         (4.0, 0.5, 0.5)
     """
-    squared, curvature = dot(gradient, gradient), dot(gradient, product)
+    squared, curvature = dot(gradient, gradient, ranks), dot(gradient, product, ranks)
     if curvature <= 0:
         return QuadraticModel(squared, curvature, None, None)
     best_step = squared / curvature
@@ -129,7 +131,7 @@ def critical_learning_rate(
 
 
 @contextmanager
-def loss_along(objective: SumOfLosses, update: Tensor) -> Iterator[Callable[[float], float]]:
+def loss_along(objective: SumOfLosses, update: Tensor, *, ranks: Ranks = ALONE) -> Iterator[Callable[[float], float]]:
     """Gives the mean loss at θ − ηu as a function of η; puts the weights back bit for bit at the end.
 
     The weights are moved in place, without gradients, and come back from a saved copy also where the loss raises.
@@ -138,6 +140,7 @@ def loss_along(objective: SumOfLosses, update: Tensor) -> Iterator[Callable[[flo
     Args:
         objective: The loss, in parts.
         update: u, of shape (n,), in the order of the objective's parameters.
+        ranks: The processes that share the parts.
 
     Example:
         >>> class Parabola:
@@ -160,7 +163,8 @@ def loss_along(objective: SumOfLosses, update: Tensor) -> Iterator[Callable[[flo
         for part, count in objective.losses():
             total += float(part)
             items += count
-        return total / items
+        totals, counts = zip(*ranks.gather([(total, items)]), strict=True)
+        return sum(totals) / sum(counts)
 
     try:
         yield loss

@@ -18,7 +18,7 @@ from torch import Tensor
 from .estimates import Estimate
 from .jackknife import jackknife
 from .operators import SymmetricOperator
-from .vectors import rademacher, segment_sums
+from .ranks import ALONE, Ranks
 
 
 MIN_PROBES = 8
@@ -63,19 +63,21 @@ class Deflation:
         vectors: Q: orthonormal rows, of shape (k, n). They must not depend on the probes: a Krylov basis grown from a
             probe contains it.
         products: The rows A q, of shape (k, n).
+        ranks: The processes that hold the n columns between them.
     """
 
     vectors: Tensor
     products: Tensor
+    ranks: Ranks = ALONE
 
     def reduce(self, probes: Tensor, products: Tensor) -> Tensor:
         """`PAPv` for rows v, from their products Av; written over `products`."""
-        products.addmm_(probes @ self.vectors.T, self.products, alpha=-1)
-        return products.addmm_(products @ self.vectors.T, self.vectors, alpha=-1)
+        products.addmm_(self.ranks.sum(probes @ self.vectors.T), self.products, alpha=-1)
+        return products.addmm_(self.ranks.sum(products @ self.vectors.T), self.vectors, alpha=-1)
 
     def extend(self, vectors: Tensor, products: Tensor) -> Deflation:
         """A larger subspace; the new rows must be orthonormal, and orthogonal to those it has."""
-        return Deflation(torch.cat([self.vectors, vectors]), torch.cat([self.products, products]))
+        return Deflation(torch.cat([self.vectors, vectors]), torch.cat([self.products, products]), self.ranks)
 
     def traces(self, segments: Segments) -> tuple[np.ndarray, float]:
         """The trace of A − PAP by segment, and `‖A − PAP‖_F²`, by which `‖A‖_F²` exceeds `‖PAP‖_F²`.
@@ -83,14 +85,15 @@ class Deflation:
         The diagonal is `2 Σ q ⊙ Aq − Σ h_ij q_i ⊙ q_j` with H = Q A Qᵀ.
         """
         size, both = len(self.vectors), [self.vectors, self.products]
-        gram = gram_matrices(both, both, segments)
+        gram = gram_matrices(both, both, segments, self.ranks)
         inner = symmetric(gram[:, :size, size:].sum(0))
         traces = 2 * np.trace(gram[:, :size, size:], axis1=1, axis2=2) - np.tensordot(gram[:, :size, :size], inner)
         return traces, float(2 * np.trace(gram[:, size:, size:].sum(0)) - (inner**2).sum())
 
     def diagonal(self) -> Tensor:
         """The diagonal of A − PAP, of shape (n,)."""
-        inner = torch.from_numpy(symmetric(gram_matrices([self.vectors], [self.products]).sum(0))).to(self.vectors)
+        gram = gram_matrices([self.vectors], [self.products], ranks=self.ranks).sum(0)
+        inner = torch.from_numpy(symmetric(gram)).to(self.vectors)
         diagonal = torch.empty_like(self.vectors[0])
         chunks = (matrix.split(_CHUNK, dim=-1) for matrix in (self.vectors, self.products))
         for place, vectors, products in zip(diagonal.split(_CHUNK), *chunks, strict=True):
@@ -197,9 +200,12 @@ def hutchplusplus(
         probes = min(2 * rest / target**2, left) if target > 0 else left
         if probes <= MIN_PROBES or rest == 0:  # then the sketch stays what it has been so far: the first probes
             break
-        vectors = orthonormalize(remainder, [] if deflation is None else [deflation.vectors])
+        vectors = orthonormalize(remainder, [] if deflation is None else [deflation.vectors], operator.rows.ranks)
         products = operator.matmat(vectors.T).T
-        deflation = Deflation(vectors, products) if deflation is None else deflation.extend(vectors, products)
+        if deflation is None:
+            deflation = Deflation(vectors, products, operator.rows.ranks)
+        else:
+            deflation = deflation.extend(vectors, products)
         grown = Tally(operator, segments, deflation, parts=parts, hvps=tally.hvps + len(vectors))
         gain = grown.exact_squared - tally.exact_squared
         tally = grown
@@ -285,7 +291,7 @@ class Tally:
         self.samples: list[np.ndarray] = []
         self.squares: list[np.ndarray] = []
         self.pairs: list[float] = []
-        self.terms = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
+        self.terms = torch.zeros(len(operator.rows), dtype=operator.dtype, device=operator.device)
         self._segments = segments
         self._deflation = deflation
 
@@ -298,7 +304,7 @@ class Tally:
         """Counts in probes and their products with A, which are overwritten by those with PAP."""
         if self._deflation is not None:
             products = self._deflation.reduce(probes, products)
-        gram = gram_matrices([products], [products, probes], self._segments)
+        gram = gram_matrices([products], [products, probes], self._segments, self.operator.rows.ranks)
         squares, samples = np.split(gram, 2, axis=2)
         self.samples += list(np.diagonal(samples, axis1=1, axis2=2).T)
         self.squares += list(np.diagonal(squares, axis1=1, axis2=2).T)
@@ -316,8 +322,9 @@ class Tally:
         number = len(self.samples)
         # Over the probes, the sample variances of the terms of each segment add up to
         # (m Σ ‖PAPv‖² − ‖Σ v ⊙ PAPv‖²) / (m (m − 1)), since v ⊙ v = 1.
-        terms = gram_matrices([self.terms[None]], [self.terms[None]], self._segments)[:, 0, 0]
-        spreads = (number * np.sum(self.squares, axis=0) - terms) / (number * (number - 1))
+        terms = [self.terms[None]]
+        squared_sums = gram_matrices(terms, terms, self._segments, self.operator.rows.ranks)[:, 0, 0]
+        spreads = (number * np.sum(self.squares, axis=0) - squared_sums) / (number * (number - 1))
         return trace_result(
             self.exact + self.samples,
             np.maximum(spreads, 0),
@@ -359,16 +366,10 @@ class PartTraces:
         self._forms: list[np.ndarray] = []  # vᵀA_p v of each product, of shape (parts, segments)
 
     def multiply(self, operator: SymmetricOperator, probes: Tensor) -> Tensor:
-        """The rows Av for rows v, whose entries are ±1 or 0. Memory: the product with one part besides."""
-        total = torch.zeros_like(probes)
-        forms, self.items = [], []
-        for products, items in operator.matmat_by_part(probes.T):
-            rows = products.T
-            forms.append([segment_sums(v * row, self._segments) for v, row in zip(probes, rows, strict=True)])
-            total.add_(rows, alpha=items)
-            self.items.append(items)
-        self._forms += list(np.array(forms).swapaxes(0, 1))
-        return total.div_(sum(self.items))
+        """The rows Av for rows v, whose entries are ±1 or 0."""
+        products, forms, self.items = operator.matmat_by_part(probes.T, self._segments)
+        self._forms += list(forms.swapaxes(0, 1))
+        return products.T
 
     def sums(self) -> np.ndarray:
         """Sum of `v_sᵀ(A_p v)_s` over the probes, of shape (parts, segments)."""
@@ -457,7 +458,7 @@ def trace_result(
     return TraceResult(total, segments, frobenius_squared)
 
 
-def orthonormalize(rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
+def orthonormalize(rows: Tensor, bases: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
     """Orthonormal rows that span what `rows` add to the span of `bases`, whose rows are orthonormal.
 
     Twice: removes the bases, then whitens by the eigenvectors of the Gram matrix (Stathopoulos & Wu 2002), which needs
@@ -465,10 +466,10 @@ def orthonormalize(rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
     """
     smallest = max(10 * torch.finfo(rows.dtype).eps, 1e-7)
     for _ in range(2):
-        largest = torch.linalg.vector_norm(rows, dim=1).max()
+        largest = ranks.sum(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()).max().sqrt()
         for basis in bases:
-            rows = torch.addmm(rows, rows @ basis.T, basis, alpha=-1)
-        values, vectors = np.linalg.eigh(gram_matrices([rows], [rows]).sum(0))
+            rows = torch.addmm(rows, ranks.sum(rows @ basis.T), basis, alpha=-1)
+        values, vectors = np.linalg.eigh(gram_matrices([rows], [rows], ranks=ranks).sum(0))
         keep = values > (smallest * float(largest)) ** 2
         if not keep.any():
             return rows[:0]
@@ -476,7 +477,9 @@ def orthonormalize(rows: Tensor, bases: Sequence[Tensor]) -> Tensor:
     return rows
 
 
-def gram_matrices(x: Sequence[Tensor], y: Sequence[Tensor], segments: Segments = ((slice(None),),)) -> np.ndarray:
+def gram_matrices(
+    x: Sequence[Tensor], y: Sequence[Tensor], segments: Segments = ((slice(None),),), ranks: Ranks = ALONE
+) -> np.ndarray:
     """X_s Y_sᵀ in float64 for the columns of each segment s, where X and Y are blocks of rows on one another."""
     grams = []
     for segment in segments:
@@ -489,7 +492,7 @@ def gram_matrices(x: Sequence[Tensor], y: Sequence[Tensor], segments: Segments =
                 right = left if y is x else torch.cat([rows[:, columns].double() for rows in y])
                 gram.addmm_(left, right.T)
         grams.append(gram)
-    return torch.stack(grams).cpu().numpy()
+    return ranks.sum(torch.stack(grams)).cpu().numpy()
 
 
 def symmetric(matrix: np.ndarray) -> np.ndarray:
@@ -511,16 +514,14 @@ def student_quantile(number: int) -> float:
 
 def sign_rows(operator: SymmetricOperator, number: int, generator: torch.Generator) -> Tensor:
     """Rademacher vectors as rows."""
-    rows = torch.empty(number, operator.size, dtype=operator.dtype, device=operator.device)
-    for row in rows:
-        row.copy_(rademacher(operator.size, generator=generator, dtype=operator.dtype, device=operator.device))
-    return rows
+    probes = torch.empty(number, len(operator.rows), dtype=operator.dtype, device=operator.device)
+    for probe in probes:
+        probe.copy_(operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device))
+    return probes
 
 
 def _unit_vectors(operator: SymmetricOperator) -> Iterator[Tensor]:
     """All unit vectors as the rows of matrices of at most `LOCKSTEP` rows."""
     for first in range(0, operator.size, LOCKSTEP):
-        number = min(LOCKSTEP, operator.size - first)
-        rows = torch.zeros(number, operator.size, dtype=operator.dtype, device=operator.device)
-        rows[range(number), range(first, first + number)] = 1
-        yield rows
+        indices = range(first, min(first + LOCKSTEP, operator.size))
+        yield torch.stack([operator.rows.unit(i, dtype=operator.dtype, device=operator.device) for i in indices])

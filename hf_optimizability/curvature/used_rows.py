@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .operators import SumOfLosses
+from .ranks import ALONE, Ranks
 
 
 class LossesOfAModel(SumOfLosses, Protocol):
@@ -26,7 +27,7 @@ class LossesOfAModel(SumOfLosses, Protocol):
 
 
 @contextmanager
-def used_rows(objective: LossesOfAModel) -> Iterator[int]:
+def used_rows(objective: LossesOfAModel, *, ranks: Ranks = ALONE) -> Iterator[int]:
     """Puts compact weights, of the rows that are looked up, in the place of embedding weights; and the originals back.
 
     Inside, the objective's loss is the same and its variables are fewer, in the same order: its Hessian is the one
@@ -39,6 +40,7 @@ def used_rows(objective: LossesOfAModel) -> Iterator[int]:
 
     Args:
         objective: The loss; its `parameters` must be read from the model each time.
+        ranks: The processes that share the parts; all leave out the same rows.
 
     Yields:
         The number of parameters left out.
@@ -59,36 +61,40 @@ def used_rows(objective: LossesOfAModel) -> Iterator[int]:
     """
     with ExitStack() as stack:
         left_out = 0
-        for embedding, rows in _looked_up(objective).items():
+        for embedding, rows in _looked_up(objective, ranks).items():
             left_out += (embedding.num_embeddings - len(rows)) * embedding.embedding_dim
             stack.enter_context(_compact(embedding, rows))
         yield left_out
 
 
-def _looked_up(objective: LossesOfAModel) -> dict[nn.Embedding, Tensor]:
+def _looked_up(objective: LossesOfAModel, ranks: Ranks) -> dict[nn.Embedding, Tensor]:
     """The embeddings that can be compacted, and the rows that they look up, ascending."""
     lookups: dict[nn.Embedding, list[tuple[Tensor, Any]]] = {}
-    rows: dict[nn.Embedding, list[Tensor]] = {embedding: [] for embedding in _candidates(objective)}
-    if not rows:
+    used = {
+        embedding: torch.zeros(embedding.num_embeddings, dtype=torch.int32, device=embedding.weight.device)
+        for embedding in _candidates(objective)
+    }
+    if not used:
         return {}
 
     def record(module: nn.Embedding, args: Any, kwargs: Any, output: Tensor) -> None:
         lookups.setdefault(module, []).append((_ids(args, kwargs), output.grad_fn))
 
     with ExitStack() as stack:
-        for embedding in rows:
+        for embedding in used:
             stack.enter_context(embedding.register_forward_hook(record, with_kwargs=True))
         for loss, _ in objective.losses():
-            users = _users(loss, [embedding.weight for embedding in rows])
-            for embedding in list(rows):
+            users = _users(loss, [embedding.weight for embedding in used])
+            for embedding, times in used.items():
                 found = lookups.pop(embedding, [])
                 nodes = {node for _, node in found}
                 # Without a graph (`None`), as under reentrant checkpointing, other uses would be hidden as well.
                 if None in nodes or not users[embedding.weight] <= nodes:
-                    del rows[embedding]
-                else:
-                    rows[embedding] += [ids.unique() for ids, _ in found]
-    return {embedding: torch.cat(ids).unique() for embedding, ids in rows.items() if ids}
+                    times += 1
+                for ids, _ in found:
+                    times[ids.unique()] += 1
+    ranks.sum_each(list(used.values()))
+    return {embedding: times.nonzero()[:, 0] for embedding, times in used.items() if times.any() and not times.all()}
 
 
 def _candidates(objective: LossesOfAModel) -> Iterator[nn.Embedding]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic on long vectors: random probes, and dot products that stay exact enough for a verdict."""
+"""Arithmetic on long vectors: dot products that stay exact enough for a verdict."""
 
 from __future__ import annotations
 
@@ -9,24 +9,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .ranks import ALONE, Ranks
+
 
 _CHUNK = 1 << 20  # keeps the float64 copies of a dot product at 8 MB, however long the vectors
 
 
-def dot(x: Tensor, y: Tensor) -> float:
+def dot(x: Tensor, y: Tensor, ranks: Ranks = ALONE) -> float:
     """`x · y`, accumulated in float64 whatever the dtype of the vectors.
+
+    Args:
+        x: The rows of x that are here.
+        y: The rows of y that are here.
+        ranks: The processes that hold all rows between them.
 
     Example:
         >>> dot(torch.full((3,), 1e4), torch.full((3,), 1e4))
         300000000.0
     """
     chunks = zip(x.split(_CHUNK), y.split(_CHUNK), strict=True)
-    return float(sum(torch.dot(a.double(), b.double()) for a, b in chunks))
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for a, b in chunks:
+        total += torch.dot(a.double(), b.double())
+    return float(ranks.sum(total))
 
 
-def norm(x: Tensor) -> float:
-    """2-norm of `x`, accumulated in float64."""
-    return math.sqrt(dot(x, x))
+def norm(x: Tensor, ranks: Ranks = ALONE) -> float:
+    """2-norm of `x`, accumulated in float64; of the rows on all ranks."""
+    return math.sqrt(dot(x, x, ranks))
 
 
 def segment_sums(x: Tensor, segments: Sequence[Sequence[slice]]) -> list[float]:
@@ -37,9 +47,3 @@ def segment_sums(x: Tensor, segments: Sequence[Sequence[slice]]) -> list[float]:
         [6.0, 9.0]
     """
     return [float(sum(x[part].sum(dtype=torch.float64) for part in segment)) for segment in segments]
-
-
-def rademacher(size: int, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A vector of independent signs ±1, drawn on the CPU so that every device and rank draws the same one."""
-    signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8)
-    return signs.to(device=device, dtype=dtype).mul_(2).sub_(1)

@@ -65,11 +65,11 @@ def xtrace(
     while True:
         probes = sign_rows(operator, min(LOCKSTEP, (max_hvps - hvps) // 2), generator)
         products = parts.multiply(operator, probes)
-        vectors = orthonormalize(products, rows[0::3])
+        vectors = orthonormalize(products, rows[0::3], operator.rows.ranks)
         hvps += len(probes) + len(vectors)
         new = [vectors, operator.matmat(vectors.T).T if len(vectors) else vectors, probes.to(torch.int8)]
         rows += new
-        border = gram_matrices(rows, new, segments)
+        border = gram_matrices(rows, new, segments, operator.rows.ranks)
         gram = np.block([[gram, border[:, : gram.shape[1]]], [border.swapaxes(1, 2)]])
         owner = np.repeat(np.arange(len(rows)) % 3, [len(block) for block in rows])
         q, z, w = (np.flatnonzero(owner == kind) for kind in range(3))

@@ -49,8 +49,8 @@ NEAR = 3.0
 """Factor between a learning rate and the limit within which it is near."""
 
 FAR_BELOW = 10.0
-"""Factor below the limit from which a rate whose loss did not get far is too low: in sweeps this was found at a sixteenth
-of the best rate only, never at the best or above (measured: benchmarks/advice.py)."""
+"""Factor below the limit from which a rate whose loss did not get far is too low: in sweeps this was found at a
+sixteenth of the best rate only, never at the best or above (measured: benchmarks/advice.py)."""
 
 LIMIT_SOURCE = "Cohen et al., arXiv 2103.00065 and 2207.14484; what the limit is worth: benchmarks/advice.py"
 

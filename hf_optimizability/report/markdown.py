@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from textwrap import shorten
 from typing import Any
 
@@ -18,15 +18,24 @@ from ..measurement import Measurement
 from .report import OptimizabilityReport
 
 
+CARD_FOLDER = "optimizability"
+"""Where a repository of a model keeps its report."""
+
+CARD_PLOTS = ("loss", "curvature")
+"""The plots that a model card shows."""
+
 MISSING = "–"
 NOT_CONVERGED = "†"
 
 ALT_TEXTS = {
     "loss": "Loss over optimizer steps: training log, evaluations and probe set.",
+    "stability_margin": "Sharpness against its stability limit, learning rate against the critical one, over steps.",
     "gradient_norm": "Gradient norm over optimizer steps, in all and by block, on a logarithmic scale.",
+    "noise_scale": "Gradient noise scale with its 95 % interval over steps, against the items in a batch.",
     "curvature": "Hessian trace and extreme eigenvalues over optimizer steps, with error bars.",
+    "density": "Spectral density of the first and the last measurement, on a logarithmic scale.",
     "ritz_values": "Ritz values of the last measurement with their quadrature weights.",
-    "blocks": "Heat maps of trace share and relative gradient norm, block by step.",
+    "blocks": "Heat maps of trace and relative gradient norm, block by step.",
 }
 
 # A backslash where every dialect of Markdown takes one, an entity elsewhere. What matters only at the start of a line
@@ -65,6 +74,43 @@ def to_markdown(report: OptimizabilityReport, *, plots: Sequence[str] = ()) -> s
         shares=trace_shares(report.measurements[-1]) if report.measurements else {},
     )
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def card_section(report: OptimizabilityReport, *, files: Collection[str] = ()) -> str:
+    """Renders the section of a model card: what was measured first and last, two plots, links to the whole report.
+
+    Args:
+        report: The report; any part of it may be empty.
+        files: Names of the report's files that lie in the folder `optimizability` beside the card.
+
+    Returns:
+        GitHub-flavoured Markdown that begins with the heading `## Optimizability`. Whatever came from outside is
+        escaped.
+
+    Example:
+        >>> report = OptimizabilityReport(model={"id": "org/name"}, task={"task": "fill-mask"})
+        >>> print(card_section(report, files=["report.json"]))
+        ## Optimizability
+        <BLANKLINE>
+        Nothing was measured of org/name on fill-mask.
+        <BLANKLINE>
+        Measured with hf-optimizability: [all numbers](optimizability/report.json).
+    """
+    links = {"report.md": "the full report", "report.html": "as a page to open", "report.json": "all numbers"}
+    text = (
+        _environment()
+        .get_template("card.md.jinja")
+        .render(
+            report=report,
+            title=_title(report),
+            ends=_ends(report.measurements),
+            folder=CARD_FOLDER,
+            plots=[name for name in CARD_PLOTS if f"{name}.png" in files],
+            alt_texts=ALT_TEXTS,
+            links={file: label for file, label in links.items() if file in files},
+        )
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def to_summary(report: OptimizabilityReport) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,19 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, Normalize
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 from PIL import Image
 
 from ..curvature.estimates import Estimate
+from ..curvature.step import CriticalLearningRate
 from ..measurement import PREFIX
-from .markdown import format_estimate, format_number, format_percent, one_line, trace_shares
+from .markdown import format_estimate, format_number, one_line
 from .report import OptimizabilityReport
+from .series import Points, batch_items, block_names, density_line, logged, measured_steps, stability_limits
 
 
 BLUE, VERMILLION, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "#888888"  # after Okabe and Ito
@@ -43,11 +46,12 @@ STYLE: Any = {
 NOT_CONVERGED = "not converged"
 
 
-def plot_all(report: OptimizabilityReport) -> dict[str, bytes]:
+def plot_all(report: OptimizabilityReport) -> dict[str, dict[str, bytes]]:
     """Draws every plot for which the report holds data.
 
     Returns:
-        PNG files by name: some of `loss`, `gradient_norm`, `curvature`, `ritz_values`, `blocks`.
+        `png` and `svg` files by name: some of `loss`, `stability_margin`, `gradient_norm`, `noise_scale`, `curvature`,
+        `density`, `ritz_values`, `blocks`.
 
     Example:
         >>> plot_all(OptimizabilityReport())
@@ -55,12 +59,15 @@ def plot_all(report: OptimizabilityReport) -> dict[str, bytes]:
     """
     figures = {
         "loss": plot_loss(report),
+        "stability_margin": plot_stability_margin(report),
         "gradient_norm": plot_gradient_norm(report),
+        "noise_scale": plot_noise_scale(report),
         "curvature": plot_curvature(report),
+        "density": plot_density(report),
         "ritz_values": plot_ritz_values(report),
         "blocks": plot_blocks(report),
     }
-    return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+    return {name: {"png": _png(figure), "svg": _svg(figure)} for name, figure in figures.items() if figure is not None}
 
 
 @matplotlib.rc_context(STYLE)
@@ -73,12 +80,63 @@ def plot_loss(report: OptimizabilityReport) -> Figure | None:
     figure = _figure(6.4, 3.6)
     axes = figure.subplots()
     losses = [measurement.loss for measurement in report.measurements]
-    _line(axes, *_logged(report, "loss"), color=BLUE, linewidth=1.3, label="training log")
-    _line(axes, *_logged(report, "eval_loss"), color=VERMILLION, marker="o", linewidth=0.8, label="evaluation")
-    _line(axes, _steps(report), losses, linestyle="", marker="D", fillstyle="none", label="probe set, eval mode")
+    _line(axes, *logged(report, "loss"), color=BLUE, linewidth=1.3, label="training log")
+    _line(axes, *logged(report, "eval_loss"), color=VERMILLION, marker="o", linewidth=0.8, label="evaluation")
+    _line(
+        axes, measured_steps(report), losses, linestyle="", marker="D", fillstyle="none", label="probe set, eval mode"
+    )
     if not axes.lines:
         return None
     axes.set_ylabel("loss")
+    _step_axis(axes)
+    _legend(axes)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_stability_margin(report: OptimizabilityReport) -> Figure | None:
+    """Draws the sharpness against its limit and, below it, the learning rate in use against the critical one.
+
+    Returns:
+        The figure, or `None` where no optimizer's step was measured.
+    """
+    measured = [(m.step, m.step_size) for m in report.measurements if m.step_size is not None]
+    if not measured:
+        return None
+    figure = _figure(6.4, 5.2)
+    upper, lower = figure.subplots(2, sharex=True)
+    steps, sizes = [step for step, _ in measured], [size for _, size in measured]
+    _error_bars(upper, steps, [size.sharpness for size in sizes], VERMILLION, "^", "sharpness ± residual")
+    _line(upper, *_sorted(stability_limits(report)), linestyle="--", label="stability limit at the learning rate")
+    _intervals(lower, steps, [size.critical for size in sizes], VERMILLION, "critical learning rate, with its bracket")
+    _line(lower, *logged(report, "learning_rate"), color=BLUE, label="learning rate in use")
+    for axes, label in ((upper, "sharpness"), (lower, "learning rate")):
+        axes.set_ylabel(label)
+        _log_scale(axes)
+        _legend(axes)
+    _step_axis(lower)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_noise_scale(report: OptimizabilityReport) -> Figure | None:
+    """Draws the gradient noise scale with its 95 % interval over steps, against the batch size.
+
+    Returns:
+        The figure, or `None` where no noise scale was measured.
+    """
+    measured = [(m.step, m.noise_scale) for m in report.measurements if m.noise_scale is not None]
+    if not measured:
+        return None
+    figure = _figure(6.4, 3.6)
+    axes = figure.subplots()
+    _intervals(
+        axes, [step for step, _ in measured], [scale for _, scale in measured], GREEN, "noise scale, 95 % interval"
+    )
+    if items := batch_items(report):
+        axes.axhline(items, color=BLACK, linestyle="--", label="items in a batch")
+    axes.set_ylabel("items (examples or labels)")
+    _log_scale(axes)
     _step_axis(axes)
     _legend(axes)
     return figure
@@ -93,22 +151,22 @@ def plot_gradient_norm(report: OptimizabilityReport) -> Figure | None:
     Returns:
         The figure, or `None` where no gradient norm is known.
     """
-    blocks = _blocks(report)
+    blocks = block_names(report)
     figure = _figure(7.2, max(4, 1 + 0.16 * len(blocks)))
     axes = figure.subplots()
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.93, len(blocks)))  # the last yellow is lost on white
     for block, color in zip(blocks, colors, strict=True):
-        steps, norms = _logged(report, f"{PREFIX}train_grad_norm/{block}")
+        steps, norms = logged(report, f"{PREFIX}train_grad_norm/{block}")
         _line(axes, steps, norms, color=color, linewidth=0.6)
         norms = [m.blocks[block].grad_norm if block in m.blocks else math.nan for m in report.measurements]
-        _line(axes, _steps(report), norms, color=color, linestyle="", marker="o", markersize=4)
-    _line(axes, *_logged(report, "grad_norm"), linewidth=1, label="all, training batches before clipping")
+        _line(axes, measured_steps(report), norms, color=color, linestyle="", marker="o", markersize=4)
+    _line(axes, *logged(report, "grad_norm"), linewidth=1, label="all, training batches before clipping")
     totals = [measurement.grad_norm for measurement in report.measurements]
-    _line(axes, _steps(report), totals, linestyle="", marker="D", fillstyle="none", label="all, probe set")
+    _line(axes, measured_steps(report), totals, linestyle="", marker="D", fillstyle="none", label="all, probe set")
     if not axes.lines:
         return None
-    # A logarithmic axis can't hold a run whose gradients are all zero.
-    axes.set(ylabel="gradient norm (2-norm)", yscale="log" if axes.dataLim.y1 > 0 else "linear")
+    axes.set_ylabel("gradient norm (2-norm)")
+    _log_scale(axes)
     _step_axis(axes)
     _legend(axes)
     if blocks:
@@ -129,7 +187,7 @@ def plot_curvature(report: OptimizabilityReport) -> Figure | None:
         return None
     figure = _figure(6.4, 5.2)
     upper, lower = figure.subplots(2, sharex=True)
-    steps, hessians = _steps(report), [measurement.hessian for measurement in report.measurements]
+    steps, hessians = measured_steps(report), [measurement.hessian for measurement in report.measurements]
     over_data = [(step, h.trace.value, h.trace.data_std_error) for step, h in zip(steps, hessians, strict=True)]
     if known := [point for point in over_data if point[2] is not None]:
         at, values, errors = zip(*known, strict=True)
@@ -146,6 +204,26 @@ def plot_curvature(report: OptimizabilityReport) -> Figure | None:
     _step_axis(lower)
     if len(steps) == 1:
         lower.set_xticks(steps)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_density(report: OptimizabilityReport) -> Figure | None:
+    """Draws the smoothed spectral density of the first and of the last measurement that has one.
+
+    Returns:
+        The figure, or `None` where none has.
+    """
+    known = [(m.step, m.hessian.density) for m in report.measurements if m.hessian.density is not None]
+    if not known:
+        return None
+    figure = _figure(6.4, 3.6)
+    axes = figure.subplots()
+    for (step, density), color, style in zip(known[:: max(1, len(known) - 1)], (BLUE, VERMILLION), "-:", strict=False):
+        _line(axes, *density_line(density), color=color, linestyle=style, linewidth=1.3, label=f"step {step:,}")
+    axes.set(xlabel="eigenvalue", ylabel="density (share per unit of eigenvalue)")
+    _log_scale(axes)
+    _legend(axes)
     return figure
 
 
@@ -181,29 +259,31 @@ def plot_ritz_values(report: OptimizabilityReport) -> Figure | None:
 
 @matplotlib.rc_context(STYLE)
 def plot_blocks(report: OptimizabilityReport) -> Figure | None:
-    """Draws two heat maps, block by measured step: trace shares, and gradient norms relative to the weights.
+    """Draws two heat maps, block by measured step: Hessian traces, and gradient norms relative to the weights.
 
     Returns:
         The figure, or `None` where nothing was measured.
     """
     if not report.measurements:
         return None
-    blocks = _blocks(report)
-    shares = np.full((len(blocks), len(report.measurements)), math.nan)
-    relative = shares.copy()
+    blocks = block_names(report)
+    traces = np.full((len(blocks), len(report.measurements)), math.nan)
+    relative = traces.copy()
     for column, measurement in enumerate(report.measurements):
-        for name, share in trace_shares(measurement).items():
-            row, block = blocks.index(name), measurement.blocks[name]
-            shares[row, column] = share
+        for name, block in measurement.blocks.items():
+            row = blocks.index(name)
+            traces[row, column] = block.trace.value
             relative[row, column] = block.grad_norm / block.weight_norm if block.weight_norm else math.nan
     figure = _figure(8.4, 1.4 + 0.2 * max(6, len(blocks)))
     left, right = figure.subplots(1, 2, sharey=True)
-    limit = np.abs(shares[np.isfinite(shares)]).max(initial=0.01)
-    _heat_map(left, _steps(report), shares, format_percent, cmap="RdBu_r", norm=Normalize(-limit, limit))
+    limit = np.abs(traces[np.isfinite(traces)]).max(initial=0) or 1.0
+    signed = SymLogNorm(limit / 30, vmin=-limit, vmax=limit)
+    _heat_map(left, measured_steps(report), traces, cmap="RdBu_r", norm=signed)
     positive = relative[np.isfinite(relative) & (relative > 0)]
-    norm = LogNorm(positive.min(), positive.max()) if positive.size else Normalize()
-    _heat_map(right, _steps(report), relative, partial(format_number, digits=2), cmap="viridis", norm=norm)
-    left.set_title("share of the trace")
+    norm = LogNorm(positive.min(), positive.max()) if positive.size else LogNorm(0.1, 1)
+    _heat_map(right, measured_steps(report), relative, cmap="viridis", norm=norm)
+    left.images[0].colorbar.set_ticks([-limit, -limit / 10, 0, limit / 10, limit])
+    left.set_title("Hessian trace")
     right.set_title("gradient norm / weight norm")
     left.set_yticks(range(len(blocks)), [_block_label(block) for block in blocks])
     return figure
@@ -227,20 +307,29 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _steps(report: OptimizabilityReport) -> list[int]:
-    """The steps of the measurements."""
-    return [measurement.step for measurement in report.measurements]
+def _svg(figure: Figure) -> bytes:
+    """The figure as an SVG file, the same for the same figure; letters as outlines, which need no font."""
+    figure.set_layout_engine("none")  # as it was laid out for the PNG
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "hf-optimizability", "svg.fonttype": "path"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    return buffer.getvalue()
 
 
-def _blocks(report: OptimizabilityReport) -> list[str]:
-    """Every block measured, in the model's order."""
-    return list(dict.fromkeys(name for measurement in report.measurements for name in measurement.blocks))
+def _log_scale(axes: Axes) -> None:
+    """Makes the vertical axis logarithmic, unless all data are zero, which it can't hold."""
+    if axes.dataLim.y1 > 0:
+        axes.set_yscale("log")
+        if axes.dataLim.minposy > 1e-3 and axes.dataLim.y1 < 1e5:  # 0.1 and 20, not 10⁻¹ and 2 × 10¹
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
 
 
-def _logged(report: OptimizabilityReport, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one key of the Trainer's log; a value JSON could not hold (`None`) is NaN."""
-    entries = [entry for entry in report.log_history if key in entry]
-    return [entry["step"] for entry in entries], [math.nan if entry[key] is None else entry[key] for entry in entries]
+def _sorted(points: Points) -> Points:
+    """The points from left to right."""
+    x, y = points
+    order = np.argsort(x, kind="stable")
+    return [x[i] for i in order], [y[i] for i in order]
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
@@ -259,17 +348,41 @@ def _error_bars(
     x, y = [step for step, _ in points], [estimate.value for _, estimate in points]
     errors = [estimate.error for _, estimate in points]
     axes.errorbar(x, y, errors, color=color, marker=marker, markersize=5, linewidth=0.9, capsize=3, label=label)
-    wide = [(step, estimate.value) for step, estimate in points if not estimate.converged]
-    if wide:
-        axes.plot(
-            *zip(*wide, strict=True), marker, color=color, markerfacecolor="white", label=NOT_CONVERGED, zorder=3
-        )
+    _hollow(axes, [(step, estimate.value) for step, estimate in points if not estimate.converged], color, marker)
 
 
-def _heat_map(
-    axes: Axes, steps: Sequence[int], values: np.ndarray, text: Callable[[float], str], **colors: Any
+def _intervals(
+    axes: Axes, steps: Sequence[int], values: Sequence[Estimate | CriticalLearningRate], color: str, label: str
 ) -> None:
-    """Fills axes with values, block by step, adds a colour bar and, where there is room, the values as `text`."""
+    """Adds values with their intervals; an arrow to the top stands for an end that is not known."""
+    known = [value.value if math.isfinite(value.value) else value.low for value in values]
+    below = [middle - max(value.low, 0) for middle, value in zip(known, values, strict=True)]
+    above = [
+        value.high - middle if math.isfinite(value.high) else 0 for middle, value in zip(known, values, strict=True)
+    ]
+    axes.errorbar(
+        steps, known, [below, above], color=color, marker="o", markersize=5, linewidth=0.9, capsize=3, label=label
+    )
+    for step, middle, value in zip(steps, known, values, strict=True):
+        if value.high == math.inf:
+            arrow = {"arrowstyle": "->", "color": color, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate(
+                "", (step, 1), (step, middle), xycoords=("data", "axes fraction"), textcoords="data", arrowprops=arrow
+            )
+    wide = [(s, middle) for s, middle, value in zip(steps, known, values, strict=True) if not value.converged]
+    _hollow(axes, wide, color, "o")
+
+
+def _hollow(axes: Axes, points: Sequence[tuple[int, float]], color: str, marker: str) -> None:
+    """Empties the markers of what did not converge."""
+    if points:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, marker, color=color, markerfacecolor="white", label=NOT_CONVERGED, zorder=3)
+
+
+def _heat_map(axes: Axes, steps: Sequence[int], values: np.ndarray, **colors: Any) -> None:
+    """Fills axes with values, block by step, adds a colour bar and, where there is room, the values as text."""
+    text = partial(format_number, digits=2)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **colors)
     axes.figure.colorbar(image, ax=axes, format=FuncFormatter(lambda value, _: text(value)))
     every = math.ceil(len(steps) / 8)

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import finite, write_atomically
 from ..measurement import Measurement, MeasurementFailure
+from .schema import SCHEMA_VERSION, parse, upgraded
 
 
 if TYPE_CHECKING:
     from .findings import Finding
-
-SCHEMA_VERSION = 1
-"""Version of the layout of `report.json`; raised when a reader of the old layout would misread the new one."""
 
 
 @dataclass
@@ -69,16 +67,12 @@ class OptimizabilityReport:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OptimizabilityReport:
-        """Rebuilds a report from `to_dict`.
+        """Rebuilds a report from `to_dict`, of this version of the package or an earlier one.
 
         Raises:
-            ValueError: If the data was written by a later version of this package.
+            ValueError: If the data was written by a later version of this package, or is damaged.
         """
-        if data["schema_version"] > SCHEMA_VERSION:
-            raise ValueError(
-                f"The report has schema version {data['schema_version']}, this package reads up to {SCHEMA_VERSION}. "
-                "Upgrade hf-optimizability to open it."
-            )
+        data = upgraded(data)
         measurements = [Measurement.from_dict(measurement) for measurement in data["measurements"]]
         failures = [MeasurementFailure(**failure) for failure in data["failures"]]
         held = {key: value for key, value in data.items() if key != "findings"}  # computed anew from the rest
@@ -95,7 +89,7 @@ class OptimizabilityReport:
         return path
 
     def save(self, folder: str | Path) -> Path:
-        """Writes `report.json`, `report.md` and the plots into `folder`, each file atomically.
+        """Writes `report.json`, `report.md`, `report.html` and the plots into `folder`, each file atomically.
 
         Returns:
             The path of `report.md`.
@@ -106,8 +100,10 @@ class OptimizabilityReport:
         folder = Path(folder)
         self.save_json(folder)
         plots = plot_all(self)
-        for name, png in plots.items():
-            write_atomically(folder / f"{name}.png", png)
+        for name, images in plots.items():
+            for kind, image in images.items():
+                write_atomically(folder / f"{name}.{kind}", image)
+        write_atomically(folder / "report.html", self.to_html().encode())
         path = folder / "report.md"
         write_atomically(path, to_markdown(self, plots=list(plots)).encode())
         return path
@@ -118,11 +114,21 @@ class OptimizabilityReport:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file was written by a later version of this package.
+            ValueError: If the file was written by a later version of this package, is damaged or is no report; the
+                message names the file, what is wrong and what to do.
         """
         path = Path(path)
         file = path / "report.json" if path.is_dir() else path
-        return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            return cls.from_dict(parse(file.read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{file} can't be read as a report. {error}") from None
+
+    def to_html(self) -> str:
+        """The report as one page that needs no other file and no network."""
+        from .html import to_html
+
+        return to_html(self)
 
     def summary(self) -> str:
         """The report in ten lines of plain text."""

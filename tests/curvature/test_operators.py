@@ -108,13 +108,14 @@ def test_no_graph_of_several_parts_is_kept():
 def test_products_by_part():
     losses = CountedLosses(*parts(3))
     operator = HessianOperator(losses)
-    eye = torch.eye(3, dtype=torch.float64)
-    found = [(product.clone(), items) for product, items in operator.matmat_by_part(eye)]
-    assert [items for _, items in found] == [2, 5, 1]
-    for (product, _), part in zip(found, losses.parts, strict=True):
-        assert torch.allclose(product, CountedLosses(part).dense(), rtol=1e-12)
-    mean = sum(product * items for product, items in found) / 8
-    assert torch.allclose(mean, operator.matmat(eye), rtol=1e-12)
+    vectors = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]], dtype=torch.float64)
+    product, forms, items = operator.matmat_by_part(vectors, [[slice(0, 1), slice(2, 3)], [slice(1, 2)]])
+    assert items == [2, 5, 1] and losses.passes == 3
+    assert torch.allclose(product, losses.dense() @ vectors, rtol=1e-12)
+    for found, part in zip(forms, losses.parts, strict=True):
+        terms = vectors * (CountedLosses(part).dense() @ vectors)
+        expected = torch.stack([terms[0] + terms[2], terms[1]], dim=1)
+        assert torch.allclose(torch.from_numpy(found), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -298,10 +298,13 @@ class Mean(SymmetricOperator):
     def matmat(self, vectors: Tensor) -> Tensor:
         return sum(n * (part @ vectors) for part, n in zip(self._parts, self._items, strict=True)) / sum(self._items)
 
-    def matmat_by_part(self, vectors: Tensor) -> Iterator[tuple[Tensor, int]]:
-        product = torch.empty_like(vectors)
-        for part, items in zip(self._parts, self._items, strict=True):
-            yield torch.mm(part, vectors, out=product), items  # overwritten when the next part comes
+    def matmat_by_part(
+        self, vectors: Tensor, segments: Sequence[Sequence[slice]]
+    ) -> tuple[Tensor, np.ndarray, list[int]]:
+        terms = [(vectors * (part @ vectors)).T for part in self._parts]
+        rows = [torch.cat([torch.arange(len(self._parts[0]))[piece] for piece in segment]) for segment in segments]
+        forms = np.array([[[float(row[index].sum()) for index in rows] for row in part] for part in terms])
+        return self.matmat(vectors), forms, list(self._items)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -139,8 +139,13 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
     ),
     (
         ill_scaled,
-        {"max_steps": 10, "learning_rate": 1e-6, "config": {"engine": "central_difference"}},
+        {"max_steps": 10, "learning_rate": 1e-6},
         {"central_differences_off"},
+    ),
+    (
+        partial(Perceptron, width=256),
+        {"max_steps": 30, "config": {"engine": "central_difference"}},
+        {"errors_wide", "central_differences_off"},
     ),
     (partial(Perceptron, layers=10, activation=nn.Sigmoid), {"max_steps": 10}, {"gradients_vanishing"}),
     (
@@ -148,7 +153,7 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
         {"train_dataset": digits(60, wrong=0.5), "learning_rate": 0.02, "eval_strategy": "steps", "eval_steps": 20},
         {"overfitting"},
     ),
-    (Perceptron, {"train_dataset": digits(1400, wrong=1.0), "max_steps": 30}, {"underfitting", "errors_wide"}),
+    (Perceptron, {"train_dataset": digits(1400, wrong=1.0), "max_steps": 30}, {"underfitting"}),
     (
         Perceptron,
         {"learning_rate": 0.05, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 5},
@@ -158,7 +163,7 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
         Perceptron,
         {
             "train_dataset": digits(400, wrong=0.8), "per_device_train_batch_size": 1, "max_steps": 8,
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-3, "config": {"probe_examples": 128},
         },
         {"batch_below_noise_scale"},
     ),

@@ -291,7 +291,7 @@ class TestMarkdown:
         text = (tmp_path / "report.md").read_text(encoding="utf-8")
         images = [token for token in parse(text) if token.type == "image"]
         assert {str(image.attrs["src"]) for image in images} == {path.name for path in tmp_path.glob("*.png")}
-        assert len(images) == 5
+        assert len(images) == 8
         assert "](gradient_norm.png)" in text  # an escaped address is not every renderer's fare
         assert all(image.content for image in images)
         assert "![" not in to_markdown(make_report())

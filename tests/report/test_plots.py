@@ -8,6 +8,7 @@ import io
 import math
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -23,9 +24,12 @@ from hf_optimizability.report.plots import (
     plot_all,
     plot_blocks,
     plot_curvature,
+    plot_density,
     plot_gradient_norm,
     plot_loss,
+    plot_noise_scale,
     plot_ritz_values,
+    plot_stability_margin,
 )
 
 from .example import make_measurement, make_report
@@ -33,7 +37,26 @@ from .example import make_measurement, make_report
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 
-NAMES = ["loss", "gradient_norm", "curvature", "ritz_values", "blocks"]
+NAMES = [
+    "loss",
+    "stability_margin",
+    "gradient_norm",
+    "noise_scale",
+    "curvature",
+    "density",
+    "ritz_values",
+    "blocks",
+]
+PLOTS = [
+    plot_loss,
+    plot_stability_margin,
+    plot_gradient_norm,
+    plot_noise_scale,
+    plot_curvature,
+    plot_density,
+    plot_ritz_values,
+    plot_blocks,
+]
 
 
 def line(axes: Axes, label: str) -> np.ndarray:
@@ -68,19 +91,26 @@ class TestAll:
         assert list(plot_all(report)) == names
 
     def test_large_reports_make_small_files_of_150_dpi(self):
-        for name, png in plot_all(make_report(20, blocks=30)).items():
-            image = Image.open(io.BytesIO(png))
+        for name, images in plot_all(make_report(20, blocks=30)).items():
+            image = Image.open(io.BytesIO(images["png"]))
             assert image.format == "PNG"
             assert image.info["dpi"] == pytest.approx((150, 150), rel=1e-3)
             assert 800 < image.width < 1500
-            assert len(png) < 150_000, name
+            assert len(images["png"]) < 150_000, name
+            assert len(images["svg"]) < 200_000, name
+
+    def test_svg_is_well_formed_and_the_same_each_time(self):
+        report = OptimizabilityReport(log_history=[{"loss": 1.0, "step": 1}])
+        once, again = (plot_all(report)["loss"]["svg"] for _ in range(2))
+        assert ElementTree.fromstring(once).tag == "{http://www.w3.org/2000/svg}svg"
+        assert once == again
 
     def test_leaves_matplotlib_as_it_was(self):
         before = dict(matplotlib.rcParams)
         plot_all(make_report(2, blocks=3))
         assert dict(matplotlib.rcParams) == before
 
-    @pytest.mark.parametrize("plot", [plot_loss, plot_gradient_norm, plot_curvature, plot_ritz_values, plot_blocks])
+    @pytest.mark.parametrize("plot", PLOTS)
     def test_does_not_depend_on_the_users_style(self, plot):
         report = make_report(2, blocks=3)
         expected = np.asarray(draw(plot(report)).buffer_rgba()).copy()
@@ -98,7 +128,7 @@ class TestAll:
         subprocess.run([sys.executable, "-c", code], check=True)
 
     @pytest.mark.parametrize(
-        "figure", [plot(make_report()) for plot in (plot_loss, plot_gradient_norm, plot_curvature)]
+        "figure", [plot(make_report()) for plot in PLOTS if plot not in (plot_ritz_values, plot_blocks)]
     )
     def test_legends_lie_outside_the_data_and_inside_the_figure(self, figure):
         renderer = draw(figure).get_renderer()
@@ -108,7 +138,7 @@ class TestAll:
             assert legend.x1 <= figure.bbox.x1
             assert legend.y1 <= figure.bbox.y1
 
-    @pytest.mark.parametrize("plot", [plot_loss, plot_gradient_norm, plot_curvature, plot_ritz_values, plot_blocks])
+    @pytest.mark.parametrize("plot", PLOTS)
     def test_every_axis_says_what_it_shows(self, plot):
         figure = plot(make_report())
         for axes in (axes for axes in figure.axes if axes.get_label() != "<colorbar>"):
@@ -154,6 +184,86 @@ class TestGradientNorm:
         report = dataclasses.replace(make_report(2), log_history=[])
         axes = plot_gradient_norm(report).axes[0]
         assert len(axes.lines) == 8 + 1
+
+
+class TestStabilityMargin:
+    def test_sharpness_stands_against_its_limit(self):
+        report = make_report()
+        upper, lower = plot_stability_margin(report).axes
+        sizes = [measurement.step_size for measurement in report.measurements]
+        points, _, (bars,) = error_bars(upper)["sharpness ± residual"].lines
+        assert points.get_ydata().tolist() == [size.sharpness.value for size in sizes]
+        ends = np.array(bars.get_segments())
+        np.testing.assert_allclose(ends[:, 1, 1] - ends[:, 0, 1], [2 * size.sharpness.residual for size in sizes])
+        assert line(upper, "stability limit at the learning rate")[:, 1] == pytest.approx(1.9e6)
+        logged = [(entry["step"], entry["learning_rate"]) for entry in report.log_history if "learning_rate" in entry]
+        assert line(lower, "learning rate in use").tolist() == [list(point) for point in logged]
+        (bars,) = error_bars(lower)["critical learning rate, with its bracket"].lines[2]
+        np.testing.assert_allclose(np.array(bars.get_segments())[:, :, 1], [[2.3e-4, 2.9e-4]] * 3)
+
+    def test_the_limit_follows_the_learning_rate(self):
+        report = make_report(2)  # limits of 1.9e6 at 2e-5 were measured at both ends
+        report.log_history = [{"step": 10, "learning_rate": 4e-5}, {"step": 20, "learning_rate": 0.0}]
+        points = line(plot_stability_margin(report).axes[0], "stability limit at the learning rate")
+        assert points.tolist() == [[0, 1.9e6], [10, pytest.approx(0.95e6)], [300, 1.9e6]]
+
+    def test_needs_an_optimizer(self):
+        [measurement] = make_report(1).measurements
+        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, step_size=None)])
+        assert plot_stability_margin(report) is None
+
+    def test_without_a_learning_rate_there_is_no_limit(self):
+        [measurement] = make_report(1).measurements
+        size = dataclasses.replace(measurement.step_size, learning_rate=0.0, limit=math.inf)
+        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, step_size=size)])
+        upper, _ = plot_stability_margin(report).axes
+        assert [text.get_text() for text in upper.get_legend().get_texts()] == ["sharpness ± residual"]
+
+
+class TestNoiseScale:
+    def test_bars_are_the_interval_and_an_arrow_where_it_is_open(self):
+        report = make_report()
+        report.training["per_device_train_batch_size"] = 8
+        report.training["gradient_accumulation_steps"] = 2
+        (axes,) = plot_noise_scale(report).axes
+        points, _, (bars,) = error_bars(axes)["noise scale, 95 % interval"].lines
+        assert points.get_ydata().tolist() == [35.2] * 3
+        np.testing.assert_allclose(np.array(bars.get_segments())[:, :, 1], [[20.1, 35.2], [20.1, 88.4], [20.1, 88.4]])
+        assert [note.xyann for note in axes.texts] == [(0, 35.2)]
+        assert line(axes, "not converged").tolist() == [[0, 35.2]]
+        assert set(line(axes, "items in a batch")[:, 1]) == {16}
+
+    def test_a_batch_of_sequences_holds_many_labels(self):
+        report = make_report(2)
+        report.training["per_device_train_batch_size"] = 8
+        report.data["probe_items"] = 50 * report.data["probe_examples"]
+        assert set(line(plot_noise_scale(report).axes[0], "items in a batch")[:, 1]) == {400}
+
+
+class TestDensity:
+    def test_lines_are_the_densities_without_the_tails_of_the_kernel(self):
+        report = make_report()
+        (axes,) = plot_density(report).axes
+        for measurement in (report.measurements[0], report.measurements[-1]):
+            density = measurement.hessian.density
+            grid, drawn = line(axes, f"step {measurement.step}").T
+            np.testing.assert_array_equal(grid, density.grid)
+            kept = np.isfinite(drawn)
+            np.testing.assert_array_equal(drawn[kept], np.array(density.density)[kept])
+            step = density.grid[1] - density.grid[0]
+            assert drawn[kept].sum() * step == pytest.approx(1, abs=1e-6)
+            single = 1 / 22_713_986 / (density.width * math.sqrt(2 * math.pi))
+            assert 0.01 * single <= drawn[kept].min() < single
+
+    def test_one_measurement_draws_one_line(self):
+        (axes,) = plot_density(make_report(1)).axes
+        assert len(axes.lines) == 1
+
+    def test_power_iteration_has_none(self):
+        [measurement] = make_report(1).measurements
+        hessian = dataclasses.replace(measurement.hessian, density=None)
+        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, hessian=hessian)])
+        assert plot_density(report) is None
 
 
 class TestCurvature:
@@ -234,14 +344,13 @@ class TestRitzValues:
 
 
 class TestBlocks:
-    def test_maps_hold_the_shares_and_relative_norms(self):
+    def test_maps_hold_the_traces_and_relative_norms(self):
         report = make_report(3, blocks=4)
         left, right = plot_blocks(report).axes[:2]
-        shares, relative = left.images[0].get_array(), right.images[0].get_array()
+        traces, relative = left.images[0].get_array(), right.images[0].get_array()
         for column, measurement in enumerate(report.measurements):
-            total = sum(abs(block.trace.value) for block in measurement.blocks.values())
             for row, block in enumerate(measurement.blocks.values()):
-                assert shares[row, column] == pytest.approx(block.trace.value / total)
+                assert traces[row, column] == block.trace.value
                 assert relative[row, column] == pytest.approx(block.grad_norm / block.weight_norm)
         assert [label.get_text() for label in left.get_yticklabels()] == ["embeddings", "layer.0", "layer.1", "head"]
         assert [label.get_text() for label in left.get_xticklabels()] == ["0", "150", "300"]

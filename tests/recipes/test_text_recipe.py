@@ -10,32 +10,19 @@ from pathlib import Path
 
 import pytest
 import text_classification
-import tiny_models
 import torch
-from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
-
-
-WORDS = ["good", "bad", "film", "a", "the", "very"]
-SENTENCES = [f"{WORDS[i % 3]} {WORDS[i % 4]} {WORDS[i % 5]}" for i in range(16)]
-LABELS = ["good" if i % 3 else "bad" for i in range(16)]
+from tiny_texts import LABELS, SENTENCES, save_checkpoint, save_data
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {word: number for number, word in enumerate(specials + WORDS)}
-    folder = tmp_path / "tiny-bert"
-    tiny_models.bert(vocab_size=len(vocabulary)).save_pretrained(folder)
-    BertTokenizer(vocab=vocabulary).save_pretrained(folder)
-    return str(folder)
+    return save_checkpoint(tmp_path / "tiny-bert")
 
 
 @pytest.fixture
 def train_file(tmp_path: Path) -> str:
-    path = tmp_path / "train.parquet"
-    Dataset.from_dict({"sentence": SENTENCES, "label": LABELS}).to_parquet(path)
-    return str(path)
+    return save_data(tmp_path / "train.parquet")
 
 
 def test_a_run_ends_with_checkpoint_metrics_card_and_report(
@@ -83,26 +70,19 @@ def test_flags_on_the_command_line(
     assert report["config"]["max_hvps"] == 16
 
 
-def test_pairs_of_sentences_are_joined_and_cut() -> None:
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(specials + WORDS)})
-    pairs = Dataset.from_dict({"premise": ["good film"], "hypothesis": ["a very bad film"], "label": [1]})
-    args = text_classification.DataArguments(train_file="pairs.csv", max_seq_length=8)
-    columns = text_classification.text_columns(pairs, args)
-    tokens = text_classification.tokenize(pairs, tokenizer, columns, args)[0]
-    read = [tokenizer.convert_ids_to_tokens(number) for number in tokens["input_ids"]]
-    assert read == ["[CLS]", "good", "film", "[SEP]", "a", "very", "bad", "[SEP]"]
-    assert tokens["labels"] == 1
-
-
-@pytest.mark.parametrize("columns", [None, ["sentense"], ["a", "b", "c"]])
-def test_text_that_cant_be_told_fails_by_name(columns: list[str] | None) -> None:
-    examples = Dataset.from_dict({"a": ["x"], "b": ["x"], "c": ["x"]})
-    args = text_classification.DataArguments(train_file="a.csv", text_column_name=columns)
-    with pytest.raises(ValueError, match=r"one or two of \['a', 'b', 'c'\] as --text_column_name"):
-        text_classification.text_columns(examples, args)
-
-
 def test_an_unknown_argument_fails_by_name(run_recipe: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match="learning_rat"):
         run_recipe(text_classification, model_name_or_path="m", train_file="a.csv", learning_rat=1.0)
+
+
+def test_code_that_comes_with_a_checkpoint_runs_only_on_request(
+    tmp_path: Path, train_file: str, run_recipe: Callable[..., Path]
+) -> None:
+    model = tmp_path / "stranger"
+    model.mkdir()
+    settings = {"model_type": "stranger", "auto_map": {"AutoConfig": "code.StrangerConfig"}}
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="contains custom code which must be executed"):
+        run_recipe(text_classification, model_name_or_path=str(model), train_file=train_file)
+    assert not (tmp_path / "ran").exists()

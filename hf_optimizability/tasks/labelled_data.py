@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a data set's name, files or folders to labelled training and validation splits, for both recipes."""
+"""From a data set's name, files or folders to labelled training and validation splits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from transformers import PreTrainedConfig
+
+from .checkpoint import label2id, loading, same_classes
 
 
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -64,6 +67,17 @@ class LabelledDataArguments:
                 )
         self.loader()
 
+    @property
+    def source(self) -> str:
+        """The name, file or folder of the training data."""
+        return next(vars(self)[name] for name in self.SOURCES if vars(self)[name] is not None)
+
+    @property
+    def public_name(self) -> str:
+        """What a model card may call the data: its name on the Hub, or the last part of a local path."""
+        on_the_hub = self.source == self.dataset_name and not Path(self.source).exists()
+        return self.source if on_the_hub else Path(self.source).name
+
     def loader(self) -> tuple[str, dict[str, str] | None]:
         """What to call `datasets.load_dataset` with: a name or format, and the files by split if they are local."""
         if self.train_file is None:
@@ -108,10 +122,17 @@ def load_splits(
         The training split, the validation split, and the names of the classes in the order of their numbers.
 
     Raises:
-        ValueError: If a split or the label column is missing, or the labels are no classes.
+        ValueError: If the data can't be loaded, a split or the label column is missing, or the labels are no classes.
     """
     name_or_format, files = args.loader()
-    data = load_dataset(name_or_format, args.dataset_config_name, data_files=files, cache_dir=cache_dir, token=token)
+    with loading(
+        f"The data set {args.source!r}",
+        "Check the path if it is local; the name of a data set on the Hub (private and gated ones after `hf auth "
+        "login`) needs network, or an earlier download.",
+    ):
+        data = load_dataset(
+            name_or_format, args.dataset_config_name, data_files=files, cache_dir=cache_dir, token=token
+        )
     splits = choose_splits(data, args, seed=seed)
     splits, names = encode_labels(splits, args.label_column_name)
     train, validation = splits["train"], splits["validation"]
@@ -157,3 +178,11 @@ def encode_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, list[s
 def draw(examples: Dataset, count: int | None, *, seed: int) -> Dataset:
     """Draws `count` examples at random (files are often sorted by class), or gives all back if `count` is `None`."""
     return examples if count is None else examples.shuffle(seed=seed).select(range(min(count, len(examples))))
+
+
+def numbered_as_in(config: PreTrainedConfig, examples: Dataset, column: str) -> Dataset:
+    """The examples with their classes numbered as in the checkpoint, where it has the same ones in another order."""
+    in_checkpoint, in_data = list(label2id(config)), examples.features[column].names
+    if in_checkpoint == in_data or not same_classes(in_checkpoint, in_data):
+        return examples
+    return examples.align_labels_with_mapping(label2id(config), column)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from labelled_data import LabelledDataArguments, load_splits
+from hf_optimizability.tasks.labelled_data import LabelledDataArguments, load_splits
 
 
 TEXTS = [f"text {number}" for number in range(12)]
@@ -126,3 +126,15 @@ def test_a_class_that_was_never_trained_fails_by_name(tmp_path: Path) -> None:
     files = {"train_file": ["x", "y"], "validation_file": ["x", "z"]}
     with pytest.raises(ValueError, match=r"Classes \['z'\]"):
         load(tmp_path, **{name: write_csv(tmp_path / f"{name}.csv", labels) for name, labels in files.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"dataset_name": "org/digits"}, "org/digits"),
+        ({"train_file": "/home/ada/secret/reviews.csv"}, "reviews.csv"),
+        ({"dataset_name": str(Path(__file__).parent)}, "tasks"),
+    ],
+)
+def test_a_card_names_no_folder_of_the_user(options: dict[str, str], name: str):
+    assert LabelledDataArguments(**options).public_name == name

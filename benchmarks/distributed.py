@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a second process saves: the same measurement by one process and by two, with one thread each.
+
+    python benchmarks/distributed.py
+
+writes `benchmarks/results/distributed.json` and the table beside it. Needs two cores with nothing else on them; takes
+about a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from transformers.utils import logging
+from workloads import BATCH_SIZE, TITLES, load, text, vision
+
+from hf_optimizability import OptimizabilityConfig
+from hf_optimizability.curvature.ranks import ALONE, Item
+from hf_optimizability.measure import measure_objective
+from hf_optimizability.objective import Objective
+from hf_optimizability.parallel import ProcessGroupRanks
+
+
+RESULTS = Path(__file__).parent / "results" / "distributed.json"
+BATCHES = {"text": text, "vision": vision}
+PROCESSES = (1, 2)
+CPU = torch.device("cpu")
+
+
+class Timed(ProcessGroupRanks):
+    """Counts what goes from rank to rank, and how long the ranks are at it, waiting for each other included."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.seconds, self.bytes, self.sums = 0.0, 0, 0
+
+    def sum_each(self, tensors: Sequence[Tensor]) -> None:
+        """Adds up each of several tensors, in place."""
+        started = time.perf_counter()
+        super().sum_each(tensors)
+        self.seconds += time.perf_counter() - started
+        self.bytes += sum(tensor.nbytes for tensor in tensors)
+        self.sums += 1
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        """What all ranks hold."""
+        started = time.perf_counter()
+        found = super().gather(items)
+        self.seconds += time.perf_counter() - started
+        return found
+
+
+def run(rank: int, number: int, name: str, profile: str, folder: str) -> None:
+    """One rank of one measurement; the first one writes what it took."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    if number > 1:
+        dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=number)
+    ranks = Timed() if number > 1 else ALONE
+    config = OptimizabilityConfig(profile=profile)  # type: ignore[arg-type]
+    _, batches = BATCHES[name](config.budget.probe_examples // BATCH_SIZE)
+    model = load(name).model  # type: ignore[arg-type]
+    objective = Objective(model, batches).shared(ranks)
+    next(objective.losses())[0].backward()  # warms up
+    model.zero_grad()
+    ranks.sum(torch.zeros(1))
+    measurement = measure_objective(objective, config)[0]
+    hessian = measurement.hessian
+    found: dict[str, Any] = {
+        "seconds": measurement.seconds,
+        "hvps": measurement.hvps,
+        "values": [hessian.trace.value, hessian.lambda_max.value, measurement.loss],
+    }
+    if isinstance(ranks, Timed):
+        found |= {"communication": ranks.seconds / measurement.seconds, "bytes": ranks.bytes, "sums": ranks.sums}
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown.
+
+    Example:
+        >>> one, two = {"seconds": 90.0, "hvps": 30, "values": [1.0]}, {"seconds": 45.0, "hvps": 30, "values": [1.0]}
+        >>> two |= {"communication": 0.04, "bytes": 2**30, "sums": 60}
+        >>> row = {"profile": "light", "examples": 32, "runs": {"1": [one], "2": [two]}}
+        >>> print(table({"text": row}).splitlines()[-1])
+        | light | 32 | 30 | 90.0 s | 45.0 s | **2.00** | 4 % | 1024 MiB in 60 sums | 0e+00 |
+    """
+    lines = [
+        "# What a second process saves",
+        "",
+        "One measurement by one process and by two, one thread each; medians. Communication holds the time in which "
+        "one rank waits for the other.",
+    ]
+    for name, row in results.items():
+        one, two = (row["runs"][str(number)] for number in PROCESSES)
+        seconds = [statistics.median(run["seconds"] for run in runs) for runs in (one, two)]
+        last = two[-1]
+        pairs = zip(one[-1]["values"], last["values"], strict=True)
+        cells = [
+            row["profile"],
+            str(row["examples"]),
+            str(last["hvps"]),
+            *(f"{value:.1f} s" for value in seconds),
+            f"**{seconds[0] / seconds[1]:.2f}**",
+            f"{100 * statistics.median(run['communication'] for run in two):.0f} %",
+            f"{last['bytes'] / 2**20:.0f} MiB in {last['sums']} sums",
+            f"{max(abs(a - b) / abs(a) for a, b in pairs):.0e}",
+        ]
+        lines += [
+            "",
+            f"## {TITLES[name].partition(',')[0]}",  # type: ignore[index]
+            "",
+            "| profile | examples | products | one process | two | speed-up | communication | summed by a rank "
+            "| largest relative difference |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+            f"| {' | '.join(cells)} |",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures in turn by one process and by two, and writes what came out so far."""
+    profiles = get_args(get_type_hints(OptimizabilityConfig)["profile"])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--workload", nargs="+", choices=list(BATCHES), default=list(BATCHES))
+    parser.add_argument("--profile", choices=profiles, default="light")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="The JSON file; the table goes beside it.")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    examples = OptimizabilityConfig(profile=arguments.profile).budget.probe_examples
+    for name in arguments.workload:
+        load(name)  # makes it, if that has not been done
+        runs: dict[str, list[dict[str, Any]]] = {str(number): [] for number in PROCESSES}
+        for _ in range(arguments.repeats):
+            for number in PROCESSES:
+                with tempfile.TemporaryDirectory() as folder:
+                    mp.spawn(run, (number, name, arguments.profile, folder), nprocs=number)
+                    runs[str(number)].append(json.loads(Path(folder, "found.json").read_text()))
+                print(name, number, runs[str(number)][-1], flush=True)
+        results[name] = {"profile": arguments.profile, "examples": examples, "runs": runs}
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

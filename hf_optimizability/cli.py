@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `hf-optimizability`. What a command needs is imported when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from . import __version__
+
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+    from .measurement import Measurement
+    from .report import OptimizabilityReport
+    from .tasks.fine_tuning import Task
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+DEMO = "recipes/demo/vision.json"
+
+PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+"""Settings of the commands whose further flags are fields of dataclasses, which `HfArgumentParser` reads."""
+
+PASSED_ON_METAVAR = "[ARGUMENTS.json] [OPTIONS] [FLAGS]"
+
+TaskName = Annotated[
+    Literal["text-classification", "image-classification"] | None,
+    typer.Option("--task", help="What the checkpoint shall do. By default, what it was made for."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and everything else to stderr.")]
+AllFlags = Annotated[bool, typer.Option("--flags", help="List all further flags of the task, and stop.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, file_okay=False, help="Folder of a report.")]
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="hf-optimizability")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-optimizability {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="""Exit codes: 0 all went well; 1 the work failed; 2 the command line can't be understood.
+
+\b
+Examples:
+  hf-optimizability demo
+  hf-optimizability measure --model_name_or_path org/checkpoint --dataset_name org/data --forecast
+  hf-optimizability run --help
+"""
+)
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="HF_DEBUG", help="Show the traceback where a command fails.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and stop.")
+    ] = False,
+) -> None:
+    """How well does this checkpoint optimize on my task? Measures it, and writes an optimizability report."""
+
+
+@app.command(
+    context_settings=PASSED_ON,
+    options_metavar="[OPTIONS] [FLAGS]",
+    epilog="""\b
+Examples:
+  hf-optimizability demo
+  hf-optimizability demo --max_train_samples 640 --output_dir out/short
+""",
+)
+def demo(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """Fine-tune MobileNetV2 on MNIST, and report.
+
+    Both come with the package, so that no network is needed. Takes a few minutes. Further flags are those of `run`.
+    The report is in out/demo/vision/optimizability, unless --output_dir says else.
+    """
+    with _work(ctx):
+        root = _demo_root()
+        arguments = root / DEMO
+        values = json.loads(arguments.read_text())
+        local = [f"--{name}={root / values[name]}" for name in ("model_name_or_path", "dataset_name")]
+        _run("image-classification", [str(arguments), *local, *ctx.args], as_json=as_json)
+
+
+@app.command(
+    context_settings=PASSED_ON,
+    options_metavar=PASSED_ON_METAVAR,
+    epilog="""\b
+Examples:
+  hf-optimizability run --model_name_or_path distilbert/distilbert-base-uncased \\
+      --dataset_name nyu-mll/glue --dataset_config_name sst2 --max_train_samples 4000 \\
+      --learning_rate 3e-5 --num_train_epochs 1 --logging_steps 10 --output_dir out/sst2
+  hf-optimizability run --model_name_or_path ./my-checkpoint --train_dir photos/train \\
+      --validation_dir photos/validation --output_dir out/photos --profile light
+  hf-optimizability run arguments.json --learning_rate 1e-4
+""",
+)
+def run(ctx: typer.Context, task: TaskName = None, as_json: AsJson = False, flags: AllFlags = False) -> None:
+    r"""Fine-tune a checkpoint on a data set, and report.
+
+    Checkpoint and data are names on the Hub, or local folders and files. All further flags go to the task's data,
+    Transformers' TrainingArguments and OptimizabilityConfig: --flags lists them. They can stand in a JSON file, named
+    first; flags after it overrule it. These matter most:
+
+    \b
+      --model_name_or_path   the checkpoint
+      --dataset_name         the data set; or --train_file, --train_dir
+      --output_dir           where checkpoint, metrics, card and report go
+      --learning_rate, --num_train_epochs, --per_device_train_batch_size
+      --profile              light, standard or full: how much to measure
+    """
+    with _work(ctx):
+        _run(task, ctx.args, as_json=as_json, flags=flags)
+
+
+@app.command(
+    context_settings=PASSED_ON,
+    options_metavar=PASSED_ON_METAVAR,
+    epilog="""\b
+Examples:
+  hf-optimizability measure --model_name_or_path org/checkpoint --dataset_name org/data --forecast
+  hf-optimizability measure --model_name_or_path out/sst2 --train_file reviews.csv \\
+      --profile full --output_dir out/measured
+  hf-optimizability measure arguments.json --json
+""",
+)
+def measure(
+    ctx: typer.Context,
+    task: TaskName = None,
+    forecast: Annotated[bool, typer.Option("--forecast", help="Print what it will take at most, and stop.")] = False,
+    as_json: AsJson = False,
+    flags: AllFlags = False,
+) -> None:
+    """Measure a checkpoint as it stands, without training.
+
+    Takes the flags of `run` (--flags lists them), and measures gradient and curvature on the training set, as
+    `run` with the same flags would before its first step. Writes a report if --output_dir or --report_dir is given.
+    """
+    with _work(ctx):
+        _measure(task, ctx.args, forecast_only=forecast, as_json=as_json, flags=flags)
+
+
+@app.command(epilog="Example: hf-optimizability report out/sst2/optimizability")
+def report(ctx: typer.Context, folder: Folder, as_json: AsJson = False) -> None:
+    """Render a report again from its report.json.
+
+    Each file is replaced as a whole, or stays as it was.
+    """
+    with _work(ctx):
+        from .report import OptimizabilityReport
+
+        if not (folder / "report.json").is_file():
+            raise FileNotFoundError(f"There is no report.json in {str(folder)!r}. Name the folder of a report.")
+        found = OptimizabilityReport.load(folder)
+        found.save(folder)
+        _print_report(found, folder, found.summary(), as_json=as_json)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  hf-optimizability push out/sst2/optimizability user/my-model
+  hf-optimizability push out/sst2/optimizability org/their-model --create-pr
+""",
+)
+def push(
+    ctx: typer.Context,
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The model's repository, such as user/my-model.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private, if it is made.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch to push to.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a report into a model's repository on the Hub.
+
+    Its files, and a section of the model card. Takes the token of `hf auth login`, or that in HF_TOKEN.
+    """
+    with _work(ctx):
+        from .hub import push as push_to_hub
+
+        url = push_to_hub(folder, repo_id, private=private or None, create_pr=create_pr, revision=revision)
+        typer.echo(json.dumps({"url": url}) if as_json else url)
+
+
+@app.command(epilog="Example: hf-optimizability schema > report.schema.json")
+def schema() -> None:
+    """Print the JSON Schema of report.json."""
+    typer.echo((Path(__file__).parent / "report/report.schema.json").read_text(encoding="utf-8"))
+
+
+def _run(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool = False) -> None:
+    from .measurement import MeasurementError
+    from .tasks.fine_tuning import fine_tune, load
+    from .trainer import OptimizabilityTrainer
+
+    task, parser = _task_and_parser(task_name, args)
+    parser.set_defaults(do_train=True, do_eval=True)
+    model_args, data_args, optimizability, training_args = _parsed(parser, args, flags=flags)
+    with _only_json_on_stdout(as_json):
+        inputs = load(task, model_args, data_args, training_args)
+        trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs)
+        folder = fine_tune(trainer, tasks=task.NAME, dataset=data_args.public_name)
+    if not trainer.is_world_process_zero():
+        return
+    found = trainer.optimizability_report()
+    _print_report(found, folder, found.summary(), as_json=as_json)
+    if training_args.do_train and not found.measurements:
+        raise MeasurementError("The checkpoint is trained, but nothing could be measured.", found.failures[-1].remedy)
+
+
+def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool, as_json: bool, flags: bool) -> None:
+    from transformers import Trainer
+
+    from . import forecast, measure
+    from .files import keep_aside, require_writable
+    from .tasks.fine_tuning import load, report_folder
+    from .tasks.measuring import measured_by, single_report
+
+    task, parser = _task_and_parser(task_name, args)
+    with tempfile.TemporaryDirectory() as scratch:
+        parser.set_defaults(output_dir=scratch)  # a Trainer makes its folder, wanted or not
+        model_args, data_args, config, training_args = _parsed(parser, args, flags=flags)
+        folder = None
+        if not forecast_only and (config.report_dir is not None or training_args.output_dir != scratch):
+            folder = report_folder(config, training_args)
+            require_writable(folder, "report_dir")
+        training_args.output_dir = scratch
+        with _only_json_on_stdout(as_json):
+            trainer = Trainer(args=training_args, **load(task, model_args, data_args, training_args))
+            measured = measured_by(trainer, config)
+            if forecast_only:
+                price = forecast(**measured)
+            else:
+                measurement = measure(**measured, progress=not training_args.disable_tqdm)
+    if not trainer.is_world_process_zero():
+        return
+    if forecast_only:
+        typer.echo(json.dumps(asdict(price)) if as_json else str(price))
+        return
+    found = single_report(trainer, measured, measurement)
+    if folder is not None:
+        keep_aside(folder / "report.json")
+        found.save(folder)
+    _print_report(found, folder, _table(measurement), as_json=as_json)
+
+
+def _task_and_parser(task_name: str | None, args: Sequence[str]) -> tuple[Task, HfArgumentParser]:
+    """The task, told from the checkpoint if it is not named, and the parser of all its flags."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    from .configuration import OptimizabilityConfig
+    from .tasks.checkpoint import CheckpointArguments
+    from .tasks.fine_tuning import TASKS, made_for, parse_arguments
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)  # rather than two pages of usage
+
+    tasks = [task for task in TASKS if task_name == task.NAME]
+    if task_name is None:
+        checkpoint_only: Any = CheckpointArguments
+        with _usage_errors():
+            (checkpoint,) = parse_arguments(Parser(checkpoint_only), args, partly=True)
+        tasks = made_for(checkpoint)
+        if len(tasks) != 1:
+            fitting = " and ".join(task.NAME for task in tasks) or "no task of this command"
+            raise typer.BadParameter(f"{checkpoint.model_name_or_path!r} is made for {fitting}. Choose one by --task.")
+    task = tasks[0]
+    dataclasses: Any = (task.ModelArguments, task.DataArguments, OptimizabilityConfig, TrainingArguments)
+    return task, Parser(dataclasses, usage=f"{task.NAME}: all flags", add_help=False)
+
+
+def _parsed(parser: HfArgumentParser, args: Sequence[str], *, flags: bool) -> tuple[Any, ...]:
+    """The dataclasses; or nothing but a list of all flags, if that is asked for."""
+    from .tasks.fine_tuning import parse_arguments
+
+    if flags:
+        typer.echo(parser.format_help())
+        raise typer.Exit
+    with _usage_errors():
+        return parse_arguments(parser, args)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Makes errors of reading the command line end with exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@contextmanager
+def _work(ctx: typer.Context) -> Iterator[None]:
+    """Turns whatever goes wrong inside into one message and exit code 1, or a traceback for --debug."""
+    try:
+        yield
+    except (typer.BadParameter, typer.Exit):
+        raise
+    except Exception as error:
+        if ctx.find_root().params["debug"]:
+            raise
+        typer.echo(f"Error: {_explained(error)}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _explained(error: Exception) -> str:
+    from .hub import HubError
+    from .measurement import MeasurementError
+
+    if isinstance(error, (ValueError, OSError, ImportError, MeasurementError, HubError)):  # these say what to do
+        return str(error)
+    return f"{type(error).__name__}: {error}\n`hf-optimizability --debug …` shows where."
+
+
+def _only_json_on_stdout(as_json: bool) -> AbstractContextManager[Any]:
+    """Sends what a Trainer prints to stderr where stdout is for a machine."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
+
+
+def _print_report(found: OptimizabilityReport, folder: Path | None, text: str, *, as_json: bool) -> None:
+    if as_json:
+        report_folder = None if folder is None else str(folder)
+        typer.echo(json.dumps({"report_folder": report_folder, "report": found.to_dict()}, allow_nan=False))
+    else:
+        typer.echo(f"\n{text}" + ("" if folder is None else f"\n\nReport: {folder / 'report.md'}"))
+
+
+def _table(measurement: Measurement) -> str:
+    """Value, error, convergence and products of what was measured."""
+    from .report.markdown import format_number, format_with_error
+
+    hessian = measurement.hessian
+    estimates = {
+        "Hessian trace": hessian.trace,
+        "λ_max": hessian.lambda_max,
+        "λ_min": hessian.lambda_min,
+        "gradient noise scale": measurement.noise_scale,
+    }
+    rows = [
+        ("", "value ± error", "converged", "products"),
+        ("loss", format_number(measurement.loss), "", ""),
+        ("gradient norm", format_number(measurement.grad_norm), "", ""),
+    ]
+    for name, estimate in estimates.items():
+        if estimate is not None:
+            value = format_with_error(estimate.value, estimate.error)
+            rows.append((name, value, "yes" if estimate.converged else "no", str(estimate.hvps)))
+    lines = [f"{name:<22}{value:<26}{converged:<11}{products:>8}" for name, value, converged, products in rows]
+    cost = f"{measurement.hvps} products in {format_number(measurement.seconds, digits=3)} s ({measurement.engine})"
+    return "\n".join([*lines, "", f"{measurement.items} items, {cost}"])
+
+
+def _demo_root() -> Path:
+    """The folder that holds `recipes`: the checkout, or where an installation put what the demo needs."""
+    roots = [Path(__file__).parents[1], Path(sysconfig.get_path("data"), "share", "hf-optimizability")]
+    for root in roots:
+        if (root / DEMO).is_file():
+            return root
+    raise FileNotFoundError(
+        f"The demo's data is in neither of {' and '.join(map(str, roots))}. Install hf-optimizability anew, or run "
+        "the command in a checkout of it."
+    )

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of an operator's long vectors this process holds: all of them, or one rank's share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ranks import ALONE, Ranks
+
+
+_SKIPPED = 1 << 24  # signs that are drawn and dropped at once: 16 MB
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the long vectors of an n × n operator lie over ranks.
+
+    A vector, or a block of them, is held as the tensor of the rows that are here. Arithmetic by rows is the same
+    everywhere; what is summed over rows (dot products, Gram matrices) must be summed over `ranks` as well.
+
+    Attributes:
+        size: n.
+        here: Places in the whole vector of the rows that this process holds, ascending.
+        ranks: The processes that hold each row once between them.
+
+    Example:
+        >>> rows = Rows(5, (slice(0, 1), slice(3, 5)))
+        >>> len(rows), rows.of(torch.arange(5.0))
+        (3, tensor([0., 3., 4.]))
+    """
+
+    size: int
+    here: tuple[slice, ...]
+    ranks: Ranks = ALONE
+
+    @classmethod
+    def whole(cls, size: int) -> Rows:
+        """All rows, in one process."""
+        return cls(size, (slice(0, size),))
+
+    def __len__(self) -> int:
+        """The number of rows here."""
+        return sum(part.stop - part.start for part in self.here)
+
+    def of(self, vector: Tensor) -> Tensor:
+        """The rows that are here, of a whole vector."""
+        return torch.cat([vector[:0], *(vector[part] for part in self.here)])
+
+    def unit(self, index: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The unit vector along one of the n axes."""
+        vector = torch.zeros(len(self), dtype=dtype, device=device)
+        before = 0
+        for part in self.here:
+            if part.start <= index < part.stop:
+                vector[before + index - part.start] = 1
+            before += part.stop - part.start
+        return vector
+
+    def rademacher(self, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A vector of independent signs ±1: the same one, whatever the device and however it lies over ranks.
+
+        Drawn on the CPU, row by row, those that are elsewhere included.
+        """
+        signs = torch.empty(len(self), dtype=torch.int8)
+        drawn = place = 0
+        for part in self.here:
+            _skip(part.start - drawn, generator)
+            number = part.stop - part.start
+            torch.randint(0, 2, (number,), generator=generator, dtype=torch.int8, out=signs[place : place + number])
+            drawn, place = part.stop, place + number
+        _skip(self.size - drawn, generator)
+        return signs.to(device=device, dtype=dtype).mul_(2).sub_(1)
+
+
+def _skip(number: int, generator: torch.Generator) -> None:
+    """Draws so many signs and drops them."""
+    for first in range(0, number, _SKIPPED):
+        torch.randint(0, 2, (min(_SKIPPED, number - first),), generator=generator, dtype=torch.int8)

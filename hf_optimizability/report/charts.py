@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the page's interactive plots show, as plain data; `templates/report.js` draws it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..curvature.estimates import Estimate
+from ..curvature.step import CriticalLearningRate
+from ..measurement import PREFIX
+from .markdown import one_line
+from .report import OptimizabilityReport
+from .series import Points, batch_items, block_names, density_line, logged, measured_steps, stability_limits
+
+
+Chart = dict[str, Any]
+Series = dict[str, Any]
+MOST_POINTS = 600
+"""Of one line; more would be less than a pixel apart on a phone and make the page large."""
+
+STEP = "optimizer step"
+
+
+def charts(report: OptimizabilityReport) -> list[Chart]:
+    """Every plot of the page for which the report holds data.
+
+    Returns:
+        Plots with `id`, `x` and `y` (titles of the axes), `log` (whether y is logarithmic) and `series`: points `x`
+        and `y`, `None` for a gap; ends of the error bars `low` and `high`, `None` where there is none; and the style.
+
+    Example:
+        >>> [chart["id"] for chart in charts(OptimizabilityReport(log_history=[{"loss": 1.0, "step": 1}]))]
+        ['loss']
+    """
+    every = [
+        _loss(report),
+        _stability_margin(report),
+        _learning_rates(report),
+        _gradient_norm(report),
+        _noise_scale(report),
+        _trace(report),
+        _eigenvalues(report),
+        _density(report),
+    ]
+    return [chart for chart in every if chart["series"]]
+
+
+def _loss(report: OptimizabilityReport) -> Chart:
+    losses = [measurement.loss for measurement in report.measurements]
+    series = [
+        _line("training log", logged(report, "loss"), color="blue"),
+        _line("evaluation", logged(report, "eval_loss"), color="vermillion", marker="circle"),
+        _line("probe set, eval mode", (measured_steps(report), losses), color="ink", marker="diamond", line=False),
+    ]
+    return _chart("loss", STEP, "loss", series)
+
+
+def _stability_margin(report: OptimizabilityReport) -> Chart:
+    measured = [(m.step, m.step_size) for m in report.measurements if m.step_size is not None]
+    at = [step for step, _ in measured]
+    sharpness = [size.sharpness for _, size in measured]
+    series = [
+        _estimates("sharpness ± residual", at, sharpness, color="vermillion", marker="triangle"),
+        _line("stability limit", stability_limits(report), color="ink", dash=True),
+    ]
+    return _chart("stability_margin", STEP, "sharpness", series, log=True)
+
+
+def _learning_rates(report: OptimizabilityReport) -> Chart:
+    measured = [(m.step, m.step_size.critical) for m in report.measurements if m.step_size is not None]
+    if not measured:
+        return _chart("learning_rates", STEP, "learning rate", [])
+    at, critical = [step for step, _ in measured], [rate for _, rate in measured]
+    series = [
+        _intervals("critical, with its bracket", at, critical, color="vermillion", marker="triangle"),
+        _line("in use", logged(report, "learning_rate"), color="blue"),
+    ]
+    return _chart("learning_rates", STEP, "learning rate", series, log=True)
+
+
+def _gradient_norm(report: OptimizabilityReport) -> Chart:
+    totals = [measurement.grad_norm for measurement in report.measurements]
+    names = block_names(report)
+    series = [
+        _line("all, training batches before clipping", logged(report, "grad_norm"), color="blue", width=2),
+        _line("all, probe set", (measured_steps(report), totals), color="ink", marker="diamond", line=False),
+        *(
+            _line(name, logged(report, f"{PREFIX}train_grad_norm/{name}"), ramp=index / max(1, len(names) - 1))
+            for index, name in enumerate(names)
+        ),
+    ]
+    return _chart("gradient_norm", STEP, "gradient norm (2-norm)", series, log=True)
+
+
+def _noise_scale(report: OptimizabilityReport) -> Chart:
+    measured = [(m.step, m.noise_scale) for m in report.measurements if m.noise_scale is not None]
+    if not measured:
+        return _chart("noise_scale", STEP, "items", [])
+    at, scales = [step for step, _ in measured], [scale for _, scale in measured]
+    series: list[Series | None] = [
+        _intervals("noise scale, 95 % interval", at, scales, color="green", marker="circle")
+    ]
+    if items := batch_items(report):
+        ends = [0, max([*at, *(entry["step"] for entry in report.log_history)])]
+        series.append(_line("items in a batch", (ends, [items, items]), color="ink", dash=True))
+    return _chart("noise_scale", STEP, "items", series, log=True)
+
+
+def _trace(report: OptimizabilityReport) -> Chart:
+    traces = [measurement.hessian.trace for measurement in report.measurements]
+    known = [(m.step, t) for m, t in zip(report.measurements, traces, strict=True) if t.data_std_error is not None]
+    series = [
+        _bars(
+            "± its error over the data",
+            [step for step, _ in known],
+            [trace.value for _, trace in known],
+            [trace.data_std_error or 0.0 for _, trace in known],
+            color="blue",
+        ),
+        _estimates("trace ± standard error", measured_steps(report), traces, color="blue", marker="circle"),
+    ]
+    return _chart("trace", STEP, "Hessian trace", series)
+
+
+def _eigenvalues(report: OptimizabilityReport) -> Chart:
+    hessians = [measurement.hessian for measurement in report.measurements]
+    series = [
+        _estimates("λ_max ± residual", measured_steps(report), [h.lambda_max for h in hessians], color="vermillion",
+                   marker="triangle"),
+        _estimates("λ_min ± residual", measured_steps(report), [h.lambda_min for h in hessians], color="green",
+                   marker="inverted"),
+    ]  # fmt: skip
+    return _chart("eigenvalues", STEP, "extreme eigenvalues", series)
+
+
+def _density(report: OptimizabilityReport) -> Chart:
+    known = [(m.step, m.hessian.density) for m in report.measurements if m.hessian.density is not None]
+    ends = known[:: max(1, len(known) - 1)]
+    colors = ("blue", "vermillion")
+    series = [
+        _line(f"step {step:,}", density_line(density), color=color)
+        for (step, density), color in zip(ends, colors, strict=False)
+    ]
+    return _chart("density", "eigenvalue", "density", series, log=True)
+
+
+def _chart(identifier: str, x: str, y: str, series: Sequence[Series | None], *, log: bool = False) -> Chart:
+    """A plot of the series that have a point; on a logarithmic axis only positive ones are."""
+    drawn = [_positive(one) if log else one for one in series if one is not None]
+    drawn = [one for one in drawn if any(value is not None for value in one["y"])]
+    return {"id": identifier, "x": x, "y": y, "log": log, "series": drawn}
+
+
+def _line(label: str, points: Points, **style: Any) -> Series | None:
+    """A line through points, which are put in order and thinned; `None` if there is none."""
+    pairs = sorted(zip(*points, strict=True), key=lambda pair: pair[0])
+    if not pairs:
+        return None
+    kept = _thinned([(x, _rounded(y)) for x, y in pairs])
+    series = {"label": one_line(label), "x": [_rounded(x) for x, _ in kept], "y": [y for _, y in kept], **style}
+    return {**series, "thinned": len(pairs)} if len(kept) < len(pairs) else series
+
+
+def _estimates(label: str, at: Sequence[int], estimates: Sequence[Estimate | None], **style: Any) -> Series | None:
+    """Estimates ± their errors; hollow where they did not converge."""
+    known = [(step, estimate) for step, estimate in zip(at, estimates, strict=True) if estimate is not None]
+    values = [estimate.value for _, estimate in known]
+    bars = _bars(label, [step for step, _ in known], values, [estimate.error for _, estimate in known], **style)
+    return bars and {**bars, "wide": False, "hollow": [not estimate.converged for _, estimate in known]}
+
+
+def _bars(
+    label: str, at: Sequence[int], values: Sequence[float], errors: Sequence[float], **style: Any
+) -> Series | None:
+    """Wide error bars alone, `values` ± `errors`."""
+    if not at:
+        return None
+    low = [_rounded(value - error) for value, error in zip(values, errors, strict=True)]
+    high = [_rounded(value + error) for value, error in zip(values, errors, strict=True)]
+    points = {"x": list(at), "y": [_rounded(value) for value in values], "low": low, "high": high}
+    return {"label": label, **points, "wide": True, **style}
+
+
+def _intervals(
+    label: str, at: Sequence[int], values: Sequence[Estimate | CriticalLearningRate], **style: Any
+) -> Series:
+    """Values with their intervals; an end that is not known lies outside the plot."""
+    return {
+        "label": label,
+        "x": list(at),
+        "y": [_rounded(value.value if math.isfinite(value.value) else value.low) for value in values],
+        "low": [_rounded(value.low) for value in values],
+        "high": [_rounded(value.high) for value in values],
+        "open": [not math.isfinite(value.high) for value in values],
+        "hollow": [not value.converged for value in values],
+        **style,
+    }
+
+
+def _positive(series: Series) -> Series:
+    """The series without what a logarithmic axis can't hold."""
+    ends: Series = {
+        name: [value if value is not None and value > 0 else None for value in series[name]]
+        for name in ("y", "low", "high")
+        if name in series
+    }
+    return {**series, **ends}
+
+
+def _thinned(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+    """The lowest and the highest point of each of equally long stretches, once there are more than `MOST_POINTS`."""
+    if len(points) <= MOST_POINTS:
+        return points
+    size = math.ceil(2 * len(points) / MOST_POINTS)
+    kept = []
+    for start in range(0, len(points), size):
+        stretch = sorted(points[start : start + size], key=lambda point: (point[1] is not None, point[1] or 0.0))
+        kept += sorted({id(point): point for point in (stretch[0], stretch[-1])}.values(), key=lambda point: point[0])
+    return kept
+
+
+def _rounded(value: float | None) -> float | None:
+    """Six significant digits, more than a plot can show; `None` for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.6g}")

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report as one page: no other file, no network, and nothing runs in it but its own script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup, escape
+
+from ..measurement import Measurement
+from .charts import charts
+from .markdown import (
+    MISSING,
+    _ends,
+    _environment,
+    _flat,
+    _title,
+    format_estimate,
+    format_number,
+    one_line,
+    trace_shares,
+)
+from .report import OptimizabilityReport
+
+
+SHADES = 6
+"""Shades of a heat map's colour; the style sheet has a class for each."""
+
+
+def to_html(report: OptimizabilityReport) -> str:
+    """Renders the report as one self-contained page.
+
+    The page's Content Security Policy lets nothing run or load but its own style and its two scripts, by their hashes.
+    Whatever came from outside is escaped text, or JSON in a block that no browser runs.
+
+    Args:
+        report: The report; any part of it may be empty.
+
+    Example:
+        >>> page = to_html(OptimizabilityReport(model={"id": "<script>"}, task={"task": "fill-mask"}))
+        >>> "<title>Optimizability of &lt;script&gt; on fill-mask</title>" in page
+        True
+    """
+    drawn = charts(report)
+    last = report.measurements[-1] if report.measurements else None
+    return _page_environment().get_template("report.html.jinja").render(
+        report=report,
+        title=one_line(_title(report)),
+        last=last,
+        ends=_ends(report.measurements),
+        charts={chart["id"]: chart for chart in drawn},
+        data=_json(drawn),
+        style=_asset("uplot/uPlot.min.css") + _asset("report.css"),
+        library=_asset("uplot/uPlot.iife.min.js"),
+        library_licence=_asset("uplot/LICENSE"),
+        script=_asset("report.js"),
+        training=_flat(report.training),
+        shares=trace_shares(last) if last else {},
+        gradient_map=_heat_map(report.measurements, _relative_gradient, _rank_on_log_scale),
+        trace_map=_heat_map(report.measurements, _trace, _rank_around_zero),
+    )  # fmt: skip
+
+
+@cache
+def _page_environment() -> Environment:
+    """The environment of the Markdown report, with HTML's own escaping."""
+    environment = _environment().overlay(finalize=_text)
+    environment.filters.update(hash=_hash, halves=_halves)
+    return environment
+
+
+def _text(value: Any) -> Markup:
+    """What the template prints for a value; strings in one line and without control and direction characters."""
+    if isinstance(value, Markup):
+        return value
+    if value is None:
+        return Markup(MISSING)
+    if isinstance(value, bool):
+        return Markup("yes" if value else "no")
+    if isinstance(value, int):
+        return Markup(f"{value:,}")
+    if isinstance(value, float):
+        return Markup(format_number(value))
+    return escape(one_line(str(value)).replace(" ± ", " ±\xa0").replace(" %", "\xa0%"))  # breaks no line before them
+
+
+def _halves(value: Any) -> tuple[Any, str]:
+    """A formatted number and, apart from it, its error or its interval."""
+    if not isinstance(value, str) or value.startswith("("):
+        return value, ""
+    ends = [at for at in (value.find(" ±"), value.find(" (")) if at > 0]
+    return (value[: min(ends)], value[min(ends) :].strip()) if ends else (value, "")
+
+
+@cache
+def _asset(name: str) -> Markup:
+    """A file of the package that goes into the page as it is."""
+    return Markup(files(__package__).joinpath(f"templates/{name}").read_text(encoding="utf-8"))
+
+
+def _hash(content: str) -> Markup:
+    """An inline style or script, as a Content Security Policy names it."""
+    digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    return Markup(f"'sha256-{digest}'")
+
+
+def _json(data: Any) -> Markup:
+    """JSON that can't end the script element it stands in."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+Cell = tuple[float, str]
+
+
+def _heat_map(
+    measurements: Sequence[Measurement],
+    cell: Callable[[Measurement, str], Cell],
+    shades: Callable[[Sequence[float]], list[int]],
+) -> dict[str, list[tuple[str, int]]]:
+    """Text and shade of every block at every measurement; shade 0 is no colour."""
+    blocks = dict.fromkeys(name for measurement in measurements for name in measurement.blocks)
+    cells = {
+        name: [cell(m, name) if name in m.blocks else (math.nan, MISSING) for m in measurements] for name in blocks
+    }
+    ranks = iter(shades([value for row in cells.values() for value, _ in row]))
+    return {name: [(text, next(ranks)) for _, text in row] for name, row in cells.items()}
+
+
+def _relative_gradient(measurement: Measurement, name: str) -> Cell:
+    block = measurement.blocks[name]
+    value = block.grad_norm / block.weight_norm if block.weight_norm else math.nan
+    return value, format_number(value, digits=2)
+
+
+def _trace(measurement: Measurement, name: str) -> Cell:
+    trace = measurement.blocks[name].trace
+    return trace.value, format_estimate(trace)
+
+
+def _rank_on_log_scale(values: Sequence[float]) -> list[int]:
+    """Shades 1 to `SHADES` from the least positive value to the largest, evenly on a logarithmic scale."""
+    logs = [math.log(value) if 0 < value < math.inf else None for value in values]
+    known = [log for log in logs if log is not None]
+    low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0)) or 1.0
+    return [0 if log is None else 1 + min(SHADES - 1, int(SHADES * (log - low) / span)) for log in logs]
+
+
+def _rank_around_zero(values: Sequence[float]) -> list[int]:
+    """Shades −`SHADES` to `SHADES` by sign and by the root of the share of the largest absolute value."""
+    finite = [abs(value) for value in values if math.isfinite(value)]
+    limit = max(finite, default=0.0) or 1.0
+    return [
+        int(math.copysign(math.ceil(SHADES * math.sqrt(abs(value) / limit)), value)) if math.isfinite(value) else 0
+        for value in values
+    ]

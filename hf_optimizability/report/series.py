@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers behind the plots, the still ones and the interactive ones: x and y, from the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..curvature.density import Density
+from .report import OptimizabilityReport
+
+
+Points = tuple[Sequence[float], Sequence[float]]
+
+
+def measured_steps(report: OptimizabilityReport) -> list[int]:
+    """The steps of the measurements."""
+    return [measurement.step for measurement in report.measurements]
+
+
+def logged(report: OptimizabilityReport, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one key of the Trainer's log; a value JSON could not hold (`None`) is NaN."""
+    entries = [entry for entry in report.log_history if key in entry]
+    return [entry["step"] for entry in entries], [math.nan if entry[key] is None else entry[key] for entry in entries]
+
+
+def block_names(report: OptimizabilityReport) -> list[str]:
+    """Every block measured, in the model's order."""
+    return list(dict.fromkeys(name for measurement in report.measurements for name in measurement.blocks))
+
+
+def batch_items(report: OptimizabilityReport) -> float | None:
+    """Items (examples, or labels that count) in one optimizer step of one process; `None` where it is not known."""
+    examples, accumulated = (
+        report.training.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    probe_items, probe_examples = report.data.get("probe_items"), report.data.get("probe_examples")
+    if not examples or not probe_items or not probe_examples:
+        return None
+    return float(examples * (accumulated or 1) * probe_items / probe_examples)
+
+
+def stability_limits(report: OptimizabilityReport) -> Points:
+    """The limit of the sharpness over time, at the learning rate of each logged step and of each measurement.
+
+    It falls as one over the learning rate, so that one measured limit gives it at every other.
+    """
+    measured = [(m.step, m.step_size) for m in report.measurements if m.step_size is not None]
+    limits = {step: size.limit for step, size in measured if math.isfinite(size.limit)}
+    products = [size.limit * size.learning_rate for _, size in measured if math.isfinite(size.limit)]
+    rates = zip(*logged(report, "learning_rate"), strict=True) if products else ()
+    at_log = {step: products[-1] / rate for step, rate in rates if rate > 0}
+    every = at_log | limits
+    return list(every), list(every.values())
+
+
+def density_line(density: Density) -> Points:
+    """The density down to a hundredth of what a single eigenvalue makes of it; below are the kernel's tails."""
+    least = min((weight for weight in density.weights if weight > 0), default=0.0)
+    floor = 0.01 * least / (density.width * math.sqrt(2 * math.pi)) if density.width > 0 else 0.0
+    return density.grid, [value if value > floor else math.nan for value in density.density]

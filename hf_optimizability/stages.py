@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of a measurement: how many products each makes at most, and how many vectors it holds at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .configuration import OptimizabilityConfig
+from .curvature.lanczos import SLAB
+from .curvature.sketch import DEFLATED
+from .curvature.trace import LOCKSTEP
+
+
+class Price(NamedTuple):
+    """What one product takes: seconds over all batches, and bytes for the largest one."""
+
+    seconds: float
+    memory: int
+
+
+class Prices(NamedTuple):
+    """What each kind of product takes.
+
+    Attributes:
+        size: Rows of the matrix, without the embedding rows that are left out.
+        vector_bytes: Bytes of a vector of that size.
+        all_bytes: Bytes of a vector with all rows.
+        one: One product.
+        lockstep: One of `LOCKSTEP` products at once with the matrix that the trace is estimated from; the memory is
+            that of all of them.
+        block: One with the block-diagonal matrix; `None` where the eigenvalues of blocks are not asked for.
+        known_part: Seconds for the part of the trace that is had without products.
+    """
+
+    size: int
+    vector_bytes: int
+    all_bytes: int
+    one: Price
+    lockstep: Price
+    block: Price | None
+    known_part: float
+
+
+class Products(NamedTuple):
+    """How many products `measure` makes of each kind at most."""
+
+    ends: int
+    trace: int
+    blocks: int
+    sharpness: int
+    checks: int  # the one along the gradient and another with it, and those that judge central differences
+
+    @property
+    def number(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def count_products(
+    config: OptimizabilityConfig, prices: Prices, *, preconditions: bool, judged: bool = False
+) -> Products:
+    """The products of a measurement.
+
+    Args:
+        config: What is measured.
+        prices: Which kinds of products there are, and the size of the matrix.
+        preconditions: Whether the sharpness that the optimizer sees takes products of its own.
+        judged: Whether products by central differences are compared with others.
+    """
+    shares = config.budget.shares(sharpness=preconditions, blocks=prices.block is not None)
+    ends = shares.sketch // 2
+    return Products(
+        ends=ends,
+        trace=prices.size if config.trace_method == "exact" else shares.sketch - ends,
+        blocks=shares.blocks,
+        sharpness=shares.sharpness,
+        checks=shares.along_gradient + 2 * judged,
+    )
+
+
+class Stage(NamedTuple):
+    """What is in memory at one stage of a measurement: vectors and the bytes they take, and one batch's graph."""
+
+    vectors: int
+    vector_memory: int
+    graph_memory: int
+
+
+def list_stages(config: OptimizabilityConfig, products: Products, prices: Prices) -> list[Stage]:
+    """The stages that may be the largest; each gives back what it took, but for the Ritz vectors."""
+    lanczos = config.eigen_method == "lanczos"
+    ritz = min(DEFLATED, prices.size) if lanczos else 0
+    ends = _basis(products.ends, prices.size) if lanczos else 3
+    left = products.ends + products.trace  # for the trace, if the ends took next to none
+    trace = {
+        "hutchinson": 2 * LOCKSTEP,  # Ritz vectors' products, and probes
+        "exact": LOCKSTEP,
+        "hutch++": 2 * left,  # two for each column, which takes two products, and a copy of both
+        "xtrace": left + LOCKSTEP,
+    }[config.trace_method]
+    counts = [
+        (ends + 1, prices.vector_bytes, prices.one.memory),
+        (ends + ritz, prices.vector_bytes, 0),
+        (ritz + trace + 1, prices.vector_bytes, prices.lockstep.memory),
+    ]
+    if prices.block is not None:
+        counts.append((ritz + _basis(products.blocks, prices.size) + 2, prices.vector_bytes, prices.block.memory))
+    if products.sharpness:
+        more = 3 * (prices.all_bytes - prices.vector_bytes)  # here the product has all the rows
+        counts.append((ritz + _basis(products.sharpness, prices.size) + 2, prices.all_bytes, prices.one.memory + more))
+    return [Stage(number, number * size, graph) for number, size, graph in counts]
+
+
+def _basis(steps: int, size: int) -> int:
+    """Vectors that a Krylov basis holds after so many steps."""
+    return -(-min(steps, size) // SLAB) * SLAB

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoint to load, and its configuration for the classes of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from textwrap import shorten
+from typing import Any, Literal
+
+from datasets.exceptions import DatasetGenerationError
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@dataclass
+class CheckpointArguments:
+    """Which checkpoint to fine-tune, with flags named as in Transformers' example scripts."""
+
+    model_name_or_path: str = field(metadata={"help": "Checkpoint on the Hub, or a local folder."})
+    config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the checkpoint's own."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Changes to the configuration, for example hidden_dropout_prob=0.2."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded from the Hub."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    token: str | None = field(default=None, metadata={"help": "Token for the Hub, if not the one you logged in with."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the checkpoint."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Precision of the weights, whatever the checkpoint was saved in."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Accept a checkpoint whose head has another number of classes."}
+    )
+
+    def hub_options(self) -> dict[str, Any]:
+        """What every `from_pretrained` of this checkpoint takes."""
+        return {
+            "cache_dir": self.cache_dir,
+            "revision": self.model_revision,
+            "token": self.token,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    def weight_options(self) -> dict[str, Any]:
+        """What `from_pretrained` of the model takes besides."""
+        return {"dtype": self.dtype, "ignore_mismatched_sizes": self.ignore_mismatched_sizes}
+
+    def loading(self, what: str) -> Any:
+        """Around loading a part of the checkpoint: an error says what to do."""
+        return loading(
+            f"{what} of {self.model_name_or_path!r}",
+            "Check --model_name_or_path: it takes the name of a checkpoint on the Hub (private and gated ones after "
+            "`hf auth login`), or a local folder made by `save_pretrained`, which needs no network.",
+        )
+
+
+def own_config(args: CheckpointArguments) -> PreTrainedConfig:
+    """The checkpoint's configuration as it is."""
+    with args.loading("The configuration"):
+        return AutoConfig.from_pretrained(args.config_name or args.model_name_or_path, **args.hub_options())
+
+
+def load_config(args: CheckpointArguments, names: list[str]) -> PreTrainedConfig:
+    """The checkpoint's configuration, with the classes `names`.
+
+    A checkpoint that already has just these classes keeps its own order of them: its head knows no other.
+
+    Raises:
+        ValueError: If it can't be loaded, or an override does not fit.
+    """
+    config = own_config(args)
+    if not same_classes(label2id(config), names):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+    if args.config_overrides is not None:
+        config.update_from_string(args.config_overrides)
+    return config
+
+
+def label2id(config: PreTrainedConfig) -> dict[str, int]:
+    """A checkpoint's classes and their numbers."""
+    return {str(name): int(number) for name, number in (config.label2id or {}).items()}
+
+
+def same_classes(of_checkpoint: Iterable[str], of_data: Iterable[str]) -> bool:
+    """Whether the names are the same but for their order and case.
+
+    Example:
+        >>> same_classes(["NEGATIVE", "POSITIVE"], ["positive", "negative"]), same_classes(["a", "A"], ["a"])
+        (True, False)
+    """
+    mine, theirs = (sorted(name.lower() for name in names) for names in (of_checkpoint, of_data))
+    return mine == theirs and len(set(mine)) == len(mine)
+
+
+@contextmanager
+def loading(what: str, remedy: str) -> Iterator[None]:
+    """Says of whatever goes wrong inside what could not be loaded, why, and what to do.
+
+    Raises:
+        ValueError: In place of whatever was raised inside, which is its cause.
+
+    Example:
+        >>> with loading("The list", "Count from 0."):
+        ...     [][1]
+        Traceback (most recent call last):
+        ValueError: The list can't be loaded: list index out of range. Count from 0.
+    """
+    try:
+        yield
+    except Exception as error:
+        hidden = isinstance(error, DatasetGenerationError) and error.__cause__
+        reason = shorten(str(hidden or error), 300, placeholder=" …").rstrip(".")
+        raise ValueError(f"{what} can't be loaded: {reason}. {remedy}") from error

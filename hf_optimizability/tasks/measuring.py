@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Trainer would measure before its first step, without training."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Any
+
+from transformers import Trainer
+
+from .. import provenance
+from ..configuration import OptimizabilityConfig
+from ..measurement import Measurement
+from ..objective import trainer_loss
+from ..probe import probe_batches
+from ..report import OptimizabilityReport
+
+
+def measured_by(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, Any]:
+    """What `measure` and `forecast` take by these names: the Trainer's model and loss, and the probe set.
+
+    Raises:
+        ValueError: If the training set is too small for the probe set.
+    """
+    batches = probe_batches(
+        trainer.get_train_dataloader(),
+        examples=config.budget.probe_examples,
+        batch_size=config.probe_batch_size,
+        seed=config.probe_seed,
+        required=config.probe_examples is not None,
+    )
+    return {"model": trainer.model, "batches": batches, "config": config, "loss_fn": trainer_loss(trainer)}
+
+
+def single_report(trainer: Trainer, measured: dict[str, Any], measurement: Measurement) -> OptimizabilityReport:
+    """The report of one measurement."""
+    model, batches = measured["model"], measured["batches"]
+    train: Any = trainer.train_dataset
+    validation: Any = trainer.eval_dataset
+    return OptimizabilityReport(
+        model=provenance.describe_model(model),
+        task=provenance.describe_task(model, own_loss=False),
+        data=provenance.describe_data(train, validation, batches, model),
+        config=provenance.describe_config(measured["config"]),
+        versions=provenance.library_versions(),
+        measurements=[measurement],
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes, unchanged, as `torchrun` starts them; and models that accelerate has spread over devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+from accelerate import dispatch_model
+from test_hands_off import assert_equal
+from test_shared_measurement import differences
+
+from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, measure
+
+
+ROOT = Path(__file__).parents[2]
+ARGUMENTS = {
+    "model_name_or_path": str(ROOT / "recipes/checkpoints/mobilenet_v2_1.0"),
+    "dataset_name": str(ROOT / "recipes/data/mnist_5k"),
+    "image_size": 32,
+    "max_train_samples": 24,
+    "max_eval_samples": 6,
+    "do_train": True,
+    "do_eval": True,
+    "max_steps": 2,
+    "gradient_accumulation_steps": 2,
+    "profile": "light",
+    "probe_examples": 6,
+    "probe_batch_size": 2,
+    "max_hvps": 16,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def report(folder: Path, processes: int) -> OptimizabilityReport:
+    """A recipe's report, by so many processes with the same examples in a step."""
+    folder.mkdir()
+    arguments = {**ARGUMENTS, "output_dir": str(folder), "per_device_train_batch_size": 4 // processes}
+    (folder / "arguments.json").write_text(json.dumps(arguments))
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    )
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "recipes/image_classification.py"), str(folder / "arguments.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Report:") == 1  # one process tells where it is
+    return OptimizabilityReport.load(folder / "optimizability")
+
+
+def test_a_recipe_on_two_processes_measures_what_one_does(tmp_path: Path):
+    one, two = report(tmp_path / "one", 1), report(tmp_path / "two", 2)
+    assert [measurement.step for measurement in two.measurements] == [0, 2] and not two.failures
+    assert two.data["probe_fingerprint"] == one.data["probe_fingerprint"]
+    first, expected = (found.measurements[0].to_dict() for found in (two, one))
+    # A network of 2 million parameters in float32: its λ_min is a difference of larger numbers.
+    for name in ("loss", "grad_norm", "items", "hvps"):
+        assert first[name] == pytest.approx(expected[name], rel=1e-5)
+    for name in ("trace", "lambda_max"):
+        assert not differences(first["hessian"][name], expected["hessian"][name], tolerance=1e-4)
+
+
+def test_a_model_that_is_spread_over_devices():
+    """By accelerate's hooks, as `device_map` does; here all of the devices are the CPU."""
+    batches = tiny_models.cut(tiny_models.examples("vit", 6), 2)
+    config = OptimizabilityConfig(max_hvps=16)
+    expected = measure(tiny_models.make("vit"), batches, config).to_dict()
+    places = {"vit.embeddings": "cpu", "vit.layers": "cpu", "vit.layernorm": "cpu", "classifier": "cpu"}
+    spread = dispatch_model(tiny_models.make("vit"), places, main_device="cpu", force_hooks=True)
+    assert "_hf_hook" in vars(spread.classifier)
+    before = {name: tensor.clone() for name, tensor in spread.state_dict().items()}
+    assert not differences(measure(spread, batches, config).to_dict(), expected, tolerance=0)
+    assert_equal(dict(spread.state_dict()), before)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A measurement that several processes share is that of one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from launch import results
+from torch import nn
+from torch.optim import AdamW
+
+from hf_optimizability import OptimizabilityConfig
+from hf_optimizability.curvature.gauss_newton import gauss_newton_trace
+from hf_optimizability.curvature.ranks import ALONE, Ranks
+from hf_optimizability.measure import measure_objective
+from hf_optimizability.objective import Objective
+from hf_optimizability.parallel import training_ranks
+from hf_optimizability.safety import math_attention
+
+
+CPU = torch.device("cpu")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "all": {"block_eigenvalues": True, "num_eigenvalues": 2},
+    "central_difference": {"engine": "central_difference"},
+    "forward_over_reverse": {"engine": "forward_over_reverse"},
+    "gauss_newton": {"curvature": "gauss_newton"},
+    "empirical_fisher": {"curvature": "empirical_fisher"},
+    "power_iteration": {"eigen_method": "power_iteration"},
+    "hutch++": {"trace_method": "hutch++"},
+    "xtrace": {"trace_method": "xtrace"},
+}
+# GPT-2 computes its loss in float32 whatever its weights are; nine examples in batches of two are five uneven parts,
+# of which two ranks get three and two; a single batch leaves a rank without any.
+CASES = [
+    *[("bert", torch.float64, 2, name) for name in OPTIONS],
+    ("bert", torch.float32, 2, "all"),
+    ("resnet", torch.float64, 2, "all"),
+    ("gpt2", torch.float32, 2, "all"),
+    ("bert", torch.float64, 9, "all"),
+    ("gpt2", torch.float32, 9, "all"),
+]
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+SENSITIVE = {"central_difference": 1e-8, "forward_over_reverse": 1e-8}
+"""Differences of gradients over a short step; deflation by Ritz vectors whose values lie close together."""
+
+
+def measured(ranks: Ranks, name: str, dtype: torch.dtype, batch_size: int, options: str) -> dict[str, Any]:
+    model = tiny_models.make(name, dtype=dtype)
+    rows = tiny_models.examples(name, 9, dtype=dtype)
+    objective = Objective(model, tiny_models.cut(rows, batch_size)).shared(ranks)
+    config = OptimizabilityConfig(max_hvps=40, trace_tolerance=0.05, **OPTIONS[options])
+    found = measure_objective(objective, config, optimizer=AdamW(model.parameters(), lr=1e-3))[0].to_dict()
+    if options == "empirical_fisher":  # several of its Ritz values are 0 to rounding, in any order
+        nodes, weights = (np.array(found["hessian"]["density"].pop(key)) for key in ("nodes", "weights"))
+        found["hessian"]["density"]["above 0"] = weights[np.abs(nodes) > 1e-9].tolist()
+    return found
+
+
+def on_a_rank(rank: int) -> dict[str, Any]:
+    ranks = training_ranks(CPU)
+    found: dict[str, Any] = {str(case): measured(ranks, *case) for case in CASES}
+    found["exact trace"] = exact_trace(ranks)
+    found["memory"] = with_little_memory(ranks)
+    return found
+
+
+def exact_trace(ranks: Ranks) -> list[float]:
+    model = tiny_models.make("bert").eval()
+    objective = Objective(model, tiny_models.cut(tiny_models.examples("bert", 9), 2)).shared(ranks)
+    size = sum(parameter.numel() for parameter in objective.parameters)
+    with math_attention():
+        total, [first, _] = gauss_newton_trace(objective, [[slice(0, 99)], [slice(99, size)]], ranks=ranks)
+    return [total.value, total.data_std_error or math.nan, first.value, first.data_std_error or math.nan]
+
+
+class Small(nn.Module):
+    """A model that takes one or two examples at a time, and runs out of memory with more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.line = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.line(x).tanh()
+
+
+def with_little_memory(ranks: Ranks) -> dict[str, Any]:
+    """Only the rank that gets the large batch runs out of memory; both halve theirs."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(size, 3, generator=generator),) for size in (1, 4, 1)]
+    objective = Objective(Small(), batches, loss_fn=lambda model, batch: model(batch[0]).square().mean())
+    measurement, objective = measure_objective(objective.shared(ranks), OptimizabilityConfig(profile="light"))
+    return {"measurement": measurement.to_dict(), "sizes": [len(batch[0]) for batch in objective.batches]}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results(on_a_rank, request.param, tmp_path_factory.mktemp("ranks"))
+
+
+def numbers(value: Any, path: str = "", scale: float = 0.0) -> Iterator[tuple[str, Any, float]]:
+    """All that a measurement holds, with its place, and the size of the largest part of an estimate, or of a list."""
+    if isinstance(value, dict):
+        if "method" in value:
+            scale = max(abs(value[name]) for name in ("value", "low", "high"))
+        for key, item in value.items():
+            yield from numbers(item, f"{path}.{key}", scale)
+    elif isinstance(value, (list, tuple)):
+        scale = max((abs(item) for item in value if isinstance(item, float)), default=scale)
+        for index, item in enumerate(value):
+            yield from numbers(item, f"{path}.{index}", scale)
+    elif not path.endswith(".seconds"):
+        yield path, value, scale
+
+
+def differences(found: Any, expected: Any, *, tolerance: float) -> list[tuple[str, Any, Any]]:
+    pairs = list(zip_longest(numbers(found), numbers(expected), fillvalue=("missing", None, 0.0)))
+    return [
+        (place, a, b)
+        for (place, a, _), (other, b, scale) in pairs
+        if place != other or not alike(a, b, tolerance, scale)
+    ]
+
+
+def alike(a: Any, b: Any, tolerance: float, scale: float) -> bool:
+    if isinstance(b, float) and isinstance(a, float):
+        return a == b or abs(a - b) <= tolerance * max(abs(b), scale, 1e-3)
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_that_of_one_process(found: list[dict[str, Any]], case: tuple[Any, ...]):
+    torch.set_num_threads(1)
+    expected, tolerance = measured(ALONE, *case), SENSITIVE.get(case[3], TOLERANCES[case[1]])
+    for result in found:
+        assert not differences(result[str(case)], expected, tolerance=tolerance)
+    first, *others = found
+    for result in others:  # to the last bit, or the ranks would part
+        assert not differences(result[str(case)], first[str(case)], tolerance=0)
+
+
+def test_the_exact_trace(found: list[dict[str, Any]]):
+    for result in found:
+        assert result["exact trace"] == pytest.approx(exact_trace(ALONE), rel=1e-10)
+
+
+def test_memory_that_one_rank_lacks(found: list[dict[str, Any]]):
+    expected = with_little_memory(ALONE)
+    assert expected["sizes"] == [1, 2, 2, 1]
+    assert sorted(size for result in found for size in result["memory"]["sizes"]) == [1, 1, 2, 2]
+    for result in found:
+        assert not differences(result["memory"]["measurement"], expected["measurement"], tolerance=1e-5)

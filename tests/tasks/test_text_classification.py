@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From sentences to token numbers, and what is said of columns that can't be told."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_texts
+from datasets import Dataset
+
+from hf_optimizability.tasks import text_classification
+
+
+def test_pairs_of_sentences_are_joined_and_cut() -> None:
+    tokenizer = tiny_texts.tokenizer()
+    pairs = Dataset.from_dict({"premise": ["good film"], "hypothesis": ["a very bad film"], "label": [1]})
+    args = text_classification.DataArguments(train_file="pairs.csv", max_seq_length=8)
+    tokens = text_classification.prepare(pairs, tokenizer, args)[0]
+    read = [tokenizer.convert_ids_to_tokens(number) for number in tokens["input_ids"]]
+    assert read == ["[CLS]", "good", "film", "[SEP]", "a", "very", "bad", "[SEP]"]
+    assert tokens["labels"] == 1
+
+
+@pytest.mark.parametrize("columns", [None, ["sentense"], ["a", "b", "c"]])
+def test_text_that_cant_be_told_fails_by_name(columns: list[str] | None) -> None:
+    examples = Dataset.from_dict({"a": ["x"], "b": ["x"], "c": ["x"]})
+    args = text_classification.DataArguments(train_file="a.csv", text_column_name=columns)
+    with pytest.raises(ValueError, match=r"one or two of \['a', 'b', 'c'\] as --text_column_name"):
+        text_classification.text_columns(examples, args)
