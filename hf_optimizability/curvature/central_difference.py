@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..gradients import gradient_sum, norm_of
-from .operators import ObjectiveOperator, SumOfLosses
+from .operators import ObjectiveOperator, SumOfLosses, SymmetricOperator
 from .ranks import ALONE, Ranks
 from .rows import Rows
 from .vectors import norm
@@ -87,6 +88,12 @@ class CentralDifferenceHessian(ObjectiveOperator):
     def rows(self) -> Rows:
         """Which rows of the vectors are here."""
         return self._rows
+
+    def matmat_by_part(
+        self, vectors: Tensor, segments: Sequence[Sequence[slice]]
+    ) -> tuple[Tensor, np.ndarray, list[int]]:
+        """`A V`; a difference is of the whole gradient, so that there is one part, however many ranks share it."""
+        return SymmetricOperator.matmat_by_part(self, vectors, segments)
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
         products = (self._product(vector) for vector in vectors)
