@@ -26,6 +26,7 @@ from hf_optimizability import (
     measure,
 )
 from hf_optimizability.history import without_records
+from hf_optimizability.report import SCHEMA_VERSION
 
 
 QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 4}
@@ -212,7 +213,7 @@ def test_the_report_is_complete(tmp_path: Path):
     loaded = OptimizabilityReport.load(tmp_path / "report" / "report.json")
     assert loaded.to_dict() == report.to_dict()
     assert loaded.measurements == report.measurements and len(loaded.measurements) == 3
-    assert loaded.schema_version == 1 and loaded.created.startswith("20")
+    assert loaded.schema_version == SCHEMA_VERSION and loaded.created.startswith("20")
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert loaded.model["class"] == "BertForSequenceClassification"
     assert loaded.model["parameters"] == loaded.model["trainable_parameters"] == parameters
@@ -228,8 +229,9 @@ def test_the_report_is_complete(tmp_path: Path):
     assert loaded.dynamics["generalization_gap"]["measured_alike"]
     assert loaded.log_history == without_records(trainer.state.log_history) != trainer.state.log_history
     files = {path.name for path in (tmp_path / "report").iterdir()}
-    plots = {"loss.png", "gradient_norm.png", "curvature.png", "ritz_values.png", "blocks.png"}
-    assert files == {"report.json", "report.md", *plots}
+    curves = {"loss", "stability_margin", "gradient_norm", "noise_scale", "curvature"}
+    plots = {f"{name}.{kind}" for name in curves | {"density", "ritz_values", "blocks"} for kind in ("png", "svg")}
+    assert files == {"report.json", "report.md", "report.html", *plots}
 
 
 def test_the_gap_is_that_of_equal_samples_in_eval_mode(tmp_path: Path):

@@ -115,7 +115,7 @@ def _hash(content: str) -> Markup:
 def _json(data: Any) -> Markup:
     """JSON that can't end the script element it stands in."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+    return Markup(text.replace("<", "\\u003c"))
 
 
 Cell = tuple[float, str]

@@ -46,10 +46,10 @@ def parse(content: bytes) -> Any:
         ValueError: If it is none; the message says where and what to do.
 
     Example:
-        >>> parse(b"[1, 2")
+        >>> parse(b'{"x": NaN}')
         Traceback (most recent call last):
         ...
-        ValueError: It is no valid JSON (Expecting ',' delimiter: line 1 column 7 (char 6)). Restore ...
+        ValueError: It is no valid JSON (the number NaN is not finite). Restore the file, or make the report again.
     """
     try:
         return json.loads(content.decode("utf-8"), parse_int=_integer, parse_float=_finite, parse_constant=_finite)

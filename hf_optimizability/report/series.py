@@ -30,14 +30,10 @@ def block_names(report: OptimizabilityReport) -> list[str]:
 
 
 def batch_items(report: OptimizabilityReport) -> float | None:
-    """Items (examples, or labels that count) in one optimizer step of one process; `None` where it is not known."""
-    examples, accumulated = (
-        report.training.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    )
-    probe_items, probe_examples = report.data.get("probe_items"), report.data.get("probe_examples")
-    if not examples or not probe_items or not probe_examples:
-        return None
-    return float(examples * (accumulated or 1) * probe_items / probe_examples)
+    """Items (examples, or labels that count) that a step's gradient is the mean over; `None` where it is not known."""
+    examples = report.training.get("examples_per_step")
+    probed, items = report.data.get("probe_examples"), report.data.get("probe_items")
+    return examples * items / probed if examples and probed and items else None
 
 
 def stability_limits(report: OptimizabilityReport) -> Points:

@@ -223,8 +223,7 @@ class TestStabilityMargin:
 class TestNoiseScale:
     def test_bars_are_the_interval_and_an_arrow_where_it_is_open(self):
         report = make_report()
-        report.training["per_device_train_batch_size"] = 8
-        report.training["gradient_accumulation_steps"] = 2
+        report.training["examples_per_step"] = 16
         (axes,) = plot_noise_scale(report).axes
         points, _, (bars,) = error_bars(axes)["noise scale, 95 % interval"].lines
         assert points.get_ydata().tolist() == [35.2] * 3
@@ -235,7 +234,7 @@ class TestNoiseScale:
 
     def test_a_batch_of_sequences_holds_many_labels(self):
         report = make_report(2)
-        report.training["per_device_train_batch_size"] = 8
+        report.training["examples_per_step"] = 8
         report.data["probe_items"] = 50 * report.data["probe_examples"]
         assert set(line(plot_noise_scale(report).axes[0], "items in a batch")[:, 1]) == {400}
 
