@@ -34,7 +34,8 @@ DEAD = 2.0**-23
 """Share of the whole gradient's norm below which a block's is rounding, in float32."""
 
 UNEVEN = 1000.0
-"""Factor between one layer's ‖g_b‖/‖θ_b‖ and another's. Layers of healthy small runs stayed within 5; not yet measured on large ones."""
+"""Factor between one layer's ‖g_b‖/‖θ_b‖ and another's. Layers of healthy small runs stayed within 5; not yet measured
+on large ones."""
 
 LEAST_BLOCKS = 4
 """Blocks without which there is no \"most\" of them to compare one with."""
