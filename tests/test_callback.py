@@ -229,7 +229,7 @@ def test_the_report_is_complete(tmp_path: Path):
     assert loaded.dynamics["generalization_gap"]["measured_alike"]
     assert loaded.log_history == without_records(trainer.state.log_history) != trainer.state.log_history
     files = {path.name for path in (tmp_path / "report").iterdir()}
-    curves = {"loss", "stability_margin", "gradient_norm", "noise_scale", "curvature"}
+    curves = {"loss", "stability_margin", "gradient_norm", "curvature"}  # two batches are too few for a noise scale
     plots = {f"{name}.{kind}" for name in curves | {"density", "ritz_values", "blocks"} for kind in ("png", "svg")}
     assert files == {"report.json", "report.md", "report.html", *plots}
 
