@@ -737,7 +737,11 @@ def _span(values: tuple[float, ...]) -> str:
 def _findings(results: dict[str, Any]) -> Iterator[str]:
     """What the reports said at rates that are known to be too low, right and too high."""
     yield "\n## What a report finds about the learning rate, at rates known to be too low, best and too high\n"
-    yield "In brackets: the loss of the sweep at that rate over the best. A dash: nothing.\n"
+    yield "In brackets: the loss of the sweep at that rate over the best. A dash: nothing."
+    yield (
+        "`learning_rate_near_limit` told 8 × the best rate no better from the best one than a coin does: it was "
+        "dropped, and stands here as the reason.\n"
+    )
     lines = []
     for name, found in results["findings"].items():
         case = results["learning_rate"][name]

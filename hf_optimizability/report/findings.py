@@ -46,9 +46,6 @@ CONCENTRATED = 2 / 3
 SADDLE = 0.1
 """|λ_min|/λ_max beyond which an end below 0 is no remnant."""
 
-NEAR = 3.0
-"""Factor between a learning rate and the limit within which it is near."""
-
 FAR_BELOW = 10.0
 """Factor below the limit from which a rate whose loss did not get far is too low: in sweeps this was found at a
 sixteenth of the best rate only, never at the best or above (measured: benchmarks/advice.py)."""
@@ -138,24 +135,6 @@ def learning_rate_above_limit(report: OptimizabilityReport) -> Finding | None:
         sentence="The learning rate was above its stability limit, and training was unstable.",
         evidence=(*troubles, *stable.evidence(peak)),
         advice=f"Start again at {format_number(stable.low, digits=2)} or less, or with a longer warm-up.",
-        source=LIMIT_SOURCE,
-    )
-
-
-def learning_rate_near_limit(report: OptimizabilityReport) -> Finding | None:
-    """The learning rate is about as high as the curvature allows, and the run was steady."""
-    peak, stable = _peak_rate(report), _largest_stable(report)
-    if peak is None or stable is None or _troubles(report):
-        return None
-    if not stable.low / NEAR <= peak <= stable.high * NEAR:
-        return None
-    return Finding(
-        name="learning_rate_near_limit",
-        severity="note",
-        sentence="The learning rate is near its stability limit, and training was steady.",
-        evidence=stable.evidence(peak),
-        advice="Training often hovers there without harm. It does not say that this rate is the best: in sweeps, best "
-        "rates lay from far below the limit to far above it.",
         source=LIMIT_SOURCE,
     )
 
@@ -732,7 +711,6 @@ FINDINGS: tuple[Callable[[OptimizabilityReport], Finding | None], ...] = (
     errors_wide,
     central_differences_off,
     measurement_failed,
-    learning_rate_near_limit,
     curvature_concentrated,
     saddle,
     batch_below_noise_scale,
