@@ -84,7 +84,8 @@ def restore(state: TrainerState, *, config: dict[str, Any]) -> History:
             kept.append(held.found)  # type: ignore[arg-type]
             history.measured_seconds.append(held.seconds)
             history = history._replace(train_seconds=held.train_seconds)
-    if others and not history.steps:
+    resumed = state.global_step > 0  # else they are those of another callback, which has just begun
+    if resumed and others and not history.steps:
         changed = ", ".join(f"`{name}`" for name, value in _what(config).items() if others[-1].get(name) != value)
         logger.warning(
             f"The run was measured {len(others)} times with another {changed}. That stays in `trainer_state.json`; "

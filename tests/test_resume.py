@@ -85,7 +85,8 @@ def numbers(report: OptimizabilityReport) -> dict[str, Any]:
     data = report.to_dict()
     for measurement in data["measurements"]:
         del measurement["seconds"]
-    del data["created"], data["training"]["overhead"]
+    del data["created"]
+    data["training"].pop("overhead", None)  # a run that was stopped has none
     timed = ("runtime", "per_second", "optimizability/seconds", "train_loss")
     data["log_history"] = [
         {name: value for name, value in entry.items() if not name.endswith(timed)} for entry in data["log_history"]
