@@ -42,6 +42,7 @@ from hf_optimizability import (
 
 
 CONFIG = {"measure_strategy": "steps", "measure_steps": 2, "probe_examples": 6, "probe_batch_size": 2, "max_hvps": 16}
+TWO_EPOCHS = {"max_steps": 5, "per_device_train_batch_size": 4}
 FEW_STEPS = {"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1}
 
 
@@ -144,9 +145,9 @@ CASES: dict[str, Case] = {
     "length grouping": Case(
         bert, of_uneven_length, {"train_sampling_strategy": "group_by_length", "data_collator": padded}
     ),
-    "workers": Case(bert, sentences, {"dataloader_num_workers": 1, "max_steps": 10}),  # two epochs
+    "workers": Case(bert, sentences, {"dataloader_num_workers": 1, **TWO_EPOCHS}),
     "persistent workers": Case(
-        bert, sentences, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 10}
+        bert, sentences, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, **TWO_EPOCHS}
     ),
     "sgd": Case(bert, sentences, {"optim": "sgd"}),
     "adafactor": Case(bert, sentences, {"optim": "adafactor"}),
