@@ -26,7 +26,7 @@ demo-vision: $(STAMP)  ## The vision half of the demo: MobileNetV2 on MNIST.
 	$(BIN)/python recipes/image_classification.py recipes/demo/vision.json
 
 test: $(STAMP)  ## Run the tests, without those that take minutes.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(STAMP)  ## Run the tests that take minutes.
 	$(BIN)/python -m pytest -m slow

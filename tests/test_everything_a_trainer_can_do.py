@@ -204,7 +204,10 @@ def subclass(case: Case) -> type[Trainer]:
     return type(f"Measuring{case.cls.__name__}", (OptimizabilityTrainerMixin, case.cls), {})
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "persistent workers" else name for name in CASES],
+)
 def test_training_is_the_same(tmp_path: Path, name: str):
     case = CASES[name]
     if name == "8-bit":

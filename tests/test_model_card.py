@@ -264,7 +264,7 @@ class TestHostileNames:
     def test_become_neither_markup_nor_yaml(self, name: str):
         report = make_report(2, failures=1)
         for part in (report.model, report.task, report.data, report.training, report.versions, report.config):
-            part.update(dict.fromkeys(part, name))
+            part.update({key: name for key, value in part.items() if isinstance(value, str)})
         report.data["dataset"] = name
         report.failures.append(MeasurementFailure(step=1, epoch=None, reason=name, remedy=name))
         plain = make_report(2, failures=1)

@@ -73,7 +73,9 @@ def test_lanczos_ends_lie_within_their_residuals(name: str):
     assert eigenvalues[0] < 0 < eigenvalues[-1]  # so that the two ends are told apart
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name == "resnet" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_power_iteration_finds_the_largest_algebraic_eigenvalue(name: str):
     estimate = measured(name, eigen_method="power_iteration", eigen_tolerance=0.01, max_hvps=2000).hessian.lambda_max
     assert estimate.low <= truth(name).eigenvalues[-1] <= estimate.high

@@ -300,6 +300,7 @@ class TestBrowser:
         page.evaluate("dispatchEvent(new Event('afterprint'))")
         assert count(page, "loss", LIGHT_BLUE) > 0 == count(page, "loss", BLUE)
         page.emulate_media(color_scheme="light")
+        page.wait_for_timeout(500)  # the page is told of it, and draws anew
         assert count(page, "loss", BLUE) > 0 == count(page, "loss", LIGHT_BLUE)
 
     def test_nothing_hostile_runs(self, show):
