@@ -204,9 +204,15 @@ def subclass(case: Case) -> type[Trainer]:
     return type(f"Measuring{case.cls.__name__}", (OptimizabilityTrainerMixin, case.cls), {})
 
 
+LIKE_OTHERS = {
+    "persistent workers", "workers", "sgd", "adafactor", "regression", "multi-label", "llama", "epochs", "pure bf16",
+    "label smoothing",
+}  # fmt: skip
+"""Cases near enough to others, here or in `test_hands_off`, to be left to `make test-slow`."""
+
+
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name == "persistent workers" else name for name in CASES],
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name for name in CASES]
 )
 def test_training_is_the_same(tmp_path: Path, name: str):
     case = CASES[name]
@@ -277,8 +283,17 @@ def break_stage(monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseExceptio
     monkeypatch.setattr(sys.modules[module], name, fail)
 
 
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "error"),
+    [
+        # Each stage with one error, and one stage with each; all pairs by `make test-slow`.
+        (stage, error)
+        if stage == "product" or error == "error"
+        else pytest.param(stage, error, marks=pytest.mark.slow)
+        for stage in STAGES
+        for error in ERRORS
+    ],
+)
 def test_training_is_the_same_when_a_measurement_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: str
 ):
@@ -306,8 +321,12 @@ class At(TrainerCallback):
     ("stage", "name"),
     [
         *((stage, "warm-up") for stage in STAGES),
-        *(("product", name) for name in ("BatchNorm", "checkpointing", "torch_compile", "bf16 autocast", "tied")),
-        ("noise", "pure bf16"),
+        *(("product", name) for name in ("BatchNorm", "torch_compile")),
+        *(
+            pytest.param("product", name, marks=pytest.mark.slow)
+            for name in ("checkpointing", "bf16 autocast", "tied")
+        ),
+        pytest.param("noise", "pure bf16", marks=pytest.mark.slow),
     ],
 )
 def test_ctrl_c_in_a_measurement_leaves_all_as_it_was_after_that_step(

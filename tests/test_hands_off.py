@@ -67,9 +67,16 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
-@pytest.mark.parametrize("name", ["bert", "mobilenet"])
+@pytest.mark.parametrize(
+    ("name", "optimizer", "accumulation"),
+    [
+        ("bert", "adamw_torch", 1), ("bert", "sgd", 3), ("bert", "adamw_torch", 3), ("mobilenet", "adamw_torch", 3),
+        ("mobilenet", "sgd", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("bert", "sgd", 1), ("mobilenet", "adamw_torch", 1), ("mobilenet", "sgd", 3),
+        )),
+    ],
+)  # fmt: skip
 def test_training_is_the_same(tmp_path: Path, name: str, optimizer: str, accumulation: int):
     options = {
         "optim": optimizer,

@@ -94,8 +94,15 @@ def numbers(report: OptimizabilityReport) -> dict[str, Any]:
     return data
 
 
-@pytest.mark.parametrize("restores_states", [False, True])
-@pytest.mark.parametrize("stop_before", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("stop_before", "restores_states"),
+    [
+        (2, True),
+        (3, False),
+        (5, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, False), (3, True), (5, False))),
+    ],
+)
 def test_a_resumed_run_has_the_report_of_an_uninterrupted_one(tmp_path: Path, stop_before: int, restores_states: bool):
     options = {"restore_callback_states_from_checkpoint": restores_states, "config": STEPS}
     whole = run(tmp_path / "whole", **options)
@@ -111,7 +118,9 @@ def test_a_plain_callback_resumes_too(tmp_path: Path):
     assert numbers(run(tmp_path / "run", Trainer, config=STEPS, resume=True)) == numbers(whole)
 
 
-@pytest.mark.parametrize("stop_before", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "stop_before", [pytest.param(2, marks=pytest.mark.slow), 3, 4, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_epochs_that_end_with_a_checkpoint_are_measured(tmp_path: Path, stop_before: int):
     """The checkpoint at the last step of an epoch is written before the epoch ends."""
     options = {"max_steps": -1, "num_train_epochs": 3, "train_dataset": training.dataset("bert", 8)}
