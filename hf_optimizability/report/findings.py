@@ -18,6 +18,7 @@ from ..curvature.estimates import Estimate
 from ..curvature.preconditioner import stability_limit
 from ..measurement import Measurement
 from .markdown import format_estimate, format_interval, format_number, format_percent, format_with_error
+from .series import batch_items
 
 
 if TYPE_CHECKING:
@@ -356,7 +357,7 @@ def evaluation_unstable(report: OptimizabilityReport) -> Finding | None:
 
 def batch_below_noise_scale(report: OptimizabilityReport) -> Finding | None:
     """A step's gradient is nearly all noise."""
-    batch, noise = _batch_items(report), _noise_interval(report)
+    batch, noise = batch_items(report), _noise_interval(report)
     if batch is None or noise is None or noise[0] <= FAR_BATCH * batch:
         return None
     return Finding(
@@ -372,7 +373,7 @@ def batch_below_noise_scale(report: OptimizabilityReport) -> Finding | None:
 
 def batch_above_noise_scale(report: OptimizabilityReport) -> Finding | None:
     """A step spends examples on a gradient that fewer would give as well."""
-    batch, noise = _batch_items(report), _noise_interval(report)
+    batch, noise = batch_items(report), _noise_interval(report)
     if batch is None or noise is None or noise[1] * FAR_BATCH >= batch:
         return None
     return Finding(
@@ -646,13 +647,6 @@ def _bumps(losses: Sequence[float], *, least: float) -> list[tuple[float, int]]:
         if size >= least or loss < losses[bottom]:
             bottom = top = index
     return found
-
-
-def _batch_items(report: OptimizabilityReport) -> float | None:
-    """Items that a step's gradient is the mean over: examples, or labels of a language model."""
-    examples = report.training.get("examples_per_step")
-    probed, items = report.data.get("probe_examples"), report.data.get("probe_items")
-    return examples * items / probed if examples and probed and items else None
 
 
 def _noise_interval(report: OptimizabilityReport) -> tuple[float, float] | None:

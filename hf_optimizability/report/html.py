@@ -23,6 +23,7 @@ from .markdown import (
     _environment,
     _flat,
     _title,
+    _without_strings,
     format_estimate,
     format_number,
     one_line,
@@ -79,16 +80,9 @@ def _page_environment() -> Environment:
 
 def _text(value: Any) -> Markup:
     """What the template prints for a value; strings in one line and without control and direction characters."""
-    if isinstance(value, Markup):
-        return value
-    if value is None:
-        return Markup(MISSING)
-    if isinstance(value, bool):
-        return Markup("yes" if value else "no")
-    if isinstance(value, int):
-        return Markup(f"{value:,}")
-    if isinstance(value, float):
-        return Markup(format_number(value))
+    plain = _without_strings(value)
+    if plain is not None:
+        return plain
     return escape(one_line(str(value)).replace(" ± ", " ±\xa0").replace(" %", "\xa0%"))  # breaks no line before them
 
 

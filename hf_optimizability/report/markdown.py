@@ -294,6 +294,12 @@ def _range(value: Estimate | CriticalLearningRate | None) -> str:
 
 def _text(value: Any) -> Markup:
     """What the template prints for a value."""
+    plain = _without_strings(value)
+    return Markup(escape(str(value))) if plain is None else plain
+
+
+def _without_strings(value: Any) -> Markup | None:
+    """What templates print for a number, a switch or what is missing; `None` for what needs escaping."""
     if isinstance(value, Markup):
         return value
     if value is None:
@@ -304,7 +310,7 @@ def _text(value: Any) -> Markup:
         return Markup(f"{value:,}")
     if isinstance(value, float):
         return Markup(format_number(value))
-    return Markup(escape(str(value)))
+    return None
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
