@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .callback import OptimizabilityCallback as OptimizabilityCallback
+    from .comparing.comparison import Comparison as Comparison
+    from .comparing.running import compare as compare
     from .configuration import OptimizabilityConfig as OptimizabilityConfig
     from .forecast import Forecast as Forecast
     from .forecast import forecast as forecast
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Comparison": "comparing.comparison",
     "Forecast": "forecast",
     "Measurement": "measurement",
     "MeasurementError": "measurement",
@@ -30,6 +33,7 @@ _MODULES = {
     "OptimizabilityReport": "report",
     "OptimizabilityTrainer": "trainer",
     "OptimizabilityTrainerMixin": "trainer",
+    "compare": "comparing.running",
     "forecast": "forecast",
     "measure": "measure",
 }

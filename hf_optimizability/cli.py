@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
+from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -161,6 +162,36 @@ def measure(
         _measure(task, ctx.args, forecast_only=forecast, as_json=as_json, flags=flags)
 
 
+@app.command(
+    context_settings=PASSED_ON,
+    options_metavar="[ARGUMENTS.json] CANDIDATE... [OPTIONS] [FLAGS]",
+    epilog="""\b
+Examples:
+  hf-optimizability compare distilbert/distilbert-base-uncased google-bert/bert-base-uncased \\
+      --dataset_name nyu-mll/glue --dataset_config_name sst2 --budget_steps 500 --output_dir out/choice
+  hf-optimizability compare optim=sgd,learning_rate=0.01 optim=adamw_torch,learning_rate=3e-5 \\
+      --model_name_or_path org/checkpoint --train_file reviews.csv --budget_seconds 600
+  hf-optimizability compare org/checkpoint org/checkpoint,method=lora,lora_rank=16,learning_rate=1e-3 \\
+      org/checkpoint,method=linear_probe --dataset_name org/data --budget_examples 16000 --seeds 5
+""",
+)
+def compare(ctx: typer.Context, task: TaskName = None, as_json: AsJson = False, flags: AllFlags = False) -> None:
+    r"""Fine-tune candidates under one equal budget, and rank them.
+
+    A candidate is a checkpoint, flags of its own, or both: CHECKPOINT,flag=value,flag=value. Candidates come first,
+    then the flags that all share, which are those of `run` and the budget. Both can stand in a JSON file, named before
+    them, with the candidates as a list. Killed and started again, a comparison goes on where it was.
+
+    \b
+      --budget_steps, --budget_examples, --budget_seconds   what each training gets; one of them
+      --seeds            trainings of each candidate, 3 by default
+      --halving_rounds   rounds of successive halving, for many candidates
+      --output_dir       where comparison.html, .md and .json go
+    """
+    with _work(ctx):
+        _compare(task, ctx.args, as_json=as_json, flags=flags)
+
+
 @app.command(epilog="Example: hf-optimizability report out/sst2/optimizability")
 def report(ctx: typer.Context, folder: Folder, as_json: AsJson = False) -> None:
     """Render a report again from its report.json.
@@ -266,30 +297,50 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
     _print_report(found, folder, _table(measurement), as_json=as_json)
 
 
+def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool) -> None:
+    from .comparing.candidates import parse_candidates
+    from .comparing.running import Comparing, list_of_flags
+
+    rest = list(args)
+    with _usage_errors():
+        values = (
+            json.loads(Path(rest.pop(0)).read_text(encoding="utf-8")) if rest and rest[0].endswith(".json") else {}
+        )
+        given = [*values.pop("candidates", []), *takewhile(lambda word: not word.startswith("-"), rest)]
+        if flags:
+            typer.echo(list_of_flags(task_name))
+            raise typer.Exit
+        shared = list(dropwhile(lambda word: not word.startswith("-"), rest))
+        comparing = Comparing(parse_candidates(given), task_name=task_name, values=values, args=shared)
+    with _only_json_on_stdout(as_json):
+        comparison = comparing.run()
+    page = comparing.folder / "comparison.html"
+    if as_json:
+        typer.echo(json.dumps({"page": str(page), "comparison": comparison.to_dict()}, allow_nan=False))
+    else:
+        typer.echo(f"\n{comparison.summary()}\n\nComparison: {page}")
+
+
 def _task_and_parser(task_name: str | None, args: Sequence[str]) -> tuple[Task, HfArgumentParser]:
     """The task, told from the checkpoint if it is not named, and the parser of all its flags."""
-    from transformers import HfArgumentParser, TrainingArguments
+    from transformers import TrainingArguments
 
     from .configuration import OptimizabilityConfig
     from .tasks.checkpoint import CheckpointArguments
-    from .tasks.fine_tuning import TASKS, made_for, parse_arguments
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ValueError(message)  # rather than two pages of usage
+    from .tasks.fine_tuning import TASKS, FlagParser, made_for, parse_arguments
 
     tasks = [task for task in TASKS if task_name == task.NAME]
     if task_name is None:
         checkpoint_only: Any = CheckpointArguments
         with _usage_errors():
-            (checkpoint,) = parse_arguments(Parser(checkpoint_only), args, partly=True)
+            (checkpoint,) = parse_arguments(FlagParser(checkpoint_only), args, partly=True)
         tasks = made_for(checkpoint)
         if len(tasks) != 1:
             fitting = " and ".join(task.NAME for task in tasks) or "no task of this command"
             raise typer.BadParameter(f"{checkpoint.model_name_or_path!r} is made for {fitting}. Choose one by --task.")
     task = tasks[0]
     dataclasses: Any = (task.ModelArguments, task.DataArguments, OptimizabilityConfig, TrainingArguments)
-    return task, Parser(dataclasses, usage=f"{task.NAME}: all flags", add_help=False)
+    return task, FlagParser(dataclasses, usage=f"{task.NAME}: all flags", add_help=False)
 
 
 def _parsed(parser: HfArgumentParser, args: Sequence[str], *, flags: bool) -> tuple[Any, ...]:

@@ -34,18 +34,25 @@ _ARGUMENTS = (
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """Model id (of a local checkpoint, its folder's name), class, size, and whether eval mode changes its geometry."""
     inner = pretrained(model)
-    identifier = str(inner.name_or_path) if inner is not None else ""
-    # A local path says where the user keeps things; its last folder is the checkpoint's name.
-    local = Path(identifier).exists() or re.match(r"[\\/.~]|[A-Za-z]:", identifier) or identifier.count("/") > 1
-    name = re.split(r"[\\/]", identifier.rstrip("\\/"))[-1] if local else identifier
     parameters = list(model.parameters())
     return {
-        "id": name,
+        "id": public_id(str(inner.name_or_path) if inner is not None else ""),
         "class": class_name(inner or model),
         "batch_norm": any(isinstance(module, _BatchNorm) for module in model.modules()),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     }
+
+
+def public_id(identifier: str) -> str:
+    """The name of a checkpoint on the Hub as it is; of a local path, which says where things are kept, the last part.
+
+    Example:
+        >>> public_id("org/name"), public_id("/data/models/mine/"), public_id("./mine")
+        ('org/name', 'mine', 'mine')
+    """
+    local = Path(identifier).exists() or re.match(r"[\\/.~]|[A-Za-z]:", identifier) or identifier.count("/") > 1
+    return re.split(r"[\\/]", identifier.rstrip("\\/"))[-1] if local else identifier
 
 
 def describe_task(model: nn.Module, *, own_loss: bool) -> dict[str, str]:

@@ -16,7 +16,7 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from ..measurement import Measurement
-from .charts import charts
+from .charts import Chart, charts
 from .markdown import (
     MISSING,
     _ends,
@@ -31,6 +31,10 @@ from .markdown import (
 )
 from .report import OptimizabilityReport
 
+
+SECTIONS = (
+    "summary", "convergence", "stability", "generalization", "gradient", "curvature", "findings", "blocks", "method",
+)  # fmt: skip
 
 SHADES = 6
 """Shades of a heat map's colour; the style sheet has a class for each."""
@@ -50,23 +54,43 @@ def to_html(report: OptimizabilityReport) -> str:
         >>> "<title>Optimizability of &lt;script&gt; on fill-mask</title>" in page
         True
     """
-    drawn = charts(report)
     last = report.measurements[-1] if report.measurements else None
-    return _page_environment().get_template("report.html.jinja").render(
+    return render_page(
+        "report.html.jinja",
+        charts(report),
+        kind="Optimizability of",
+        title=_title(report),
+        sections=SECTIONS,
+        created=report.created,
+        versions=report.versions,
         report=report,
-        title=one_line(_title(report)),
         last=last,
         ends=_ends(report.measurements),
+        training=_flat(report.training),
+        shares=trace_shares(last) if last else {},
+        gradient_map=_heat_map(report.measurements, _relative_gradient, _rank_on_log_scale),
+        trace_map=_heat_map(report.measurements, _trace, _rank_around_zero),
+    )
+
+
+def render_page(template: str, drawn: Sequence[Chart], *, title: str, **values: Any) -> str:
+    """Renders a template that extends `page.html.jinja`, with its plots.
+
+    Args:
+        template: Name of the template.
+        drawn: Its plots, as `charts.charts` makes them.
+        title: Title of the page; behind `kind`, the first of the values.
+        values: What the templates take: `kind`, `sections`, `created`, `versions` and the template's own.
+    """
+    return _page_environment().get_template(template).render(
         charts={chart["id"]: chart for chart in drawn},
         data=_json(drawn),
         style=_asset("uplot/uPlot.min.css") + _asset("report.css"),
         library=_asset("uplot/uPlot.iife.min.js"),
         library_licence=_asset("uplot/LICENSE"),
         script=_asset("report.js"),
-        training=_flat(report.training),
-        shares=trace_shares(last) if last else {},
-        gradient_map=_heat_map(report.measurements, _relative_gradient, _rank_on_log_scale),
-        trace_map=_heat_map(report.measurements, _trace, _rank_around_zero),
+        title=one_line(title),
+        **values,
     )  # fmt: skip
 
 

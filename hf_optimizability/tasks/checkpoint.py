@@ -10,7 +10,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 from datasets.exceptions import DatasetGenerationError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -33,6 +33,18 @@ class CheckpointArguments:
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Accept a checkpoint whose head has another number of classes."}
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "How attention is computed, such as eager or sdpa, if not the model's default."},
+    )
+    random_weights: bool = field(
+        default=False, metadata={"help": "Take the checkpoint's architecture only, with new random weights."}
+    )
+    method: Literal["full", "lora", "linear_probe"] = field(
+        default="full",
+        metadata={"help": "Train all weights; LoRA matrices and the head; or the head alone, on frozen features."},
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA matrices, whose alpha is twice that."})
 
     def hub_options(self) -> dict[str, Any]:
         """What every `from_pretrained` of this checkpoint takes."""
@@ -43,9 +55,23 @@ class CheckpointArguments:
             "trust_remote_code": self.trust_remote_code,
         }
 
-    def weight_options(self) -> dict[str, Any]:
-        """What `from_pretrained` of the model takes besides."""
-        return {"dtype": self.dtype, "ignore_mismatched_sizes": self.ignore_mismatched_sizes}
+    def load_model(self, auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+        """The checkpoint's model with the head that `auto_class` gives it, or with random weights.
+
+        Raises:
+            ValueError: If it can't be loaded.
+        """
+        options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        with self.loading("The model"):
+            if self.random_weights:
+                return auto_class.from_config(config, trust_remote_code=self.trust_remote_code, **options)
+            return auto_class.from_pretrained(
+                self.model_name_or_path,
+                config=config,
+                ignore_mismatched_sizes=self.ignore_mismatched_sizes,
+                **options,
+                **self.hub_options(),
+            )
 
     def loading(self, what: str) -> Any:
         """Around loading a part of the checkpoint: an error says what to do."""

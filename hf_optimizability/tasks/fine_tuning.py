@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
@@ -19,6 +19,7 @@ from ..trainer import OptimizabilityTrainer
 from . import image_classification, text_classification
 from .checkpoint import CheckpointArguments, own_config
 from .labelled_data import LabelledDataArguments, load_splits, numbered_as_in
+from .methods import with_frozen_features, with_lora
 from .metrics import compute_metrics
 
 
@@ -54,14 +55,27 @@ def made_for(args: CheckpointArguments) -> list[Task]:
     return [task for task in TASKS if type(config) in task.MODELS]
 
 
+class FlagParser(HfArgumentParser):
+    """Raises where `HfArgumentParser` would print two pages of usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `ValueError`."""
+        raise ValueError(message)
+
+
 def parse_arguments(
-    parser: HfArgumentParser, args: Sequence[str] | None = None, *, partly: bool = False
+    parser: HfArgumentParser,
+    args: Sequence[str] | None = None,
+    *,
+    values: Mapping[str, Any] | None = None,
+    partly: bool = False,
 ) -> tuple[Any, ...]:
     """Reads flags, or a JSON file of them and flags that overrule it.
 
     Args:
         parser: Of the dataclasses to fill.
         args: What came on the command line; by default, `sys.argv`.
+        values: What the JSON file holds, if `args` names none.
         partly: Whether to leave out what the parser does not know.
 
     Returns:
@@ -74,8 +88,9 @@ def parse_arguments(
     args = list(sys.argv[1:] if args is None else args)
     parser.allow_abbrev = False  # so that a misspelt flag is none
     known = [field.name for dataclass in parser.dataclass_types for field in fields(dataclass)]
-    if args and args[0].endswith(".json"):
-        values: dict[str, Any] = json.loads(Path(args.pop(0)).read_text(encoding="utf-8"))
+    if values is None and args and args[0].endswith(".json"):
+        values = json.loads(Path(args.pop(0)).read_text(encoding="utf-8"))
+    if values:
         # Strings are parsed, which also fills what is required; the rest has its type already.
         ready = {name: value for name, value in values.items() if name in known and not isinstance(value, str)}
         parser.set_defaults(**ready)
@@ -91,11 +106,23 @@ def parse_arguments(
 
 
 def load(
-    task: Task, model_args: CheckpointArguments, data_args: LabelledDataArguments, training_args: TrainingArguments
+    task: Task,
+    model_args: CheckpointArguments,
+    data_args: LabelledDataArguments,
+    training_args: TrainingArguments,
+    *,
+    split_seed: int | None = None,
 ) -> dict[str, Any]:
     """Loads checkpoint and data.
 
     Where examples are made into inputs only when they are fetched, `training_args` is told to keep their columns.
+
+    Args:
+        task: What the checkpoint shall do.
+        model_args: Which checkpoint, and what of it is trained.
+        data_args: Which data.
+        training_args: Its seed is that of a new head's weights.
+        split_seed: Seed of the draw of the examples, if not that of `training_args`.
 
     Returns:
         What a Trainer takes by these names: model, data sets, tokenizer or processor, and metrics.
@@ -104,21 +131,27 @@ def load(
         ValueError: If something can't be loaded, or the data does not fit.
     """
     set_seed(training_args.seed)
-    *splits, names = load_splits(
-        data_args, seed=training_args.seed, cache_dir=model_args.cache_dir, token=model_args.token
-    )
+    draw_seed = training_args.seed if split_seed is None else split_seed
+    *splits, names = load_splits(data_args, seed=draw_seed, cache_dir=model_args.cache_dir, token=model_args.token)
     model, processor = task.load_model(model_args, names)
     splits = [numbered_as_in(model.config, split, data_args.label_column_name) for split in splits]
     train, validation = (task.prepare(split, processor, data_args) for split in splits)
     if train.format["type"] == "custom":
         training_args.remove_unused_columns = False
     return {
-        "model": model,
+        "model": _trained_part(model, model_args),
         "train_dataset": train,
         "eval_dataset": validation,
         "processing_class": processor,
         "compute_metrics": compute_metrics,
     }
+
+
+def _trained_part(model: PreTrainedModel, args: CheckpointArguments) -> Any:
+    """The model with all frozen that `--method` does not train."""
+    if args.method == "lora":
+        return with_lora(model, args.lora_rank)
+    return with_frozen_features(model) if args.method == "linear_probe" else model
 
 
 def fine_tune(trainer: OptimizabilityTrainer, **card: Any) -> Path:

@@ -65,10 +65,7 @@ class DataArguments(LabelledDataArguments):
 def load_model(args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Loads the checkpoint with a head for the classes `names`, and its image processor."""
     config = load_config(args, names)
-    with args.loading("The model"):
-        model = AutoModelForImageClassification.from_pretrained(
-            args.model_name_or_path, config=config, **args.weight_options(), **args.hub_options()
-        )
+    model = args.load_model(AutoModelForImageClassification, config)
     if args.batch_norm_momentum is not None:
         for module in model.modules():
             if isinstance(module, _BatchNorm):

@@ -47,11 +47,7 @@ def load_model(args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel,
     if tokenizer.pad_token is None:  # decoders
         tokenizer.pad_token = tokenizer.eos_token
         config.pad_token_id = tokenizer.pad_token_id
-    with args.loading("The model"):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            args.model_name_or_path, config=config, **args.weight_options(), **args.hub_options()
-        )
-    return model, tokenizer
+    return args.load_model(AutoModelForSequenceClassification, config), tokenizer
 
 
 def prepare(examples: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:

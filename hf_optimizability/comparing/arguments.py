@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a comparison is made: the budget that each candidate gets, and how often."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ComparisonArguments:
+    """The budget of each training, the seeds, and what decides.
+
+    Works with `HfArgumentParser`: every field is a command-line flag of the same name.
+
+    Raises:
+        ValueError: If there is not exactly one budget, or a number is impossible.
+
+    Example:
+        >>> arguments = ComparisonArguments(budget_steps=100, halving_rounds=3)
+        >>> arguments.unit, [arguments.budget(number) for number in (1, 2, 3)]
+        ('steps', [25.0, 50.0, 100.0])
+    """
+
+    budget_steps: int | None = field(default=None, metadata={"help": "Train each candidate for so many steps."})
+    budget_examples: int | None = field(
+        default=None, metadata={"help": "Train each candidate on so many examples, counted each time they are seen."}
+    )
+    budget_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train each candidate for about so many seconds: the number of steps is settled beforehand, by "
+            "timing a few."
+        },
+    )
+    seeds: int = field(default=3, metadata={"help": "Trainings of each candidate; they begin with --seed."})
+    rank_by: Literal["accuracy", "loss"] = field(
+        default="accuracy", metadata={"help": "What decides, on the evaluation set after the training."}
+    )
+    halving_rounds: int = field(
+        default=1,
+        metadata={
+            "help": "Rounds of successive halving: each but the last has half the budget of the next, and drops the "
+            "worse half, but none that can't be told apart from the best."
+        },
+    )
+    measured_seeds: int = field(
+        default=1, metadata={"help": "Trainings of each candidate in which curvature is measured."}
+    )
+    save_seconds: float = field(
+        default=60.0, metadata={"help": "Seconds between two checkpoints, from which a killed training goes on."}
+    )
+    retry_failures: bool = field(default=False, metadata={"help": "Try again what failed in an earlier call."})
+
+    def __post_init__(self) -> None:
+        budgets = [name for name in ("budget_steps", "budget_examples", "budget_seconds") if vars(self)[name]]
+        if len(budgets) != 1:
+            raise ValueError(
+                "Pass exactly one of --budget_steps, --budget_examples and --budget_seconds, above 0; got "
+                f"{', '.join(budgets) or 'none'}."
+            )
+        least = {budgets[0]: 0, "seeds": 1, "halving_rounds": 1, "measured_seeds": 0, "save_seconds": 0}
+        for name, bound in least.items():
+            if not math.isfinite(vars(self)[name]) or vars(self)[name] < bound:
+                raise ValueError(f"--{name} is {vars(self)[name]}; it must be at least {bound}.")
+        if self.rank_by not in ("accuracy", "loss"):
+            raise ValueError(f"--rank_by is {self.rank_by!r}; choose accuracy or loss.")
+
+    @property
+    def unit(self) -> Literal["steps", "examples", "seconds"]:
+        """What the budget is counted in."""
+        return "steps" if self.budget_steps else "examples" if self.budget_examples else "seconds"
+
+    @property
+    def amount(self) -> float:
+        """The whole budget of a training."""
+        return float(self.budget_steps or self.budget_examples or self.budget_seconds or 0)
+
+    def budget(self, number: int) -> float:
+        """The budget of a training in round `number`, counted from 1."""
+        return self.amount / 2 ** (self.halving_rounds - number)

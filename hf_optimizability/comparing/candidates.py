@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: each candidate is a name and the flags in which it differs from what all share."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..provenance import public_id
+
+
+Flag = str | int | float | bool
+
+CHECKPOINT = "model_name_or_path"
+
+_CHANGE = re.compile(r"([a-z][a-z0-9_]*)=(.*)", flags=re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A name, and the flags of `hf-optimizability run` that are this candidate's own.
+
+    Attributes:
+        name: What the candidate is called on the page.
+        changes: Values of flags by name, such as `{"model_name_or_path": "org/name", "learning_rate": 1e-3}`.
+    """
+
+    name: str
+    changes: Mapping[str, Flag]
+
+    @property
+    def flags(self) -> list[str]:
+        """The changes as they would stand on a command line."""
+        return [f"--{name}={value}" for name, value in self.changes.items()]
+
+    @property
+    def public_changes(self) -> dict[str, Flag]:
+        """The changes with no more of a local path than its last part."""
+        return {name: public_id(value) if isinstance(value, str) else value for name, value in self.changes.items()}
+
+
+def parse_candidates(given: Iterable[str | Mapping[str, Flag]]) -> tuple[Candidate, ...]:
+    """Reads candidates.
+
+    Args:
+        given: Each a checkpoint (`"org/name"`, a local folder), flags (`"learning_rate=1e-3,optim=sgd"`) or both
+            (`"org/name,method=lora"`); or a mapping of flags, with `name` for the candidate's name if it shall have a
+            special one.
+
+    Returns:
+        The candidates. Names are made of what differs; candidates that would be called alike are numbered.
+
+    Raises:
+        ValueError: If there are fewer than two, or one of them can't be read.
+
+    Example:
+        >>> [candidate.name for candidate in parse_candidates(["org/a", "org/a,method=lora,lora_rank=4", "org/a"])]
+        ['org/a', 'org/a, method=lora, lora_rank=4', 'org/a (2)']
+        >>> parse_candidates(["learning_rate=1e-3", {"name": "slow", "learning_rate": 1e-4}])[1]
+        Candidate(name='slow', changes={'learning_rate': 0.0001})
+    """
+    changes = [_from_text(one) if isinstance(one, str) else dict(one) for one in given]
+    if len(changes) < 2:
+        raise ValueError(
+            f"There is nothing to compare: {len(changes)} candidates. Name at least two, such as `org/a org/b` or "
+            "`learning_rate=1e-3 learning_rate=1e-4`."
+        )
+    names = [str(held.pop("name", "")) or _name(held) for held in changes]
+    for held in changes:
+        for name, value in held.items():
+            if not isinstance(value, (str, int, float, bool)):
+                raise ValueError(f"{name} of a candidate is {value!r}; it must be a number, a string or a switch.")
+    return tuple(Candidate(*pair) for pair in zip(_apart(names), changes, strict=True))
+
+
+def _from_text(text: str) -> dict[str, Flag]:
+    """`org/name,flag=value,flag=value`, of which either part may be missing."""
+    checkpoint, *parts = text.split(",")
+    held: dict[str, Flag] = {}
+    if not _CHANGE.fullmatch(checkpoint):
+        held[CHECKPOINT] = checkpoint
+    else:
+        parts = [checkpoint, *parts]
+    for part in parts:
+        change = _CHANGE.fullmatch(part.strip())
+        if change is None:
+            raise ValueError(
+                f"{part!r} in the candidate {text!r} is no change of a flag. Write a candidate as "
+                "CHECKPOINT,flag=value,flag=value; one with commas in its values goes into a JSON file."
+            )
+        held[change[1]] = change[2]
+    if held.get(CHECKPOINT) == "":
+        raise ValueError(f"The candidate {text!r} names no checkpoint.")
+    return held
+
+
+def _name(changes: Mapping[str, Flag]) -> str:
+    """The checkpoint, without the folders it is in, and whatever else is changed."""
+    rest = [f"{name}={public_id(str(value))}" for name, value in changes.items() if name != CHECKPOINT]
+    return ", ".join([*(public_id(str(changes[name])) for name in [CHECKPOINT] if name in changes), *rest]) or "as is"
+
+
+def _apart(names: Sequence[str]) -> list[str]:
+    """The names, numbered from the second on where they are the same."""
+    seen: Counter[str] = Counter()
+    apart = []
+    for name in names:
+        seen[name] += 1
+        apart.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return apart
+
+
+def folder_name(candidate: Candidate, digest: str) -> Path:
+    """A folder for what a candidate leaves, readable and apart from all others."""
+    plain = re.sub(r"[^A-Za-z0-9.=-]+", "-", candidate.name).strip("-.")[:48]
+    return Path(f"{plain or 'candidate'}-{digest}")

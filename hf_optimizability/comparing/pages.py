@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A comparison as text: a page, Markdown, and lines for the terminal."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..report.charts import Chart, Series, _chart, _estimates, _line, _rounded
+from ..report.html import render_page
+from ..report.markdown import (
+    MISSING,
+    _environment,
+    format_estimate,
+    format_interval,
+    format_number,
+    format_percent,
+    format_with_error,
+    one_line,
+)
+from ..report.series import Points, logged, measured_steps
+from .comparison import Comparison, Entry, Run
+from .ranking import CONFIDENCE, Ranking
+
+
+SECTIONS = ("summary", "cost", "curves", "dynamics", "candidates", "method")
+
+MARKERS = ("circle", "triangle", "diamond", "inverted")
+
+SCALE = {"accuracy": 100.0, "loss": 1.0}
+"""What a quality is multiplied with to be shown: accuracies are in percent."""
+
+
+def to_html(comparison: Comparison) -> str:
+    """Renders the comparison as one self-contained page, under the same policy as the page of a report.
+
+    Args:
+        comparison: The comparison; nothing in it need have been trained.
+    """
+    values = _values(comparison)
+    return render_page(
+        "comparison.html.jinja",
+        charts(comparison),
+        kind="Comparison on",
+        title=comparison.setting["dataset"] or "reports",
+        sections=SECTIONS,
+        created="",
+        versions=comparison.setting["versions"],
+        **values,
+    )
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Renders the comparison as GitHub-flavoured Markdown. Whatever came from outside is escaped."""
+    text = _environment().get_template("comparison.md.jinja").render(**_values(comparison))
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def to_summary(comparison: Comparison) -> str:
+    """Renders the ranking as aligned lines of plain text, with the verdict below."""
+    values = _values(comparison)
+    head = ("rank", "candidate", "accuracy", "loss", "P(best)")
+    rows = [
+        (str(row["rank"]), one_line(row["name"]), row["accuracy"], row["loss"], row["best"]) for row in values["rows"]
+    ]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]
+    failed = [f"{entry.name} failed: {entry.failure.reason}" for entry in values["failed"]]
+    return "\n".join([*(lines if rows else []), *map(one_line, [*values["verdict"], *failed])])
+
+
+def charts(comparison: Comparison) -> list[Chart]:
+    """Every plot of the page for which there is data."""
+    ranked = _ranked(comparison)
+    every = [
+        _pareto(comparison, "pareto_training", "seconds of training", lambda run: run.train_seconds),
+        _pareto(comparison, "pareto_prediction", "milliseconds for a prediction", _milliseconds),
+        _curves(ranked, "loss", "training loss", "loss"),
+        _curves(ranked, "eval_loss", "evaluation loss", "eval_loss"),
+        _curves(ranked, "eval_accuracy", "evaluation accuracy", "eval_accuracy"),
+        _measured(ranked, "lambda_max", "λ_max ± residual"),
+        _measured(ranked, "trace", "Hessian trace ± standard error"),
+    ]
+    return [chart for chart in every if chart["series"]]
+
+
+def _values(comparison: Comparison) -> dict[str, Any]:
+    """What both templates take."""
+    ranking = comparison.ranking
+    ranked = _ranked(comparison)
+    return {
+        "setting": comparison.setting,
+        "ranking": ranking,
+        "verdict": verdict(ranking),
+        "rows": _ranking_rows(comparison),
+        "pairs": [] if ranking is None else _pairs(ranking, comparison.setting["rank_by"]),
+        "dynamics": [_dynamics_row(entry) for entry in ranked],
+        "models": sorted(
+            (_model_row(entry) for entry in comparison.entries if entry.runs), key=lambda row: row["size"]
+        ),
+        "front": sorted(pareto_front(comparison, lambda run: run.train_seconds)),
+        "failed": [entry for entry in comparison.entries if entry.failure is not None],
+        "dropped": [entry for entry in comparison.entries if entry.dropped is not None],
+        "rounds": comparison.rounds,
+        "entries": comparison.entries,
+        "confidence": CONFIDENCE,
+        "one_seed": len(comparison.setting["seeds"]) < 2,
+    }
+
+
+def verdict(ranking: Ranking | None) -> list[str]:
+    """The ranking in sentences; what can't be told apart is said to be so."""
+    if ranking is None:
+        return ["There is no ranking: fewer than two candidates have scores to compare."]
+    first = [name for name, place in zip(ranking.names, ranking.ranks, strict=True) if place == 1]
+    number = len(first)
+    if number == 1:
+        least = min(ranking.better[0][1:])
+        return [f"{first[0]} is better than every other candidate, with a probability of at least {_share(least)}."]
+    surest = max(max(ranking.better[i][j], ranking.better[j][i]) for i in range(number) for j in range(i + 1, number))
+    told = f"{', '.join(first[:-1])} and {first[-1]} can't be told apart"
+    rest = len(ranking.names) - number
+    worse = f" {rest} {'is' if rest == 1 else 'are'} worse than at least one of them." if rest else ""
+    return [f"{told}: the likeliest order between two of them has a probability of {_share(surest)}.{worse}"]
+
+
+def _share(probability: float) -> str:
+    """A probability; one that no draw spoke against is not certain, but near it."""
+    if probability > 0.999:
+        return "> 0.999"
+    return "< 0.001" if probability < 0.001 else f"{probability:.3f}".rstrip("0")
+
+
+def _ranked(comparison: Comparison) -> list[Entry]:
+    """The candidates with the whole budget: by rank, or as given where there is no ranking."""
+    if comparison.ranking is not None:
+        return [comparison.entry(name) for name in comparison.ranking.names]
+    return [entry for entry in comparison.entries if entry.failure is None and entry.dropped is None and entry.runs]
+
+
+def _ranking_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """A row of the ranking for each candidate that is in it."""
+    ranking = comparison.ranking
+    if ranking is None:
+        return []
+    both = {quality: comparison.by(quality) for quality in ("accuracy", "loss")}
+    rows = []
+    for at, name in enumerate(ranking.names):
+        last = at + 1 == len(ranking.names)
+        rows.append(
+            {
+                "rank": ranking.ranks[at],
+                "name": name,
+                **{quality: _interval(quality, held, name) for quality, held in both.items()},
+                "best": _share(ranking.best[at]),
+                "next": MISSING if last else _share(ranking.better[at][at + 1]),
+            }
+        )
+    return rows
+
+
+def _interval(quality: str, ranking: Ranking | None, name: str) -> str:
+    """A candidate's value of a quality with its 95 % interval."""
+    if ranking is None:
+        return MISSING
+    at, scale = ranking.names.index(name), SCALE[quality]
+    text = format_interval(*(scale * number[at] for number in (ranking.values, ranking.low, ranking.high)))
+    return f"{text} %" if quality == "accuracy" else text
+
+
+def _pairs(ranking: Ranking, quality: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Probability that the candidate of the row is better than that of the column, and the difference."""
+    scale = SCALE[quality]
+    return [
+        (name, [("", "") if i == j else (_share(ranking.better[i][j]),
+                                         format_interval(*(scale * end for end in ranking.differences[i][j])))
+                for j in range(len(ranking.names))])
+        for i, name in enumerate(ranking.names)
+    ]  # fmt: skip
+
+
+def _dynamics_row(entry: Entry) -> dict[str, Any]:
+    """How a candidate trained: means over its seeds, with their standard errors."""
+    runs = entry.runs
+
+    def over_seeds(number: Callable[[Run], float | None]) -> str:
+        known = [value for value in map(number, runs) if value is not None and math.isfinite(value)]
+        if not known:
+            return MISSING
+        error = float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else None
+        text = format_number(known[0], digits=3) if error is None else format_with_error(float(np.mean(known)), error)
+        return text if len(known) == len(runs) else f"{text} ({len(known)} of {len(runs)} seeds)"
+
+    measured = next((run.report.measurements[-1] for run in runs if run.report.measurements), None)
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    return {
+        "name": entry.name,
+        "steps": runs[0].report.training.get("max_steps"),
+        "half_life": over_seeds(lambda run: _dynamic(run, "convergence_speed", "half_life")),
+        "area": over_seeds(lambda run: _dynamic(run, "convergence_speed", "normalized_area")),
+        "setbacks": over_seeds(_setbacks),
+        "spikes": over_seeds(lambda run: _stability(run, "loss", "spikes")),
+        "gap": over_seeds(lambda run: _dynamic(run, "generalization_gap", "loss_gap")),
+        "grad_norm": MISSING if measured is None else format_number(measured.grad_norm, digits=3),
+        "lambda_max": MISSING if measured is None else format_estimate(measured.hessian.lambda_max),
+        "trace": MISSING if measured is None else format_estimate(measured.hessian.trace),
+        "seconds": over_seeds(lambda run: run.train_seconds),
+        "prediction": over_seeds(_milliseconds),
+        "memory": f"{max(peaks) / 2**20:,.0f} MiB" if peaks else MISSING,
+    }
+
+
+def _dynamic(run: Run, module: str, name: str) -> float | None:
+    value = run.report.dynamics.get(module, {}).get(name)
+    return None if value is None else float(value)
+
+
+def _stability(run: Run, series: str, name: str) -> float | None:
+    value = run.report.dynamics.get("stability", {}).get(series, {}).get(name)
+    return None if value is None else float(value)
+
+
+def _setbacks(run: Run) -> float | None:
+    """Share of the comparisons of one logged training loss with the next that are set-backs, in percent."""
+    share = _stability(run, "loss", "setback_share")
+    return None if share is None else 100 * share
+
+
+def _milliseconds(run: Run) -> float | None:
+    return None if run.predict_seconds is None else 1000 * run.predict_seconds
+
+
+def _model_row(entry: Entry) -> dict[str, Any]:
+    """Size, source of the weights and architecture."""
+    model, changes = entry.model, entry.changes
+    random = str(changes.get("random_weights", "")).lower() in ("true", "1", "yes")
+    size, trained = model.get("parameters") or 0, model.get("trainable_parameters") or 0
+    return {
+        "name": entry.name,
+        "size": size,
+        "trained": trained,
+        "share": format_percent(trained / size) if size else MISSING,
+        "source": "none: random weights" if random else model.get("id") or "unknown",
+        "architecture": model.get("class") or "unknown",
+        "optimizer": entry.runs[0].report.training.get("optimizer"),
+        "learning_rate": entry.runs[0].report.training.get("learning_rate"),
+        "dropped": entry.dropped,
+    }
+
+
+def pareto_front(comparison: Comparison, cost: Callable[[Run], float | None]) -> set[str]:
+    """Candidates that none beats in quality at the same or a lower cost, by their values as they are.
+
+    Args:
+        comparison: The comparison.
+        cost: Of a run; the mean over the seeds counts.
+    """
+    ranking = comparison.ranking
+    if ranking is None:
+        return set()
+    sign = -1 if comparison.setting["rank_by"] == "loss" else 1
+    costs = {name: _mean(cost, comparison.entry(name)) for name in ranking.names}
+    points = {name: (costs[name], -sign * value) for name, value in zip(ranking.names, ranking.values, strict=True)}
+    return {
+        name
+        for name, point in points.items()
+        if math.isfinite(point[0])
+        and not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points.values())
+    }
+
+
+def _mean(number: Callable[[Run], float | None], entry: Entry) -> float:
+    """Mean over a candidate's runs; NaN where one of them does not know it."""
+    values = [number(run) for run in entry.runs]
+    return float(np.mean([math.nan if value is None else value for value in values])) if values else math.nan
+
+
+def _pareto(comparison: Comparison, identifier: str, x: str, cost: Callable[[Run], float | None]) -> Chart:
+    """Quality with its interval against cost, a point for each candidate, and the front as a line."""
+    ranking, quality = comparison.ranking, comparison.setting["rank_by"]
+    y = f"{quality}, %" if quality == "accuracy" else quality
+    if ranking is None:
+        return _chart(identifier, x, y, [])
+    scale = SCALE[quality]
+    costs = [_mean(cost, comparison.entry(name)) for name in ranking.names]
+    front = pareto_front(comparison, cost)
+    held = [
+        (at, scale * value)
+        for name, at, value in zip(ranking.names, costs, ranking.values, strict=True)
+        if name in front
+    ]
+    series: list[Series | None] = [
+        _line("Pareto front", ([at for at, _ in held], [value for _, value in held]), color="ink", dash=True)
+    ]
+    for i, name in enumerate(ranking.names):
+        if math.isfinite(costs[i]):
+            point = {"x": [_rounded(costs[i])], "y": [_rounded(scale * ranking.values[i])]}
+            ends = {"low": [_rounded(scale * ranking.low[i])], "high": [_rounded(scale * ranking.high[i])]}
+            style = {**_style(i, len(ranking.names)), "line": False, "named": True}
+            series.append({"label": one_line(name), **point, **ends, **style})
+    return _chart(identifier, x, y, series)
+
+
+def _style(index: int, number: int) -> dict[str, Any]:
+    """Colour and marker of a candidate."""
+    return {"ramp": index / max(1, number - 1), "marker": MARKERS[index % len(MARKERS)]}
+
+
+def _curves(ranked: Sequence[Entry], key: str, y: str, identifier: str) -> Chart:
+    """A logged value of every candidate, the mean over the seeds."""
+    series = []
+    for index, entry in enumerate(ranked):
+        style = _style(index, len(ranked))
+        marker = {} if key == "loss" else {"marker": style["marker"]}
+        points = _mean_curve([logged(run.report, key) for run in entry.runs])
+        series.append(_line(entry.name, points, ramp=style["ramp"], width=2, **marker))
+    return _chart(identifier, "optimizer step", y, series)
+
+
+def _mean_curve(curves: Sequence[Points]) -> Points:
+    """The mean at each step at which every seed has a value."""
+    tables = [dict(zip(*curve, strict=True)) for curve in curves]
+    steps = [step for step in tables[0] if all(step in table for table in tables)]
+    return steps, [float(np.mean([table[step] for table in tables])) for step in steps]
+
+
+def _measured(ranked: Sequence[Entry], name: str, y: str) -> Chart:
+    """A measured quantity over the steps, of the first seed that was measured."""
+    series = []
+    for index, entry in enumerate(ranked):
+        report = next((run.report for run in entry.runs if run.report.measurements), None)
+        if report is not None:
+            estimates = [getattr(measurement.hessian, name) for measurement in report.measurements]
+            style = {**_style(index, len(ranked)), "width": 2}
+            series.append(_estimates(one_line(entry.name), measured_steps(report), estimates, **style))
+    return _chart(name, "optimizer step", y, series)
