@@ -20,7 +20,7 @@ class ComparisonArguments:
     Example:
         >>> arguments = ComparisonArguments(budget_steps=100, halving_rounds=3)
         >>> arguments.unit, [arguments.budget(number) for number in (1, 2, 3)]
-        ('steps', [25.0, 50.0, 100.0])
+        ('steps', [25, 50, 100])
     """
 
     budget_steps: int | None = field(default=None, metadata={"help": "Train each candidate for so many steps."})
@@ -75,8 +75,9 @@ class ComparisonArguments:
     @property
     def amount(self) -> float:
         """The whole budget of a training."""
-        return float(self.budget_steps or self.budget_examples or self.budget_seconds or 0)
+        return self.budget_steps or self.budget_examples or self.budget_seconds or 0
 
     def budget(self, number: int) -> float:
-        """The budget of a training in round `number`, counted from 1."""
-        return self.amount / 2 ** (self.halving_rounds - number)
+        """The budget of a training in round `number`, counted from 1; steps and examples are whole."""
+        budget = self.amount / 2 ** (self.halving_rounds - number)
+        return budget if self.unit == "seconds" else max(1, round(budget))

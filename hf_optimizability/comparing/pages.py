@@ -109,7 +109,7 @@ def _values(comparison: Comparison) -> dict[str, Any]:
         "dropped": [entry for entry in comparison.entries if entry.dropped is not None],
         "rounds": comparison.rounds,
         "entries": comparison.entries,
-        "confidence": CONFIDENCE,
+        "confidence": f"{CONFIDENCE:g}",
         "one_seed": len(comparison.setting["seeds"]) < 2,
     }
 
@@ -193,8 +193,9 @@ def _dynamics_row(entry: Entry) -> dict[str, Any]:
         known = [value for value in map(number, runs) if value is not None and math.isfinite(value)]
         if not known:
             return MISSING
-        error = float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else None
-        text = format_number(known[0], digits=3) if error is None else format_with_error(float(np.mean(known)), error)
+        error = float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+        mean = float(np.mean(known))
+        text = format_with_error(mean, error) if error else format_number(mean, digits=3)
         return text if len(known) == len(runs) else f"{text} ({len(known)} of {len(runs)} seeds)"
 
     measured = next((run.report.measurements[-1] for run in runs if run.report.measurements), None)

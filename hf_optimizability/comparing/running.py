@@ -250,7 +250,7 @@ class Comparing:
     def _steps(self, candidate: Candidate, budget: float) -> int:
         """The steps that a budget buys a candidate; for one in seconds, a few are timed and the answer is kept."""
         if self.arguments.unit == "steps":
-            return max(1, round(budget))
+            return int(budget)
         if self.arguments.unit == "examples":
             return max(1, math.ceil(budget / self._inputs(candidate, {}).examples_per_step))
         return max(1, math.floor(budget / self._step_seconds(candidate)))
