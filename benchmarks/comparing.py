@@ -159,7 +159,9 @@ def table(results: dict[str, Any]) -> str:
 
 def _setting(setting: dict[str, Any]) -> str:
     budget = setting["budget"]
-    return f"{budget['amount']:g} {budget['unit']}, seeds {setting['seeds']}, {setting['examples']} evaluation examples."
+    return (
+        f"{budget['amount']:g} {budget['unit']}, seeds {setting['seeds']}, {setting['examples']} evaluation examples."
+    )
 
 
 def _interval(ranking: dict[str, Any], at: int, scale: float, digits: int) -> str:

@@ -97,7 +97,7 @@ def _values(comparison: Comparison) -> dict[str, Any]:
     return {
         "setting": comparison.setting,
         "ranking": ranking,
-        "verdict": verdict(ranking),
+        "verdict": verdict(comparison),
         "rows": _ranking_rows(comparison),
         "pairs": [] if ranking is None else _pairs(ranking, comparison.setting["rank_by"]),
         "dynamics": [_dynamics_row(entry) for entry in ranked],
@@ -114,8 +114,11 @@ def _values(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def verdict(ranking: Ranking | None) -> list[str]:
+def verdict(comparison: Comparison) -> list[str]:
     """The ranking in sentences; what can't be told apart is said to be so."""
+    ranking, left = comparison.ranking, _ranked(comparison)
+    if len(left) == 1 and len(comparison.rounds) > 1:
+        return [f"{left[0].name} is the one that successive halving left: the others were dropped before."]
     if ranking is None:
         return ["There is no ranking: fewer than two candidates have scores to compare."]
     first = [name for name, place in zip(ranking.names, ranking.ranks, strict=True) if place == 1]

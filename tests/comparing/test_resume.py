@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A comparison that is killed and started again ends with the page that an uninterrupted one has."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_optimizability import Comparison
+from hf_optimizability.comparing.comparison import Run
+from hf_optimizability.comparing.training import whole_checkpoint
+
+
+TESTS = Path(__file__).parents[1]
+CLOCK = ("seconds", "created", "overhead", "runtime", "per_second")
+
+
+def without_clock(value: Any) -> Any:
+    """The value without what the clock says, at any depth, and what the Trainer itself forgets: its mean loss."""
+    if isinstance(value, dict):
+        left_out = {key for key in value if key.endswith(CLOCK) or key == "train_loss"}
+        return {key: without_clock(held) for key, held in value.items() if key not in left_out}
+    return [without_clock(held) for held in value] if isinstance(value, list) else value
+
+
+def at_no_time(run: Run) -> Run:
+    return dataclasses.replace(run, train_seconds=1.0, predict_seconds=0.001)
+
+
+def page(folder: Path) -> tuple[dict[str, Any], str]:
+    """What a comparison holds, and its page, as if all had taken one second."""
+    comparison = Comparison.load(folder)
+    assert (folder / "comparison.html").read_text() == comparison.to_html()
+    for entry in comparison.entries:
+        entry.runs = [at_no_time(run) for run in entry.runs]
+    return without_clock(comparison.to_dict()), comparison.to_html()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_and_resumed_it_has_the_same_page(kills: int, tmp_path: Path):
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / "comparing/kill.py"), str(tmp_path), str(kills), "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    killed = re.findall(r"^killed 1, runs (\d+), checkpoints (\d+)$", done.stdout, flags=re.MULTILINE)
+    assert len(killed) == kills, done.stdout
+    assert any(int(runs) < 5 for runs, _ in killed), "it was never killed before it was done"
+    held, html = page(tmp_path / "killed")
+    expected, expected_html = page(tmp_path / "whole")
+    assert held == expected
+    assert html == expected_html
+    assert [len(entry["runs"]) for entry in held["entries"]] == [2, 2, 0]
+    assert "missing" in held["entries"][2]["failure"]["reason"]
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path):
+    for step, content in {5: "{}", 10: "{}", 15: '{"step"', 20: None}.items():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if content is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    assert whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+    assert whole_checkpoint(tmp_path / "nowhere") is None
