@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import math
@@ -157,13 +156,13 @@ class Comparing:
         self._values, self._args = dict(values or {}), list(args)
         self._require_flags_that_are_free()
         self.task = self._find_task(task_name)
-        every = [self._parsed(candidate, {}) for candidate in candidates]
-        *_, training, self.arguments = every[0]
+        self._plain = {candidate.name: self._parsed(candidate, {}) for candidate in candidates}
+        *_, training, self.arguments = self._plain[candidates[0].name]
         if training.world_size > 1:
             raise ValueError("A comparison trains in one process. Start it without torchrun or accelerate launch.")
         self.folder = Path(str(training.output_dir))
         self._first_seed: int = training.seed
-        self._dataset = every[0][1].public_name
+        self._dataset = self._plain[candidates[0].name][1].public_name
         require_writable(self.folder, "output_dir")
 
     def run(self) -> Comparison:
@@ -242,10 +241,6 @@ class Comparing:
         except Exception as error:
             logger.debug("The training failed.", exc_info=True)
             return Failure(job.seed, _reason(error))
-        finally:
-            gc.collect()  # a Trainer and its callbacks hold each other
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
     def _steps(self, candidate: Candidate, budget: float) -> int:
         """The steps that a budget buys a candidate; for one in seconds, a few are timed and the answer is kept."""
@@ -276,7 +271,7 @@ class Comparing:
         names = [*self._given(), *candidate.changes]
         settings = {
             field: value
-            for part in self._parsed(candidate, {})
+            for part in self._plain[candidate.name]
             for field, value in vars(part).items()
             if field in names and field not in _WITHOUT_EFFECT and not isinstance(part, ComparisonArguments)
         }
@@ -364,7 +359,7 @@ class Comparing:
         hidden = (*_WITHOUT_EFFECT, *vars(ComparisonArguments)["__dataclass_fields__"], CHECKPOINT)
         held = {
             name: value
-            for part in self._parsed(self.candidates[0], {})
+            for part in self._plain[self.candidates[0].name]
             for name, value in vars(part).items()
             if name in self._given() and name not in hidden and name not in self.candidates[0].changes
         }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -108,7 +109,7 @@ def train(inputs: Inputs, *, measured: bool, save_seconds: float) -> Run:
     """
     args = inputs.training
     stopwatch = Stopwatch(save_seconds)
-    _reset_peak(args)
+    _free_memory(args)
     options = {"args": args, "callbacks": [stopwatch], **inputs.loaded()}
     trainer = OptimizabilityTrainer(optimizability=inputs.config, **options) if measured else Trainer(**options)
     trainer.add_callback(GoOn(stopwatch))  # after all others
@@ -265,8 +266,11 @@ def _report(trainer: Trainer, config: OptimizabilityConfig) -> OptimizabilityRep
     )
 
 
-def _reset_peak(args: TrainingArguments) -> None:
+def _free_memory(args: TrainingArguments) -> None:
+    """Frees what the Trainer before held: it and its callbacks hold each other."""
+    gc.collect()
     if args.device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(args.device)
 
 
