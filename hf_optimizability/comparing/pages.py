@@ -29,6 +29,9 @@ from .ranking import CONFIDENCE, Ranking
 
 SECTIONS = ("summary", "cost", "curves", "dynamics", "candidates", "method")
 
+COLORS = ("blue", "vermillion", "green", "ink")
+"""Of the style sheet; where there are more candidates, their colours are steps of a ramp."""
+
 MARKERS = ("circle", "triangle", "diamond", "inverted")
 
 SCALE = {"accuracy": 100.0, "loss": 1.0}
@@ -125,7 +128,8 @@ def verdict(comparison: Comparison) -> list[str]:
     number = len(first)
     if number == 1:
         least = min(ranking.better[0][1:])
-        return [f"{first[0]} is better than every other candidate, with a probability of at least {_share(least)}."]
+        sure = f"of {_share(least)} or more" if least <= 0.999 else "above 0.999"
+        return [f"{first[0]} is better than every other candidate, with a probability {sure}."]
     surest = max(max(ranking.better[i][j], ranking.better[j][i]) for i in range(number) for j in range(i + 1, number))
     told = f"{', '.join(first[:-1])} and {first[-1]} can't be told apart"
     rest = len(ranking.names) - number
@@ -306,14 +310,15 @@ def _pareto(comparison: Comparison, identifier: str, x: str, cost: Callable[[Run
         if math.isfinite(costs[i]):
             point = {"x": [_rounded(costs[i])], "y": [_rounded(scale * ranking.values[i])]}
             ends = {"low": [_rounded(scale * ranking.low[i])], "high": [_rounded(scale * ranking.high[i])]}
-            style = {**_style(i, len(ranking.names)), "line": False, "named": True}
-            series.append({"label": one_line(name), **point, **ends, **style})
+            style = {**_style(i, len(ranking.names)), "line": False, "tag": str(i + 1)}
+            series.append({"label": one_line(f"{i + 1}. {name}"), **point, **ends, **style})
     return _chart(identifier, x, y, series)
 
 
 def _style(index: int, number: int) -> dict[str, Any]:
     """Colour and marker of a candidate."""
-    return {"ramp": index / max(1, number - 1), "marker": MARKERS[index % len(MARKERS)]}
+    color = {"color": COLORS[index]} if number <= len(COLORS) else {"ramp": index / (number - 1)}
+    return {**color, "marker": MARKERS[index % len(MARKERS)]}
 
 
 def _curves(ranked: Sequence[Entry], key: str, y: str, identifier: str) -> Chart:
@@ -321,9 +326,10 @@ def _curves(ranked: Sequence[Entry], key: str, y: str, identifier: str) -> Chart
     series = []
     for index, entry in enumerate(ranked):
         style = _style(index, len(ranked))
-        marker = {} if key == "loss" else {"marker": style["marker"]}
+        if key == "loss":  # has too many points to mark them
+            del style["marker"]
         points = _mean_curve([logged(run.report, key) for run in entry.runs])
-        series.append(_line(entry.name, points, ramp=style["ramp"], width=2, **marker))
+        series.append(_line(entry.name, points, width=2, **style))
     return _chart(identifier, "optimizer step", y, series)
 
 

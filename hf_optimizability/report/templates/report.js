@@ -96,12 +96,12 @@
       ctx.fillStyle = series.hollow?.[i] || series.marker === "diamond" ? variable("page") : color;
       ctx.fill(path);
       ctx.stroke(path);
-      if (!series.named) return;
-      const left = x > bbox.left + bbox.width / 2;
-      ctx.font = `${12 * px}px system-ui, sans-serif`;
+      if (!series.tag) return;
+      const right = x < bbox.left + 0.9 * bbox.width;
+      ctx.font = `${13 * px}px system-ui, sans-serif`;
       ctx.fillStyle = variable("ink");
-      ctx.textAlign = left ? "right" : "left";
-      ctx.fillText(series.label.length > 28 ? `${series.label.slice(0, 27)}…` : series.label, x + (left ? -8 : 8) * px, y - 6 * px);
+      ctx.textAlign = right ? "left" : "right";
+      ctx.fillText(series.tag, x + (right ? 8 : -8) * px, y - 6 * px);
     });
   }
 
