@@ -42,6 +42,7 @@ from hf_optimizability.files import write_atomically
 from hf_optimizability.measure import block_indices
 from hf_optimizability.objective import Objective
 from hf_optimizability.probe import probe_batches
+from hf_optimizability.report.plots import BLUE, VERMILLION
 from hf_optimizability.safety import measuring
 from hf_optimizability.tasks import image_classification
 from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
@@ -107,29 +108,18 @@ def exact_values(eigenvalues: np.ndarray) -> dict[str, float]:
 
 
 def plot(spectra: dict[str, tuple[np.ndarray, Density]]) -> Figure:
-    """Eigenvalues by rank: all of them, and the nodes that the quadrature has in their place."""
-    figure = Figure(figsize=(4.5 * len(spectra), 3.2), layout="constrained", dpi=150)
-    for axes, (block, (eigenvalues, spread)) in zip(
-        figure.subplots(1, len(spectra), squeeze=False)[0], spectra.items(), strict=True
-    ):
-        size = len(eigenvalues)
-        after = size * np.cumsum(spread.weights[::-1])
-        ranks = after - size * np.array(spread.weights[::-1]) / 2
-        axes.plot(np.arange(1, size + 1), eigenvalues[::-1], color="#0072B2", label="exact")
-        axes.plot(
-            np.maximum(ranks, 1),
-            spread.nodes[::-1],
-            "o",
-            color="#D55E00",
-            markersize=4,
-            mfc="none",
-            label="from a few products",
-        )
-        axes.set(
-            xscale="log", xlabel="rank of the eigenvalue", ylabel="eigenvalue", title=f"{block}: {size} parameters"
-        )
-        axes.set_yscale("symlog", linthresh=1e-4 * np.abs(eigenvalues).max())
-        axes.grid(color="#e5e5e5")
+    """Eigenvalues by rank: all of them, and the nodes that stand for them in the quadrature."""
+    figure = Figure(figsize=(4.5 * len(spectra), 3.2), layout="constrained", dpi=100)
+    panels = figure.subplots(1, len(spectra), squeeze=False)[0]
+    for axes, (block, (eigenvalues, spread)) in zip(panels, spectra.items(), strict=True):
+        size, weights = len(eigenvalues), np.array(spread.weights[::-1])
+        ranks = np.maximum(size * (np.cumsum(weights) - weights / 2), 1)
+        least = 1e-4 * np.abs(eigenvalues).max()
+        axes.plot(np.arange(1, size + 1), eigenvalues[::-1], color=BLUE, label="exact")
+        axes.plot(ranks, spread.nodes[::-1], "o", color=VERMILLION, ms=4, mfc="none", label="from a few products")
+        axes.set(xscale="log", xlabel="rank of the eigenvalue", ylabel="eigenvalue", title=f"{block}: {size} × {size}")
+        axes.set_yscale("symlog", linthresh=least)
+        axes.set_ylim(bottom=min(1.1 * eigenvalues[0], -least / 2))
         axes.legend(frameon=False)
     return figure
 
