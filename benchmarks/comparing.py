@@ -39,8 +39,8 @@ COMMON: dict[str, Any] = {
     "report_to": "none", "max_hvps": 16,
 }  # fmt: skip
 TEXT: dict[str, Any] = {
-    "dataset_name": str(TEXT_DATA), "text_column_name": ["sentence"], "max_seq_length": 48, "budget_steps": 60,
-    "max_train_samples": 960, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64,
+    "dataset_name": str(TEXT_DATA), "text_column_name": ["sentence"], "max_seq_length": 32, "budget_steps": 40,
+    "max_train_samples": 640, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64,
     "learning_rate": 1e-4, "probe_examples": 8, "probe_batch_size": 4,
 }  # fmt: skip
 VISION: dict[str, Any] = {

@@ -285,7 +285,10 @@ def rank_entries(entries: Sequence[Entry], quality: Quality) -> Ranking | None:
     if all(scores):
         table = np.array(scores)
         draws = paired_bootstrap(table)
-        return rank(names, table.mean(axis=(1, 2)).tolist(), draws, greater_is_better=quality == "accuracy")
+        means = table.mean(axis=(1, 2)).tolist()
+        if quality == "loss":
+            return rank(names, means, draws, greater_is_better=False, bounds=(0, math.inf))
+        return rank(names, means, draws, bounds=(0, 1))
     losses = [entry.runs[0].logged(f"{PREFIX}eval_loss") for entry in ranked]
     errors = [entry.runs[0].logged(f"{PREFIX}eval_loss_std_error") for entry in ranked]
     if quality != "loss" or not np.isfinite([*losses, *errors]).all():
