@@ -74,6 +74,13 @@ class Run:
     predict_seconds: float | None = None
     peak_bytes: int | None = None
 
+    @property
+    def result(self) -> str:
+        """Accuracy and loss in a few words."""
+        if self.scores is None:
+            return "not scored"
+        return f"accuracy {self.scores.correct.mean():.1%}, loss {self.scores.losses.mean():.4f}"
+
     def to_dict(self) -> dict[str, Any]:
         """The run as plain data."""
         scores = None if self.scores is None else self.scores.to_dict()

@@ -88,10 +88,10 @@ class TestHonesty:
     )
     def test_intervals_cover_the_truth(self, seeds: int, sizes: dict[str, float]):
         covered = told = 0
-        trials = 250
+        trials = 200
         for trial in range(trials):
-            scores = crossed(np.random.default_rng(5000 + trial), seeds=seeds, examples=200, **sizes)
-            draws = paired_bootstrap(scores, resamples=600)
+            scores = crossed(np.random.default_rng(5000 + trial), seeds=seeds, examples=100, **sizes)
+            draws = paired_bootstrap(scores, resamples=500)
             ranking = rank(["a", "b"], scores.mean(axis=(1, 2)).tolist(), draws)
             _, low, high = ranking.differences[0][1]
             covered += low <= 0 <= high
