@@ -85,7 +85,8 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_the_examples_use_flags_that_there_are() -> None:
-    texts = [(ROOT / "docs/command.md").read_text(), *(succeed(command, "--help") for command in COMMANDS)]
+    documents = [(ROOT / f"docs/{name}.md").read_text() for name in ("command", "compare")]
+    texts = [*documents, *(succeed(command, "--help") for command in COMMANDS)]
     examples = [line.split() for text in texts for line in command_lines(text)]
     assert {words[0] for words in examples} == set(COMMANDS)
     tasks = ("text-classification", "image-classification")
