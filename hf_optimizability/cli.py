@@ -313,12 +313,14 @@ def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags
         shared = list(dropwhile(lambda word: not word.startswith("-"), rest))
         comparing = Comparing(parse_candidates(given), task_name=task_name, values=values, args=shared)
     with _only_json_on_stdout(as_json):
-        comparison = comparing.run()
+        comparison = comparing.run(on_run=lambda text: typer.echo(text, err=True))
     page = comparing.folder / "comparison.html"
     if as_json:
         typer.echo(json.dumps({"page": str(page), "comparison": comparison.to_dict()}, allow_nan=False))
     else:
         typer.echo(f"\n{comparison.summary()}\n\nComparison: {page}")
+    if not any(entry.runs for entry in comparison.entries):
+        raise ValueError("Every candidate failed; the reasons are above and on the page.")
 
 
 def _task_and_parser(task_name: str | None, args: Sequence[str]) -> tuple[Task, HfArgumentParser]:

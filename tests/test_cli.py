@@ -23,7 +23,7 @@ from hf_optimizability import OptimizabilityReport, cli
 
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "run", "measure", "report", "push", "schema")
+COMMANDS = ("demo", "run", "measure", "compare", "report", "push", "schema")
 
 
 @pytest.fixture(autouse=True)
@@ -85,12 +85,15 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_the_examples_use_flags_that_there_are() -> None:
-    texts = [(ROOT / "docs/command.md").read_text(), *(succeed(command, "--help") for command in COMMANDS)]
+    documents = [(ROOT / f"docs/{name}.md").read_text() for name in ("command", "compare")]
+    texts = [*documents, *(succeed(command, "--help") for command in COMMANDS)]
     examples = [line.split() for text in texts for line in command_lines(text)]
     assert {words[0] for words in examples} == set(COMMANDS)
-    passed_on = [succeed("run", "--task", task, "--flags") for task in ("text-classification", "image-classification")]
+    tasks = ("text-classification", "image-classification")
+    passed_on = {name: [succeed(name, "--task", task, "--flags") for task in tasks] for name in ("run", "compare")}
+    passed_on |= dict.fromkeys(("demo", "measure"), passed_on["run"])
     for command, *words in examples:
-        known = "\n".join([succeed(command, "--help"), *(passed_on if command in ("demo", "run", "measure") else [])])
+        known = "\n".join([succeed(command, "--help"), *passed_on.get(command, [])])
         for flag in (word for word in words if word.startswith("--")):
             assert re.search(rf"{flag}\b", known), f"{command} {flag}"
 
@@ -333,6 +336,59 @@ def test_a_bug_is_no_traceback_either_but_for_debug(monkeypatch: pytest.MonkeyPa
     assert invoke("demo").stderr == "Error: KeyError: 'lost'\n`hf-optimizability --debug …` shows where.\n"
     for result in (invoke("--debug", "demo"), invoke("demo", env={"HF_DEBUG": "1"})):
         assert isinstance(result.exception, KeyError) and result.exit_code == 1
+
+
+@pytest.fixture
+def comparison(arguments: str) -> str:
+    """A JSON file of a comparison that takes a second."""
+    values = json.loads(Path(arguments).read_text())
+    for name in ("max_steps", "profile", "disable_tqdm"):
+        del values[name]
+    Path(arguments).write_text(json.dumps({**values, "budget_steps": 2, "seeds": 1, "measured_seeds": 0}))
+    return arguments
+
+
+def test_compare_ranks_and_goes_on(comparison: str) -> None:
+    candidates = ["learning_rate=1e-3", "learning_rate=1e-2,method=linear_probe"]
+    printed = succeed("compare", comparison, *candidates, "--output_dir", "out")
+    assert re.search(r"^rank +candidate +accuracy +loss", printed, flags=re.MULTILINE)
+    assert printed.endswith("Comparison: out/comparison.html\n")
+    assert {path.name for path in Path("out").iterdir()} == {
+        "comparison.html", "comparison.json", "comparison.md", "runs",
+    }  # fmt: skip
+    made = {path: path.stat().st_mtime_ns for path in Path("out").rglob("run.json")}
+    told = json.loads(succeed("compare", comparison, *candidates, "--output_dir=out", "--seeds=2", "--json"))
+    assert told["page"] == "out/comparison.html"
+    assert [len(entry["runs"]) for entry in told["comparison"]["entries"]] == [2, 2]
+    assert told["comparison"]["setting"]["settings"]["per_device_train_batch_size"] == 4
+    assert len(made) == 2 and all(path.stat().st_mtime_ns == time for path, time in made.items())
+
+
+def test_a_comparison_of_which_nothing_is_left_ends_with_1(comparison: str) -> None:
+    told = fail("compare", comparison, "nowhere/a", "nowhere/b", "--task", "text-classification", code=1)
+    assert told.startswith("Every candidate failed")
+    assert "can't be loaded" in Path("comparison/comparison.md").read_text()
+
+
+def test_candidates_can_stand_in_the_file(comparison: str) -> None:
+    values = json.loads(Path(comparison).read_text())
+    candidates = [{"name": "slow", "learning_rate": 1e-4}, "learning_rate=1e-3"]
+    Path(comparison).write_text(json.dumps({**values, "candidates": candidates, "output_dir": "out"}))
+    assert re.search(r"^1 +slow ", succeed("compare", comparison), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "nothing to compare: 0 candidates"),
+        ("optim=sgd", "Name at least two"),
+        ("optim=sgd optim=adafactor --max_steps 3", "--max_steps is settled by the comparison"),
+        ("optim=sgd optim=adafactor --sedes 3", "There is no argument --sedes. Did you mean --seeds?"),
+        ("optim=sgd optim=adafactor --budget_examples 3", "exactly one of --budget_steps"),
+    ],
+)
+def test_a_comparison_that_cant_be_understood(comparison: str, words: str, message: str) -> None:
+    assert message in fail("compare", comparison, *words.split(), code=2)
 
 
 def test_python_m_is_the_command() -> None:

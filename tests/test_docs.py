@@ -12,7 +12,13 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if "```python" in path.read_text()]
+PLACES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [path for path in PLACES if "```python" in path.read_text()]
+SHOWN = {
+    "README.md": ["λ_max =", "converged: ", "out/readme/optimizability/report.md"],
+    "compare.md": ["rank", "random weights", "out/comparison/comparison.html"],
+}
+"""What the snippets print, and at the end a file that they write."""
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -32,5 +38,6 @@ def test_snippets_run(document: Path, tmp_path: Path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "λ_max =" in done.stdout and "converged: " in done.stdout
-    assert (tmp_path / "out" / "readme" / "optimizability" / "report.md").exists()
+    *printed, file = SHOWN[document.name]
+    assert all(text in done.stdout for text in printed)
+    assert (tmp_path / file).exists()

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 from ..provenance import public_id
@@ -105,11 +105,10 @@ def _name(changes: Mapping[str, Flag]) -> str:
 
 def _apart(names: Sequence[str]) -> list[str]:
     """The names, numbered from the second on where they are the same."""
-    seen: Counter[str] = Counter()
-    apart = []
+    apart: list[str] = []
     for name in names:
-        seen[name] += 1
-        apart.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+        numbered = (f"{name} ({number})" for number in count(2))
+        apart.append(next(free for free in chain([name], numbered) if free not in apart))
     return apart
 
 

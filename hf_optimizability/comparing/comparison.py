@@ -74,6 +74,13 @@ class Run:
     predict_seconds: float | None = None
     peak_bytes: int | None = None
 
+    @property
+    def result(self) -> str:
+        """Accuracy and loss in a few words."""
+        if self.scores is None:
+            return "not scored"
+        return f"accuracy {self.scores.correct.mean():.1%}, loss {self.scores.losses.mean():.4f}"
+
     def to_dict(self) -> dict[str, Any]:
         """The run as plain data."""
         scores = None if self.scores is None else self.scores.to_dict()
@@ -285,7 +292,10 @@ def rank_entries(entries: Sequence[Entry], quality: Quality) -> Ranking | None:
     if all(scores):
         table = np.array(scores)
         draws = paired_bootstrap(table)
-        return rank(names, table.mean(axis=(1, 2)).tolist(), draws, greater_is_better=quality == "accuracy")
+        means = table.mean(axis=(1, 2)).tolist()
+        if quality == "loss":
+            return rank(names, means, draws, greater_is_better=False, bounds=(0, math.inf))
+        return rank(names, means, draws, bounds=(0, 1))
     losses = [entry.runs[0].logged(f"{PREFIX}eval_loss") for entry in ranked]
     errors = [entry.runs[0].logged(f"{PREFIX}eval_loss_std_error") for entry in ranked]
     if quality != "loss" or not np.isfinite([*losses, *errors]).all():

@@ -24,7 +24,7 @@ from ..report.markdown import (
 )
 from ..report.series import Points, logged, measured_steps
 from .comparison import Comparison, Entry, Run
-from .ranking import CONFIDENCE, Ranking
+from .ranking import CONFIDENCE, Array, Ranking
 
 
 SECTIONS = ("summary", "cost", "curves", "dynamics", "candidates", "method")
@@ -33,6 +33,9 @@ COLORS = ("blue", "vermillion", "green", "ink")
 """Of the style sheet; where there are more candidates, their colours are steps of a ramp."""
 
 MARKERS = ("circle", "triangle", "diamond", "inverted")
+
+CLOCK_NOISE = 0.1
+"""Share by which times differ on one machine from one moment to the next."""
 
 SCALE = {"accuracy": 100.0, "loss": 1.0}
 """What a quality is multiplied with to be shown: accuracies are in percent."""
@@ -133,7 +136,8 @@ def verdict(comparison: Comparison) -> list[str]:
     surest = max(max(ranking.better[i][j], ranking.better[j][i]) for i in range(number) for j in range(i + 1, number))
     told = f"{', '.join(first[:-1])} and {first[-1]} can't be told apart"
     rest = len(ranking.names) - number
-    worse = f" {rest} {'is' if rest == 1 else 'are'} worse than at least one of them." if rest else ""
+    others = "1 other is" if rest == 1 else f"{rest} others are"
+    worse = f" {others} worse than at least one of them." if rest else ""
     return [f"{told}: the likeliest order between two of them has a probability of {_share(surest)}.{worse}"]
 
 
@@ -263,7 +267,10 @@ def _model_row(entry: Entry) -> dict[str, Any]:
 
 
 def pareto_front(comparison: Comparison, cost: Callable[[Run], float | None]) -> set[str]:
-    """Candidates that none beats in quality at the same or a lower cost, by their values as they are.
+    """Candidates that no other is known to beat in quality or in cost without being known to lose in the other.
+
+    Qualities are told apart as in the ranking; costs if they differ by more than twice the standard error over the
+    seeds and by more than `CLOCK_NOISE`. Two copies of one checkpoint are both on the front, or both off.
 
     Args:
         comparison: The comparison.
@@ -272,21 +279,26 @@ def pareto_front(comparison: Comparison, cost: Callable[[Run], float | None]) ->
     ranking = comparison.ranking
     if ranking is None:
         return set()
-    sign = -1 if comparison.setting["rank_by"] == "loss" else 1
-    costs = {name: _mean(cost, comparison.entry(name)) for name in ranking.names}
-    points = {name: (costs[name], -sign * value) for name, value in zip(ranking.names, ranking.values, strict=True)}
-    return {
-        name
-        for name, point in points.items()
-        if math.isfinite(point[0])
-        and not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points.values())
-    }
+    costs = [_costs(cost, comparison.entry(name)) for name in ranking.names]
+    at = [index for index, held in enumerate(costs) if np.isfinite(held).all()]
+
+    def beats(one: int, other: int) -> bool:
+        better, worse = (ranking.better[i][j] >= CONFIDENCE for i, j in ((one, other), (other, one)))
+        cheaper, dearer = _clearly_less(costs[one], costs[other]), _clearly_less(costs[other], costs[one])
+        return (better and not dearer) or (cheaper and not worse)
+
+    return {ranking.names[i] for i in at if not any(beats(j, i) for j in at if j != i)}
 
 
-def _mean(number: Callable[[Run], float | None], entry: Entry) -> float:
-    """Mean over a candidate's runs; NaN where one of them does not know it."""
-    values = [number(run) for run in entry.runs]
-    return float(np.mean([math.nan if value is None else value for value in values])) if values else math.nan
+def _clearly_less(one: Array, other: Array) -> bool:
+    """Whether costs, one for each seed, are lower by more than their noise."""
+    errors = [held.std(ddof=1) / math.sqrt(len(held)) if len(held) > 1 else 0.0 for held in (one, other)]
+    return float(other.mean() - one.mean()) > max(2 * math.hypot(*errors), CLOCK_NOISE * float(other.mean()))
+
+
+def _costs(cost: Callable[[Run], float | None], entry: Entry) -> Array:
+    """The cost of each of a candidate's runs; NaN where one does not know it."""
+    return np.array([math.nan if (value := cost(run)) is None else value for run in entry.runs])
 
 
 def _pareto(comparison: Comparison, identifier: str, x: str, cost: Callable[[Run], float | None]) -> Chart:
@@ -296,7 +308,7 @@ def _pareto(comparison: Comparison, identifier: str, x: str, cost: Callable[[Run
     if ranking is None:
         return _chart(identifier, x, y, [])
     scale = SCALE[quality]
-    costs = [_mean(cost, comparison.entry(name)) for name in ranking.names]
+    costs = [float(_costs(cost, comparison.entry(name)).mean()) for name in ranking.names]
     front = pareto_front(comparison, cost)
     held = [
         (at, scale * value)
@@ -349,4 +361,5 @@ def _measured(ranked: Sequence[Entry], name: str, y: str) -> Chart:
             estimates = [getattr(measurement.hessian, name) for measurement in report.measurements]
             style = {**_style(index, len(ranked)), "width": 2}
             series.append(_estimates(one_line(entry.name), measured_steps(report), estimates, **style))
-    return _chart(name, "optimizer step", y, series)
+    positive = all(value > 0 for one in series if one is not None for value in one["y"] if value is not None)
+    return _chart(name, "optimizer step", y, series, log=positive)

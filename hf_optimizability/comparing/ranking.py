@@ -69,7 +69,14 @@ class Ranking:
         return tuple(self.names[i] for i in at if i < number or not self.told_apart(0, i))
 
 
-def rank(names: Sequence[str], values: Sequence[float], draws: Array, *, greater_is_better: bool = True) -> Ranking:
+def rank(
+    names: Sequence[str],
+    values: Sequence[float],
+    draws: Array,
+    *,
+    greater_is_better: bool = True,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Ranking:
     """Ranks candidates by their values and draws of what the values may be.
 
     Args:
@@ -77,6 +84,7 @@ def rank(names: Sequence[str], values: Sequence[float], draws: Array, *, greater
         values: Their values.
         draws: (draws, candidates); a row is drawn jointly, so that what the candidates share cancels.
         greater_is_better: `False` for a loss.
+        bounds: What a value can be: no interval of one goes beyond.
 
     Example:
         >>> ranking = rank(["a", "b"], [0.5, 0.9], normal_draws([0.5, 0.9], [0.02, 0.02]))
@@ -89,7 +97,7 @@ def rank(names: Sequence[str], values: Sequence[float], draws: Array, *, greater
     gains = sign * (held[:, :, None] - held[:, None, :])
     better = np.mean(gains > 0, axis=0) + np.mean(gains == 0, axis=0) / 2
     top = (sign * held) == (sign * held).max(axis=1, keepdims=True)
-    low, high = np.quantile(held, [0.025, 0.975], axis=0)
+    low, high = np.quantile(held, [0.025, 0.975], axis=0).clip(*bounds)
     ends = np.quantile(held[:, :, None] - held[:, None, :], [0.025, 0.975], axis=0)
     differences = np.stack([numbers[:, None] - numbers[None, :], *ends], axis=-1)
     return Ranking(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,8 +165,13 @@ class Comparing:
         self._dataset = self._plain[candidates[0].name][1].public_name
         require_writable(self.folder, "output_dir")
 
-    def run(self) -> Comparison:
-        """Makes every training that is not yet made, and writes the page."""
+    def run(self, *, on_run: Callable[[str], object] = logger.info) -> Comparison:
+        """Makes every training that is not yet made, and writes the page.
+
+        Args:
+            on_run: Is told of each training that is done or has failed, in a line of text.
+        """
+        self._told = on_run
         entries = [Entry(candidate.name, candidate.public_changes) for candidate in self.candidates]
         rounds = []
         for number in range(1, self.arguments.halving_rounds + 1):
@@ -189,10 +194,10 @@ class Comparing:
                 found = self._attempt(candidate, self._first_seed + index, budget, measured)
                 if isinstance(found, Failure):
                     entry.failure = found
-                    logger.warning(f"{entry.name} failed with seed {found.seed}. {found.reason} The others go on.")
+                    self._told(f"{entry.name} failed with seed {found.seed}: {found.reason} The others go on.")
                 else:
                     runs[entry.name].append(found)
-                    logger.info(f"{entry.name}, seed {found.seed}: done.")
+                    self._told(f"{entry.name}, seed {found.seed}, budget {budget:g}: {found.result}")
         for entry in left:
             entry.runs = runs[entry.name]
         ranking = rank_entries(entries, self.arguments.rank_by)

@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import log_softmax
+from torch.utils.data import Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import provenance
 from ..configuration import OptimizabilityConfig
 from ..dynamics import compute_dynamics
-from ..generalization import measure_gap
+from ..generalization import GAP_EXAMPLES
 from ..history import without_records
 from ..measurement import PREFIX
 from ..privacy import anonymous, in_strings
+from ..probe import probe_indices
 from ..report import OptimizabilityReport
 from ..tasks.checkpoint import CheckpointArguments
 from ..tasks.fine_tuning import Task, load
@@ -117,7 +119,7 @@ def train(inputs: Inputs, *, measured: bool, save_seconds: float) -> Run:
         trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=whole_checkpoint(Path(str(args.output_dir))))
     peak = _peak(args)
-    scores, predict_seconds = score(trainer)
+    scores, predict_seconds = score(trainer, trainer.eval_dataset)
     if not np.isfinite(scores.losses).all():
         raise ValueError(
             "The loss of the trained model is not finite: the training diverged. Lower the learning rate, or use a "
@@ -125,7 +127,7 @@ def train(inputs: Inputs, *, measured: bool, save_seconds: float) -> Run:
         )
     return Run(
         seed=args.seed,
-        report=_report(trainer, inputs.config),
+        report=_report(trainer, scores, inputs.config),
         scores=scores,
         train_seconds=stopwatch.seconds,
         predict_seconds=predict_seconds,
@@ -133,9 +135,8 @@ def train(inputs: Inputs, *, measured: bool, save_seconds: float) -> Run:
     )
 
 
-def score(trainer: Trainer) -> tuple[Scores, float]:
-    """Loss and correctness of each evaluation example in eval mode, and the seconds that an example took."""
-    dataset: Any = trainer.eval_dataset
+def score(trainer: Trainer, dataset: Any) -> tuple[Scores, float]:
+    """Loss and correctness of each example in eval mode, and the seconds that an example took."""
     started = time.perf_counter()
     found = trainer.predict(dataset)
     seconds = (time.perf_counter() - started) / len(dataset)
@@ -244,13 +245,13 @@ def whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _report(trainer: Trainer, config: OptimizabilityConfig) -> OptimizabilityReport:
+def _report(trainer: Trainer, scores: Scores, config: OptimizabilityConfig) -> OptimizabilityReport:
     """What there is to report: the report of a measured training, or all of it that needs no measurement."""
     if isinstance(trainer, OptimizabilityTrainer):
         return trainer.optimizability_report()
     state, optimizer, model = trainer.state, trainer.optimizer, trainer.model
     assert optimizer is not None and isinstance(model, torch.nn.Module)
-    state.log_history.append({**measure_gap(trainer, config), "step": state.global_step})
+    state.log_history.append({**_gap(trainer, scores, config), "step": state.global_step})
     log = in_strings(without_records(state.log_history), anonymous)
     train: Any = trainer.train_dataset
     evaluation: Any = trainer.eval_dataset
@@ -264,6 +265,22 @@ def _report(trainer: Trainer, config: OptimizabilityConfig) -> OptimizabilityRep
         dynamics=compute_dynamics(log, seed=config.probe_seed),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _gap(trainer: Trainer, scores: Scores, config: OptimizabilityConfig) -> dict[str, float]:
+    """What a measured training logs about train and eval loss: means over equally many examples of both."""
+    train: Any = trainer.train_dataset
+    number = min(GAP_EXAMPLES, len(train), len(scores.losses))
+    trained, _ = score(trainer, Subset(train, probe_indices(len(train), number, seed=config.probe_seed)))
+    kept = probe_indices(len(scores.losses), number, seed=config.probe_seed)
+    evaluated = Scores(scores.losses[kept], scores.correct[kept])
+    numbers: dict[str, float] = {f"{PREFIX}gap_examples": number}
+    for split, held in {"train": trained, "eval": evaluated}.items():
+        numbers[f"{PREFIX}{split}_loss"] = float(held.losses.mean())
+        numbers[f"{PREFIX}{split}_accuracy"] = float(held.correct.mean())
+        if number > 1:
+            numbers[f"{PREFIX}{split}_loss_std_error"] = float(held.losses.std(ddof=1)) / math.sqrt(number)
+    return numbers
 
 
 def _free_memory(args: TrainingArguments) -> None:

@@ -27,9 +27,10 @@ hf_optimizability.report.plots.plot_all = lambda report: {}  # the still plots o
 
 
 def comparison(folder: Path, inputs: Path) -> None:
-    """Two checkpoints that differ in their weights, and one that can't be loaded."""
+    """A checkpoint whole, with LoRA and with random weights, and one that can't be loaded."""
+    candidates = ["method=full", "method=lora", "random_weights=True", f"model_name_or_path={inputs / 'missing'}"]
     compare(
-        [str(inputs / "tiny-bert"), {"name": "random", "random_weights": True}, str(inputs / "missing")],
+        candidates,
         model_name_or_path=str(inputs / "tiny-bert"),
         train_file=str(inputs / "data.parquet"),
         validation_file=str(inputs / "data.parquet"),

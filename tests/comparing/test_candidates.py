@@ -30,6 +30,11 @@ def test_names_tell_them_apart_and_no_place(tmp_path: Path):
     assert found[1].changes["model_name_or_path"] == str(tmp_path / "mine")
 
 
+def test_no_two_are_called_alike():
+    found = parse_candidates([{"name": name} for name in ("a", "a (2)", "a", "a")])
+    assert [candidate.name for candidate in found] == ["a", "a (2)", "a (3)", "a (4)"]
+
+
 def test_a_value_may_hold_an_equals_sign():
     first, _ = parse_candidates(["org/a,config_overrides=hidden_dropout_prob=0.2", "org/a"])
     assert first.flags[1] == "--config_overrides=hidden_dropout_prob=0.2"

@@ -88,10 +88,10 @@ class TestHonesty:
     )
     def test_intervals_cover_the_truth(self, seeds: int, sizes: dict[str, float]):
         covered = told = 0
-        trials = 250
+        trials = 200
         for trial in range(trials):
-            scores = crossed(np.random.default_rng(5000 + trial), seeds=seeds, examples=200, **sizes)
-            draws = paired_bootstrap(scores, resamples=600)
+            scores = crossed(np.random.default_rng(5000 + trial), seeds=seeds, examples=100, **sizes)
+            draws = paired_bootstrap(scores, resamples=500)
             ranking = rank(["a", "b"], scores.mean(axis=(1, 2)).tolist(), draws)
             _, low, high = ranking.differences[0][1]
             covered += low <= 0 <= high
@@ -141,6 +141,13 @@ class TestRanks:
         assert all(
             low < value < high for low, value, high in zip(ranking.low, ranking.values, ranking.high, strict=True)
         )
+
+    def test_no_interval_of_a_share_goes_beyond_0_and_1(self):
+        draws = normal_draws([0.97, 0.05], [0.1, 0.1])
+        ranking = rank(["a", "b"], [0.97, 0.05], draws, bounds=(0, 1))
+        assert (ranking.high[0], ranking.low[1]) == (1, 0)
+        assert ranking.low[0] == pytest.approx(0.97 - 0.196, abs=0.01)
+        assert ranking.better == rank(["a", "b"], [0.97, 0.05], draws).better
 
     def test_the_order_given_changes_nothing(self):
         scores = np.random.default_rng(3).normal(size=(3, 3, 40)) + np.arange(3)[:, None, None] * 0.1
