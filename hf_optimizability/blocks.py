@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 
 EMBEDDINGS, HEAD, OTHER, WHOLE = "embeddings", "head", "other", "model"
 
-_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
-"""Prefixes that torch.compile, DDP and PEFT put before a model's own names."""
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_functional.", "_torch_params.")
+"""Prefixes that torch.compile, DDP, PEFT and Keras put before a model's own names."""
 
 _LAYER_NAMES = {"layer", "layers", "h", "block", "blocks"}
 """What Transformers models call a stack of layers; all become `layer` in a block's name."""
@@ -96,10 +96,10 @@ def match_blocks(names: Sequence[str], patterns: Sequence[str]) -> dict[str, lis
 
 
 def _bare(name: str) -> str:
-    """A parameter's name without what wrappers put before it."""
+    """A parameter's name without what wrappers put before it, and with dots where Keras has slashes."""
     for wrapper in _WRAPPERS:
         name = name.removeprefix(wrapper)
-    return name
+    return name.replace("/", ".")
 
 
 def _container(path: Sequence[str]) -> tuple[str, ...] | None:

@@ -211,5 +211,5 @@ def quantization(model: nn.Module) -> str | None:
     inner = pretrained(model)
     if inner is not None and vars(inner).get("is_quantized"):
         return vars(inner)["quantization_method"].lower()  # a string, or an enum of strings
-    dtypes = {parameter.dtype for parameter in model.parameters()}
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.ndim > 1}  # Keras keeps seeds as others
     return next((str(dtype) for dtype in dtypes if not dtype.is_floating_point or dtype.itemsize == 1), None)
