@@ -12,7 +12,18 @@ from ..curvature.step import CriticalLearningRate
 from ..measurement import PREFIX
 from .markdown import one_line
 from .report import OptimizabilityReport
-from .series import Points, batch_items, block_names, density_line, logged, measured_steps, stability_limits
+from .series import (
+    Points,
+    batch_items,
+    block_names,
+    density_line,
+    landscapes,
+    logged,
+    measured_steps,
+    next_step,
+    quadratic_line,
+    stability_limits,
+)
 
 
 Chart = dict[str, Any]
@@ -43,6 +54,7 @@ def charts(report: OptimizabilityReport) -> list[Chart]:
         _trace(report),
         _eigenvalues(report),
         _density(report),
+        *_landscapes(report),
     ]
     return [chart for chart in every if chart["series"]]
 
@@ -144,6 +156,34 @@ def _density(report: OptimizabilityReport) -> Chart:
         for (step, density), color in zip(ends, colors, strict=False)
     ]
     return _chart("density", "eigenvalue", "density", series, log=True)
+
+
+def _landscapes(report: OptimizabilityReport) -> list[Chart]:
+    """The loss along the update and along both eigenvectors, at the first and at the last measurement that has it."""
+    drawn = []
+    for index, (measurement, landscape) in enumerate(landscapes(report)):
+        if landscape.update is not None:
+            line, present = landscape.update, measurement.loss
+            series = [
+                _line("loss", (line.axis.at, line.losses), color="blue", marker="circle"),
+                _line("quadratic model", quadratic_line(line, present=present), color="ink", dash=True),
+                _line("now", ([0.0], [present]), color="ink", marker="diamond", line=False),
+                _line("after the next step", next_step(measurement, line), color="vermillion", marker="triangle"),
+            ]
+            drawn.append(_chart(f"landscape_update_{index}", "learning rate of the step", "loss", series))
+        if landscape.eigenvectors is not None:
+            first, second = landscape.eigenvectors.lines
+            styles: tuple[Series, ...] = (
+                {"color": "vermillion", "marker": "triangle"},
+                {"color": "green", "marker": "inverted"},
+            )
+            series = []
+            for name, line, style in zip("₁₂", (first, second), styles, strict=True):
+                model = quadratic_line(line, present=measurement.loss)
+                series.append(_line(f"along q{name}", (line.axis.at, line.losses), **style))
+                series.append(_line("its quadratic model", model, color=style["color"], dash=True))
+            drawn.append(_chart(f"landscape_eigenvectors_{index}", "units along the eigenvector", "loss", series))
+    return drawn
 
 
 def _chart(identifier: str, x: str, y: str, series: Sequence[Series | None], *, log: bool = False) -> Chart:

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
+from ..curvature.landscape import LossPlane
 from ..measurement import Measurement
 from .charts import charts
 from .markdown import (
@@ -30,6 +31,7 @@ from .markdown import (
     trace_shares,
 )
 from .report import OptimizabilityReport
+from .series import landscapes
 
 
 SHADES = 6
@@ -67,6 +69,8 @@ def to_html(report: OptimizabilityReport) -> str:
         shares=trace_shares(last) if last else {},
         gradient_map=_heat_map(report.measurements, _relative_gradient, _rank_on_log_scale),
         trace_map=_heat_map(report.measurements, _trace, _rank_around_zero),
+        landscapes=landscapes(report),
+        loss_map=_loss_map,
     )  # fmt: skip
 
 
@@ -127,6 +131,13 @@ def _heat_map(
     }
     ranks = iter(shades([value for row in cells.values() for value, _ in row]))
     return {name: [(text, next(ranks)) for _, text in row] for name, row in cells.items()}
+
+
+def _loss_map(present: float, plane: LossPlane) -> list[tuple[float, list[tuple[str, int]]]]:
+    """Each place on the second axis, the largest first, and the losses there with the shades of their change."""
+    ranks = iter(_rank_around_zero([loss - present for row in plane.losses for loss in row]))
+    rows = zip(plane.axes[1].at, plane.losses, strict=True)
+    return [(s, [(format_number(loss, digits=3), next(ranks)) for loss in row]) for s, row in rows][::-1]
 
 
 def _relative_gradient(measurement: Measurement, name: str) -> Cell:

@@ -35,6 +35,7 @@ ALT_TEXTS = {
     "curvature": "Hessian trace and extreme eigenvalues over optimizer steps, with error bars.",
     "density": "Spectral density of the first and the last measurement, on a logarithmic scale.",
     "ritz_values": "Ritz values of the last measurement with their quadrature weights.",
+    "landscape": "Loss along the update and over the plane of the top two eigenvectors, with its quadratic model.",
     "blocks": "Heat maps of trace and relative gradient norm, block by step.",
 }
 
@@ -281,9 +282,10 @@ def _environment() -> Environment:
 
 
 def _at(value: Any, path: str) -> Any:
-    """An attribute of an attribute; `None` where one on the way is."""
+    """An attribute of an attribute, or an entry by its number; `None` where one on the way is."""
     for name in path.split("."):
-        value = None if value is None else getattr(value, name)
+        if value is not None:
+            value = value[int(name)] if name.isdigit() else getattr(value, name)
     return value
 
 
