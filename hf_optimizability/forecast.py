@@ -167,7 +167,7 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
         update=config.landscape and steps,
         judged=way.engine == "central_difference",
     )
-    gradients = _GRADIENTS + _STEP_GRADIENTS * steps
+    gradients = float(_GRADIENTS + _STEP_GRADIENTS * steps)
     if config.landscape:
         gradients += 2 + (PLANE_POINTS**2 + (LINE_POINTS + 1) * steps) / 2  # 2: one, and a pass that finds rows
     stage = max(list_stages(config, products, prices), key=lambda stage: stage.vector_memory + stage.graph_memory)

@@ -170,9 +170,9 @@ def _ends(
             hvps=run.hvps,
             tolerance=tolerance,
         )
-    top = run.top(DEFLATED, tolerance=tolerance)
-    vectors = run.ritz_vectors([-1 - index for index in range(len(top))])
-    return run.spectrum, found, top, vectors.to(matrix.device)  # the basis may be on the CPU
+    largest = run.top(DEFLATED, tolerance=tolerance)
+    vectors = run.ritz_vectors([-1 - index for index in range(len(largest))])
+    return run.spectrum, found, largest, vectors.to(matrix.device)  # the basis may be on the CPU
 
 
 def _trace(

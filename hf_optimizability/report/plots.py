@@ -289,7 +289,14 @@ def plot_landscape(report: OptimizabilityReport) -> Figure | None:
             update.set_axis_off()
         else:
             _slice(update, landscape.update, measurement.loss, BLUE, "o", "loss", "quadratic model")
-            _line(update, *next_step(measurement, landscape.update), color=VERMILLION, marker="^", label="next step")
+            _line(
+                update,
+                *next_step(measurement, landscape.update),
+                color=VERMILLION,
+                marker="^",
+                label="next step",
+                zorder=4,
+            )
             update.set(title=f"step {measurement.step:,}: along the update", xlabel="learning rate of the step")
             update.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
             update.xaxis.set_major_locator(MaxNLocator(4))
@@ -452,7 +459,8 @@ def _heat_map(axes: Axes, steps: Sequence[int], values: np.ndarray, **colors: An
 def _slice(axes: Axes, line: LossLine, present: float, color: str, marker: str, label: str, model: str) -> None:
     """Adds the loss along a line, and dashed its quadratic model."""
     _line(axes, line.axis.at, line.losses, color=color, marker=marker, markersize=3.5, linewidth=1, label=label)
-    _line(axes, *quadratic_line(line, present=present), color=color, linestyle="--", linewidth=1, label=model)
+    ink = BLACK if color == BLUE else color
+    _line(axes, *quadratic_line(line, present=present), color=ink, linestyle="--", linewidth=1, label=model, zorder=3)
 
 
 def _loss_map(axes: Axes, plane: LossPlane, present: float) -> None:
@@ -460,12 +468,11 @@ def _loss_map(axes: Axes, plane: LossPlane, present: float) -> None:
     change = np.array(plane.losses) - present
     change[~np.isfinite(change)] = math.nan
     limit = np.abs(change[np.isfinite(change)]).max(initial=0) or 1.0
-    norm = SymLogNorm(limit / 30, vmin=-limit, vmax=limit)
-    across, up = (np.array(axis.at) for axis in plane.axes)
-    half = [(places[-1] - places[0]) / (len(places) - 1) / 2 for places in (across, up)]
-    extent = (across[0] - half[0], across[-1] + half[0], up[0] - half[1], up[-1] + half[1])
-    image = axes.imshow(change, cmap="RdBu_r", norm=norm, origin="lower", extent=extent, aspect="auto")
-    bar = axes.figure.colorbar(image, ax=axes, format=FuncFormatter(lambda value, _: format_number(value, digits=2)))
+    norm = SymLogNorm(limit / 10, vmin=-limit, vmax=limit)
+    shades = matplotlib.colormaps["RdBu_r"].resampled(31)
+    across, up = (axis.at for axis in plane.axes)
+    mesh = axes.pcolormesh(across, up, change, cmap=shades, norm=norm, shading="nearest", rasterized=True)
+    bar = axes.figure.colorbar(mesh, ax=axes, format=FuncFormatter(lambda value, _: format_number(value, digits=2)))
     bar.set_ticks([-limit, -limit / 10, 0, limit / 10, limit])
     axes.plot(0, 0, "+", color=BLACK)
     axes.grid(False)

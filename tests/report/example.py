@@ -32,7 +32,8 @@ def make_landscape(present: float, top: float, *, converged: bool = True) -> Lan
     def flattened(change: float) -> float:
         return present + 2 * present * math.tanh(change / present / 2)
 
-    update = Axis(tuple(2.6e-4 * (index / 10 - 0.5) for index in range(21)), 14.2, -700 * present, 7e6 * present)
+    rates = sorted([2e-5, *(2.6e-4 * (index / 10 - 0.5) for index in range(21))])
+    update = Axis(tuple(rates), 14.2, -700 * present, 7e6 * present)
     at = tuple(index / 5 - 1 for index in range(11))
     first = Axis(at, math.sqrt(2 * present / top), -0.8 * present, 2 * present)
     second = Axis(at, math.sqrt(4 * present / top), -0.2 * present, 2 * present)

@@ -120,6 +120,28 @@ class TestText:
         signs = re.findall(r'class="(plus|minus)\d">(-?)', html)
         assert len(signs) == 24 and all((kind == "minus") == bool(minus) for kind, minus in signs)
 
+    def test_the_plane_of_the_landscape_is_a_map_with_the_top_up(self):
+        report = make_report(3)
+        html = report.to_html()
+        page, last = read_page(html), report.measurements[-1]
+        plane = last.landscape.eigenvectors
+        table = page.tables["Loss over the plane of q₁ and q₂, step 300"]
+        assert table[0][1:] == [f"{s:.1f}" for s in plane.axes[0].at]
+        assert [row[0] for row in table[1:]] == [f"{s:.1f}" for s in reversed(plane.axes[1].at)]
+        for row, losses in zip(table[1:], reversed(plane.losses), strict=True):
+            assert row[1:] == [format_number(loss, digits=3) for loss in losses]
+        [shaded] = re.findall(r"Table: Loss over the plane of q₁ and q₂, step 300.*?</table>", html, flags=re.DOTALL)
+        cells = re.findall(r'class="(plus|minus|zero)(\d?)">([^<]+)<', shaded)
+        assert len(cells) == 121
+        for kind, _, text in cells:
+            change = float(text) - last.loss
+            assert kind == ("plus" if change > 0 else "minus") or abs(change) < 1e-3
+        assert {rank for kind, rank, _ in cells if kind == "plus"} >= {"3", "6"}
+        assert "Loss over the plane of q₁ and q₂, step 0" in page.tables
+        assert "Loss over the plane of q₁ and q₂, step 150" not in page.tables
+        bare = [dataclasses.replace(measurement, landscape=None) for measurement in report.measurements]
+        assert "andscape" not in read_page(dataclasses.replace(report, measurements=bare).to_html()).text
+
     def test_findings_are_told_in_the_summary_and_in_full(self, monkeypatch):
         told = Finding("too_high", "problem", "The rate is <too> high.", ("η = 3 ± 1",), "Lower it.", "Cohen 2021")
         noted = dataclasses.replace(told, name="saddle", severity="note", sentence="A saddle.")
@@ -246,7 +268,7 @@ class TestBrowser:
         assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
         found = Axe().run(page).response["violations"]
         assert [(rule["id"], rule["nodes"][0]["html"]) for rule in found] == []
-        assert page.locator("canvas").count() == 8
+        assert page.locator("canvas").count() == 12
         assert count(page, "loss", BLUE if scheme == "light" else LIGHT_BLUE) > 200
 
     @pytest.mark.parametrize(
