@@ -16,14 +16,14 @@ from typing import Any
 from hf_optimizability.files import write_atomically
 from hf_optimizability.measurement import Measurement
 from hf_optimizability.report import OptimizabilityReport
-from hf_optimizability.report.markdown import (
+from hf_optimizability.report.formatting import (
     MISSING,
-    escape,
     format_estimate,
     format_interval,
     format_number,
     format_percent,
 )
+from hf_optimizability.report.markdown import escape
 
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from typing import Any
 from ..curvature.estimates import Estimate
 from ..curvature.step import CriticalLearningRate
 from ..measurement import PREFIX
-from .markdown import one_line
+from .formatting import one_line
 from .report import OptimizabilityReport
 from .series import (
     Points,

@@ -18,20 +18,10 @@ from markupsafe import Markup, escape
 from ..curvature.landscape import LossPlane
 from ..measurement import Measurement
 from .charts import charts
-from .markdown import (
-    MISSING,
-    _ends,
-    _environment,
-    _flat,
-    _title,
-    _without_strings,
-    format_estimate,
-    format_number,
-    one_line,
-    trace_shares,
-)
+from .formatting import MISSING, format_estimate, format_number, one_line
 from .report import OptimizabilityReport
 from .series import landscapes
+from .templating import environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
 
 
 SHADES = 6
@@ -56,16 +46,16 @@ def to_html(report: OptimizabilityReport) -> str:
     last = report.measurements[-1] if report.measurements else None
     return _page_environment().get_template("report.html.jinja").render(
         report=report,
-        title=one_line(_title(report)),
+        title=one_line(title_of(report)),
         last=last,
-        ends=_ends(report.measurements),
+        ends=first_and_last(report.measurements),
         charts={chart["id"]: chart for chart in drawn},
         data=_json(drawn),
         style=_asset("uplot/uPlot.min.css") + _asset("report.css"),
         library=_asset("uplot/uPlot.iife.min.js"),
         library_licence=_asset("uplot/LICENSE"),
         script=_asset("report.js"),
-        training=_flat(report.training),
+        training=flattened(report.training),
         shares=trace_shares(last) if last else {},
         gradient_map=_heat_map(report.measurements, _relative_gradient, _rank_on_log_scale),
         trace_map=_heat_map(report.measurements, _trace, _rank_around_zero),
@@ -76,15 +66,15 @@ def to_html(report: OptimizabilityReport) -> str:
 
 @cache
 def _page_environment() -> Environment:
-    """The environment of the Markdown report, with HTML's own escaping."""
-    environment = _environment().overlay(finalize=_text)
-    environment.filters.update(hash=_hash, halves=_halves)
-    return environment
+    """The templates' environment, with HTML's own escaping."""
+    page = environment(_text)
+    page.filters.update(hash=_hash, halves=_halves)
+    return page
 
 
 def _text(value: Any) -> Markup:
     """What the template prints for a value; strings in one line and without control and direction characters."""
-    plain = _without_strings(value)
+    plain = text_without_strings(value)
     if plain is not None:
         return plain
     return escape(one_line(str(value)).replace(" ± ", " ±\xa0").replace(" %", "\xa0%"))  # breaks no line before them

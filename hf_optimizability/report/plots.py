@@ -24,7 +24,7 @@ from ..curvature.estimates import Estimate
 from ..curvature.landscape import LossLine, LossPlane
 from ..curvature.step import CriticalLearningRate
 from ..measurement import PREFIX
-from .markdown import format_estimate, format_number, one_line
+from .formatting import format_estimate, format_number, one_line
 from .report import OptimizabilityReport
 from .series import (
     Points,

@@ -18,7 +18,7 @@ import pytest
 from hf_optimizability.measurement import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.findings import Finding
-from hf_optimizability.report.markdown import format_estimate, format_interval, format_number
+from hf_optimizability.report.formatting import format_estimate, format_interval, format_number
 from hf_optimizability.report.plots import plot_blocks, plot_gradient_norm
 
 from .damage import HOSTILE
@@ -83,6 +83,12 @@ class TestText:
         assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
         assert [text for level, text in page.headings if level == 2] == SECTIONS
         assert "None" not in page.text.replace("None. An effect within", "").replace("None,", "")
+
+    @pytest.mark.parametrize("report", [OptimizabilityReport(), make_report(failures=1)], ids=["empty", "full"])
+    def test_no_marker_of_the_template_is_left(self, report):
+        html = re.sub(r"<(script|style)>.*?</\1>", "", report.to_html(), flags=re.DOTALL)
+        assert "Optimizability of" in html and "</footer>" in html
+        assert re.findall(r"{{|}}|{%|%}|{#|#}", html) == []
 
     def test_a_large_report_is_a_small_file(self):
         report = make_report(20, blocks=30)

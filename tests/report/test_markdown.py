@@ -14,18 +14,15 @@ from markdown_it.token import Token
 
 from hf_optimizability.measurement import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
-from hf_optimizability.report.markdown import (
-    ALT_TEXTS,
-    escape,
+from hf_optimizability.report.formatting import (
     format_estimate,
     format_interval,
     format_number,
     format_percent,
     format_with_error,
-    to_markdown,
-    to_summary,
-    trace_shares,
 )
+from hf_optimizability.report.markdown import ALT_TEXTS, escape, to_markdown, to_summary
+from hf_optimizability.report.templating import trace_shares
 
 from .example import make_estimate, make_measurement, make_report
 
