@@ -14,7 +14,7 @@ from .report import OptimizabilityReport
 
 Points = tuple[Sequence[float], Sequence[float]]
 
-_MODEL_POINTS = 240
+_MODEL_POINTS = 120
 """Of the quadratic model along an axis."""
 
 
