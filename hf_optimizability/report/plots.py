@@ -298,8 +298,7 @@ def plot_landscape(report: OptimizabilityReport) -> Figure | None:
                 zorder=4,
             )
             update.set(title=f"step {measurement.step:,}: along the update", xlabel="learning rate of the step")
-            update.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-            update.xaxis.set_major_locator(MaxNLocator(4))
+            update.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
         if landscape.eigenvectors is None:
             lines.set_axis_off()
             plane.set_axis_off()

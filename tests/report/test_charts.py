@@ -152,5 +152,7 @@ def test_a_model_that_runs_away_from_the_loss_ends_near_it():
 
 def test_without_a_step_in_reach_there_is_no_point_for_it():
     [measurement] = make_report(1).measurements
-    far = dataclasses.replace(measurement, step_size=dataclasses.replace(measurement.step_size, learning_rate=1.0))
-    assert "after the next step" not in series(OptimizabilityReport(measurements=[far]), "landscape_update_0")
+    for rate in (1.0, 0.0):
+        size = dataclasses.replace(measurement.step_size, learning_rate=rate)
+        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, step_size=size)])
+        assert "after the next step" not in series(report, "landscape_update_0")
