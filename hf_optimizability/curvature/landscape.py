@@ -155,12 +155,13 @@ def loss_line(
         holders: Those that hold the n rows between them.
 
     Example:
+        >>> import torch
         >>> class Parabola:
         ...     parameters = [torch.tensor([3.0], requires_grad=True)]
         ...     def losses(self):
         ...         yield (self.parameters[0] ** 2).sum(), 1
-        >>> line = loss_line(Parabola(), torch.tensor([6.0]), gradient=torch.tensor([6.0]), curvature=72.0, reach=1.0,
-        ...     step=0.0)  # u = g
+        >>> g = torch.tensor([6.0])
+        >>> line = loss_line(Parabola(), g, gradient=g, curvature=72.0, reach=1.0, step=0.0)
         >>> line.axis.at[0], line.axis.at[10], line.axis.at[-1]
         (-0.5, 0.5, 1.5)
         >>> line.losses[10], 9 + line.axis.quadratic_change(0.5)
