@@ -47,8 +47,7 @@ def format_with_error(value: float | None, error: float | None) -> str:
     exponent = max(_exponent(value, 6), _exponent(error, 2))
     place = _exponent(error, 2) - 1
     if place < exponent - 5:
-        small = f"{error:.1e}" if _is_scientific(exponent) else format_number(error, digits=2)
-        return f"{format_number(value, digits=6)} ± {small}"
+        return f"{format_number(value, digits=6)} ± {error:.2g}"
     if _is_scientific(exponent):
         value, error, place = value / 10.0**exponent, error / 10.0**exponent, place - exponent
         return f"({_rounded(value, place)} ± {_rounded(error, place)})e{exponent:+03d}"

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from ..curvature.landscape import LossPlane
 from ..measurement import Measurement
 from .charts import charts
-from .formatting import MISSING, format_estimate, format_number, one_line
+from .formatting import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
 from .report import OptimizabilityReport
 from .series import landscapes
 from .templating import environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
@@ -77,7 +77,10 @@ def _text(value: Any) -> Markup:
     plain = text_without_strings(value)
     if plain is not None:
         return plain
-    return escape(one_line(str(value)).replace(" ± ", " ±\xa0").replace(" %", "\xa0%"))  # breaks no line before them
+    text = one_line(str(value)).replace(" ± ", " ±\xa0")
+    for sign in ("%", NOT_CONVERGED):  # no line begins with them
+        text = text.replace(f" {sign}", f"\xa0{sign}")
+    return escape(text)
 
 
 def _halves(value: Any) -> tuple[Any, str]:

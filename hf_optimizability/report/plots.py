@@ -297,7 +297,8 @@ def plot_landscape(report: OptimizabilityReport) -> Figure | None:
                 label="next step",
                 zorder=4,
             )
-            update.set(title=f"step {measurement.step:,}: along the update", xlabel="learning rate of the step")
+            update.set_title(f"step {measurement.step:,}: along the update")
+            update.set_xlabel("learning rate of the step", loc="left")  # the power of ten stands to the right
             update.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
         if landscape.eigenvectors is None:
             lines.set_axis_off()
@@ -467,7 +468,7 @@ def _loss_map(axes: Axes, plane: LossPlane, present: float) -> None:
     change = np.array(plane.losses) - present
     change[~np.isfinite(change)] = math.nan
     limit = np.abs(change[np.isfinite(change)]).max(initial=0) or 1.0
-    norm = SymLogNorm(limit / 10, vmin=-limit, vmax=limit)
+    norm = SymLogNorm(limit / 30, vmin=-limit, vmax=limit)
     shades = matplotlib.colormaps["RdBu_r"].resampled(31)
     across, up = (axis.at for axis in plane.axes)
     mesh = axes.pcolormesh(across, up, change, cmap=shades, norm=norm, shading="nearest", rasterized=True)
