@@ -41,10 +41,10 @@ $ python recipes/text_classification.py model_cards/minilm-l6-movie-reviews/sett
 ```
 
 The Hessian is that of the mean loss over the probe set in eval mode, by all parameters. Behind ± stand the standard
-error over the probe vectors (trace) and the bound on the distance to an eigenvalue (λ); "over data" is how far another
-probe set of this size would move the trace (jackknife over batches). Of the noise scale, in examples, the 95 %
-interval over batches. † Not converged: the error is wider than asked for. All of it is local, and of one seed: another
-head starts elsewhere."""
+error over the probe vectors (trace; 0: nothing was left to them) and the bound on the distance to an eigenvalue (λ).
+"Over data" is how far another probe set of this size would move the trace (jackknife over batches). Of the noise
+scale, in examples, the 95 % interval over batches. † Not converged: the error is wider than asked for. All of it is
+local, and of one seed: another head starts elsewhere."""
 
 
 def page(folder: Path) -> str:
@@ -58,7 +58,7 @@ def page(folder: Path) -> str:
         INTRODUCTION,
         "## Before and after",
         _table(
-            ["Checkpoint", "Data set", "Step", "Loss", "Trace", "over data", "λ_max", "λ_min", "Noise scale"],
+            ["Checkpoint", "Data set", "Step", "Loss", "Trace", "Over data", "λ_max", "λ_min", "Noise scale"],
             [row for report in reports.values() for row in _measured(report)],
             words=2,
         ),
