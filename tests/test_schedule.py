@@ -12,7 +12,7 @@ import pytest
 import training
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
-from hf_optimizability.clock import Clock
+from hf_optimizability.clock import RECENT_STEPS, Clock
 from hf_optimizability.schedule import affordable
 
 
@@ -94,3 +94,14 @@ def test_a_clock_goes_on_where_another_stopped(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("hf_optimizability.clock.time.perf_counter", lambda: 50.0)
     clock = Clock(trained=200.0, measured=[4.0, 6.0])
     assert clock.train_seconds == 200.0 and clock.overhead == 0.05
+
+
+def test_what_a_step_takes_is_told_by_the_recent_ones(monkeypatch: pytest.MonkeyPatch):
+    """However long the run: the median of all its steps, taken after each, came to cost more than the measurements."""
+    now = [0.0]
+    monkeypatch.setattr("hf_optimizability.clock.time.perf_counter", lambda: now[0])
+    clock = Clock()
+    for seconds in [9.0] + [1.0] * 300 + [2.0] * RECENT_STEPS:
+        now[0] += seconds
+        clock.step_ended()
+    assert clock.step_seconds == 2.0
