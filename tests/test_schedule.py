@@ -36,14 +36,14 @@ def measured_steps(
 def test_stays_within_the_budget_and_uses_it(price: float):
     steps, overhead = measured_steps(1000, price=lambda step: price)
     assert overhead <= 0.05
-    assert overhead + price / 1000 > 0.05  # one more would not have fitted
-    assert len(steps) == max(2, int(50 / price) - 1)
+    assert overhead + 2 * price / 1000 > 0.05  # one more might not have fitted
+    assert len(steps) == max(2, int(50 / price) - 2)
 
 
 def test_measures_most_often_at_first():
     steps, _ = measured_steps(1000, price=lambda step: 5.0)
     gaps = [later - earlier for earlier, later in pairwise(steps)]
-    assert gaps == sorted(gaps) and len(gaps) == 8 and gaps[0] < 20 < 150 < gaps[-1]
+    assert gaps == sorted(gaps) and len(gaps) == 7 and gaps[0] < 25 < 200 < gaps[-1]
 
 
 def test_a_short_run_is_measured_at_both_ends_alone():
@@ -53,7 +53,7 @@ def test_a_short_run_is_measured_at_both_ends_alone():
 
 def test_prices_that_rise_do_not_break_the_budget():
     _, overhead = measured_steps(1000, price=lambda step: 2.0 + step / 250)
-    assert overhead <= 0.06  # the last one costs more than any before
+    assert overhead <= 0.05
 
 
 def test_the_callback_goes_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
