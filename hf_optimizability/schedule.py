@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 
 
-ENDING = 2
-"""Measurements that the end of a run may cost: the last one, and as much for the generalization gap and the report."""
+ENDING = 3
+"""Measurements that the end of a run may cost: the last one, as much for the generalization gap and the report, and as
+much again for what the last ones may need more than any before."""
 
 
 def affordable(
@@ -29,11 +30,11 @@ def affordable(
             first step.
 
     Example:
-        >>> costs = {"max_steps": 1080, "budget": 0.05, "step_seconds": 1.0}  # 1080 s pay for five of 10 s
-        >>> [step for step in (119, 120, 479) if affordable(step, measured_seconds=[10.0], **costs)]
-        [120, 479]
-        >>> [step for step in (479, 480) if affordable(step, measured_seconds=[10.0, 10.0], **costs)]
-        [480]
+        >>> costs = {"max_steps": 1260, "budget": 0.05, "step_seconds": 1.0}  # 1260 s pay for six of 10 s
+        >>> [step for step in (139, 140, 559) if affordable(step, measured_seconds=[10.0], **costs)]
+        [140, 559]
+        >>> [step for step in (559, 560) if affordable(step, measured_seconds=[10.0, 10.0], **costs)]
+        [560]
     """
     spent, price = sum(measured_seconds), max(measured_seconds)
     between = len(measured_seconds) - 1
