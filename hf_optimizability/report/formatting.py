@@ -47,7 +47,8 @@ def format_with_error(value: float | None, error: float | None) -> str:
     exponent = max(_exponent(value, 6), _exponent(error, 2))
     place = _exponent(error, 2) - 1
     if place < exponent - 5:
-        return f"{format_number(value, digits=6)} ± {error:.2g}"
+        small = f"{error:#.2g}" if 1e-4 <= error < 9.95 else f"{error:.1e}"
+        return f"{format_number(value, digits=6)} ± {small}"
     if _is_scientific(exponent):
         value, error, place = value / 10.0**exponent, error / 10.0**exponent, place - exponent
         return f"({_rounded(value, place)} ± {_rounded(error, place)})e{exponent:+03d}"
