@@ -3,7 +3,8 @@ r"""Writes `docs/published.md`: the numbers of the reports in `model_cards/`, wi
 
     python benchmarks/published.py
 
-What the reports do not know, where checkpoints and data come from, is in `model_cards/sources.json`.
+Cards and pages of these reports are rendered anew, from each `report.json`. What the reports do not know, where
+checkpoints and data come from, is in `model_cards/sources.json`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from hf_optimizability.files import write_atomically
 from hf_optimizability.measurement import Measurement
+from hf_optimizability.model_card import with_report
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.formatting import (
     MISSING,
@@ -23,7 +25,7 @@ from hf_optimizability.report.formatting import (
     format_number,
     format_percent,
 )
-from hf_optimizability.report.markdown import escape
+from hf_optimizability.report.markdown import CARD_FOLDER, escape
 
 
 ROOT = Path(__file__).parent.parent
@@ -126,8 +128,22 @@ def _source(name: str, source: dict[str, Any]) -> list[str]:
             source["licence"], f"`{source['file']}`", f"`{source['sha256']}`"]  # fmt: skip
 
 
+def render(card: Path) -> None:
+    """Writes a card's section, and the files that its report links to, as this version of the package has them."""
+    folder = card.parent / CARD_FOLDER
+    report = OptimizabilityReport.load(folder)
+    report.save(folder)
+    for file in folder.glob("*.svg"):
+        file.unlink()
+    files = [file.name for file in folder.iterdir()]
+    text = with_report(card.read_text(encoding="utf-8"), report, name=card.parent.name, files=files)
+    write_atomically(card, text.encode())
+
+
 def main() -> None:
-    """Writes the page."""
+    """Renders the cards and writes the page."""
+    for card in (ROOT / "model_cards").glob("*/README.md"):
+        render(card)
     write_atomically(PAGE, page(ROOT / "model_cards").encode())
 
 
