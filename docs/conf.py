@@ -55,7 +55,8 @@ def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
 def describe_options(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Adds the options of the configuration, which are told once, in the help of their flags."""
     if thing is OptimizabilityConfig:
-        lines += ["Args:", *(f"    {field.name}: {field.metadata['help']}" for field in fields(thing))]
+        place = lines.index("Raises:")
+        lines[place:place] = ["Args:", *(f"    {field.name}: {field.metadata['help']}" for field in fields(thing)), ""]
 
 
 def as_restructured_text(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
