@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes the pictures of this folder from a report's page: `python docs/images/take.py out/demo/vision/optimizability`."""
+"""Takes the pictures of this folder from a report: `python docs/images/take.py out/demo/vision/optimizability`."""
 
 from __future__ import annotations
 
