@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -38,6 +40,7 @@ autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
+LINK = re.compile(r"\[([^\]]+)\]\(([^):#]+)(?:#[^)]*)?\)")
 LISTED = re.compile(r"^(?:- |\| )\[([^\]]+)\]\(([^)#]+)\.md\)", flags=re.MULTILINE)
 
 
@@ -50,6 +53,18 @@ def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
             caption = f":caption: {section.splitlines()[0]}\n" if name == root_doc else ""
             pages = "\n".join(f"{title} <{path}>" for title, path in listed)
             source[0] += f"\n```{{toctree}}\n:hidden:\n{caption}\n{pages}\n```\n"
+
+
+def keep_links_within(app: Sphinx, name: str, source: list[str]) -> None:
+    """Leaves the bare text of links to folders, and to Markdown that is no page: on GitHub they lead somewhere."""
+
+    def kept(link: re.Match[str]) -> str:
+        path = Path(os.path.normpath(Path(app.srcdir, name).parent / link[2]))
+        page = path.relative_to(app.srcdir).with_suffix("").as_posix()
+        stays = not path.is_dir() and (path.suffix != ".md" or not path.exists() or page in app.env.found_docs)
+        return link[0] if stays else link[1]
+
+    source[0] = LINK.sub(kept, source[0])
 
 
 def describe_options(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -67,5 +82,6 @@ def as_restructured_text(app: Sphinx, what: str, name: str, thing: Any, options:
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", add_contents)
+    app.connect("source-read", keep_links_within)
     app.connect("autodoc-process-docstring", describe_options, priority=300)  # before napoleon, which has 500
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
