@@ -37,6 +37,9 @@ DOCUMENTS = sorted(
 AGAINST_A_HUB = ["docs/publish.md", "model_cards/README.md"]
 """Documents whose snippets tests/hub/test_pages.py runs."""
 
+WRITTEN = {"README.md": "out/readme/optimizability/report.md"}
+"""A file that the snippets of a document write."""
+
 QUANTITY = ["Formula", "How to read it", "What it does not say", "Cost", "How to get it", "Source"]
 
 # Each document has a process of its own, forked from one that has imported what takes seconds.
@@ -100,8 +103,7 @@ def test_snippets_run_and_print_what_stands_below_them(document: Path, tmp_path:
     process.start()
     process.join()
     assert process.exitcode == 0, (tmp_path / "log").read_text()[-3000:]
-    if document.name == "README.md":
-        assert (tmp_path / "out/readme/optimizability/report.md").exists()
+    assert (tmp_path / WRITTEN.get(str(document.relative_to(ROOT)), "")).exists()
 
 
 def test_a_snippet_that_prints_something_else_is_found_out(tmp_path: Path):
@@ -126,7 +128,8 @@ def commands(document: Path) -> list[list[str]]:
 @named([path for path in DOCUMENTS if commands(path)])
 def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for folder in ("model_cards", "recipes"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.setattr(cli, "_run", lambda task, args, **options: understand(task, args))
     monkeypatch.setattr(cli, "_measure", lambda task, args, **options: understand(task, args))
     monkeypatch.setattr("hf_optimizability.hub.push", lambda *args, **options: "https://hub")
