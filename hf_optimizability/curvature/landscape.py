@@ -82,7 +82,7 @@ class LossPlane:
 
     Attributes:
         axes: Along the eigenvector of the largest eigenvalue, and along the next. Positive s is downhill. One unit is
-            √(2|L|/|λ|) long: where the curvature alone changes the loss by its present value L.
+            `√(2|L|/|λ|)` long: where the curvature alone changes the loss by its present value L.
         eigenvalues: Of both, with their residuals. The model along an axis takes the curvature as it is, whether the
             eigenvector has converged or not.
         losses: The mean loss, row by row: `losses[i][j]` where s is `axes[0].at[j]` and `axes[1].at[i]`.
