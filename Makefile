@@ -5,14 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CHECKED := hf_optimizability recipes tests benchmarks
+CHECKED := hf_optimizability recipes tests benchmarks docs
 
 # Threads that wait give their core away. Spinning, as is the default, makes the many small operations of a convolutional
 # network many times slower where another process wants the core.
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-text demo-vision test test-slow quality style clean
+.PHONY: help demo demo-text demo-vision docs test test-slow quality style clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -24,6 +24,10 @@ demo-text: $(STAMP)  ## The text half of the demo: MiniLM on sentences from movi
 
 demo-vision: $(STAMP)  ## The vision half of the demo: MobileNetV2 on MNIST.
 	$(BIN)/python recipes/image_classification.py recipes/demo/vision.json
+
+docs: $(STAMP)  ## Build the documentation into out/site; a warning is an error. Needs Python 3.11.
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . out/site
+	@echo "Open out/site/docs/index.html"
 
 test: $(STAMP)  ## Run the tests, without those that take minutes.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

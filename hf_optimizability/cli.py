@@ -403,7 +403,7 @@ def _print_report(found: OptimizabilityReport, folder: Path | None, text: str, *
 
 def _table(measurement: Measurement) -> str:
     """Value, error, convergence and products of what was measured."""
-    from .report.markdown import format_number, format_with_error
+    from .report.formatting import format_number, format_with_error
 
     hessian = measurement.hessian
     estimates = {

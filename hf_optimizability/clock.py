@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+
+RECENT_STEPS = 255
+"""How many of the last steps tell what a step takes. It is asked after each: the median of all takes ever longer."""
 
 
 class Clock:
@@ -25,7 +30,7 @@ class Clock:
         # As if all had been done by now.
         self._begun = time.perf_counter() - trained - sum(self.measured)
         self._step_begun = time.perf_counter()
-        self._steps: list[float] = []
+        self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -48,7 +53,7 @@ class Clock:
 
     @property
     def step_seconds(self) -> float:
-        """What a step takes, data loading included: the median, since the first ones warm up."""
+        """What a step takes, data loading included: the median of the recent ones, since the first ones warm up."""
         return statistics.median(self._steps)
 
     @property

@@ -149,6 +149,13 @@ class OptimizabilityConfig:
         default=None,
         metadata={"help": "Most Hessian-vector products one measurement may spend. Set by the profile."},
     )
+    landscape: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate the loss along the optimizer's update and over the plane of the top two eigenvectors as "
+            "well: 144 forward passes over the probe set, a gradient, and a product on top of max_hvps."
+        },
+    )
     blocks: list[str] | None = field(
         default=None,
         metadata={
@@ -205,6 +212,12 @@ class OptimizabilityConfig:
         if self.eigen_method == "power_iteration" and self.num_eigenvalues > 1:
             raise ValueError(
                 f"`num_eigenvalues` is {self.num_eigenvalues}, but power iteration finds one. Set `eigen_method` to "
+                "'lanczos'."
+            )
+
+        if self.eigen_method == "power_iteration" and self.landscape:
+            raise ValueError(
+                "`landscape` needs the top two eigenvectors, but power iteration finds one. Set `eigen_method` to "
                 "'lanczos'."
             )
 

@@ -21,6 +21,7 @@ from .configuration import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.decoupled import DecoupledHessian
 from .curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
+from .curvature.landscape import LINE_POINTS, PLANE_POINTS
 from .curvature.operators import ObjectiveOperator
 from .curvature.preconditioner import read_preconditioner
 from .curvature.trace import LOCKSTEP
@@ -158,11 +159,20 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
             objective, config, lambda way: _prices(way, objective, config), lambda products: None
         )
         copied = sum(_size(tensor) for tensor in _tensors(objective.model) if id(tensor) not in before)
-    products = count_products(config, prices, preconditions=preconditions, judged=way.engine == "central_difference")
-    gradients = _GRADIENTS + (_STEP_GRADIENTS if optimizer is not None else 0)
+    steps = optimizer is not None
+    products = count_products(
+        config,
+        prices,
+        preconditions=preconditions,
+        update=config.landscape and steps,
+        judged=way.engine == "central_difference",
+    )
+    gradients = float(_GRADIENTS + _STEP_GRADIENTS * steps)
+    if config.landscape:
+        gradients += 2 + (PLANE_POINTS**2 + (LINE_POINTS + 1) * steps) / 2  # 2: one, and a pass that finds rows
     stage = max(list_stages(config, products, prices), key=lambda stage: stage.vector_memory + stage.graph_memory)
     # Copies of the weights (to come back from, and in float32), the gradient, and the optimizer's preconditioner.
-    held = sum(map(_size, in_optimizer)) + copied + (1 + (optimizer is not None)) * prices.all_bytes
+    held = sum(map(_size, in_optimizer)) + copied + (1 + steps) * prices.all_bytes
     return Forecast(
         parameters=sum(parameter.numel() for parameter in in_optimizer),
         hvps=products.number,

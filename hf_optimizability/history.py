@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from transformers import TrainerState
@@ -59,6 +60,8 @@ def record(
     kind = "measurement" if isinstance(found, Measurement) else "failure"
     data = found.to_dict() if isinstance(found, Measurement) else vars(found)
     held = {kind: finite(data), "config": config, "seconds": clock.measured[-1], "train_seconds": clock.train_seconds}
+    if isinstance(found, Measurement):
+        held["blocks"] = list(found.blocks)  # the Trainer sorts all keys
     entry: dict[str, Any] = {RECORD: held, "epoch": state.epoch, "step": found.step}
     state.log_history.append(entry)
 
@@ -116,8 +119,12 @@ def _readable(state: TrainerState) -> Iterator[_Record]:
 
 
 def _read(held: Any) -> _Record:
-    measured = "measurement" in held
-    found = Measurement.from_dict(held["measurement"]) if measured else MeasurementFailure(**held["failure"])
+    found: Measurement | MeasurementFailure
+    if "measurement" in held:
+        found = Measurement.from_dict(held["measurement"])
+        found = replace(found, blocks={name: found.blocks[name] for name in held["blocks"]})
+    else:
+        found = MeasurementFailure(**held["failure"])
     return _Record(found, dict(held["config"]), float(held["seconds"]), float(held["train_seconds"]))
 
 

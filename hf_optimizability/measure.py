@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -25,6 +25,7 @@ from .curvature.decoupled import DecoupledHessian
 from .curvature.estimates import Estimate, Spectrum
 from .curvature.gauss_newton import split_trace
 from .curvature.lanczos import lanczos, lanczos_by_segment
+from .curvature.landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
 from .curvature.noise_scale import MIN_PARTS, noise_scale
 from .curvature.operators import ObjectiveOperator, SharedColumns, SymmetricOperator
 from .curvature.preconditioner import PreconditionedOperator, Preconditioner, optimizer_update, read_preconditioner
@@ -48,7 +49,12 @@ from .supported import require_supported
 logger = logging.get_logger(__name__)
 
 LARGEST_ASYMMETRY = 1e-4
-"""`|uᵀHv − vᵀHu| / (‖u‖‖Hv‖)` above which a backward pass is not the derivative of its loss: rounding makes 1e-6."""
+"""`|uᵀHv − vᵀHu| / (‖u‖‖Hv‖)` above which a backward pass is not the derivative of its loss: rounding makes 1e-6,
+unless the loss is nearly 0. There `p − y`, and with it all that follows, is a small difference of numbers near 1."""
+
+CANCELLATION = 0.5
+"""Of the machine epsilon over the loss: what that rounding is allowed to be. A classifier that has learnt its examples
+by heart stays below 0.15, over losses from 1e-3 to 3e-7."""
 
 _GRAPH, _PRODUCT = 1.5, 2.0
 """Gradients that the graph of a part takes, and each product made from it."""
@@ -196,18 +202,22 @@ def _found(
         if isinstance(objective, ShardedObjective) and isinstance(optimizer, Adafactor):
             optimizer = None  # what it makes of a part of a gradient is no part of what it makes of the whole
         point = finite_gradient(objective)
-        preconditioner = None
+        preconditioner, next_update = None, None
         if optimizer is not None:
             preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors, held=held)
+            next_update = partial(optimizer_update, optimizer, in_optimizer, point.tensors, held=held)
 
         def curvature_by(way: Way) -> _Curvature:
-            return _curvature(way, objective, config, point, preconditioner, count)
+            return _curvature(way, objective, config, point, preconditioner, next_update, count)
 
         curvature, way = first_that_works(objective, config, curvature_by, count)
-        step_size = None
-        if optimizer is not None and preconditioner is not None and curvature.sharpness is not None:
-            update = optimizer_update(optimizer, in_optimizer, point.tensors, held=held)
+        step_size = line = None
+        if next_update is not None and preconditioner is not None and curvature.sharpness is not None:
+            update = next_update()
             step_size = _step_size(objective, preconditioner, update, curvature.sharpness)
+            if curvature.along_update is not None:
+                line = _line(objective, point, update, curvature.along_update, step_size)
+        landscape = Landscape(line, _plane(objective, curvature.sketch)) if config.landscape else None
         blocks = _blocks(objective, config, point, curvature)
         noise = None
         if objective.parts >= MIN_PARTS:
@@ -224,6 +234,7 @@ def _found(
             "along_gradient": curvature.along_gradient,
             "noise_scale": None if noise is None else noise.noise_scale,
             "step_size": step_size,
+            "landscape": landscape,
             "engine": way.engine,
             "attention": way.attention,
             "fallback": way.fallback,
@@ -268,6 +279,7 @@ class _Curvature:
     left_out: int
     by_block: tuple[Spectrum, ...] | None
     along_gradient: QuadraticModel
+    along_update: float | None
     sharpness: Estimate | None
 
 
@@ -277,6 +289,7 @@ def _curvature(
     config: OptimizabilityConfig,
     point: Gradient,
     preconditioner: Preconditioner | None,
+    next_update: Callable[[], Tensor] | None,
     count: OnProducts,
 ) -> _Curvature:
     preconditions = preconditioner is not None and not all(objective.rows.ranks.gather([preconditioner.is_identity]))
@@ -285,7 +298,10 @@ def _curvature(
     options: dict[str, Any] = {"tolerance": config.budget.eigen_tolerance, "seed": config.probe_seed}
     shared: dict[str, Any] = {"ranks": objective.ranks, "on_products": count}
     matrix = partial(way.operator, objective, curvature=config.curvature, on_products=count)
-    along_gradient = _along_gradient(matrix(), point, config, exact=way.exact)  # first: it finds what is no Hessian
+    update = next_update() if config.landscape and next_update is not None else None
+    # First, since it finds what is no Hessian.
+    along_gradient, along_update = _along(matrix(), point, update, config, exact=way.exact)
+    del update
     with used_rows(objective, ranks=objective.ranks) as left_out:
         blocks = list(block_indices(objective.names, config).values())
         segments = _segments(objective, blocks)
@@ -313,7 +329,9 @@ def _curvature(
         if preconditions:
             preconditioned = PreconditionedOperator(matrix(), preconditioner.diagonal)
             sharpness = lanczos(preconditioned, max_hvps=shares.sharpness, **options).lambda_max
-    return _Curvature(found, left_out, by_block, along_gradient, sharpness)
+    if not config.landscape:
+        found = replace(found, eigenvectors=None)
+    return _Curvature(found, left_out, by_block, along_gradient, along_update, sharpness)
 
 
 def _trace_matrix(
@@ -345,25 +363,35 @@ def _segments(objective: Objective, blocks: Iterable[list[int]]) -> list[list[sl
     return [[places[index] for index in block] for block in blocks]
 
 
-def _along_gradient(
-    operator: ObjectiveOperator, point: Gradient, config: OptimizabilityConfig, *, exact: bool
-) -> QuadraticModel:
-    """The quadratic model along −g; a second product in lockstep tells whether the matrix is symmetric at all."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in point.tensors]).to(operator.device, operator.dtype)
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _along(
+    operator: ObjectiveOperator, point: Gradient, update: Tensor | None, config: OptimizabilityConfig, *, exact: bool
+) -> tuple[QuadraticModel, float | None]:
+    """The quadratic model along −g, and the curvature uᵀHu along an update.
+
+    A further product in lockstep tells whether the matrix is symmetric at all.
+    """
+    flat = _flat(point.tensors).to(operator.device, operator.dtype)
     generator = torch.Generator().manual_seed(config.probe_seed)
     probe = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
-    along, other = operator.matmat(torch.stack([flat, probe], dim=1)).T
+    columns = [flat, probe] if update is None else [flat, probe, update.to(operator.device, operator.dtype)]
+    along, other, *along_update = operator.matmat(torch.stack(columns, dim=1)).T
     ranks = operator.rows.ranks
     asymmetry = abs(dot(flat, other, ranks) - dot(probe, along, ranks)) / (
         (norm(flat, ranks) * norm(other, ranks)) or 1.0
     )
-    if exact and asymmetry > LARGEST_ASYMMETRY:
+    rounding = CANCELLATION * torch.finfo(operator.dtype).eps / (abs(point.loss) or 1.0)
+    if exact and asymmetry > max(LARGEST_ASYMMETRY, rounding):
         raise MeasurementError(
             f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
             "derivative of its forward pass.",
             "Look for custom autograd functions (straight-through estimators, approximate attention).",
         )
-    return quadratic_model(flat, along, ranks)
+    bend = dot(columns[2], along_update[0], ranks) if along_update else None
+    return quadratic_model(flat, along, ranks), bend
 
 
 def _step_size(
@@ -378,6 +406,40 @@ def _step_size(
         limit=preconditioner.limit,
         critical=critical,
     )
+
+
+def _line(
+    objective: Objective, point: Gradient, update: Tensor, curvature: float, step_size: StepMeasurement
+) -> LossLine:
+    """The loss along the update, about as far as it falls and rises again."""
+    critical = step_size.critical
+    return loss_line(
+        objective,
+        update,
+        gradient=_flat(point.tensors).to(update),
+        curvature=curvature,
+        reach=critical.value if critical.converged else step_size.learning_rate or _START,
+        step=step_size.learning_rate,
+        ranks=objective.ranks,
+        holders=objective.rows.ranks,
+    )
+
+
+def _plane(objective: Objective, found: Sketch) -> LossPlane | None:
+    """The loss over the plane of the top two eigenvectors."""
+    if found.eigenvectors is None:
+        return None
+    with used_rows(objective, ranks=objective.ranks):  # as where the eigenvectors were found
+        point = gradient(objective, ranks=objective.ranks)
+        return loss_plane(
+            objective,
+            found.eigenvectors,
+            found.eigenvalues,
+            gradient=_flat(point.tensors).to(found.eigenvectors),
+            present=point.loss,
+            ranks=objective.ranks,
+            holders=objective.rows.ranks,
+        )
 
 
 def _blocks(

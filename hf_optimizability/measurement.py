@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .curvature.estimates import Estimate
+from .curvature.landscape import Landscape
 from .curvature.sketch import HessianEstimates
 from .curvature.step import CriticalLearningRate, QuadraticModel
 
@@ -110,6 +111,7 @@ class Measurement:
         along_gradient: gᵀHg, the best single step along −g, and what it would gain.
         noise_scale: Items over which a mean gradient has as much noise as signal; `None` from fewer than 3 batches.
         step_size: How far the optimizer may step; `None` without one whose state can be read.
+        landscape: Slices through the loss; `None` unless `landscape` asks for them.
         engine: How the Hessian was multiplied with vectors.
         attention: `"math"` where SDPA ran its twice differentiable kernel, `"eager"` where the model was switched,
             `"unchanged"` where no second derivative was needed.
@@ -135,6 +137,7 @@ class Measurement:
     along_gradient: QuadraticModel | None
     noise_scale: Estimate | None
     step_size: StepMeasurement | None
+    landscape: Landscape | None
     engine: str
     attention: str
     fallback: str | None
@@ -163,6 +166,7 @@ class Measurement:
             "along_gradient": _rebuilt(data["along_gradient"], lambda values: QuadraticModel(**values)),
             "noise_scale": _rebuilt(data["noise_scale"], Estimate.from_dict),
             "step_size": _rebuilt(data["step_size"], StepMeasurement.from_dict),
+            "landscape": _rebuilt(data["landscape"], Landscape.from_dict),
         }
         return cls(**{key: value for key, value in {**data, **rebuilt}.items() if key != "converged"})
 

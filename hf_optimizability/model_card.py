@@ -18,7 +18,8 @@ import yaml  # type: ignore[import-untyped]  # its stubs are a package of their 
 
 from .curvature.estimates import Estimate
 from .report import OptimizabilityReport
-from .report.markdown import card_section, escape, one_line
+from .report.formatting import one_line
+from .report.markdown import card_section, escape
 
 
 START = "<!-- optimizability:start -->"

@@ -48,7 +48,7 @@ class Products(NamedTuple):
     trace: int
     blocks: int
     sharpness: int
-    checks: int  # the one along the gradient and another with it, and those that judge central differences
+    checks: int  # along the gradient, another with it and along the update; those that judge central differences
 
     @property
     def number(self) -> int:
@@ -57,7 +57,7 @@ class Products(NamedTuple):
 
 
 def count_products(
-    config: OptimizabilityConfig, prices: Prices, *, preconditions: bool, judged: bool = False
+    config: OptimizabilityConfig, prices: Prices, *, preconditions: bool, update: bool = False, judged: bool = False
 ) -> Products:
     """The products of a measurement.
 
@@ -65,6 +65,7 @@ def count_products(
         config: What is measured.
         prices: Which kinds of products there are, and the size of the matrix.
         preconditions: Whether the sharpness that the optimizer sees takes products of its own.
+        update: Whether the curvature along the optimizer's update is measured too.
         judged: Whether products by central differences are compared with others.
     """
     shares = config.budget.shares(sharpness=preconditions, blocks=prices.block is not None)
@@ -74,7 +75,7 @@ def count_products(
         trace=prices.size if config.trace_method == "exact" else shares.sketch - ends,
         blocks=shares.blocks,
         sharpness=shares.sharpness,
-        checks=shares.along_gradient + 2 * judged,
+        checks=shares.along_gradient + update + 2 * judged,
     )
 
 

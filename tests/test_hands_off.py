@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import training
 from transformers import PreTrainedModel, Trainer
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer
+from hf_optimizability.objective import Objective
 
 
 EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}
@@ -94,6 +97,32 @@ def test_training_is_the_same(tmp_path: Path, name: str, optimizer: str, accumul
     assert_equal(run(trainer), plain)
     assert len(trainer.optimizability_report().measurements) == 4 and not trainer.optimizability_report().failures
     assert len(plain["log"]) == 5  # three losses, two evaluations
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", ["bert", "mobilenet"])
+def test_training_is_the_same_with_slices_through_the_landscape(
+    tmp_path: Path, name: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Which move the weights 143 times, and may raise on the way."""
+    plain = run(training.trainer(tmp_path, name))
+    losses, passes = Objective.losses, itertools.count()
+
+    def fail_in_the_plane(self: Objective) -> Iterator[tuple[torch.Tensor, int]]:
+        if not torch.is_grad_enabled() and next(passes) % 100 == 60:
+            raise RuntimeError("broken on purpose")
+        yield from losses(self)
+
+    if fails:
+        monkeypatch.setattr(Objective, "losses", fail_in_the_plane)
+    config = OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no"}, landscape=True)
+    callback = OptimizabilityCallback(config)
+    assert_equal(run(training.trainer(tmp_path, name, callbacks=[callback])), plain)
+    if fails:
+        assert [failure.step for failure in callback.report.failures] == [0, 6]
+        assert "broken on purpose" in callback.report.failures[0].reason
+    else:
+        assert [m.landscape.eigenvectors is not None for m in callback.report.measurements] == [True, True]
 
 
 def test_training_is_the_same_where_the_gap_is_measured_without_evaluations(tmp_path: Path):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -211,6 +212,23 @@ def test_a_backward_pass_that_is_no_derivative_is_refused():
 
     with pytest.raises(MeasurementError, match="not symmetric"):
         measure(model, [torch.randn(5, 4)], loss_fn=loss_fn)
+
+
+def test_examples_learnt_by_heart_are_measured_for_all_their_rounding():
+    model = bert().eval().float()
+    [batch], config = rows(EXAMPLES), OptimizabilityConfig(profile="light")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter *= 2  # as if it had learnt for long
+    found = measure(model, [batch], config)
+    exact = measure(copy.deepcopy(model).double(), [batch], config)
+    assert found.loss < 1e-4
+    assert found.hessian.lambda_max.value == pytest.approx(exact.hessian.lambda_max.value, rel=0.1)
 
 
 def test_all_of_it_comes_back_from_json(tmp_path):

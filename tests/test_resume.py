@@ -85,6 +85,7 @@ def numbers(report: OptimizabilityReport) -> dict[str, Any]:
     data = report.to_dict()
     for measurement in data["measurements"]:
         del measurement["seconds"]
+        measurement["blocks"] = list(measurement["blocks"].items())  # in their order
     del data["created"]
     data["training"].pop("overhead", None)  # a run that was stopped has none
     timed = ("runtime", "per_second", "optimizability/seconds", "train_loss")

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..report.charts import Chart, Series, _chart, _estimates, _line, _rounded
-from ..report.html import render_page
-from ..report.markdown import (
+from ..report.charts import Chart, Series, make_bars, make_chart, make_line, rounded
+from ..report.formatting import (
     MISSING,
-    _environment,
     format_estimate,
     format_interval,
     format_number,
@@ -22,6 +20,8 @@ from ..report.markdown import (
     format_with_error,
     one_line,
 )
+from ..report.html import render_page
+from ..report.markdown import markdown_environment
 from ..report.series import Points, logged, measured_steps
 from .comparison import Comparison, Entry, Run
 from .ranking import CONFIDENCE, Array, Ranking
@@ -62,7 +62,7 @@ def to_html(comparison: Comparison) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """Renders the comparison as GitHub-flavoured Markdown. Whatever came from outside is escaped."""
-    text = _environment().get_template("comparison.md.jinja").render(**_values(comparison))
+    text = markdown_environment().get_template("comparison.md.jinja").render(**_values(comparison))
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
@@ -306,7 +306,7 @@ def _pareto(comparison: Comparison, identifier: str, x: str, cost: Callable[[Run
     ranking, quality = comparison.ranking, comparison.setting["rank_by"]
     y = f"{quality}, %" if quality == "accuracy" else quality
     if ranking is None:
-        return _chart(identifier, x, y, [])
+        return make_chart(identifier, x, y, [])
     scale = SCALE[quality]
     costs = [float(_costs(cost, comparison.entry(name)).mean()) for name in ranking.names]
     front = pareto_front(comparison, cost)
@@ -316,15 +316,15 @@ def _pareto(comparison: Comparison, identifier: str, x: str, cost: Callable[[Run
         if name in front
     ]
     series: list[Series | None] = [
-        _line("Pareto front", ([at for at, _ in held], [value for _, value in held]), color="ink", dash=True)
+        make_line("Pareto front", ([at for at, _ in held], [value for _, value in held]), color="ink", dash=True)
     ]
     for i, name in enumerate(ranking.names):
         if math.isfinite(costs[i]):
-            point = {"x": [_rounded(costs[i])], "y": [_rounded(scale * ranking.values[i])]}
-            ends = {"low": [_rounded(scale * ranking.low[i])], "high": [_rounded(scale * ranking.high[i])]}
+            point = {"x": [rounded(costs[i])], "y": [rounded(scale * ranking.values[i])]}
+            ends = {"low": [rounded(scale * ranking.low[i])], "high": [rounded(scale * ranking.high[i])]}
             style = {**_style(i, len(ranking.names)), "line": False, "tag": str(i + 1)}
             series.append({"label": one_line(f"{i + 1}. {name}"), **point, **ends, **style})
-    return _chart(identifier, x, y, series)
+    return make_chart(identifier, x, y, series)
 
 
 def _style(index: int, number: int) -> dict[str, Any]:
@@ -341,8 +341,8 @@ def _curves(ranked: Sequence[Entry], key: str, y: str, identifier: str) -> Chart
         if key == "loss":  # has too many points to mark them
             del style["marker"]
         points = _mean_curve([logged(run.report, key) for run in entry.runs])
-        series.append(_line(entry.name, points, width=2, **style))
-    return _chart(identifier, "optimizer step", y, series)
+        series.append(make_line(entry.name, points, width=2, **style))
+    return make_chart(identifier, "optimizer step", y, series)
 
 
 def _mean_curve(curves: Sequence[Points]) -> Points:
@@ -360,6 +360,6 @@ def _measured(ranked: Sequence[Entry], name: str, y: str) -> Chart:
         if report is not None:
             estimates = [getattr(measurement.hessian, name) for measurement in report.measurements]
             style = {**_style(index, len(ranked)), "width": 2}
-            series.append(_estimates(one_line(entry.name), measured_steps(report), estimates, **style))
+            series.append(make_bars(one_line(entry.name), measured_steps(report), estimates, **style))
     positive = all(value > 0 for one in series if one is not None for value in one["y"] if value is not None)
-    return _chart(name, "optimizer step", y, series, log=positive)
+    return make_chart(name, "optimizer step", y, series, log=positive)

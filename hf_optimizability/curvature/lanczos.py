@@ -63,6 +63,15 @@ class LanczosRun:
         """Smallest algebraic eigenvalue."""
         return self.spectrum.bottom[0]
 
+    def top(self, number: int, *, tolerance: float) -> tuple[Estimate, ...]:
+        """The largest eigenvalues, the largest first: up to `number`, whether so many were asked for or not.
+
+        Args:
+            number: How many.
+            tolerance: Relative residual below which one has converged.
+        """
+        return self._krylov.eigenvalues(1, tolerance, number, self.hvps)
+
     def ritz_vectors(self, indices: Sequence[int]) -> Tensor:
         """Orthonormal approximate eigenvectors, as rows, on the device of the basis.
 

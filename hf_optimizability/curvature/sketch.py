@@ -63,11 +63,15 @@ class Sketch:
         estimates: The whole matrix.
         segments: The trace of each segment's diagonal block.
         diagonal: The diagonal, of shape (n,); `None` from XTrace. The 2-norm of its error is `trace.std_error / √2`.
+        eigenvalues: The largest, whether so many were asked for or not; none from power iteration.
+        eigenvectors: Approximate ones of `eigenvalues`, as rows; `None` from power iteration.
     """
 
     estimates: HessianEstimates
     segments: tuple[Estimate, ...]
     diagonal: Tensor | None = field(compare=False, repr=False)
+    eigenvalues: tuple[Estimate, ...] = ()
+    eigenvectors: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 def sketch(
@@ -116,7 +120,7 @@ def sketch(
         >>> round(found.estimates.lambda_max.value, 3), round(found.estimates.trace.value, 3)
         (5.0, 6.0)
     """
-    spectrum, found, vectors = _ends(
+    spectrum, found, eigenvalues, eigenvectors = _ends(
         matrix(),
         method=eigen_method,
         number=num_eigenvalues,
@@ -131,13 +135,13 @@ def sketch(
         method=trace_method,
         split_trace=split_trace,
         # Of the largest eigenvalues, and only if they are: a wrong direction takes nothing off the variance.
-        vectors=vectors if spectrum.lambda_max.converged else None,
+        vectors=eigenvectors if spectrum.lambda_max.converged else None,
         tolerance=trace_tolerance,
         max_hvps=max_hvps - spectrum.lambda_max.hvps,
         seed=seed + 1,
     )
     estimates = HessianEstimates(trace=trace.total, density=found, **vars(spectrum))
-    return Sketch(estimates, trace.segments, trace.diagonal)
+    return Sketch(estimates, trace.segments, trace.diagonal, eigenvalues, eigenvectors)
 
 
 def _ends(
@@ -149,11 +153,11 @@ def _ends(
     tolerance: float,
     max_hvps: int,
     seed: int,
-) -> tuple[Spectrum, Density | None, Tensor | None]:
-    """Both ends, the density, and the Ritz vectors of the largest eigenvalues."""
+) -> tuple[Spectrum, Density | None, tuple[Estimate, ...], Tensor | None]:
+    """Both ends, the density, and the largest eigenvalues with their Ritz vectors."""
     if method == "power_iteration":
         top = power_iteration(matrix, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
-        return Spectrum(lambda_max=top), None, None
+        return Spectrum(lambda_max=top), None, (), None
     run = lanczos(matrix, tolerance=tolerance, max_hvps=max_hvps, seed=seed, num_eigenvalues=number)
     found = None
     if len(run.nodes) > 2:  # fewer tell nothing
@@ -166,8 +170,9 @@ def _ends(
             hvps=run.hvps,
             tolerance=tolerance,
         )
-    vectors = run.ritz_vectors(range(-min(DEFLATED, len(run.nodes)), 0))
-    return run.spectrum, found, vectors.to(matrix.device)  # the basis may be on the CPU
+    largest = run.top(DEFLATED, tolerance=tolerance)
+    vectors = run.ritz_vectors([-1 - index for index in range(len(largest))])
+    return run.spectrum, found, largest, vectors.to(matrix.device)  # the basis may be on the CPU
 
 
 def _trace(

@@ -131,7 +131,7 @@ def critical_learning_rate(
 
 
 @contextmanager
-def loss_along(objective: SumOfLosses, update: Tensor, *, ranks: Ranks = ALONE) -> Iterator[Callable[[float], float]]:
+def loss_along(objective: SumOfLosses, *updates: Tensor, ranks: Ranks = ALONE) -> Iterator[Callable[..., float]]:
     """Gives the mean loss at θ − ηu as a function of η; puts the weights back bit for bit at the end.
 
     The weights are moved in place, without gradients, and come back from a saved copy also where the loss raises.
@@ -139,7 +139,8 @@ def loss_along(objective: SumOfLosses, update: Tensor, *, ranks: Ranks = ALONE) 
 
     Args:
         objective: The loss, in parts.
-        update: u, of shape (n,), in the order of the objective's parameters.
+        updates: u, of shape (n,), in the order of the objective's parameters. With several of them the loss is that at
+            θ − Σ ηᵢuᵢ, as a function of as many ηᵢ.
         ranks: The processes that share the parts.
 
     Example:
@@ -152,13 +153,17 @@ def loss_along(objective: SumOfLosses, update: Tensor, *, ranks: Ranks = ALONE) 
         (9.0, 1.0)
     """
     parameters = objective.parameters
-    pieces = update.split([parameter.numel() for parameter in parameters])
+    sizes = [parameter.numel() for parameter in parameters]
+    pieces = list(zip(*(update.split(sizes) for update in updates), strict=True))
     saved = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
-    def loss(step: float) -> float:
-        for parameter, origin, piece in zip(parameters, saved, pieces, strict=True):
-            parameter.copy_(origin - step * piece.reshape(origin.shape).to(origin.device))
+    def loss(*steps: float) -> float:
+        for parameter, origin, along in zip(parameters, saved, pieces, strict=True):
+            moved = origin
+            for step, piece in zip(steps, along, strict=True):
+                moved = moved - step * piece.reshape(origin.shape).to(origin.device)
+            parameter.copy_(moved)
         total, items = 0.0, 0
         for part, count in objective.losses():
             total += float(part)

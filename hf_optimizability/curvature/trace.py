@@ -114,8 +114,8 @@ def hutchinson(
     """Estimates the trace, and the trace of each segment's diagonal block, with standard errors.
 
     Averages vᵀAv over Rademacher vectors v (Hutchinson 1990). The same products give at no further cost the segments'
-    traces `v_sᵀ(Av)_s` (Dong et al., HAWQ, arXiv 1905.03696), the diagonal `v ⊙ Av` (Bekas, Kokiopoulou & Saad 2007)
-    and `‖A‖_F² = E‖Av‖²`. Stops when the standard error of the whole trace is below `tolerance` times its value.
+    traces `v_sᵀ(Av)_s` (Dong et al., HAWQ-V2, arXiv 1911.03852), the diagonal `v ⊙ Av` (Bekas, Kokiopoulou & Saad
+    2007) and `‖A‖_F² = E‖Av‖²`. Stops when the standard error of the whole trace is below `tolerance` times its value.
 
     The standard error is not the spread of the m samples, which for few samples of a skewed distribution is too small
     too often. vᵀAv has the variance 2(‖A‖_F² − Σ aᵢᵢ²) for a symmetric A, and the n terms of `v ⊙ Av` vary by

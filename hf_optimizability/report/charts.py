@@ -10,9 +10,20 @@ from typing import Any
 from ..curvature.estimates import Estimate
 from ..curvature.step import CriticalLearningRate
 from ..measurement import PREFIX
-from .markdown import one_line
+from .formatting import one_line
 from .report import OptimizabilityReport
-from .series import Points, batch_items, block_names, density_line, logged, measured_steps, stability_limits
+from .series import (
+    Points,
+    batch_items,
+    block_names,
+    density_line,
+    landscapes,
+    logged,
+    measured_steps,
+    next_step,
+    quadratic_line,
+    stability_limits,
+)
 
 
 Chart = dict[str, Any]
@@ -43,6 +54,7 @@ def charts(report: OptimizabilityReport) -> list[Chart]:
         _trace(report),
         _eigenvalues(report),
         _density(report),
+        *_landscapes(report),
     ]
     return [chart for chart in every if chart["series"]]
 
@@ -50,11 +62,11 @@ def charts(report: OptimizabilityReport) -> list[Chart]:
 def _loss(report: OptimizabilityReport) -> Chart:
     losses = [measurement.loss for measurement in report.measurements]
     series = [
-        _line("training log", logged(report, "loss"), color="blue"),
-        _line("evaluation", logged(report, "eval_loss"), color="vermillion", marker="circle"),
-        _line("probe set, eval mode", (measured_steps(report), losses), color="ink", marker="diamond", line=False),
+        make_line("training log", logged(report, "loss"), color="blue"),
+        make_line("evaluation", logged(report, "eval_loss"), color="vermillion", marker="circle"),
+        make_line("probe set, eval mode", (measured_steps(report), losses), color="ink", marker="diamond", line=False),
     ]
-    return _chart("loss", STEP, "loss", series)
+    return make_chart("loss", STEP, "loss", series)
 
 
 def _stability_margin(report: OptimizabilityReport) -> Chart:
@@ -62,50 +74,50 @@ def _stability_margin(report: OptimizabilityReport) -> Chart:
     at = [step for step, _ in measured]
     sharpness = [size.sharpness for _, size in measured]
     series = [
-        _estimates("sharpness ± residual", at, sharpness, color="vermillion", marker="triangle"),
-        _line("stability limit", stability_limits(report), color="ink", dash=True),
+        make_bars("sharpness ± residual", at, sharpness, color="vermillion", marker="triangle"),
+        make_line("stability limit", stability_limits(report), color="ink", dash=True),
     ]
-    return _chart("stability_margin", STEP, "sharpness", series, log=True)
+    return make_chart("stability_margin", STEP, "sharpness", series, log=True)
 
 
 def _learning_rates(report: OptimizabilityReport) -> Chart:
     measured = [(m.step, m.step_size.critical) for m in report.measurements if m.step_size is not None]
     if not measured:
-        return _chart("learning_rates", STEP, "learning rate", [])
+        return make_chart("learning_rates", STEP, "learning rate", [])
     at, critical = [step for step, _ in measured], [rate for _, rate in measured]
     series = [
         _intervals("critical, with its bracket", at, critical, color="vermillion", marker="triangle"),
-        _line("in use", logged(report, "learning_rate"), color="blue"),
+        make_line("in use", logged(report, "learning_rate"), color="blue"),
     ]
-    return _chart("learning_rates", STEP, "learning rate", series, log=True)
+    return make_chart("learning_rates", STEP, "learning rate", series, log=True)
 
 
 def _gradient_norm(report: OptimizabilityReport) -> Chart:
     totals = [measurement.grad_norm for measurement in report.measurements]
     names = block_names(report)
     series = [
-        _line("all, training batches before clipping", logged(report, "grad_norm"), color="blue", width=2),
-        _line("all, probe set", (measured_steps(report), totals), color="ink", marker="diamond", line=False),
+        make_line("all, training batches before clipping", logged(report, "grad_norm"), color="blue", width=2),
+        make_line("all, probe set", (measured_steps(report), totals), color="ink", marker="diamond", line=False),
         *(
-            _line(name, logged(report, f"{PREFIX}train_grad_norm/{name}"), ramp=index / max(1, len(names) - 1))
+            make_line(name, logged(report, f"{PREFIX}train_grad_norm/{name}"), ramp=index / max(1, len(names) - 1))
             for index, name in enumerate(names)
         ),
     ]
-    return _chart("gradient_norm", STEP, "gradient norm (2-norm)", series, log=True)
+    return make_chart("gradient_norm", STEP, "gradient norm (2-norm)", series, log=True)
 
 
 def _noise_scale(report: OptimizabilityReport) -> Chart:
     measured = [(m.step, m.noise_scale) for m in report.measurements if m.noise_scale is not None]
     if not measured:
-        return _chart("noise_scale", STEP, "items", [])
+        return make_chart("noise_scale", STEP, "items", [])
     at, scales = [step for step, _ in measured], [scale for _, scale in measured]
     series: list[Series | None] = [
         _intervals("noise scale, 95 % interval", at, scales, color="green", marker="circle")
     ]
     if items := batch_items(report):
         ends = [0, max([*at, *(entry["step"] for entry in report.log_history)])]
-        series.append(_line("items in a batch", (ends, [items, items]), color="ink", dash=True))
-    return _chart("noise_scale", STEP, "items", series, log=True)
+        series.append(make_line("items in a batch", (ends, [items, items]), color="ink", dash=True))
+    return make_chart("noise_scale", STEP, "items", series, log=True)
 
 
 def _trace(report: OptimizabilityReport) -> Chart:
@@ -119,20 +131,20 @@ def _trace(report: OptimizabilityReport) -> Chart:
             [trace.data_std_error or 0.0 for _, trace in known],
             color="blue",
         ),
-        _estimates("trace ± standard error", measured_steps(report), traces, color="blue", marker="circle"),
+        make_bars("trace ± standard error", measured_steps(report), traces, color="blue", marker="circle"),
     ]
-    return _chart("trace", STEP, "Hessian trace", series)
+    return make_chart("trace", STEP, "Hessian trace", series)
 
 
 def _eigenvalues(report: OptimizabilityReport) -> Chart:
     hessians = [measurement.hessian for measurement in report.measurements]
     series = [
-        _estimates("λ_max ± residual", measured_steps(report), [h.lambda_max for h in hessians], color="vermillion",
+        make_bars("λ_max ± residual", measured_steps(report), [h.lambda_max for h in hessians], color="vermillion",
                    marker="triangle"),
-        _estimates("λ_min ± residual", measured_steps(report), [h.lambda_min for h in hessians], color="green",
+        make_bars("λ_min ± residual", measured_steps(report), [h.lambda_min for h in hessians], color="green",
                    marker="inverted"),
     ]  # fmt: skip
-    return _chart("eigenvalues", STEP, "extreme eigenvalues", series)
+    return make_chart("eigenvalues", STEP, "extreme eigenvalues", series)
 
 
 def _density(report: OptimizabilityReport) -> Chart:
@@ -140,30 +152,58 @@ def _density(report: OptimizabilityReport) -> Chart:
     ends = known[:: max(1, len(known) - 1)]
     colors = ("blue", "vermillion")
     series = [
-        _line(f"step {step:,}", density_line(density), color=color)
+        make_line(f"step {step:,}", density_line(density), color=color)
         for (step, density), color in zip(ends, colors, strict=False)
     ]
-    return _chart("density", "eigenvalue", "density", series, log=True)
+    return make_chart("density", "eigenvalue", "density", series, log=True)
 
 
-def _chart(identifier: str, x: str, y: str, series: Sequence[Series | None], *, log: bool = False) -> Chart:
+def _landscapes(report: OptimizabilityReport) -> list[Chart]:
+    """The loss along the update and along both eigenvectors, at the first and at the last measurement that has it."""
+    drawn = []
+    for index, (measurement, landscape) in enumerate(landscapes(report)):
+        if landscape.update is not None:
+            line, present = landscape.update, measurement.loss
+            series = [
+                make_line("loss", (line.axis.at, line.losses), color="blue", marker="circle"),
+                make_line("quadratic model", quadratic_line(line, present=present), color="ink", dash=True),
+                make_line("now", ([0.0], [present]), color="ink", marker="diamond", line=False),
+                make_line("after the next step", next_step(measurement, line), color="vermillion", marker="triangle"),
+            ]
+            drawn.append(make_chart(f"landscape_update_{index}", "learning rate of the step", "loss", series))
+        if landscape.eigenvectors is not None:
+            first, second = landscape.eigenvectors.lines
+            styles: tuple[Series, ...] = (
+                {"color": "vermillion", "marker": "triangle"},
+                {"color": "green", "marker": "inverted"},
+            )
+            series = []
+            for name, line, style in zip("₁₂", (first, second), styles, strict=True):
+                model = quadratic_line(line, present=measurement.loss)
+                series.append(make_line(f"along q{name}", (line.axis.at, line.losses), **style))
+                series.append(make_line("its quadratic model", model, color=style["color"], dash=True))
+            drawn.append(make_chart(f"landscape_eigenvectors_{index}", "units along the eigenvector", "loss", series))
+    return drawn
+
+
+def make_chart(identifier: str, x: str, y: str, series: Sequence[Series | None], *, log: bool = False) -> Chart:
     """A plot of the series that have a point; on a logarithmic axis only positive ones are."""
     drawn = [_positive(one) if log else one for one in series if one is not None]
     drawn = [one for one in drawn if any(value is not None for value in one["y"])]
     return {"id": identifier, "x": x, "y": y, "log": log, "series": drawn}
 
 
-def _line(label: str, points: Points, **style: Any) -> Series | None:
+def make_line(label: str, points: Points, **style: Any) -> Series | None:
     """A line through points, which are put in order and thinned; `None` if there is none."""
     pairs = sorted(zip(*points, strict=True), key=lambda pair: pair[0])
     if not pairs:
         return None
-    kept = _thinned([(x, _rounded(y)) for x, y in pairs])
-    series = {"label": one_line(label), "x": [_rounded(x) for x, _ in kept], "y": [y for _, y in kept], **style}
+    kept = _thinned([(x, rounded(y)) for x, y in pairs])
+    series = {"label": one_line(label), "x": [rounded(x) for x, _ in kept], "y": [y for _, y in kept], **style}
     return {**series, "thinned": len(pairs)} if len(kept) < len(pairs) else series
 
 
-def _estimates(label: str, at: Sequence[int], estimates: Sequence[Estimate | None], **style: Any) -> Series | None:
+def make_bars(label: str, at: Sequence[int], estimates: Sequence[Estimate | None], **style: Any) -> Series | None:
     """Estimates ± their errors; hollow where they did not converge."""
     known = [(step, estimate) for step, estimate in zip(at, estimates, strict=True) if estimate is not None]
     values = [estimate.value for _, estimate in known]
@@ -177,9 +217,9 @@ def _bars(
     """Wide error bars alone, `values` ± `errors`."""
     if not at:
         return None
-    low = [_rounded(value - error) for value, error in zip(values, errors, strict=True)]
-    high = [_rounded(value + error) for value, error in zip(values, errors, strict=True)]
-    points = {"x": list(at), "y": [_rounded(value) for value in values], "low": low, "high": high}
+    low = [rounded(value - error) for value, error in zip(values, errors, strict=True)]
+    high = [rounded(value + error) for value, error in zip(values, errors, strict=True)]
+    points = {"x": list(at), "y": [rounded(value) for value in values], "low": low, "high": high}
     return {"label": label, **points, "wide": True, **style}
 
 
@@ -190,9 +230,9 @@ def _intervals(
     return {
         "label": label,
         "x": list(at),
-        "y": [_rounded(value.value if math.isfinite(value.value) else value.low) for value in values],
-        "low": [_rounded(value.low) for value in values],
-        "high": [_rounded(value.high) for value in values],
+        "y": [rounded(value.value if math.isfinite(value.value) else value.low) for value in values],
+        "low": [rounded(value.low) for value in values],
+        "high": [rounded(value.high) for value in values],
         "open": [not math.isfinite(value.high) for value in values],
         "hollow": [not value.converged for value in values],
         **style,
@@ -221,7 +261,7 @@ def _thinned(points: list[tuple[float, float | None]]) -> list[tuple[float, floa
     return kept
 
 
-def _rounded(value: float | None) -> float | None:
+def rounded(value: float | None) -> float | None:
     """Six significant digits, more than a plot can show; `None` for what is not finite."""
     if value is None or not math.isfinite(value):
         return None

@@ -17,7 +17,7 @@ from ..blocks import EMBEDDINGS, HEAD
 from ..curvature.estimates import Estimate
 from ..curvature.preconditioner import stability_limit
 from ..measurement import Measurement
-from .markdown import format_estimate, format_interval, format_number, format_percent, format_with_error
+from .formatting import format_estimate, format_interval, format_number, format_percent, format_with_error
 from .series import batch_items
 
 
@@ -45,7 +45,7 @@ CONCENTRATED = 2 / 3
 """Share of the curvature above which a block holds twice as much as all others together."""
 
 SADDLE = 0.1
-"""|λ_min|/λ_max beyond which an end below 0 is no remnant."""
+"""`|λ_min|/λ_max` beyond which an end below 0 is no remnant."""
 
 FAR_BELOW = 10.0
 """Factor below the limit from which a rate whose loss did not get far is too low: in sweeps this was found at a

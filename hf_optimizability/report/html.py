@@ -15,21 +15,13 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
+from ..curvature.landscape import LossPlane
 from ..measurement import Measurement
 from .charts import Chart, charts
-from .markdown import (
-    MISSING,
-    _ends,
-    _environment,
-    _flat,
-    _title,
-    _without_strings,
-    format_estimate,
-    format_number,
-    one_line,
-    trace_shares,
-)
+from .formatting import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
 from .report import OptimizabilityReport
+from .series import landscapes
+from .templating import environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
 
 
 SECTIONS = (
@@ -59,17 +51,19 @@ def to_html(report: OptimizabilityReport) -> str:
         "report.html.jinja",
         charts(report),
         kind="Optimizability of",
-        title=_title(report),
+        title=title_of(report),
         sections=SECTIONS,
         created=report.created,
         versions=report.versions,
         report=report,
         last=last,
-        ends=_ends(report.measurements),
-        training=_flat(report.training),
+        ends=first_and_last(report.measurements),
+        training=flattened(report.training),
         shares=trace_shares(last) if last else {},
         gradient_map=_heat_map(report.measurements, _relative_gradient, _rank_on_log_scale),
         trace_map=_heat_map(report.measurements, _trace, _rank_around_zero),
+        landscapes=landscapes(report),
+        loss_map=_loss_map,
     )
 
 
@@ -94,20 +88,22 @@ def render_page(template: str, drawn: Sequence[Chart], *, title: str, **values: 
     )  # fmt: skip
 
 
-@cache
 def _page_environment() -> Environment:
-    """The environment of the Markdown report, with HTML's own escaping."""
-    environment = _environment().overlay(finalize=_text)
-    environment.filters.update(hash=_hash, halves=_halves)
-    return environment
+    """The templates' environment, with HTML's own escaping."""
+    page = environment(_text)
+    page.filters.update(hash=_hash, halves=_halves)
+    return page
 
 
 def _text(value: Any) -> Markup:
     """What the template prints for a value; strings in one line and without control and direction characters."""
-    plain = _without_strings(value)
+    plain = text_without_strings(value)
     if plain is not None:
         return plain
-    return escape(one_line(str(value)).replace(" ± ", " ±\xa0").replace(" %", "\xa0%"))  # breaks no line before them
+    text = one_line(str(value)).replace(" ± ", " ±\xa0")
+    for sign in ("%", NOT_CONVERGED):  # no line begins with them
+        text = text.replace(f" {sign}", f"\xa0{sign}")
+    return escape(text)
 
 
 def _halves(value: Any) -> tuple[Any, str]:
@@ -151,6 +147,13 @@ def _heat_map(
     }
     ranks = iter(shades([value for row in cells.values() for value, _ in row]))
     return {name: [(text, next(ranks)) for _, text in row] for name, row in cells.items()}
+
+
+def _loss_map(present: float, plane: LossPlane) -> list[tuple[float, list[tuple[str, int]]]]:
+    """Each place on the second axis, the largest first, and the losses there with the shades of their change."""
+    ranks = iter(_rank_around_zero([loss - present for row in plane.losses for loss in row]))
+    rows = zip(plane.axes[1].at, plane.losses, strict=True)
+    return [(s, [(format_number(loss, digits=3), next(ranks)) for loss in row]) for s, row in rows][::-1]
 
 
 def _relative_gradient(measurement: Measurement, name: str) -> Cell:

@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from textwrap import shorten
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
-from ..curvature.estimates import Estimate
-from ..curvature.step import CriticalLearningRate
 from ..measurement import Measurement
+from .formatting import (
+    NOT_CONVERGED,
+    format_estimate,
+    format_interval,
+    format_number,
+    format_with_error,
+    one_line,
+)
 from .report import OptimizabilityReport
+from .templating import environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
 
 
 CARD_FOLDER = "optimizability"
@@ -23,9 +29,6 @@ CARD_FOLDER = "optimizability"
 
 CARD_PLOTS = ("loss", "curvature")
 """The plots that a model card shows."""
-
-MISSING = "–"
-NOT_CONVERGED = "†"
 
 ALT_TEXTS = {
     "loss": "Loss over optimizer steps: training log, evaluations and probe set.",
@@ -35,6 +38,7 @@ ALT_TEXTS = {
     "curvature": "Hessian trace and extreme eigenvalues over optimizer steps, with error bars.",
     "density": "Spectral density of the first and the last measurement, on a logarithmic scale.",
     "ritz_values": "Ritz values of the last measurement with their quadrature weights.",
+    "landscape": "Loss along the update and over the plane of the top two eigenvectors, with its quadratic model.",
     "blocks": "Heat maps of trace and relative gradient norm, block by step.",
 }
 
@@ -63,14 +67,14 @@ def to_markdown(report: OptimizabilityReport, *, plots: Sequence[str] = ()) -> s
         >>> print(to_markdown(report).splitlines()[0])
         # Optimizability of org/a&#124;b on fill-mask
     """
-    template = _environment().get_template("report.md.jinja")
+    template = markdown_environment().get_template("report.md.jinja")
     text = template.render(
         report=report,
-        title=_title(report),
+        title=title_of(report),
         plots=plots,
         alt_texts=ALT_TEXTS,
-        ends=_ends(report.measurements),
-        training=_flat(report.training),
+        ends=first_and_last(report.measurements),
+        training=flattened(report.training),
         shares=trace_shares(report.measurements[-1]) if report.measurements else {},
     )
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -98,12 +102,12 @@ def card_section(report: OptimizabilityReport, *, files: Collection[str] = ()) -
     """
     links = {"report.md": "the full report", "report.html": "as a page to open", "report.json": "all numbers"}
     text = (
-        _environment()
+        markdown_environment()
         .get_template("card.md.jinja")
         .render(
             report=report,
-            title=_title(report),
-            ends=_ends(report.measurements),
+            title=title_of(report),
+            ends=first_and_last(report.measurements),
             folder=CARD_FOLDER,
             plots=[name for name in CARD_PLOTS if f"{name}.png" in files],
             alt_texts=ALT_TEXTS,
@@ -122,7 +126,7 @@ def to_summary(report: OptimizabilityReport) -> str:
         Cost            nothing was measured
     """
     lines = {
-        "Optimizability": _title(report),
+        "Optimizability": title_of(report),
         **_geometry_lines(report.measurements),
         **_dynamics_lines(report.dynamics),
         "Cost": _cost_line(report.measurements),
@@ -138,90 +142,6 @@ def to_summary(report: OptimizabilityReport) -> str:
     return "\n".join(f"{label:<14}  {one_line(text)}" for label, text in [*lines.items(), *rest])
 
 
-def format_number(value: float | None, *, digits: int = 4) -> str:
-    """A number that comes without an error, to `digits` significant digits.
-
-    Example:
-        >>> [format_number(value) for value in (0.693147, 12345.6, 2e-5, None)]
-        ['0.6931', '12,350', '2.000e-05', '–']
-    """
-    if value is None or not math.isfinite(value):
-        return MISSING
-    exponent = _exponent(value, digits)
-    if _is_scientific(exponent):
-        return f"{value:.{digits - 1}e}"
-    return _rounded(value, exponent - digits + 1)
-
-
-def format_with_error(value: float | None, error: float | None) -> str:
-    """A number and its error: the error to two significant digits (GUM, 7.2.6), the number to the same place.
-
-    A number is given six digits at most, however small its error. An error that is not known is `?`.
-
-    Example:
-        >>> [format_with_error(361.29, 43.41), format_with_error(9.0213, 0.0312), format_with_error(4.2e6, 3e5)]
-        ['361 ± 43', '9.021 ± 0.031', '(4.20 ± 0.30)e+06']
-        >>> format_with_error(9.0213, None)
-        '9.021 ± ?'
-    """
-    if value is None or not math.isfinite(value):
-        return MISSING
-    if error is None or not math.isfinite(error):
-        return f"{format_number(value)} ± ?"
-    if error == 0:
-        return f"{format_number(value, digits=6)} ± 0"
-    exponent = max(_exponent(value, 6), _exponent(error, 2))
-    place = _exponent(error, 2) - 1
-    if place < exponent - 5:
-        return f"{format_number(value, digits=6)} ± {error:.1e}"
-    if _is_scientific(exponent):
-        value, error, place = value / 10.0**exponent, error / 10.0**exponent, place - exponent
-        return f"({_rounded(value, place)} ± {_rounded(error, place)})e{exponent:+03d}"
-    return f"{_rounded(value, place)} ± {_rounded(error, place)}"
-
-
-def format_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """A number and its 95 % interval, all rounded where a quarter of the interval has its second digit.
-
-    Example:
-        >>> [format_interval(35.21, 20.13, 62.34), format_interval(35.21, 20.13, None)]
-        ['35 (20 to 62)', '35.2 (at least 20.1)']
-        >>> format_interval(math.inf, 20.13, math.inf)
-        'at least 20.1'
-    """
-    if value == math.inf and low is not None:
-        return f"at least {format_number(low, digits=3)}"
-    if value is None or low is None or low == high or not math.isfinite(value + low):
-        return format_number(value, digits=3)
-    if high is None or not math.isfinite(high):
-        return f"{format_number(value, digits=3)} (at least {format_number(low, digits=3)})"
-    place = _exponent((high - low) / 4, 2) - 1
-    return f"{_rounded(value, place)} ({_rounded(low, place)} to {_rounded(high, place)})"
-
-
-def format_estimate(estimate: Estimate | None) -> str:
-    """An estimate and its error, with a dagger if it did not converge."""
-    if estimate is None:
-        return MISSING
-    text = format_with_error(estimate.value, estimate.error)
-    return text if estimate.converged else f"{text} {NOT_CONVERGED}"
-
-
-def format_percent(share: float | None) -> str:
-    """A share in percent, to two significant digits.
-
-    Example:
-        >>> [format_percent(0.4213), format_percent(1.0), format_percent(-0.0031), format_percent(None)]
-        ['42 %', '100 %', '-0.31 %', '–']
-    """
-    return MISSING if share is None or not math.isfinite(share) else f"{format_number(100 * share, digits=2)} %"
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks, control characters and runs of spaces."""
-    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
-
-
 def escape(text: str) -> str:
     """The text in one line, with every character that Markdown or HTML could take for markup made harmless.
 
@@ -232,105 +152,20 @@ def escape(text: str) -> str:
     return one_line(text).translate(_ESCAPES)
 
 
-def trace_shares(measurement: Measurement) -> dict[str, float]:
-    """Each block's trace as a share of the sum of the blocks' absolute traces (a total may be near 0, that sum not).
-
-    Returns:
-        Shares in [-1, 1] by block; NaN where there is no curvature at all.
-    """
-    traces = {name: block.trace.value for name, block in measurement.blocks.items()}
-    total = sum(abs(trace) for trace in traces.values())
-    return {name: trace / total if total else math.nan for name, trace in traces.items()}
-
-
-def _exponent(value: float, digits: int) -> int:
-    """Power of ten of the first digit, once `value` is rounded to `digits` significant digits."""
-    return int(f"{value:.{digits - 1}e}".partition("e")[2])
-
-
-def _is_scientific(exponent: int) -> bool:
-    """Whether a number of that magnitude is easier to read with a power of ten."""
-    return not -3 <= exponent < 6
-
-
-def _rounded(value: float, place: int) -> str:
-    """`value` rounded to a multiple of 10**place."""
-    return f"{round(value, -place) + 0.0:,.{max(0, -place)}f}"  # + 0.0 turns -0.0 into 0.0
-
-
-def _ends(measurements: Sequence[Measurement]) -> Sequence[Measurement]:
-    """The first and the last measurement, or the only one, or none."""
-    return measurements[:: max(1, len(measurements) - 1)]
-
-
-def _environment() -> Environment:
-    """Templates in which every value is formatted by its type and escaped, unless a filter has done so."""
-    environment = Environment(
-        loader=PackageLoader(__package__ or ""),
-        autoescape=True,
-        finalize=_text,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(at=_at, estimate=format_estimate, percent=format_percent, number=format_number)
-    environment.filters.update(range=_range)
-    environment.globals.update(with_error=format_with_error, interval=format_interval)
-    return environment
-
-
-def _at(value: Any, path: str) -> Any:
-    """An attribute of an attribute; `None` where one on the way is."""
-    for name in path.split("."):
-        value = None if value is None else getattr(value, name)
-    return value
-
-
-def _range(value: Estimate | CriticalLearningRate | None) -> str:
-    """A value and its interval."""
-    return MISSING if value is None else format_interval(value.value, value.low, value.high)
+def markdown_environment() -> Environment:
+    """The templates' environment, with Markdown's escaping."""
+    return environment(_text)
 
 
 def _text(value: Any) -> Markup:
     """What the template prints for a value."""
-    plain = _without_strings(value)
+    plain = text_without_strings(value)
     return Markup(escape(str(value))) if plain is None else plain
-
-
-def _without_strings(value: Any) -> Markup | None:
-    """What templates print for a number, a switch or what is missing; `None` for what needs escaping."""
-    if isinstance(value, Markup):
-        return value
-    if value is None:
-        return Markup(MISSING)
-    if isinstance(value, bool):
-        return Markup("yes" if value else "no")
-    if isinstance(value, int):
-        return Markup(f"{value:,}")
-    if isinstance(value, float):
-        return Markup(format_number(value))
-    return None
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as one level of `outer.inner` names; values as Python prints them."""
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": str(value)}
-    return flat
-
-
-def _title(report: OptimizabilityReport) -> str:
-    """What was measured: the checkpoint, or its class where it has no id, and the task."""
-    model = report.model.get("id") or report.model.get("class") or "a model"
-    task = report.task.get("task")
-    return f"{model} on {task}" if task else str(model)
 
 
 def _geometry_lines(measurements: Sequence[Measurement]) -> dict[str, str]:
     """The lines about loss, gradient and curvature, from the first to the last measurement."""
-    ends = _ends(measurements)
+    ends = first_and_last(measurements)
     if not ends:
         return {}
     top = " → ".join(format_estimate(end.hessian.lambda_max) for end in ends)

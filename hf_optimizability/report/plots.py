@@ -21,11 +21,23 @@ from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 from PIL import Image
 
 from ..curvature.estimates import Estimate
+from ..curvature.landscape import LossLine, LossPlane
 from ..curvature.step import CriticalLearningRate
 from ..measurement import PREFIX
-from .markdown import format_estimate, format_number, one_line
+from .formatting import format_estimate, format_number, one_line
 from .report import OptimizabilityReport
-from .series import Points, batch_items, block_names, density_line, logged, measured_steps, stability_limits
+from .series import (
+    Points,
+    batch_items,
+    block_names,
+    density_line,
+    landscapes,
+    logged,
+    measured_steps,
+    next_step,
+    quadratic_line,
+    stability_limits,
+)
 
 
 BLUE, VERMILLION, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "#888888"  # after Okabe and Ito
@@ -51,7 +63,7 @@ def plot_all(report: OptimizabilityReport) -> dict[str, dict[str, bytes]]:
 
     Returns:
         `png` and `svg` files by name: some of `loss`, `stability_margin`, `gradient_norm`, `noise_scale`, `curvature`,
-        `density`, `ritz_values`, `blocks`.
+        `density`, `ritz_values`, `landscape`, `blocks`.
 
     Example:
         >>> plot_all(OptimizabilityReport())
@@ -65,6 +77,7 @@ def plot_all(report: OptimizabilityReport) -> dict[str, dict[str, bytes]]:
         "curvature": plot_curvature(report),
         "density": plot_density(report),
         "ritz_values": plot_ritz_values(report),
+        "landscape": plot_landscape(report),
         "blocks": plot_blocks(report),
     }
     return {name: {"png": _png(figure), "svg": _svg(figure)} for name, figure in figures.items() if figure is not None}
@@ -258,6 +271,52 @@ def plot_ritz_values(report: OptimizabilityReport) -> Figure | None:
 
 
 @matplotlib.rc_context(STYLE)
+def plot_landscape(report: OptimizabilityReport) -> Figure | None:
+    """Draws the loss along the update, along the top two eigenvectors and over their plane, with the quadratic model.
+
+    A row of panels for the first and one for the last measurement that has them.
+
+    Returns:
+        The figure, or `None` where no landscape was measured.
+    """
+    known = landscapes(report)
+    if not known:
+        return None
+    figure = _figure(9.6, 0.4 + 3 * len(known))
+    rows = figure.subplots(len(known), 3, squeeze=False, width_ratios=(1, 1, 1.1))
+    for (update, lines, plane), (measurement, landscape) in zip(rows, known, strict=True):
+        if landscape.update is None:
+            update.set_axis_off()
+        else:
+            _slice(update, landscape.update, measurement.loss, BLUE, "o", "loss", "quadratic model")
+            _line(
+                update,
+                *next_step(measurement, landscape.update),
+                color=VERMILLION,
+                marker="^",
+                label="next step",
+                zorder=4,
+            )
+            update.set_title(f"step {measurement.step:,}: along the update")
+            update.set_xlabel("learning rate of the step", loc="left")  # the power of ten stands to the right
+            update.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+        if landscape.eigenvectors is None:
+            lines.set_axis_off()
+            plane.set_axis_off()
+            continue
+        first, second = landscape.eigenvectors.lines
+        _slice(lines, first, measurement.loss, VERMILLION, "^", "along q₁", "model")
+        _slice(lines, second, measurement.loss, GREEN, "v", "along q₂", "model")
+        lines.set(title="along the top eigenvectors", xlabel="units along q₁ or q₂")
+        _loss_map(plane, landscape.eigenvectors, measurement.loss)
+    for axes in rows[:, :2].flat:
+        if axes.lines:
+            axes.set_ylabel("loss")
+            axes.legend(loc="best", fontsize=7, frameon=True, framealpha=0.8, edgecolor="none")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
 def plot_blocks(report: OptimizabilityReport) -> Figure | None:
     """Draws two heat maps, block by measured step: Hessian traces, and gradient norms relative to the weights.
 
@@ -395,6 +454,29 @@ def _heat_map(axes: Axes, steps: Sequence[int], values: np.ndarray, **colors: An
         luminance = np.dot(image.to_rgba(value)[:3], (0.2126, 0.7152, 0.0722))
         ink = "white" if luminance < 0.4 else "black"
         axes.text(column, row, text(value), color=ink, ha="center", va="center", fontsize=7)
+
+
+def _slice(axes: Axes, line: LossLine, present: float, color: str, marker: str, label: str, model: str) -> None:
+    """Adds the loss along a line, and dashed its quadratic model."""
+    _line(axes, line.axis.at, line.losses, color=color, marker=marker, markersize=3.5, linewidth=1, label=label)
+    ink = BLACK if color == BLUE else color
+    _line(axes, *quadratic_line(line, present=present), color=ink, linestyle="--", linewidth=1, label=model, zorder=3)
+
+
+def _loss_map(axes: Axes, plane: LossPlane, present: float) -> None:
+    """Fills axes with the change of the loss over the plane of two eigenvectors, with lines of equal loss."""
+    change = np.array(plane.losses) - present
+    change[~np.isfinite(change)] = math.nan
+    limit = np.abs(change[np.isfinite(change)]).max(initial=0) or 1.0
+    norm = SymLogNorm(limit / 30, vmin=-limit, vmax=limit)
+    shades = matplotlib.colormaps["RdBu_r"].resampled(31)
+    across, up = (axis.at for axis in plane.axes)
+    mesh = axes.pcolormesh(across, up, change, cmap=shades, norm=norm, shading="nearest", rasterized=True)
+    bar = axes.figure.colorbar(mesh, ax=axes, format=FuncFormatter(lambda value, _: format_number(value, digits=2)))
+    bar.set_ticks([-limit, -limit / 10, 0, limit / 10, limit])
+    axes.plot(0, 0, "+", color=BLACK)
+    axes.grid(False)
+    axes.set(title="change of the loss", xlabel="units along q₁", ylabel="units along q₂", facecolor="#dddddd")
 
 
 def _step_axis(axes: Axes) -> None:

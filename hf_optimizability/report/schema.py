@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the layout of `report.json`; raised when a reader of the old layout would misread the new one."""
 
 _RENEW = "Restore the file, or make the report again."
@@ -110,7 +110,13 @@ def _measurement_from_1(measurement: dict[str, Any]) -> dict[str, Any]:
     return {**unknown, **probe, **measurement, "hessian": hessian, "blocks": blocks}
 
 
-_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_from_1,)
+def _from_2(data: dict[str, Any]) -> dict[str, Any]:
+    """No landscape was measured."""
+    measurements = [{"landscape": None, **measurement} for measurement in data["measurements"]]
+    return {**data, "schema_version": 3, "measurements": measurements}
+
+
+_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_from_1, _from_2)
 """From version 1 to 2, from 2 to 3, and so on."""
 
 
@@ -167,6 +173,17 @@ def _unequal(data: dict[str, Any]) -> Iterator[str]:
         ):
             if len(part.get(first, ())) != len(part.get(second, ())):
                 yield f"report.measurements[{index}].hessian has `{first}` and `{second}` of different lengths"
+        if not all(_fit(slice_) for slice_ in (measurement["landscape"] or {}).values() if slice_ is not None):
+            yield f"report.measurements[{index}].landscape has axes and `losses` of different lengths"
+
+
+def _fit(landscape: dict[str, Any]) -> bool:
+    """Whether there is a loss for each place on the one axis, or on both."""
+    losses = landscape["losses"]
+    if "axis" in landscape:
+        return len(losses) == len(landscape["axis"]["at"])
+    first, second = (len(axis["at"]) for axis in landscape["axes"])
+    return len(losses) == second and all(len(row) == first for row in losses)
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -7,10 +7,15 @@ import math
 from collections.abc import Sequence
 
 from ..curvature.density import Density
+from ..curvature.landscape import Landscape, LossLine
+from ..measurement import Measurement
 from .report import OptimizabilityReport
 
 
 Points = tuple[Sequence[float], Sequence[float]]
+
+_MODEL_POINTS = 120
+"""Of the quadratic model along an axis."""
 
 
 def measured_steps(report: OptimizabilityReport) -> list[int]:
@@ -55,3 +60,27 @@ def density_line(density: Density) -> Points:
     least = min((weight for weight in density.weights if weight > 0), default=0.0)
     floor = 0.01 * least / (density.width * math.sqrt(2 * math.pi)) if density.width > 0 else 0.0
     return density.grid, [value if value > floor else math.nan for value in density.density]
+
+
+def landscapes(report: OptimizabilityReport) -> list[tuple[Measurement, Landscape]]:
+    """The first and the last measurement with slices through the loss landscape, or the only one."""
+    known = [(m, m.landscape) for m in report.measurements if m.landscape is not None]
+    return known[:: max(1, len(known) - 1)]
+
+
+def next_step(measurement: Measurement, line: LossLine) -> Points:
+    """The learning rate in use and the loss that the update alone would lead to, where the line reaches so far."""
+    rate = measurement.step_size.learning_rate if measurement.step_size is not None else 0.0
+    losses = dict(zip(line.axis.at, line.losses, strict=True))
+    return ([rate], [losses[rate]]) if rate > 0 and rate in losses else ([], [])
+
+
+def quadratic_line(line: LossLine, *, present: float) -> Points:
+    """The quadratic model of the loss along a line, as far as it stays near the losses: it may run away from them."""
+    known = [loss for loss in line.losses if math.isfinite(loss)] or [present]
+    low, high = min(known), max(known)
+    margin = 0.25 * (high - low)
+    first, last = line.axis.at[0], line.axis.at[-1]
+    places = [first + (last - first) * index / _MODEL_POINTS for index in range(_MODEL_POINTS + 1)]
+    values = [present + line.axis.quadratic_change(s) for s in places]
+    return places, [value if low - margin <= value <= high + margin else math.nan for value in values]

@@ -32,7 +32,7 @@ from hf_optimizability.supported import require_supported
 
 MODELS = ["bert", "gpt2"]  # gpt2 has tied weights, and examples with different numbers of ignored labels
 NUMBER = 7  # examples; in batches of 3 the last one leaves ranks without a share
-CONFIG = OptimizabilityConfig(profile="light", max_hvps=16)
+CONFIG = OptimizabilityConfig(profile="light", max_hvps=16, landscape=True)
 
 
 def whole(name: str, *, frozen: bool = False, **options: Any) -> nn.Module:

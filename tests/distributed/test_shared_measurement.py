@@ -28,6 +28,7 @@ from hf_optimizability.safety import math_attention
 CPU = torch.device("cpu")
 OPTIONS: dict[str, dict[str, Any]] = {
     "all": {"block_eigenvalues": True, "num_eigenvalues": 2},
+    "landscape": {"landscape": True},
     "central_difference": {"engine": "central_difference"},
     "forward_over_reverse": {"engine": "forward_over_reverse"},
     "gauss_newton": {"curvature": "gauss_newton"},
@@ -43,6 +44,7 @@ CASES = [
     ("bert", torch.float32, 2, "all"),
     ("resnet", torch.float64, 2, "all"),
     ("gpt2", torch.float32, 2, "all"),
+    ("gpt2", torch.float32, 9, "landscape"),
     ("bert", torch.float64, 9, "all"),
     ("gpt2", torch.float32, 9, "all"),
 ]

@@ -11,6 +11,7 @@ import numpy as np
 
 from hf_optimizability.curvature.density import density
 from hf_optimizability.curvature.estimates import Estimate
+from hf_optimizability.curvature.landscape import Axis, Landscape, LossLine, LossPlane
 from hf_optimizability.curvature.sketch import HessianEstimates
 from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
 from hf_optimizability.measurement import BlockMeasurement, Measurement, MeasurementFailure, StepMeasurement
@@ -23,6 +24,27 @@ def make_estimate(value: float, error: float, *, kind: str = "residual", converg
     errors: dict[str, float] = {kind: error}
     method = "lanczos" if kind == "residual" else "hutchinson"
     return Estimate(value, value - width, value + width, method, hvps=32, converged=converged, **errors)
+
+
+def make_landscape(present: float, top: float, *, converged: bool = True) -> Landscape:
+    """Slices through a loss that flattens away from its minimum, where the quadratic model does not."""
+
+    def flattened(change: float) -> float:
+        return present + 2 * present * math.tanh(change / present / 2)
+
+    rates = sorted([2e-5, *(2.6e-4 * (index / 10 - 0.5) for index in range(21))])
+    update = Axis(tuple(rates), 14.2, -700 * present, 7e6 * present)
+    at = tuple(index / 5 - 1 for index in range(11))
+    first = Axis(at, math.sqrt(2 * present / top), -0.8 * present, 2 * present)
+    second = Axis(at, math.sqrt(4 * present / top), -0.2 * present, 2 * present)
+    return Landscape(
+        update=LossLine(update, tuple(flattened(update.quadratic_change(s)) for s in update.at)),
+        eigenvectors=LossPlane(
+            (first, second),
+            (make_estimate(top, 0.0312), make_estimate(top / 2, 0.3, converged=converged)),
+            tuple(tuple(flattened(first.quadratic_change(s) + second.quadratic_change(t)) for s in at) for t in at),
+        ),
+    )
 
 
 def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, converged: bool = True) -> Measurement:
@@ -74,6 +96,7 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
             limit=1.9e6,
             critical=CriticalLearningRate(2.6e-4, low=2.3e-4, high=2.9e-4, forward_passes=8, converged=True),
         ),
+        landscape=make_landscape(0.15 + 0.55 * decay, top, converged=converged),
         engine="double_backward",
         fallback=None,
         engine_error=None,

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 
+from hf_optimizability.curvature.landscape import Landscape
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.charts import MOST_POINTS, charts
 
@@ -31,6 +32,10 @@ def test_there_is_a_chart_for_all_there_is_data_for():
         "trace",
         "eigenvalues",
         "density",
+        "landscape_update_0",
+        "landscape_eigenvectors_0",
+        "landscape_update_1",
+        "landscape_eigenvectors_1",
     ]
     assert charts(OptimizabilityReport()) == charts(make_report(0, failures=1)) == []
 
@@ -111,3 +116,43 @@ def test_labels_are_one_line():
         measurements=[named], log_history=[{"optimizability/train_grad_norm/a\n\u202eb": 1.0, "step": 1}]
     )
     assert "a b" in series(report, "gradient_norm")
+
+
+def test_slices_are_those_of_the_first_and_the_last_measurement_with_their_model():
+    report = make_report(3)
+    for index, measurement in enumerate(report.measurements[::2]):
+        drawn, line = series(report, f"landscape_update_{index}"), measurement.landscape.update
+        assert drawn["loss"]["x"] == pytest.approx(line.axis.at, rel=1e-5)
+        assert drawn["loss"]["y"] == pytest.approx(line.losses, rel=1e-5)
+        assert (drawn["now"]["x"], drawn["now"]["y"]) == ([0.0], [pytest.approx(measurement.loss, rel=1e-5)])
+        rate = measurement.step_size.learning_rate
+        assert drawn["after the next step"]["x"] == [rate]
+        assert drawn["after the next step"]["y"] == pytest.approx([line.losses[line.axis.at.index(rate)]], rel=1e-5)
+        model = drawn["quadratic model"]
+        change = [line.axis.slope * s + line.axis.curvature / 2 * s**2 for s in model["x"]]
+        assert model["y"] == pytest.approx([measurement.loss + by for by in change], rel=1e-4)
+        [found] = [one for one in charts(report) if one["id"] == f"landscape_eigenvectors_{index}"]
+        plane, middle = measurement.landscape.eigenvectors, measurement.landscape.eigenvectors.axes[0].at.index(0)
+        assert [one["label"] for one in found["series"][::2]] == ["along q₁", "along q₂"]
+        assert found["series"][0]["y"] == pytest.approx(plane.losses[middle], rel=1e-5)
+        assert found["series"][2]["y"] == pytest.approx([row[middle] for row in plane.losses], rel=1e-5)
+
+
+def test_a_model_that_runs_away_from_the_loss_ends_near_it():
+    [measurement] = make_report(1).measurements
+    line = measurement.landscape.update
+    steep = dataclasses.replace(line, axis=dataclasses.replace(line.axis, curvature=100 * line.axis.curvature))
+    measurement = dataclasses.replace(measurement, landscape=Landscape(steep, None))
+    drawn = series(OptimizabilityReport(measurements=[measurement]), "landscape_update_0")
+    known = [y for y in drawn["quadratic model"]["y"] if y is not None]
+    span = max(line.losses) - min(line.losses)
+    assert 10 < len(known) < 100
+    assert max(line.losses) < max(known) <= max(line.losses) + 0.25 * span
+
+
+def test_without_a_step_in_reach_there_is_no_point_for_it():
+    [measurement] = make_report(1).measurements
+    for rate in (1.0, 0.0):
+        size = dataclasses.replace(measurement.step_size, learning_rate=rate)
+        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, step_size=size)])
+        assert "after the next step" not in series(report, "landscape_update_0")

@@ -18,7 +18,7 @@ import pytest
 from hf_optimizability.measurement import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.findings import Finding
-from hf_optimizability.report.markdown import format_estimate, format_interval, format_number
+from hf_optimizability.report.formatting import format_estimate, format_interval, format_number
 from hf_optimizability.report.plots import plot_blocks, plot_gradient_norm
 
 from .damage import HOSTILE
@@ -84,6 +84,12 @@ class TestText:
         assert [text for level, text in page.headings if level == 2] == SECTIONS
         assert "None" not in page.text.replace("None. An effect within", "").replace("None,", "")
 
+    @pytest.mark.parametrize("report", [OptimizabilityReport(), make_report(failures=1)], ids=["empty", "full"])
+    def test_no_marker_of_the_template_is_left(self, report):
+        html = re.sub(r"<(script|style)>.*?</\1>", "", report.to_html(), flags=re.DOTALL)
+        assert "Optimizability of" in html and "</footer>" in html
+        assert re.findall(r"{{|}}|{%|%}|{#|#}", html) == []
+
     def test_a_large_report_is_a_small_file(self):
         report = make_report(20, blocks=30)
         report.log_history *= 400  # steps come again and again: 13,000 entries
@@ -117,8 +123,30 @@ class TestText:
         shades = [(float(text), int(shade)) for shade, text in re.findall(r'class="rise(\d)">([^<]+)<', html)]
         assert [shade for _, shade in sorted(shades)] == sorted(shade for _, shade in shades)
         assert {shade for _, shade in shades} >= {1, 6}
-        signs = re.findall(r'class="(plus|minus)\d">(-?)', html)
+        signs = re.findall(r'class="(plus|minus)\d">(-?)', html.partition('id="blocks"')[2])
         assert len(signs) == 24 and all((kind == "minus") == bool(minus) for kind, minus in signs)
+
+    def test_the_plane_of_the_landscape_is_a_map_with_the_top_up(self):
+        report = make_report(3)
+        html = report.to_html()
+        page, last = read_page(html), report.measurements[-1]
+        plane = last.landscape.eigenvectors
+        table = page.tables["Loss over the plane of q₁ and q₂, step 300"]
+        assert table[0][1:] == [f"{s:.1f}" for s in plane.axes[0].at]
+        assert [row[0] for row in table[1:]] == [f"{s:.1f}" for s in reversed(plane.axes[1].at)]
+        for row, losses in zip(table[1:], reversed(plane.losses), strict=True):
+            assert row[1:] == [format_number(loss, digits=3) for loss in losses]
+        [shaded] = re.findall(r"Table: Loss over the plane of q₁ and q₂, step 300.*?</table>", html, flags=re.DOTALL)
+        cells = re.findall(r'class="(plus|minus|zero)(\d?)">([^<]+)<', shaded)
+        assert len(cells) == 121
+        for kind, _, text in cells:
+            change = float(text) - last.loss
+            assert kind == ("plus" if change > 0 else "minus") or abs(change) < 1e-3
+        assert {rank for kind, rank, _ in cells if kind == "plus"} >= {"3", "6"}
+        assert "Loss over the plane of q₁ and q₂, step 0" in page.tables
+        assert "Loss over the plane of q₁ and q₂, step 150" not in page.tables
+        bare = [dataclasses.replace(measurement, landscape=None) for measurement in report.measurements]
+        assert "andscape" not in read_page(dataclasses.replace(report, measurements=bare).to_html()).text
 
     def test_findings_are_told_in_the_summary_and_in_full(self, monkeypatch):
         told = Finding("too_high", "problem", "The rate is <too> high.", ("η = 3 ± 1",), "Lower it.", "Cohen 2021")
@@ -246,7 +274,7 @@ class TestBrowser:
         assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
         found = Axe().run(page).response["violations"]
         assert [(rule["id"], rule["nodes"][0]["html"]) for rule in found] == []
-        assert page.locator("canvas").count() == 8
+        assert page.locator("canvas").count() == 12
         assert count(page, "loss", BLUE if scheme == "light" else LIGHT_BLUE) > 200
 
     @pytest.mark.parametrize(

@@ -14,18 +14,15 @@ from markdown_it.token import Token
 
 from hf_optimizability.measurement import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
-from hf_optimizability.report.markdown import (
-    ALT_TEXTS,
-    escape,
+from hf_optimizability.report.formatting import (
     format_estimate,
     format_interval,
     format_number,
     format_percent,
     format_with_error,
-    to_markdown,
-    to_summary,
-    trace_shares,
 )
+from hf_optimizability.report.markdown import ALT_TEXTS, escape, to_markdown, to_summary
+from hf_optimizability.report.templating import trace_shares
 
 from .example import make_estimate, make_measurement, make_report
 
@@ -73,6 +70,11 @@ class TestNumbers:
             (2e-9, 3e-4, "(0.0 ± 3.0)e-04"),
             (9.02134567, 1.234e-9, "9.02135 ± 1.2e-09"),
             (9.02134567, 1.234e-7, "9.02135 ± 1.2e-07"),
+            (33350.053, 0.0834, "33,350.1 ± 0.083"),
+            (137.0653, 2.0e-4, "137.065 ± 0.00020"),
+            (137.0653, 2.0e-5, "137.065 ± 2.0e-05"),
+            (7.376634e9, 11234.0, "7.37663e+09 ± 1.1e+04"),
+            (7.376634e9, 12.0, "7.37663e+09 ± 1.2e+01"),
             (9.0213, 0.0, "9.02130 ± 0"),
             (9.0213, None, "9.021 ± ?"),
             (9.0213, math.nan, "9.021 ± ?"),
@@ -195,6 +197,22 @@ class TestMarkdown:
         shown = f"{format_percent(mass.value)} ({format_percent(mass.low)} to {format_percent(mass.high)})"
         assert rows["Negative eigenvalues"][1] == shown
 
+    def test_the_landscape_is_told_with_its_units(self):
+        report = make_report(3, converged=False)
+        text = to_markdown(report, plots=["landscape"])
+        rows = {row[0]: row[1:3] for table in tables(text) for row in table if len(row) == 4}
+        ends = [measurement.landscape for measurement in report.measurements[::2]]
+        for index, q in enumerate(("q₁", "q₂")):
+            planes = [landscape.eigenvectors for landscape in ends]
+            assert rows[f"Eigenvalue of {q}"] == [format_estimate(plane.eigenvalues[index]) for plane in planes]
+            lengths = [format_number(plane.axes[index].length, digits=3) for plane in planes]
+            assert rows[f"One unit along {q}"] == lengths
+        returns = [-2 * landscape.update.axis.slope / landscape.update.axis.curvature for landscape in ends]
+        assert rows["… by the quadratic model"] == [format_number(back) for back in returns]
+        bare = [dataclasses.replace(measurement, landscape=None) for measurement in report.measurements]
+        plain = to_markdown(dataclasses.replace(report, measurements=bare))
+        assert "landscape" not in plain and "by the quadratic model" not in plain
+
     def test_the_price_is_told_beside_the_training(self):
         report = make_report(2)
         rows = {row[0]: row[1:] for table in tables(to_markdown(report)) for row in table}
@@ -218,7 +236,7 @@ class TestMarkdown:
     def test_every_table_is_rectangular_and_no_value_is_python_none(self):
         text = to_markdown(make_report(failures=2), plots=list(ALT_TEXTS))
         assert "None" not in text
-        assert len(tables(text)) == 11
+        assert len(tables(text)) == 12
         for table in tables(text):
             assert len({len(row) for row in table}) == 1
 
@@ -291,7 +309,7 @@ class TestMarkdown:
         text = (tmp_path / "report.md").read_text(encoding="utf-8")
         images = [token for token in parse(text) if token.type == "image"]
         assert {str(image.attrs["src"]) for image in images} == {path.name for path in tmp_path.glob("*.png")}
-        assert len(images) == 8
+        assert len(images) == 9
         assert "](gradient_norm.png)" in text  # an escaped address is not every renderer's fare
         assert all(image.content for image in images)
         assert "![" not in to_markdown(make_report())

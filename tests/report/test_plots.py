@@ -19,6 +19,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
+from hf_optimizability.curvature.landscape import Landscape
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.plots import (
     plot_all,
@@ -26,6 +27,7 @@ from hf_optimizability.report.plots import (
     plot_curvature,
     plot_density,
     plot_gradient_norm,
+    plot_landscape,
     plot_loss,
     plot_noise_scale,
     plot_ritz_values,
@@ -45,6 +47,7 @@ NAMES = [
     "curvature",
     "density",
     "ritz_values",
+    "landscape",
     "blocks",
 ]
 PLOTS = [
@@ -55,6 +58,7 @@ PLOTS = [
     plot_curvature,
     plot_density,
     plot_ritz_values,
+    plot_landscape,
     plot_blocks,
 ]
 
@@ -128,7 +132,8 @@ class TestAll:
         subprocess.run([sys.executable, "-c", code], check=True)
 
     @pytest.mark.parametrize(
-        "figure", [plot(make_report()) for plot in PLOTS if plot not in (plot_ritz_values, plot_blocks)]
+        "figure",
+        [plot(make_report()) for plot in PLOTS if plot not in (plot_ritz_values, plot_landscape, plot_blocks)],
     )
     def test_legends_lie_outside_the_data_and_inside_the_figure(self, figure):
         renderer = draw(figure).get_renderer()
@@ -340,6 +345,50 @@ class TestRitzValues:
         hessian = dataclasses.replace(measurement.hessian, ritz_values=(), ritz_weights=(), lambda_min=None)
         report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, hessian=hessian)])
         assert plot_ritz_values(report) is None
+
+
+class TestLandscape:
+    def test_panels_hold_the_losses_of_the_first_and_the_last_measurement(self):
+        report = make_report()
+        figure = plot_landscape(report)
+        panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+        for (update, lines, plane), measurement in zip(
+            (panels[:3], panels[3:]), report.measurements[::2], strict=True
+        ):
+            landscape, present = measurement.landscape, measurement.loss
+            assert update.get_title() == f"step {measurement.step}: along the update"
+            assert (
+                line(update, "loss").tolist()
+                == np.transpose([landscape.update.axis.at, landscape.update.losses]).tolist()
+            )
+            places, model = line(update, "quadratic model").T
+            axis = landscape.update.axis
+            np.testing.assert_allclose(model, present + axis.slope * places + axis.curvature / 2 * places**2)
+            rate = measurement.step_size.learning_rate
+            assert line(update, "next step").tolist() == [[rate, landscape.update.losses[axis.at.index(rate)]]]
+            losses = np.array(landscape.eigenvectors.losses)
+            assert line(lines, "along q₁")[:, 1].tolist() == losses[5].tolist()
+            assert line(lines, "along q₂")[:, 1].tolist() == losses[:, 5].tolist()
+            [mesh] = plane.collections
+            np.testing.assert_allclose(mesh.get_array(), losses - present)
+            assert mesh.norm.vmin == -mesh.norm.vmax
+            np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], np.linspace(-1.1, 1.1, 12))
+            assert not plane.yaxis_inverted()
+
+    def test_is_drawn_only_where_it_was_measured(self):
+        first, second, third = make_report().measurements
+        bare = [dataclasses.replace(measurement, landscape=None) for measurement in (first, third)]
+        report = OptimizabilityReport(measurements=[bare[0], second, bare[1]])
+        assert plot_landscape(report).axes[0].get_title() == "step 150: along the update"
+        assert plot_landscape(OptimizabilityReport(measurements=bare)) is None
+
+    def test_slices_that_are_missing_or_not_finite_are_no_problem(self):
+        measurement = make_measurement()
+        update, plane = measurement.landscape.update, measurement.landscape.eigenvectors
+        infinite = dataclasses.replace(plane, losses=tuple((math.inf,) * 11 for _ in range(11)))
+        for landscape in (Landscape(None, plane), Landscape(update, None), Landscape(update, infinite)):
+            found = OptimizabilityReport(measurements=[dataclasses.replace(measurement, landscape=landscape)])
+            draw(plot_landscape(found))
 
 
 class TestBlocks:

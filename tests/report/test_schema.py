@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from hf_optimizability.curvature.density import Density
 from hf_optimizability.curvature.estimates import Estimate
+from hf_optimizability.curvature.landscape import Axis, Landscape, LossLine, LossPlane
 from hf_optimizability.curvature.sketch import HessianEstimates
 from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
 from hf_optimizability.measurement import BlockMeasurement, Measurement, MeasurementFailure, StepMeasurement
@@ -29,8 +30,10 @@ from .example import make_report
 from .page import read_page
 
 
-VERSION_1 = Path(__file__).parent / "data" / "version_1.json"
-"""Written by the first commit of this package, from a tiny BERT."""
+OLDER = [Path(__file__).parent / "data" / f"version_{version}.json" for version in range(1, SCHEMA_VERSION)]
+"""Each written by a commit of this package that had that version, from a tiny BERT."""
+
+VERSION_1 = OLDER[0]
 
 REPORT: dict[str, Any] = json.loads(json.dumps(make_report(2, blocks=3, failures=1).to_dict()))
 ORACLE = jsonschema.Draft202012Validator(report_schema())
@@ -73,6 +76,10 @@ class TestSchema:
             ("along_gradient", QuadraticModel),
             ("critical", CriticalLearningRate),
             ("step_size", StepMeasurement),
+            ("axis", Axis),
+            ("loss_line", LossLine),
+            ("loss_plane", LossPlane),
+            ("landscape", Landscape),
             ("measurement", Measurement),
             ("failure", MeasurementFailure),
             ("finding", Finding),
@@ -115,10 +122,22 @@ class TestOlderVersions:
                 name: block["grad_norm"] for name, block in old["blocks"].items()
             }
             assert measurement.noise_scale is measurement.step_size is measurement.hessian.density is None
-        ORACLE.validate(json.loads(json.dumps(report.to_dict())))
 
-    def test_version_1_renders(self, tmp_path):
-        OptimizabilityReport.load(VERSION_1).save(tmp_path)
+    def test_version_2_loads_with_its_numbers(self):
+        written = json.loads(OLDER[1].read_bytes())
+        report = OptimizabilityReport.load(OLDER[1])
+        assert written["schema_version"] == 2
+        assert [measurement.landscape for measurement in report.measurements] == [None] * 2
+        data = json.loads(json.dumps(report.to_dict()))
+        for measurement, old in zip(data["measurements"], written["measurements"], strict=True):
+            assert measurement == {**old, "landscape": None}
+
+    @pytest.mark.parametrize("file", OLDER, ids=lambda file: file.stem)
+    def test_each_is_valid_in_the_present_layout_and_renders(self, file, tmp_path):
+        report = OptimizabilityReport.load(file)
+        assert report.schema_version == SCHEMA_VERSION
+        ORACLE.validate(json.loads(json.dumps(report.to_dict())))
+        report.save(tmp_path)
         assert "BertForSequenceClassification on text-classification" in (tmp_path / "report.html").read_text()
 
     def test_a_damaged_old_one_is_told(self, tmp_path):
@@ -138,17 +157,17 @@ class TestDamaged:
             (b"\xff\xfe{}", r"no valid JSON \('utf-8' codec .* Restore the file"),
             (b"[" * 100_000, r"nested too deep for a report\. Restore the file"),
             (b"[1, 2]", r"holds a list, not a report\. Pass the `report\.json`"),
-            (b"{}", r"`schema_version` is None, not a number from 1 to 2\. Restore"),
+            (b"{}", r"`schema_version` is None, not a number from 1 to 3\. Restore"),
             (to_json(changed(schema_version=True)), r"`schema_version` is True"),
-            (to_json(changed(schema_version=SCHEMA_VERSION + 1)), r"reads up to 2\. Upgrade hf-optimizability"),
+            (to_json(changed(schema_version=SCHEMA_VERSION + 1)), r"reads up to 3\. Upgrade hf-optimizability"),
             (to_json(changed(measurements=None)), r"report\.measurements is None, not of type array\. Restore"),
             (to_json(changed(more=1)), r"report\.more is not known"),
             (to_json(changed(log_history=[{"loss": 1.0}])), r"report\.log_history\[0\] lacks 'step'"),
             (to_json(changed(log_history=[{"step": -1}])), r"report\.log_history\[0\]\.step is -1, less than 0"),
             (to_json(changed(created=HOSTILE[0] * 10)), None),
-            (b'{"schema_version": 2, "created": NaN}', r"the number NaN is not finite"),
-            (b'{"schema_version": 2, "created": 1e999}', r"the number 1e999 is not finite"),
-            (b'{"schema_version": 2, "created": ' + b"9" * 5000 + b"}", r"the number 9+… is too large"),
+            (b'{"schema_version": 3, "created": NaN}', r"the number NaN is not finite"),
+            (b'{"schema_version": 3, "created": 1e999}', r"the number 1e999 is not finite"),
+            (b'{"schema_version": 3, "created": ' + b"9" * 5000 + b"}", r"the number 9+… is too large"),
         ],
     )
     def test_the_error_names_the_file_what_is_wrong_and_what_to_do(self, content, message, tmp_path):
@@ -167,6 +186,15 @@ class TestDamaged:
         data = copy.deepcopy(REPORT)
         data["measurements"][1]["hessian"]["ritz_weights"].pop()
         with pytest.raises(ValueError, match=r"measurements\[1\].hessian has `ritz_values` and `ritz_weights`"):
+            OptimizabilityReport.from_dict(data)
+
+    @pytest.mark.parametrize("slice_", ["update", "eigenvectors"])
+    def test_slices_have_a_loss_for_each_place(self, slice_):
+        data = copy.deepcopy(REPORT)
+        data["measurements"][1]["landscape"][slice_]["losses"].pop()
+        with pytest.raises(
+            ValueError, match=r"measurements\[1\].landscape has axes and `losses` of different lengths"
+        ):
             OptimizabilityReport.from_dict(data)
 
     def test_a_file_that_is_not_there_is_told_as_such(self, tmp_path):
