@@ -88,21 +88,36 @@ def run(rank: int, number: int, name: str, profile: str, folder: str) -> None:
         Path(folder, "found.json").write_text(json.dumps(found))
 
 
+def run_apart(index: int, name: str, profile: str, folder: str) -> None:
+    """The same by one process alone, beside another: what the machine leaves to each."""
+    own = Path(folder, str(index))
+    own.mkdir()
+    run(0, 1, name, profile, str(own))
+
+
+def time_apart(name: str, profile: str) -> float:
+    """Mean seconds of two measurements at the same time, of two processes that share nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_apart, (name, profile, folder), nprocs=2)
+        return statistics.fmean(json.loads(path.read_text())["seconds"] for path in Path(folder).glob("*/found.json"))
+
+
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown.
 
     Example:
         >>> one, two = {"seconds": 90.0, "hvps": 30, "values": [1.0]}, {"seconds": 45.0, "hvps": 30, "values": [1.0]}
         >>> two |= {"communication": 0.04, "bytes": 2**30, "sums": 60}
-        >>> row = {"profile": "light", "examples": 32, "runs": {"1": [one], "2": [two]}}
+        >>> row = {"profile": "light", "examples": 32, "runs": {"1": [one], "2": [two]}, "apart": [100.0]}
         >>> print(table({"text": row}).splitlines()[-1])
-        | light | 32 | 30 | 90.0 s | 45.0 s | **2.00** | 4 % | 1024 MiB in 60 sums | 0e+00 |
+        | light | 32 | 30 | 90.0 s | 45.0 s | **2.00** | 1.80 | 4 % | 1024 MiB in 60 sums | 0e+00 |
     """
     lines = [
         "# What a second process saves",
         "",
         "One measurement by one process and by two, one thread each; medians. Communication holds the time in which "
-        "one rank waits for the other.",
+        "one rank waits for the other. The machine's limit: what two processes would gain that shared nothing, by the "
+        "time that two whole measurements take at once.",
     ]
     for name, row in results.items():
         one, two = (row["runs"][str(number)] for number in PROCESSES)
@@ -115,6 +130,7 @@ def table(results: dict[str, Any]) -> str:
             str(last["hvps"]),
             *(f"{value:.1f} s" for value in seconds),
             f"**{seconds[0] / seconds[1]:.2f}**",
+            f"{2 * seconds[0] / statistics.median(row['apart']):.2f}" if "apart" in row else "–",
             f"{100 * statistics.median(run['communication'] for run in two):.0f} %",
             f"{last['bytes'] / 2**20:.0f} MiB in {last['sums']} sums",
             f"{max(abs(a - b) / abs(a) for a, b in pairs):.0e}",
@@ -123,9 +139,9 @@ def table(results: dict[str, Any]) -> str:
             "",
             f"## {TITLES[name].partition(',')[0]}",  # type: ignore[index]
             "",
-            "| profile | examples | products | one process | two | speed-up | communication | summed by a rank "
-            "| largest relative difference |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+            "| profile | examples | products | one process | two | speed-up | the machine's limit | communication "
+            "| summed by a rank | largest relative difference |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
             f"| {' | '.join(cells)} |",
         ]
     return "\n".join(lines) + "\n"
@@ -145,13 +161,15 @@ def main() -> None:
     for name in arguments.workload:
         load(name)  # makes it, if that has not been done
         runs: dict[str, list[dict[str, Any]]] = {str(number): [] for number in PROCESSES}
+        apart = []
         for _ in range(arguments.repeats):
+            apart.append(time_apart(name, arguments.profile))
             for number in PROCESSES:
                 with tempfile.TemporaryDirectory() as folder:
                     mp.spawn(run, (number, name, arguments.profile, folder), nprocs=number)
                     runs[str(number)].append(json.loads(Path(folder, "found.json").read_text()))
                 print(name, number, runs[str(number)][-1], flush=True)
-        results[name] = {"profile": arguments.profile, "examples": examples, "runs": runs}
+        results[name] = {"profile": arguments.profile, "examples": examples, "runs": runs, "apart": apart}
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(table(results))
     print(table(results))
