@@ -33,6 +33,7 @@ def test_snippets_run(document: Path, tmp_path: Path):
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(tmp_path / "home"),
             "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_NUM_THREADS": "1",
         },
         capture_output=True,
         text=True,
