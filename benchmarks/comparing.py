@@ -38,9 +38,9 @@ COMMON: dict[str, Any] = {
     "report_to": "none", "max_hvps": 16,
 }  # fmt: skip
 TEXT: dict[str, Any] = {
-    "dataset_name": str(TEXT_DATA), "text_column_name": ["sentence"], "max_seq_length": 24, "budget_steps": 30,
-    "max_train_samples": 480, "max_eval_samples": 300, "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 5, "measured_seeds": 0,
+    "dataset_name": str(TEXT_DATA), "text_column_name": ["sentence"], "max_seq_length": 24, "budget_steps": 60,
+    "max_train_samples": 960, "max_eval_samples": 300, "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64, "learning_rate": 1e-4, "warmup_steps": 6, "measured_seeds": 0,
 }  # fmt: skip
 VISION: dict[str, Any] = {
     "model_name_or_path": str(VISION_CHECKPOINT), "config_overrides": "classifier_dropout_prob=0.2",

@@ -98,8 +98,9 @@ def charts(comparison: Comparison) -> list[Chart]:
 
 def _values(comparison: Comparison) -> dict[str, Any]:
     """What both templates take."""
-    ranking = comparison.ranking
+    ranking, settings = comparison.ranking, comparison.setting["settings"]
     ranked = _ranked(comparison)
+    models = [_model_row(entry, settings) for entry in comparison.entries if entry.runs]
     return {
         "setting": comparison.setting,
         "ranking": ranking,
@@ -107,9 +108,7 @@ def _values(comparison: Comparison) -> dict[str, Any]:
         "rows": _ranking_rows(comparison),
         "pairs": [] if ranking is None else _pairs(ranking, comparison.setting["rank_by"]),
         "dynamics": [_dynamics_row(entry) for entry in ranked],
-        "models": sorted(
-            (_model_row(entry) for entry in comparison.entries if entry.runs), key=lambda row: row["size"]
-        ),
+        "models": sorted(models, key=lambda row: row["size"]),
         "front": sorted(pareto_front(comparison, lambda run: run.train_seconds)),
         "failed": [entry for entry in comparison.entries if entry.failure is not None],
         "dropped": [entry for entry in comparison.entries if entry.dropped is not None],
@@ -248,10 +247,10 @@ def _milliseconds(run: Run) -> float | None:
     return None if run.predict_seconds is None else 1000 * run.predict_seconds
 
 
-def _model_row(entry: Entry) -> dict[str, Any]:
+def _model_row(entry: Entry, shared: dict[str, Any]) -> dict[str, Any]:
     """Size, source of the weights and architecture."""
-    model, changes = entry.model, entry.changes
-    random = str(changes.get("random_weights", "")).lower() in ("true", "1", "yes")
+    model = entry.model
+    random = str({**shared, **entry.changes}.get("random_weights")).lower() in ("true", "t", "yes", "y", "1")
     size, trained = model.get("parameters") or 0, model.get("trainable_parameters") or 0
     return {
         "name": entry.name,

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ SHARED = (
     "max_eval_samples", "seed", "output_dir",
 )  # fmt: skip
 """Flags that must be the same for all candidates: their scores are compared example by example."""
+
+_OF_THE_COMPARISON = tuple(field.name for field in fields(ComparisonArguments))
 
 _WITHOUT_EFFECT = ("output_dir", "cache_dir", "token", "disable_tqdm", "dataloader_num_workers", "report_to")
 """Flags that change no result, so that what was trained with others is kept."""
@@ -171,16 +173,15 @@ class Comparing:
         Args:
             on_run: Is told of each training that is done or has failed, in a line of text.
         """
-        self._told = on_run
         entries = [Entry(candidate.name, candidate.public_changes) for candidate in self.candidates]
         rounds = []
         for number in range(1, self.arguments.halving_rounds + 1):
-            rounds.append(self._round(number, entries))
+            rounds.append(self._round(number, entries, on_run))
         comparison = Comparison(self._setting(entries), entries, rounds)
         comparison.save(self.folder)
         return comparison
 
-    def _round(self, number: int, entries: list[Entry]) -> Round:
+    def _round(self, number: int, entries: list[Entry], on_run: Callable[[str], object]) -> Round:
         """Trains all that are left with the budget of this round, and drops those that it tells to be worse."""
         budget = self.arguments.budget(number)
         left = [entry for entry in entries if entry.failure is None and entry.dropped is None]
@@ -194,10 +195,10 @@ class Comparing:
                 found = self._attempt(candidate, self._first_seed + index, budget, measured)
                 if isinstance(found, Failure):
                     entry.failure = found
-                    self._told(f"{entry.name} failed with seed {found.seed}: {found.reason} The others go on.")
+                    on_run(f"{entry.name} failed with seed {found.seed}: {found.reason} The others go on.")
                 else:
                     runs[entry.name].append(found)
-                    self._told(f"{entry.name}, seed {found.seed}, budget {budget:g}: {found.result}")
+                    on_run(f"{entry.name}, seed {found.seed}, budget {budget:g}: {found.result}")
         for entry in left:
             entry.runs = runs[entry.name]
         ranking = rank_entries(entries, self.arguments.rank_by)
@@ -218,18 +219,14 @@ class Comparing:
             return Failure(seed, _reason(error))
         job = self._job(candidate, seed, steps, measured)
         file = job.folder / "run.json"
-        if file.exists():
-            held = json.loads(file.read_bytes())
-            if "failure" not in held:
-                return Run.from_dict(held["run"])
-            if not self.arguments.retry_failures:
-                return Failure(**held["failure"])
-        found = self._made(job)
-        kind = "failure" if isinstance(found, Failure) else "run"
-        data = asdict(found) if isinstance(found, Failure) else found.to_dict()
-        write_atomically(file, json.dumps(finite({kind: data}), allow_nan=False).encode())
-        shutil.rmtree(job.folder / "training", ignore_errors=True)
-        return found
+        held = json.loads(file.read_bytes()) if file.exists() else {}
+        if not held or ("failure" in held and self.arguments.retry_failures):
+            found = self._made(job)
+            made = {"failure": asdict(found)} if isinstance(found, Failure) else {"run": found.to_dict()}
+            write_atomically(file, json.dumps(finite(made), allow_nan=False).encode())
+            shutil.rmtree(job.folder / "training", ignore_errors=True)
+            held = json.loads(file.read_bytes())  # with the digits that a later call will find
+        return Failure(**held["failure"]) if "failure" in held else Run.from_dict(held["run"])
 
     def _made(self, job: _Job) -> Run | Failure:
         from .training import train, training_flags
@@ -339,7 +336,7 @@ class Comparing:
                 raise ValueError(f"--{name} is settled by the comparison: give a budget, such as --budget_steps 200.")
         for candidate in self.candidates:
             for name in candidate.changes:
-                if name in (*SETTLED, *SHARED, *vars(ComparisonArguments)["__dataclass_fields__"]):
+                if name in (*SETTLED, *SHARED, *_OF_THE_COMPARISON):
                     raise ValueError(
                         f"{candidate.name} changes {name}, but data, seeds and budget are the same for all candidates."
                     )
@@ -361,7 +358,7 @@ class Comparing:
 
     def _public_settings(self) -> dict[str, Any]:
         """The shared flags that were given and shape the result, without the places of files."""
-        hidden = (*_WITHOUT_EFFECT, *vars(ComparisonArguments)["__dataclass_fields__"], CHECKPOINT)
+        hidden = (*_WITHOUT_EFFECT, *_OF_THE_COMPARISON, CHECKPOINT)
         held = {
             name: value
             for part in self._plain[self.candidates[0].name]

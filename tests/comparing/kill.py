@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tiny_texts
@@ -49,12 +50,12 @@ def comparison(folder: Path, inputs: Path) -> None:
     )
 
 
-def start(folder: Path, inputs: Path) -> int:
-    """Starts a process that compares; its id."""
+def start(action: Callable[..., object], *args: object) -> int:
+    """Starts a process that does something; its id."""
     process = os.fork()
     if process == 0:
         try:
-            comparison(folder, inputs)
+            action(*args)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", flush=True)
             os._exit(1)
@@ -62,23 +63,36 @@ def start(folder: Path, inputs: Path) -> int:
     return process
 
 
+def succeed(action: Callable[..., object], *args: object) -> None:
+    """Does something in a process of its own: threads of this one might hold locks, which a fork keeps for ever."""
+    assert os.waitpid(start(action, *args), 0)[1] == 0
+
+
+def found(folder: Path) -> set[Path]:
+    """What a comparison has got to: checkpoints, and trainings that are done."""
+    return {*folder.glob("runs/*/*/*/training/checkpoint-*"), *folder.glob("runs/*/*/*/run.json")}
+
+
 def main() -> None:
-    """Kills, and says at what there was to find: checkpoints and finished runs."""
-    folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    tiny_texts.save_checkpoint(folder / "tiny-bert")
-    tiny_texts.save_data(folder / "data.parquet")
-    started = time.monotonic()
-    assert os.waitpid(start(folder / "whole", folder), 0)[1] == 0
-    whole = time.monotonic() - started
-    moments = random.Random(seed)
+    """Kills at random moments after random numbers of checkpoints and finished trainings, and tells what was there."""
+    inputs, kills, moments = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
+    succeed(tiny_texts.save_checkpoint, inputs / "tiny-bert")
+    succeed(tiny_texts.save_data, inputs / "data.parquet")
+    succeed(comparison, inputs / "whole", inputs)
     for _ in range(kills):
-        process = start(folder / "killed", folder)
-        time.sleep(moments.uniform(0.3, 1) * whole / kills)
+        process = start(comparison, inputs / "killed", inputs)
+        seen, more = found(inputs / "killed"), moments.randint(1, 80 // kills)
+        number = len(seen)
+        while len(seen) < number + more and os.waitpid(process, os.WNOHANG) == (0, 0):
+            time.sleep(0.002)
+            seen |= found(inputs / "killed")
+        time.sleep(moments.uniform(0, 0.05))
         os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
-        found = [len(list((folder / "killed").rglob(name))) for name in ("run.json", "checkpoint-*")]
-        print(f"killed {int(os.WIFSIGNALED(status))}, runs {found[0]}, checkpoints {found[1]}", flush=True)
-    assert os.waitpid(start(folder / "killed", folder), 0)[1] == 0
+        names = [path.name for path in found(inputs / "killed")]
+        done = names.count("run.json")
+        print(f"killed {int(os.WIFSIGNALED(status))}, runs {done}, checkpoints {len(names) - done}", flush=True)
+    succeed(comparison, inputs / "killed", inputs)
     print("done")
 
 
