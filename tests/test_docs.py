@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from typer.testing import CliRunner
 
 from hf_optimizability import OptimizabilityConfig, cli
+from hf_optimizability.comparing.arguments import ComparisonArguments
+from hf_optimizability.comparing.candidates import parse_candidates
 from hf_optimizability.report import plots
 from hf_optimizability.tasks.fine_tuning import TASKS, parse_arguments
 
@@ -132,6 +134,7 @@ def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: py
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.setattr(cli, "_run", lambda task, args, **options: understand(task, args))
     monkeypatch.setattr(cli, "_measure", lambda task, args, **options: understand(task, args))
+    monkeypatch.setattr(cli, "_compare", lambda task, args, **options: understand_candidates(task, args))
     monkeypatch.setattr("hf_optimizability.hub.push", lambda *args, **options: "https://hub")
     monkeypatch.setattr("hf_optimizability.OptimizabilityReport.save", lambda *args: None)
     for program, *words in commands(document):
@@ -152,12 +155,19 @@ def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: py
             assert program in ("cp", "hf", "mkdir", "pip"), program
 
 
-def understand(task_name: str | None, args: Sequence[str]) -> None:
+def understand_candidates(task_name: str | None, args: Sequence[str]) -> None:
+    """The candidates come first; each has its own flags and those that all share."""
+    given = [*takewhile(lambda word: not word.startswith("-"), args)]
+    for candidate in parse_candidates(given):
+        understand(task_name, [*candidate.flags, *args[len(given) :]], ComparisonArguments)
+
+
+def understand(task_name: str | None, args: Sequence[str], *further: Any) -> None:
     """Reads the flags as the command and the recipes do; where no task is named, they must fit one."""
     reasons = []
     for task in TASKS:
         if task_name in (None, task.NAME):
-            kinds: Any = (task.ModelArguments, task.DataArguments, OptimizabilityConfig, TrainingArguments)
+            kinds: Any = (task.ModelArguments, task.DataArguments, OptimizabilityConfig, TrainingArguments, *further)
             try:
                 parse_arguments(HfArgumentParser(kinds), list(args))
                 return
