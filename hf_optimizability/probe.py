@@ -54,7 +54,7 @@ def probe_batches(
         The collated batches, on the CPU.
 
     Raises:
-        ValueError: If the data set is empty or too small.
+        ValueError: If the data set is empty or too small, or can be read only once.
     """
     with ranks.agreed():
         batches = _drawn(dataloader, examples, batch_size, seed, required) if ranks.index == 0 else []
@@ -68,7 +68,13 @@ def _drawn(dataloader: DataLoader, examples: int, batch_size: int, seed: int, re
     with preserved_rng(seed):
         total = num_examples(dataset)
         if total is None:
-            rows = list(islice(cast(IterableDataset, dataset), examples))
+            stream = cast(IterableDataset, dataset)
+            if iter(stream) is iter(stream):
+                raise ValueError(
+                    "The training set is a stream that can be read once only: measuring would take its first examples "
+                    "away from training. Pass one whose `__iter__` begins anew, as `datasets.IterableDataset` does."
+                )
+            rows = list(islice(stream, examples))
         else:
             rows = [dataset[index] for index in probe_indices(total, examples, seed=seed)]
         if len(rows) < (examples if required else LEAST_EXAMPLES):

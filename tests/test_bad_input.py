@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import tiny_models
 import torch
 import training
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import BertModel, TrainerCallback
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer, forecast, measure
@@ -97,6 +98,19 @@ def test_data_set_that_is_empty_or_too_small(tmp_path: Path):
         "only 24 examples, but `probe_examples` is 100.*lower `probe_examples`",
         config={"probe_examples": 100},
     )
+
+
+def test_stream_that_can_be_read_once_only(tmp_path: Path):
+    class Once(IterableDataset):
+        def __init__(self) -> None:
+            self.rows = iter(training.dataset("bert"))
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return self.rows
+
+    stream = Once()
+    refused(tmp_path, "read once only", train_dataset=stream)
+    assert len(list(stream)) == len(training.dataset("bert"))  # nothing was taken
 
 
 def test_block_pattern_that_fits_nothing(tmp_path: Path):
