@@ -158,8 +158,15 @@ class TestHostile:
 
 
 class TestBrowser:
-    @pytest.mark.parametrize("scheme", ["light", "dark"])
-    @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+    @pytest.mark.parametrize(
+        ("size", "scheme"),
+        [
+            pytest.param(PHONE, "light", id="phone, light"),
+            pytest.param(DESKTOP, "dark", id="desktop, dark"),
+            pytest.param(PHONE, "dark", id="phone, dark", marks=pytest.mark.slow),
+            pytest.param(DESKTOP, "light", id="desktop, light", marks=pytest.mark.slow),
+        ],
+    )
     def test_fits_is_quiet_and_accessible(self, show, size, scheme):  # noqa: F811
         from axe_playwright_python.sync_playwright import Axe
 

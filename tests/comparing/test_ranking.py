@@ -83,7 +83,7 @@ class TestHonesty:
             (3, {"by_seed": 0.03, "by_example": 0.5, "by_both": 0.5}),
             (3, {"by_seed": 0.0, "by_example": 1.0, "by_both": 0.0}),  # examples decide
             (1, {"by_seed": 0.0, "by_example": 1.0, "by_both": 0.3}),
-            (6, {"by_seed": 0.05, "by_example": 0.5, "by_both": 0.5}),
+            pytest.param(6, {"by_seed": 0.05, "by_example": 0.5, "by_both": 0.5}, marks=pytest.mark.slow),
         ],
     )
     def test_intervals_cover_the_truth(self, seeds: int, sizes: dict[str, float]):
