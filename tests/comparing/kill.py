@@ -24,11 +24,11 @@ import hf_optimizability.report.plots
 from hf_optimizability import compare
 
 
-hf_optimizability.report.plots.plot_all = lambda report: {}  # the still plots of a single run take most of its time
-
-
 def comparison(folder: Path, inputs: Path) -> None:
     """A checkpoint whole, with LoRA and with random weights, and one that can't be loaded."""
+    hf_optimizability.report.plots.plot_all = (
+        lambda report: {}
+    )  # takes most of the time
     candidates = ["method=full", "method=lora", "random_weights=True", f"model_name_or_path={inputs / 'missing'}"]
     compare(
         candidates,
