@@ -132,6 +132,7 @@ def test_without_an_evaluation_set_there_is_no_gap(tmp_path: Path):
     assert not report.failures and report.dynamics["generalization_gap"]["loss_gap"] is None
 
 
+@pytest.mark.slow
 def test_hyperparameter_search(tmp_path: Path):
     """Each trial has a model of its own, and the report is that of the last."""
 

@@ -120,7 +120,13 @@ def test_a_plain_callback_resumes_too(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "stop_before", [pytest.param(2, marks=pytest.mark.slow), 3, 4, pytest.param(5, marks=pytest.mark.slow)]
+    "stop_before",
+    [
+        pytest.param(2, marks=pytest.mark.slow),
+        3,
+        pytest.param(4, marks=pytest.mark.slow),
+        pytest.param(5, marks=pytest.mark.slow),
+    ],
 )
 def test_epochs_that_end_with_a_checkpoint_are_measured(tmp_path: Path, stop_before: int):
     """The checkpoint at the last step of an epoch is written before the epoch ends."""

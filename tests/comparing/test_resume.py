@@ -43,8 +43,10 @@ def page(folder: Path) -> tuple[dict[str, Any], str]:
     return without_clock(comparison.to_dict()), comparison.to_html()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_and_resumed_it_has_the_same_page(kills: int, tmp_path: Path):
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_and_resumed_it_has_the_same_page(tmp_path: Path):
+    kills = 10
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / "comparing/kill.py"), str(tmp_path), str(kills), "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -238,7 +238,7 @@ def checks(rank: int) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return results(checks, request.param, tmp_path_factory.mktemp("fsdp"))
 

@@ -55,6 +55,7 @@ def report(folder: Path, processes: int) -> OptimizabilityReport:
     return OptimizabilityReport.load(folder / "optimizability")
 
 
+@pytest.mark.slow
 def test_a_recipe_on_two_processes_measures_what_one_does(tmp_path: Path):
     one, two = report(tmp_path / "one", 1), report(tmp_path / "two", 2)
     assert [measurement.step for measurement in two.measurements] == [0, 2] and not two.failures

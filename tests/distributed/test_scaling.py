@@ -19,6 +19,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[scaling.Route, 
     return results(checked, 2, tmp_path_factory.mktemp("scaling"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", scaling.ROUTES)
 def test_formulas_hold(route: scaling.Route, found: list[dict[scaling.Route, dict[str, float]]]):
     for rank in found:

@@ -263,8 +263,15 @@ def count(page: Any, chart: str, color: list[int]) -> int:
 
 
 class TestBrowser:
-    @pytest.mark.parametrize("scheme", ["light", "dark"])
-    @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+    @pytest.mark.parametrize(
+        ("size", "scheme"),
+        [
+            pytest.param(PHONE, "dark", id="phone-dark"),
+            pytest.param(DESKTOP, "light", id="desktop-light"),
+            pytest.param(PHONE, "light", id="phone-light", marks=pytest.mark.slow),
+            pytest.param(DESKTOP, "dark", id="desktop-dark", marks=pytest.mark.slow),
+        ],
+    )
     def test_fits_is_quiet_and_accessible(self, show, size, scheme):
         from axe_playwright_python.sync_playwright import Axe
 
