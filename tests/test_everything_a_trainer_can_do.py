@@ -207,6 +207,7 @@ def subclass(case: Case) -> type[Trainer]:
 LIKE_OTHERS = {
     "persistent workers", "workers", "sgd", "adafactor", "regression", "multi-label", "llama", "epochs", "pure bf16",
     "label smoothing", "reentrant checkpointing", "rmsprop", "length grouping", "tied", "compute_loss",
+    "BatchNorm", "shuffled stream", "warm-up", "frozen", "accumulation",
 }  # fmt: skip
 """Cases near enough to others, here or in `test_hands_off`, to be left to `make test-slow`."""
 

@@ -101,7 +101,7 @@ def test_training_is_the_same(tmp_path: Path, name: str, optimizer: str, accumul
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("name", ["bert", "mobilenet"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("mobilenet", marks=pytest.mark.slow)])
 def test_training_is_the_same_with_slices_through_the_landscape(
     tmp_path: Path, name: str, fails: bool, monkeypatch: pytest.MonkeyPatch
 ):

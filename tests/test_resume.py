@@ -100,8 +100,7 @@ def numbers(report: OptimizabilityReport) -> dict[str, Any]:
     [
         (2, True),
         (3, False),
-        (5, True),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, False), (3, True), (5, False))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, False), (3, True), (5, False), (5, True))),
     ],
 )
 def test_a_resumed_run_has_the_report_of_an_uninterrupted_one(tmp_path: Path, stop_before: int, restores_states: bool):

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ def trained(folder: Path, tracker: str) -> dict[tuple[int, str], float]:
     return logged
 
 
+def settled(read: Callable[[], list[dict[str, Any]]], logged: Sized) -> dict[tuple[int, str], float]:
+    """What a tracker has stored, once it is all there: it writes in the background, some of it after it has finished."""
+    deadline = time.monotonic() + 30
+    while len(stored := by_step(read())) < len(logged) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return stored
+
+
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     logged = trained(tmp_path, "tensorboard")
@@ -57,9 +66,12 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
     logged = trained(tmp_path, "trackio")
     [database] = (tmp_path / "trackio").glob("*.db")
-    with sqlite3.connect(database) as connection:
-        rows = [json.loads(metrics) for (metrics,) in connection.execute("SELECT metrics FROM metrics")]
-    assert by_step(rows) == pytest.approx(logged, rel=1e-9)
+
+    def read() -> list[dict[str, Any]]:
+        with sqlite3.connect(database) as connection:
+            return [json.loads(metrics) for (metrics,) in connection.execute("SELECT metrics FROM metrics")]
+
+    assert settled(read, logged) == pytest.approx(logged, rel=1e-9)
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -71,13 +83,13 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     logged = trained(tmp_path, "wandb")
     wandb.finish()
     [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    rows = []
-    for data in leveldb_records(file.read_bytes()[7:], offset=7):
-        record = Record.FromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    assert by_step(rows) == pytest.approx(logged, rel=1e-9)
+
+    def read() -> list[dict[str, Any]]:
+        records = map(Record.FromString, leveldb_records(file.read_bytes()[7:], offset=7))
+        rows = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+        return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in rows]
+
+    assert settled(read, logged) == pytest.approx(logged, rel=1e-9)
 
 
 def leveldb_records(content: bytes, *, offset: int) -> Iterator[bytes]:

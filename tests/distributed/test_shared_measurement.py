@@ -105,7 +105,7 @@ def with_little_memory(ranks: Ranks) -> dict[str, Any]:
     return {"measurement": measurement.to_dict(), "sizes": [len(batch[0]) for batch in objective.batches]}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return results(on_a_rank, request.param, tmp_path_factory.mktemp("ranks"))
 

@@ -197,6 +197,7 @@ def test_a_smooth_model_has_good_central_differences(train: Train):
     assert "central_differences_off" not in names(report)
 
 
+@pytest.mark.slow
 def test_nothing_is_said_about_the_learning_rate_of_a_model_with_batch_norm(train: Train):
     rows = training.dataset("mobilenet", 40)
     report = train(training.mobilenet(), train_dataset=rows, eval_dataset=rows[:8], max_steps=20)
