@@ -38,7 +38,7 @@ def trained(folder: Path, tracker: str) -> dict[tuple[int, str], float]:
 
 
 def settled(read: Callable[[], list[dict[str, Any]]], logged: Sized) -> dict[tuple[int, str], float]:
-    """What a tracker has stored, once it is all there: it writes in the background, some of it after it has finished."""
+    """What a tracker has stored, once it is all there: it writes in the background, some of it after it finished."""
     deadline = time.monotonic() + 30
     while len(stored := by_step(read())) < len(logged) and time.monotonic() < deadline:
         time.sleep(0.2)
