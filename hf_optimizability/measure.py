@@ -383,15 +383,27 @@ def _along(
     asymmetry = abs(dot(flat, other, ranks) - dot(probe, along, ranks)) / (
         (norm(flat, ranks) * norm(other, ranks)) or 1.0
     )
-    rounding = CANCELLATION * torch.finfo(operator.dtype).eps / (abs(point.loss) or 1.0)
-    if exact and asymmetry > max(LARGEST_ASYMMETRY, rounding):
+    if exact and asymmetry > LARGEST_ASYMMETRY:
+        _require_rounding_alone(asymmetry, loss=point.loss, dtype=operator.dtype)
+    bend = dot(columns[2], along_update[0], ranks) if along_update else None
+    return quadratic_model(flat, along, ranks), bend
+
+
+def _require_rounding_alone(asymmetry: float, *, loss: float, dtype: torch.dtype) -> None:
+    """Refuses a matrix that is less symmetric than rounding makes it, or of which rounding leaves nothing."""
+    rounding = CANCELLATION * torch.finfo(dtype).eps / abs(loss) if loss else math.inf
+    if rounding >= 1:
+        raise MeasurementError(
+            f"The loss on the probe set is {loss:.0e}, so near 0 that rounding in {dtype} leaves nothing of its "
+            "curvature.",
+            "There is nothing left to learn from these examples; measure on others.",
+        )
+    if asymmetry > rounding:
         raise MeasurementError(
             f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
             "derivative of its forward pass.",
             "Look for custom autograd functions (straight-through estimators, approximate attention).",
         )
-    bend = dot(columns[2], along_update[0], ranks) if along_update else None
-    return quadratic_model(flat, along, ranks), bend
 
 
 def _step_size(
