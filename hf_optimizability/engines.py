@@ -161,8 +161,8 @@ def _judged(
         return way
     if way.error is not None and way.error > LARGEST_DIFFERENCE_ERROR:
         raise MeasurementError(
-            f"The loss can't be differentiated twice: {reason}. Central differences of its gradient are off "
-            f"by {way.error:.0%}, as kinks (ReLU) make them.",
+            f"The loss can't be differentiated twice: {reason.rstrip('.')}. Central differences of its gradient are "
+            f"off by {way.error:.0%}, as kinks (ReLU) make them.",
             "Replace the operation that has no second derivative.",
         )
     logger.warning_once(
