@@ -139,7 +139,7 @@ def load(
     if train.format["type"] == "custom":
         training_args.remove_unused_columns = False
     return {
-        "model": _trained_part(model, model_args),
+        "model": trained_part(model, model_args),
         "train_dataset": train,
         "eval_dataset": validation,
         "processing_class": processor,
@@ -147,7 +147,7 @@ def load(
     }
 
 
-def _trained_part(model: PreTrainedModel, args: CheckpointArguments) -> Any:
+def trained_part(model: PreTrainedModel, args: CheckpointArguments) -> Any:
     """The model with all frozen that `--method` does not train."""
     if args.method == "lora":
         return with_lora(model, args.lora_rank)

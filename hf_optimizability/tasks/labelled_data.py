@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a data set's name, files or folders to labelled training and validation splits."""
+"""From a data set's name, files or folders to training and validation splits, and to numbered classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "p
 
 
 @dataclass
-class LabelledDataArguments:
+class DataSetArguments:
     """Which examples to train and evaluate on, with flags named as in Transformers' example scripts.
 
     Raises:
@@ -45,7 +45,6 @@ class LabelledDataArguments:
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of the training split to evaluate on where there is no other split."}
     )
-    label_column_name: str = field(default="label", metadata={"help": "Column of the class, a number or a name."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many examples, drawn at random."}
     )
@@ -91,6 +90,13 @@ class LabelledDataArguments:
         return formats.pop(), files
 
 
+@dataclass
+class LabelledDataArguments(DataSetArguments):
+    """Which examples of a class each to train and evaluate on."""
+
+    label_column_name: str = field(default="label", metadata={"help": "Column of the class, a number or a name."})
+
+
 def file_format(file: str) -> str:
     """The format of a local file by its name: `"csv"`, `"json"` or `"parquet"`.
 
@@ -124,6 +130,17 @@ def load_splits(
     Raises:
         ValueError: If the data can't be loaded, a split or the label column is missing, or the labels are no classes.
     """
+    splits = load_data(args, seed=seed, cache_dir=cache_dir, token=token)
+    splits, names = encode_labels(splits, args.label_column_name)
+    return *drawn(splits, args, seed=seed), names
+
+
+def load_data(args: DataSetArguments, *, seed: int, cache_dir: str | None, token: str | None) -> DatasetDict:
+    """Loads the data as it is, with the splits `train` and `validation`.
+
+    Raises:
+        ValueError: If the data can't be loaded, or a split is missing.
+    """
     name_or_format, files = args.loader()
     with loading(
         f"The data set {args.source!r}",
@@ -133,13 +150,10 @@ def load_splits(
         data = load_dataset(
             name_or_format, args.dataset_config_name, data_files=files, cache_dir=cache_dir, token=token
         )
-    splits = choose_splits(data, args, seed=seed)
-    splits, names = encode_labels(splits, args.label_column_name)
-    train, validation = splits["train"], splits["validation"]
-    return draw(train, args.max_train_samples, seed=seed), draw(validation, args.max_eval_samples, seed=seed), names
+    return choose_splits(data, args, seed=seed)
 
 
-def choose_splits(data: DatasetDict, args: LabelledDataArguments, *, seed: int) -> DatasetDict:
+def choose_splits(data: DatasetDict, args: DataSetArguments, *, seed: int) -> DatasetDict:
     """Picks the splits by name, or splits the training data where there is only that."""
     wanted = args.validation_split_name
     validation = next((name for name in ("validation", "test") if name in data), None) if wanted is None else wanted
@@ -178,6 +192,12 @@ def encode_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, list[s
 def draw(examples: Dataset, count: int | None, *, seed: int) -> Dataset:
     """Draws `count` examples at random (files are often sorted by class), or gives all back if `count` is `None`."""
     return examples if count is None else examples.shuffle(seed=seed).select(range(min(count, len(examples))))
+
+
+def drawn(splits: DatasetDict, args: DataSetArguments, *, seed: int) -> tuple[Dataset, Dataset]:
+    """The asked number of examples of both splits."""
+    train, validation = splits["train"], splits["validation"]
+    return draw(train, args.max_train_samples, seed=seed), draw(validation, args.max_eval_samples, seed=seed)
 
 
 def numbered_as_in(config: PreTrainedConfig, examples: Dataset, column: str) -> Dataset:
