@@ -34,7 +34,7 @@ PAGE = ROOT / "docs" / "published.md"
 INTRODUCTION = """# Published measurements
 
 Trace, largest and smallest eigenvalue of the loss Hessian, and gradient noise scale, of named checkpoints on named
-data sets: before the first step of fine-tuning, with a new head, and after the last.
+data sets: before the first step, with a new head, new LoRA matrices or random weights, and after the last.
 `python benchmarks/published.py` wrote this page from the reports in [model_cards](../model_cards), where each has its
 card and its settings. To make one of them anew:
 
@@ -42,7 +42,7 @@ card and its settings. To make one of them anew:
 $ python recipes/text_classification.py model_cards/minilm-l6-movie-reviews/settings.json
 ```
 
-The Hessian is that of the mean loss over the probe set in eval mode, by all parameters. Behind ± stand the standard
+The Hessian is that of the mean loss over the probe set in eval mode, by the trainable parameters. Behind ± stand the standard
 error over the probe vectors (trace; 0: nothing was left to them) and the bound on the distance to an eigenvalue (λ).
 "Over data" is how far another probe set of this size would move the trace (jackknife over batches). Of the noise
 scale, in examples, the 95 % interval over batches. † Not converged: the error is wider than asked for. All of it is
