@@ -22,6 +22,7 @@ and batches that are not full are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,7 +95,10 @@ def load_model(args: EncoderArguments) -> Any:
             vision = AutoModel.from_config(AutoConfig.from_pretrained(name, **hub))
         else:
             vision = AutoModel.from_pretrained(name, **hub)
-    return VisionTextDualEncoderModel(vision_model=vision, text_model=args.load_model(AutoModel, own_config(args)))
+    text = args.load_model(AutoModel, own_config(args))
+    model = VisionTextDualEncoderModel(vision_model=vision, text_model=text)
+    model.name_or_path = " + ".join(Path(part).name for part in (args.model_name_or_path, name))  # for the report
+    return model
 
 
 def prepare(

@@ -10,6 +10,7 @@ from pathlib import Path
 import contrastive_image_text
 import numpy as np
 import pytest
+import tiny_models
 import tiny_texts
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -28,6 +29,16 @@ def text_encoder(tmp_path: Path) -> str:
 
 
 @pytest.fixture
+def vision_encoder(tmp_path: Path) -> str:
+    folder = tmp_path / "tiny-vit"
+    tiny_models.vit(num_channels=3, hidden_size=16, intermediate_size=32).save_pretrained(folder)
+    settings = json.loads((CHECKPOINTS / "vit_small_architecture/preprocessor_config.json").read_text())
+    settings["size"] = {"height": 8, "width": 8}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+@pytest.fixture
 def train_file(tmp_path: Path) -> str:
     generator = np.random.default_rng(0)
     rows = {
@@ -40,13 +51,16 @@ def train_file(tmp_path: Path) -> str:
 
 
 def test_the_loss_is_told_from_the_others_of_a_training_batch(
-    text_encoder: str, train_file: str, run_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    text_encoder: str,
+    vision_encoder: str,
+    train_file: str,
+    run_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
 ):
     output = run_recipe(
         contrastive_image_text,
         model_name_or_path=text_encoder,
-        vision_model_name_or_path=str(CHECKPOINTS / "vit_small_architecture"),
-        random_vision_weights=True,
+        vision_model_name_or_path=vision_encoder,
         train_file=train_file,
         validation_file=train_file,
         per_device_eval_batch_size=4,
@@ -58,6 +72,8 @@ def test_the_loss_is_told_from_the_others_of_a_training_batch(
     report = json.loads((output / "optimizability/report.json").read_text())
     assert not report["failures"]
     assert [measurement["step"] for measurement in report["measurements"]] == [0, 2]
+
+    assert report["model"]["id"] == "tiny-bert + tiny-vit"
 
     model = VisionTextDualEncoderModel.from_pretrained(output).eval()
     pretrained = AutoModel.from_pretrained(text_encoder).state_dict()
