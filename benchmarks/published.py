@@ -42,11 +42,11 @@ card and its settings. To make one of them anew:
 $ python recipes/text_classification.py model_cards/minilm-l6-movie-reviews/settings.json
 ```
 
-The Hessian is that of the mean loss over the probe set in eval mode, by the trainable parameters. Behind ± stand the standard
-error over the probe vectors (trace; 0: nothing was left to them) and the bound on the distance to an eigenvalue (λ).
-"Over data" is how far another probe set of this size would move the trace (jackknife over batches). Of the noise
-scale, in examples, the 95 % interval over batches. † Not converged: the error is wider than asked for. All of it is
-local, and of one seed: another head starts elsewhere."""
+The Hessian is that of the mean loss over the probe set in eval mode, by the trainable parameters. Behind ± stand the
+standard error over the probe vectors (trace; 0: nothing was left to them) and the bound on the distance to an
+eigenvalue (λ). "Over data" is how far another probe set of this size would move the trace (jackknife over batches).
+Of the noise scale, in examples, the 95 % interval over batches. † Not converged: the error is wider than asked for.
+All of it is local, and of one seed: another head starts elsewhere."""
 
 
 def page(folder: Path) -> str:
