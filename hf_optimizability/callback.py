@@ -209,7 +209,7 @@ class OptimizabilityCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._guarded("writing the report", lambda: self._finish(state))
 
-    def _tasks_at(self, step: int) -> Mapping[str, TaskMeasurement]:
+    def _tasks_at(self, step: int | None) -> Mapping[str, TaskMeasurement]:
         """The tasks as they were measured at a step; none if they were not."""
         several = next((m.several for m in self.report.measurements if m.step == step), None)
         return {} if several is None else several.tasks

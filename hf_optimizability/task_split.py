@@ -73,6 +73,8 @@ def tasks_of_rows(dataset: Dataset | None, column: str, *, rows: int | None) -> 
     Raises:
         ValueError: If the data set is streamed or another one, or a row lacks the column.
     """
+    import datasets
+
     if dataset is None or rows is None or isinstance(dataset, IterableDataset):
         raise ValueError(
             "The training set is streamed; `task_column` needs one whose rows can be looked up. Load it whole, or "
@@ -81,11 +83,11 @@ def tasks_of_rows(dataset: Dataset | None, column: str, *, rows: int | None) -> 
     held: Any = dataset
     if len(held) != rows:
         raise ValueError(
-            f"The training set has {len(held)} rows, but the data loader goes over {rows}: which of them `task_column` "
-            "belongs to is not known."
+            f"The training set has {len(held)} rows, but the data loader goes over {rows}: which `task_column` "
+            "belongs to which of them is not known."
         )
-    feature = getattr(held, "features", {}).get(column)
-    named = feature.int2str if type(feature).__name__ == "ClassLabel" else task_name
+    feature = held.features.get(column) if isinstance(held, datasets.Dataset) else None
+    named = feature.int2str if isinstance(feature, datasets.ClassLabel) else task_name
 
     def task(index: int) -> str:
         row = held[index]

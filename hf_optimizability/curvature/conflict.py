@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several tasks on the same parameters: how far their gradients agree, and what the joint gradient is made of.
 
-Each part of the objective holds examples of one task. Parts are independent draws, so that the product of the gradients
-of two of them is free of their noise; the squared norm of any one gradient is not.
+Each part of the objective holds examples of one task. Parts are independent draws, so that the product of two parts'
+gradients is free of their noise; the squared norm of any one gradient is not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SAME = Estimate(1.0, 1.0, 1.0, method="definition", hvps=0, converged=True, std_
 
 @dataclass(frozen=True, kw_only=True)
 class BatchProducts:
-    """What the gradients of an objective's parts tell of its tasks: Sᵢ summed over part i, Gₜ over the parts of task t.
+    """What the gradients of an objective's parts tell of its tasks: Sᵢ of part i, Gₜ of all parts of task t, in sums.
 
     Attributes:
         losses: Summed loss of each part, of shape (parts,).
@@ -100,8 +100,8 @@ def batch_products(
     for pieces, loss, count, owner in _gradients(objective, mine):
         dots = torch.tensor([_dots(pieces, other, blocks) for other in (pieces, *sums)], dtype=torch.float64)
         found.append((loss, count, owner, holders.sum(dots).numpy()))
-    losses, counts, of_parts, dots = (np.array(column) for column in zip(*ranks.gather(found), strict=True))
-    return BatchProducts(losses=losses, counts=counts, owners=of_parts, squares=dots[:, 0], products=dots[:, 1:])
+    losses, counts, of_parts, both = (np.array(column) for column in zip(*ranks.gather(found), strict=True))
+    return BatchProducts(losses=losses, counts=counts, owners=of_parts, squares=both[:, 0], products=both[:, 1:])
 
 
 class TaskGram:
@@ -174,8 +174,8 @@ class TaskGram:
     def share(self, task: int) -> Estimate | None:
         """A task's share `⟨wₜgₜ, g⟩/‖g‖²` of the joint gradient g = Σ wₜgₜ, w being `weights`; they add up to 1.
 
-        To first order, a step of gradient descent of rate η lowers the joint loss by η‖g‖², and this is the task's part
-        in it. Below 0, that step raises the task's own loss.
+        To first order, a step of gradient descent of rate η lowers the joint loss by η‖g‖², and this is the task's
+        part in it. Below 0, that step raises the task's own loss.
         """
 
         def along_joint(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -187,8 +187,8 @@ class TaskGram:
     def equal_norm_weights(self) -> list[Estimate] | None:
         """Weights of the mean losses, of sum 1, that make all tasks' gradients equally long: `αₜ ∝ 1/‖gₜ‖`.
 
-        It is where GradNorm (Chen et al. 2018, arXiv 1711.02257) rests if all tasks train equally fast. `None` where the
-        noise hides a gradient, or a task has fewer than 3 parts.
+        It is where GradNorm (Chen et al. 2018, arXiv 1711.02257) rests if all tasks train equally fast. `None` where
+        the noise hides a gradient, or a task has fewer than 3 parts.
         """
 
         def of(gram: np.ndarray) -> np.ndarray:
@@ -243,8 +243,8 @@ class TaskGram:
             slope = x * y - square * xy
             reach = math.sqrt(max(slope**2 - curve * (x**2 - square * xx), 0.0))
             ends = ((slope - reach) / curve, (slope + reach) / curve)
-        value, *ends = (float(np.clip(number, low, high)) for number in (value, *ends))
-        return Estimate(value, *ends, method="jackknife", hvps=0, converged=curve > 0, std_error=std_error)
+        value, least, most = np.clip([value, *ends], low, high).tolist()
+        return Estimate(value, least, most, method="jackknife", hvps=0, converged=curve > 0, std_error=std_error)
 
     def _told(self, tasks: Collection[int]) -> bool:
         """Whether the parts of these tasks are enough to tell their scatter."""
@@ -325,7 +325,8 @@ def _dots(x: Sequence[Tensor], y: Sequence[Tensor], blocks: Sequence[Sequence[in
 def _shortest(gram: np.ndarray) -> np.ndarray:
     """The α ≥ 0 of sum 1 with the least αᵀ gram α.
 
-    The least `‖R x‖² + (1ᵀx − 1)²` over x ≥ 0, with RᵀR the Gram matrix, is at a multiple of it (Lawson & Hanson 1974).
+    The least `‖R x‖² + (1ᵀx − 1)²` over x ≥ 0, RᵀR being the Gram matrix, is at a multiple of it (Lawson & Hanson 1974,
+    chapter 23).
     """
     from scipy.optimize import nnls
 

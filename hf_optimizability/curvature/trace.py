@@ -387,8 +387,8 @@ class PartTraces:
     def mean_of(self, places: Sequence[int], *, tolerance: float, method: str, hvps: int) -> tuple[Estimate, ...]:
         """Trace of the mean of some parts, weighted by items; then that of each segment.
 
-        The same probes tell of all parts, so that such means add up to that of all. Errors are from the spread over the
-        probes, with Student's t.
+        The same probes tell of all parts, so that such means add up to that of all. Errors are from the spread over
+        the probes, with Student's t.
 
         Args:
             places: Which parts.

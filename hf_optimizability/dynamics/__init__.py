@@ -47,8 +47,8 @@ def compute_dynamics(
         by name, of the training loss and of whatever `eval_…` was logged, where lower is better if the name contains
         "loss" and higher if not; `"generalization_gap"`, with `measured_alike` (whether both losses were measured in
         eval mode with the same weights), `examples` (of each set) and `metric_gaps` (train minus eval). With `tasks`
-        also `"tasks"`: the convergence speed of each one's evaluation loss, and the gap at the end. Where the log lacks
-        something, values are `None` and `note` says why.
+        also `"tasks"`: the convergence speed of each one's evaluation loss, and the gap at the end. Where the log
+        lacks something, values are `None` and `note` says why.
 
     Example:
         >>> log = [{"loss": 2.0, "step": 10}, {"loss": 1.0, "step": 20}, {"eval_loss": 1.5, "step": 20}]
