@@ -255,6 +255,11 @@ class OptimizabilityConfig:
                 f"`trace_method` is {self.trace_method!r}, which does not tell the traces of tasks apart, but "
                 f"`task_column` is {self.task_column!r}. Choose 'hutchinson' or 'exact'."
             )
+        if self.task_column is not None and self.curvature == "empirical_fisher":
+            raise ValueError(
+                "`curvature` is 'empirical_fisher', which is not told by task, but `task_column` is "
+                f"{self.task_column!r}. Choose 'hessian' or 'gauss_newton'."
+            )
         if self.task_column is not None and self.engine == "central_difference":
             raise ValueError(
                 "`engine` is 'central_difference', whose products do not tell tasks apart, but `task_column` is "

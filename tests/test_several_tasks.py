@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
-import numpy as np
 import pytest
 import torch
 import training
@@ -85,7 +84,7 @@ def dense(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 BLOCKS = ["trunk.*", "heads.*"]
-PRECISE: dict[str, Any] = {"task_column": "task", "max_hvps": 120, "eigen_tolerance": 1e-8, "blocks": BLOCKS}
+PRECISE: dict[str, Any] = {"task_column": "task", "max_hvps": 60, "eigen_tolerance": 1e-6, "blocks": BLOCKS}
 
 
 def weighted(found: Measurement, value: Callable[[Any], float]) -> float:
@@ -93,11 +92,11 @@ def weighted(found: Measurement, value: Callable[[Any], float]) -> float:
     return sum(task.weight * value(task) for task in found.several.tasks.values())
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "empirical_fisher"])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("trace_method", ["hutchinson", "exact"])
 def test_tasks_add_up_to_the_joint_one(curvature: str, trace_method: str):
     config = OptimizabilityConfig(**PRECISE, curvature=curvature, trace_method=trace_method)
-    found = measure(Heads(), cut(rows(), 2), config)
+    found = measure(Heads(), cut(rows(), 7), config)
     assert list(found.several.tasks) == ["0", "1"]
     assert weighted(found, lambda task: task.loss.value) == pytest.approx(found.loss, rel=1e-10)
     assert weighted(found, lambda task: task.trace.value) == pytest.approx(found.hessian.trace.value, rel=1e-10)
@@ -112,32 +111,19 @@ def test_tasks_add_up_to_the_joint_one(curvature: str, trace_method: str):
 def test_each_task_is_what_it_is_alone():
     """Exact trace, largest eigenvalue, gradient and gᵀHg against a dense Hessian of that task's examples."""
     model, whole = Heads(), rows()
-    found = measure(model, cut(whole, 2), OptimizabilityConfig(**PRECISE, trace_method="exact"))
+    found = measure(model, cut(whole, 7), OptimizabilityConfig(**{**PRECISE, "max_hvps": 150}, trace_method="exact"))
     joint, _ = dense(model, whole)
     for index, (name, task) in enumerate(found.several.tasks.items()):
         gradient, hessian = dense(model, of_task(whole, index))
         assert name == str(index)
         assert task.trace.value == pytest.approx(float(hessian.trace()), rel=1e-10)
         assert task.trace.std_error == 0 and task.trace.data_std_error > 0
-        assert task.lambda_max.value == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-7)
+        assert task.lambda_max.value == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-5)
         assert task.grad_norm == pytest.approx(float(gradient.norm()), rel=1e-10)
         assert task.along_gradient == pytest.approx(float(joint @ hessian @ joint), rel=1e-10)
         assert task.blocks["trunk.*"].grad_norm == pytest.approx(float(gradient[:25].norm()), rel=1e-10)
     head = found.several.conflicts[0].blocks["heads.*"]
     assert head is None or head.value == 0  # each head is one task's own
-
-
-def test_probes_tell_each_tasks_trace_within_their_error():
-    """Of the Gauss-Newton matrix, whose trace no split knows beforehand."""
-    model, whole = Heads(), rows()
-    options: dict[str, Any] = {"task_column": "task", "curvature": "gauss_newton", "trace_tolerance": 0.2}
-    exact = measure(model, cut(whole, 7), OptimizabilityConfig(**options, trace_method="exact")).several
-    held = []
-    for seed in range(200):
-        found = measure(model, cut(whole, 7), OptimizabilityConfig(**options, max_hvps=24, probe_seed=seed)).several
-        for name, task in found.tasks.items():
-            held.append(task.trace.low <= exact.tasks[name].trace.value <= task.trace.high)
-    assert 0.92 <= np.mean(held) <= 0.99
 
 
 def test_batches_that_mix_tasks_are_cut():
@@ -229,10 +215,13 @@ def test_central_differences_tell_gradients_apart_but_no_curvature():
         def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
             return gradient
 
-    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return Once.apply(model(**batch)["loss"])
+    class OnceDifferentiable(Heads):
+        def forward(self, pixels: Tensor, task: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            hidden = Once.apply(self.trunk(pixels).tanh())
+            logits = torch.stack([head(hidden) for head in self.heads], dim=1)[torch.arange(len(task)), task]
+            return {"loss": nn.functional.cross_entropy(logits, labels)}
 
-    found = measure(Heads(), cut(rows(), 2), OptimizabilityConfig(task_column="task"), loss_fn=loss_fn)
+    found = measure(OnceDifferentiable(), cut(rows(), 7), OptimizabilityConfig(task_column="task", profile="light"))
     assert found.engine == "central_difference"
     task = found.several.tasks["0"]
     assert task.grad_norm > 0 and task.trace is task.lambda_max is task.along_gradient is None
@@ -243,6 +232,7 @@ def test_central_differences_tell_gradients_apart_but_no_curvature():
     [
         ({"trace_method": "hutch++"}, "`trace_method` is 'hutch\\+\\+'.*'hutchinson' or 'exact'"),
         ({"trace_method": "xtrace"}, "`trace_method` is 'xtrace'"),
+        ({"curvature": "empirical_fisher"}, "`curvature` is 'empirical_fisher'.*Choose 'hessian'"),
         ({"engine": "central_difference"}, "`engine` is 'central_difference'.*Leave `engine` at 'auto'"),
     ],
 )
@@ -282,7 +272,12 @@ def dataset(kind: Callable[[int], Any], *, features: Any = None) -> datasets.Dat
 
 
 class TestTrainer:
-    OPTIONS = {**EVERY_STEP, "measure_strategy": "no", "probe_examples": 16, "task_column": "kind"}
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        **EVERY_STEP,
+        "measure_strategy": "no",
+        "probe_examples": 16,
+        "task_column": "kind",
+    }
 
     def test_training_is_the_same_and_names_come_through_whatever_they_are(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -302,7 +297,7 @@ class TestTrainer:
         report = OptimizabilityReport.load(tmp_path / "optimizability")
         assert report.measurements == trainer.optimizability_report().measurements and not report.failures
         several = report.measurements[-1].several
-        assert list(several.tasks) == [HOSTILE, "plain"] and list(several.conflicts[0].blocks)[0] == "embeddings"
+        assert list(several.tasks) == [HOSTILE, "plain"] and next(iter(several.conflicts[0].blocks)) == "embeddings"
         assert {f"optimizability/task/plain/{name}" for name in ("loss", "grad_norm", "hessian_trace")} <= {
             key for entry in trainer.state.log_history for key in entry
         }

@@ -236,7 +236,7 @@ class TaskGram:
         by_task, value = self._covariances(np.stack(terms(self.without), axis=1)), x / y
         variances = np.maximum(np.array([1, -value]) @ by_task @ np.array([1, -value]), 0)  # of x − c y at x/y
         std_error, square = math.sqrt(variances.sum()) / y, _quantile(variances, self._parts) ** 2
-        (xx, xy), (_, yy) = by_task.sum(axis=0)
+        (xx, xy), (_, yy) = by_task.sum(axis=0).tolist()
         curve = y**2 - square * yy  # curve c² − 2 slope c + (x² − square xx) ≤ 0
         ends = (low, high)
         if curve > 0:
@@ -299,7 +299,7 @@ class _Totals:
         diagonal = np.arange(len(gram))
         gram[diagonal, diagonal] -= self.squares
         pairs[diagonal, diagonal] -= self.lengths
-        with np.errstate(invalid="ignore"):  # 0/0 of a task with one part
+        with np.errstate(divide="ignore", invalid="ignore"):  # of a task with one part
             return (gram + gram.swapaxes(0, 1)) / 2 / pairs[..., None]
 
 
