@@ -325,8 +325,8 @@ def _dots(x: Sequence[Tensor], y: Sequence[Tensor], blocks: Sequence[Sequence[in
 def _shortest(gram: np.ndarray) -> np.ndarray:
     """The α ≥ 0 of sum 1 with the least αᵀ gram α.
 
-    The least `‖R x‖² + (1ᵀx − 1)²` over x ≥ 0, RᵀR being the Gram matrix, is at a multiple of it (Lawson & Hanson 1974,
-    chapter 23).
+    The least `‖R x‖² + (1ᵀx − 1)²` over x ≥ 0, RᵀR being the Gram matrix, is at a multiple of it (Lawson & Hanson
+    1974, chapter 23).
     """
     from scipy.optimize import nnls
 

@@ -112,8 +112,8 @@ def sketch(
         trace_method: The estimator.
         num_eigenvalues: How many eigenvalues to find at each end.
         left_out: Eigenvalues known to be 0 that A was shrunk by, for the density.
-        deflate: Whether the Ritz vectors take their part off Hutchinson's probes. The parts are seen without that: where
-            their traces shall add up to the whole one, it must be as well.
+        deflate: Whether the Ritz vectors take their part off Hutchinson's probes. The parts are seen without that:
+            where their traces shall add up to the whole one, it must be as well.
 
     Example:
         >>> import torch
