@@ -426,7 +426,9 @@ def tasks_conflict(report: OptimizabilityReport) -> Finding | None:
 def one_task_dominates(report: OptimizabilityReport) -> Finding | None:
     """One task makes most of the joint gradient, beyond its share of the examples."""
     several = _several(report)
-    for name, task in ({} if several is None else several.tasks).items():
+    if several is None or tasks_conflict(report) is not None:  # what is left of gradients that cancel is no share
+        return None
+    for name, task in several.tasks.items():
         if task.share is not None and task.share.converged and task.share.low > max(DOMINANT, task.weight):
             return Finding(
                 name="one_task_dominates",

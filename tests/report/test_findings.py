@@ -125,10 +125,14 @@ def ill_scaled() -> Perceptron:
     return model
 
 
-def two_tasks(second: Callable[[int], int]) -> Rows:
-    """Whether a digit is at least 5, and another task on half of the rows."""
-    rows = [{**row, "labels": int(row["labels"] > 4), "kind": index % 2} for index, row in enumerate(digits(400))]
-    return [{**row, "labels": second(row["labels"]) if row["kind"] else row["labels"]} for row in rows]
+def two_tasks(*, turned: bool = False, loud: float = 1.0) -> Rows:
+    """Whether a digit is at least 5; or, turned, 0 on half of the rows and 1 on the other, which no pixel tells."""
+    rows = []
+    for index, row in enumerate(digits(400)):
+        second, label = index % 2, int(row["labels"] > 4)
+        pixels = row["pixels"] * (loud if second else 1.0)
+        rows.append({"pixels": pixels, "labels": second if turned else label, "kind": second})
+    return rows
 
 
 BY_TASK = {"task_column": "kind", "probe_examples": 64}
@@ -180,10 +184,10 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
         {"train_dataset": digits(4) * 100, "per_device_train_batch_size": 200, "max_steps": 8},
         {"batch_above_noise_scale", "not_converged", "saddle"},
     ),
-    (Perceptron, {"train_dataset": two_tasks(lambda label: 1 - label), "config": BY_TASK}, {"tasks_conflict"}),
+    (Perceptron, {"train_dataset": two_tasks(turned=True), "max_steps": 30, "config": BY_TASK}, {"tasks_conflict"}),
     (
         Perceptron,
-        {"train_dataset": two_tasks(lambda label: 9), "max_steps": 20, "config": BY_TASK},
+        {"train_dataset": two_tasks(loud=8), "max_steps": 4, "learning_rate": 1e-6, "config": BY_TASK},
         {"one_task_dominates"},
     ),
 ]  # fmt: skip
