@@ -47,6 +47,7 @@ class SeveralTasksArguments:
     max_train_samples: int = field(default=960, metadata={"help": "Sentences to train on, of both tasks together."})
     max_eval_samples: int = field(default=400, metadata={"help": "Sentences to evaluate on, of both together."})
     max_seq_length: int = field(default=48, metadata={"help": "Cut longer sentences to this number of tokens."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
 
 
 def labelled(rows: Dataset, task: str, *, median: float) -> Dataset:
@@ -61,7 +62,7 @@ def labelled(rows: Dataset, task: str, *, median: float) -> Dataset:
 
 def load_tasks(args: SeveralTasksArguments, tokenizer: Any, *, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
     """The training set of both tasks, and an evaluation set of each; no sentence is in two of them."""
-    data = load_dataset(args.dataset_name)
+    data = load_dataset(args.dataset_name, cache_dir=args.cache_dir)
     median = float(np.median(np.abs(data["train"]["score"])))
 
     def encoded(split: str, number: int) -> dict[str, Dataset]:

@@ -312,6 +312,7 @@ class TestTrainer:
         with pytest.raises(ValueError, match=r"no column 'kind'.*only 'input_ids', 'labels'.*OptimizabilityTrainer"):
             training.trainer(tmp_path, train_dataset=data, callbacks=[callback]).train()
 
+    @pytest.mark.slow
     def test_rows_that_keep_it_do_without_a_trainer_and_classes_give_their_names(self, tmp_path: Path):
         callback = OptimizabilityCallback(OptimizabilityConfig(**self.OPTIONS))
         rows = [{**row, "kind": i % 2} for i, row in enumerate(training.dataset("bert"))]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 from hf_optimizability import OptimizabilityReport
 
 
-@pytest.mark.parametrize("second", ["intensity", "negated"])
+@pytest.mark.parametrize("second", ["intensity", pytest.param("negated", marks=pytest.mark.slow)])
 def test_a_run_tells_both_tasks(tmp_path: Path, run_recipe: Callable[..., Path], second: str):
     checkpoint, folder = save_checkpoint(tmp_path / "tiny-bert"), tmp_path / "data"
     config = AutoConfig.from_pretrained(checkpoint)
