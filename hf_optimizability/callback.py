@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -18,16 +19,17 @@ from . import provenance
 from .clock import Clock
 from .configuration import OptimizabilityConfig
 from .curvature.preconditioner import unwrapped
+from .curvature.ranks import Ranks
 from .files import keep_aside, require_writable
 from .fsdp import class_name
 from .history import record, restore, without_records
 from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
-from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure
+from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure, SeveralTasks, TaskMeasurement
 from .objective import Objective, trainer_loss
 from .parallel import RankLostError, training_ranks
 from .privacy import anonymous, in_strings, without_secrets
-from .probe import probe_batches
+from .probe import probe_batches, probe_batches_by_task
 from .report import OptimizabilityReport
 from .safety import pretrained
 from .schedule import affordable
@@ -108,18 +110,11 @@ class OptimizabilityCallback(TrainerCallback):
                 require_writable(self._folder, "report_dir")
                 if not history.steps and (earlier := keep_aside(self._folder / "report.json")):
                     logger.info(f"The report of an earlier run is now {earlier}.")
-        batches = probe_batches(
-            loader,
-            examples=self.config.budget.probe_examples,
-            batch_size=self.config.probe_batch_size,
-            seed=self.config.probe_seed,
-            required=self.config.probe_examples is not None,
-            ranks=ranks,
-        )
         trainer = self._trainer
+        batches, tasks = self._probe(loader, loader.dataset if trainer is None else trainer.train_dataset, ranks)
         loss_fn = None if trainer is None else trainer_loss(trainer)
         eval_dataset = None if trainer is None or isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
-        self._objective = Objective(model, batches, loss_fn=loss_fn).shared(ranks)
+        self._objective = Objective(model, batches, loss_fn=loss_fn, tasks=tasks).shared(ranks)
         self._optimizer = _readable(kwargs["optimizer"])
         block_indices(self._objective.names, self.config)
         self._check()
@@ -138,6 +133,19 @@ class OptimizabilityCallback(TrainerCallback):
         if not history.steps or self._ends_an_epoch(state):
             self._measure(args, state, control)
         self._clock.go_on()
+
+    def _probe(self, loader: DataLoader, rows: Dataset | None, ranks: Ranks) -> tuple[list[Any], list[str] | None]:
+        """The probe set in batches, and the task of each where tasks are told apart."""
+        drawn: dict[str, Any] = {
+            "examples": self.config.budget.probe_examples,
+            "batch_size": self.config.probe_batch_size,
+            "seed": self.config.probe_seed,
+            "required": self.config.probe_examples is not None,
+            "ranks": ranks,
+        }
+        if self.config.task_column is None:
+            return probe_batches(loader, **drawn), None
+        return probe_batches_by_task(loader, rows, self.config.task_column, **drawn)
 
     def _ends_an_epoch(self, state: TrainerState) -> bool:
         """Whether a checkpoint at the end of an epoch, from which a run goes on, was made before `on_epoch_end`."""
@@ -181,16 +189,18 @@ class OptimizabilityCallback(TrainerCallback):
     ) -> None:
         """Measures the final weights, adds the training dynamics and writes the whole report."""
         best_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        self._measure(args, state, control, step=state.best_global_step if best_loaded else state.global_step)
+        step = state.best_global_step if best_loaded else state.global_step
+        self._measure(args, state, control, step=step)
         trainer = self._trainer
         if trainer is not None:
-            from .generalization import measure_gap
+            from .generalization import measure_gap, measure_task_gaps
 
             ranks = self._objective.ranks
 
             def measured_gap() -> dict[str, float]:
                 with ranks.agreed():
-                    return measure_gap(trainer, self.config, ranks=ranks)
+                    gaps = measure_task_gaps(trainer, self._tasks_at(step), self.config, ranks=ranks)
+                    return gaps or measure_gap(trainer, self.config, ranks=ranks)
 
             with self._clock.paused():
                 gap = self._guarded("measuring the generalization gap", measured_gap)
@@ -198,6 +208,11 @@ class OptimizabilityCallback(TrainerCallback):
                 self._log(gap, state, control)
         if state.is_world_process_zero:
             self._guarded("writing the report", lambda: self._finish(state))
+
+    def _tasks_at(self, step: int | None) -> Mapping[str, TaskMeasurement]:
+        """The tasks as they were measured at a step; none if they were not."""
+        several = next((m.several for m in self.report.measurements if m.step == step), None)
+        return {} if several is None else several.tasks
 
     def _check(self) -> None:
         """Raises on wrong arguments; anything else is for the first measurement to meet and to record."""
@@ -280,7 +295,9 @@ class OptimizabilityCallback(TrainerCallback):
         from .dynamics import compute_dynamics
 
         self.report.log_history = in_strings(without_records(state.log_history), anonymous)
-        self.report.dynamics = compute_dynamics(self.report.log_history, seed=self.config.probe_seed)
+        last = self.report.measurements[-1].several if self.report.measurements else None
+        tasks = [] if last is None else list(last.tasks)
+        self.report.dynamics = compute_dynamics(self.report.log_history, tasks=tasks, seed=self.config.probe_seed)
         self.report.training["overhead"] = self._clock.overhead
         path = self._stamp().save(self._folder)
         logger.info(f"Optimizability report: {path}")
@@ -334,5 +351,25 @@ def log_entry(measurement: Measurement) -> dict[str, float]:
         numbers["sharpness"] = step_size.sharpness.value
         numbers["sharpness_limit"] = step_size.limit
         numbers["critical_learning_rate"] = step_size.critical.value
+    if measurement.several is not None:
+        numbers |= _task_entry(measurement.several)
     numbers |= {"hvps": measurement.hvps, "seconds": measurement.seconds}
     return {PREFIX + name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
+
+
+def _task_entry(several: SeveralTasks) -> dict[str, float | None]:
+    """The numbers of each task, and of each pair."""
+    numbers: dict[str, float | None] = {}
+    for name, task in several.tasks.items():
+        numbers |= {f"task/{name}/loss": task.loss.value, f"task/{name}/grad_norm": task.grad_norm}
+        for key, estimate in (
+            ("grad_share", task.share),
+            ("hessian_trace", task.trace),
+            ("hessian_lambda_max", task.lambda_max),
+        ):
+            if estimate is not None:
+                numbers[f"task/{name}/{key}"] = estimate.value
+    for pair in several.conflicts:
+        if pair.cosine is not None:
+            numbers[f"task_cosine/{pair.first}/{pair.second}"] = pair.cosine.value
+    return numbers

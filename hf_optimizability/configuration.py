@@ -17,6 +17,7 @@ class Budget:
         trace_tolerance: Relative standard error of the trace at which to stop.
         eigen_tolerance: Relative residual of the eigenvalues at which to stop.
         block_eigenvalues: Whether to find the largest and the smallest eigenvalue of each block too.
+        task_eigenvalues: Whether to find the largest eigenvalue of each task's Hessian too, where there are several.
     """
 
     probe_examples: int
@@ -24,32 +25,42 @@ class Budget:
     trace_tolerance: float
     eigen_tolerance: float
     block_eigenvalues: bool
+    task_eigenvalues: bool
 
-    def shares(self, *, sharpness: bool, blocks: bool) -> Shares:
+    def shares(self, *, sharpness: bool, blocks: bool, tasks: bool) -> Shares:
         """What each part of a measurement may spend.
 
         Args:
             sharpness: Whether the sharpness that the optimizer sees takes products of its own.
             blocks: Whether the eigenvalues of the blocks do.
+            tasks: Whether those of the tasks do. A product with each task's own Hessian counts as one: each goes over
+                its own batches.
         """
         each = self.max_hvps // 5
-        taken = Shares(sketch=0, along_gradient=2, sharpness=each * sharpness, blocks=each * blocks)
+        taken = Shares(0, along_gradient=2, sharpness=each * sharpness, blocks=each * blocks, tasks=each * tasks)
         return taken._replace(sketch=self.max_hvps - sum(taken))
 
 
 class Shares(NamedTuple):
-    """Products for the ends, density and trace; along the gradient; for the sharpness; for the blocks."""
+    """Products for the ends, density and trace; along the gradient; for the sharpness; the blocks; the tasks."""
 
     sketch: int
     along_gradient: int
     sharpness: int
     blocks: int
+    tasks: int
 
 
 PROFILES = {
-    "light": Budget(32, max_hvps=32, trace_tolerance=0.25, eigen_tolerance=0.05, block_eigenvalues=False),
-    "standard": Budget(64, max_hvps=64, trace_tolerance=0.1, eigen_tolerance=0.01, block_eigenvalues=False),
-    "full": Budget(256, max_hvps=256, trace_tolerance=0.05, eigen_tolerance=0.001, block_eigenvalues=True),
+    "light": Budget(
+        32, 32, trace_tolerance=0.25, eigen_tolerance=0.05, block_eigenvalues=False, task_eigenvalues=False
+    ),
+    "standard": Budget(
+        64, 64, trace_tolerance=0.1, eigen_tolerance=0.01, block_eigenvalues=False, task_eigenvalues=True
+    ),
+    "full": Budget(
+        256, 256, trace_tolerance=0.05, eigen_tolerance=0.001, block_eigenvalues=True, task_eigenvalues=True
+    ),
 }
 """Presets, each several times the price of the one before."""
 
@@ -76,7 +87,7 @@ class OptimizabilityConfig:
         default="standard",
         metadata={
             "help": "Preset for the options left unset: probe_examples, max_hvps, trace_tolerance, eigen_tolerance, "
-            "block_eigenvalues."
+            "block_eigenvalues, task_eigenvalues."
         },
     )
     measure_strategy: Literal["auto", "no", "steps", "epoch"] = field(
@@ -163,6 +174,20 @@ class OptimizabilityConfig:
             "By default: embeddings, each layer, head."
         },
     )
+    task_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the column, or of the key in a batch, that says to which task an example belongs, by a "
+            "string or a whole number. Gradient and curvature are then told by task as well, and how far the tasks "
+            "conflict."
+        },
+    )
+    task_eigenvalues: bool | None = field(
+        default=None,
+        metadata={
+            "help": "With task_column, find the largest eigenvalue of each task's own Hessian. Set by the profile."
+        },
+    )
     probe_seed: int = field(default=0, metadata={"help": "Seed of the probe set and of the probe vectors."})
     report_dir: str | None = field(
         default=None,
@@ -215,10 +240,30 @@ class OptimizabilityConfig:
                 "'lanczos'."
             )
 
+        self._require_tasks_that_fit()
         if self.eigen_method == "power_iteration" and self.landscape:
             raise ValueError(
                 "`landscape` needs the top two eigenvectors, but power iteration finds one. Set `eigen_method` to "
                 "'lanczos'."
+            )
+
+    def _require_tasks_that_fit(self) -> None:
+        if self.task_column is None and self.task_eigenvalues:
+            raise ValueError("`task_eigenvalues` needs `task_column`: set it, or leave both unset.")
+        if self.task_column is not None and self.trace_method in ("hutch++", "xtrace"):
+            raise ValueError(
+                f"`trace_method` is {self.trace_method!r}, which does not tell the traces of tasks apart, but "
+                f"`task_column` is {self.task_column!r}. Choose 'hutchinson' or 'exact'."
+            )
+        if self.task_column is not None and self.curvature == "empirical_fisher":
+            raise ValueError(
+                "`curvature` is 'empirical_fisher', which is not told by task, but `task_column` is "
+                f"{self.task_column!r}. Choose 'hessian' or 'gauss_newton'."
+            )
+        if self.task_column is not None and self.engine == "central_difference":
+            raise ValueError(
+                "`engine` is 'central_difference', whose products do not tell tasks apart, but `task_column` is "
+                f"{self.task_column!r}. Leave `engine` at 'auto'."
             )
 
     @property

@@ -167,7 +167,7 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
         update=config.landscape and steps,
         judged=way.engine == "central_difference",
     )
-    gradients = float(_GRADIENTS + _STEP_GRADIENTS * steps)
+    gradients = float(_GRADIENTS + _STEP_GRADIENTS * steps + 2 * (config.task_column is not None))
     if config.landscape:
         gradients += 2 + (PLANE_POINTS**2 + (LINE_POINTS + 1) * steps) / 2  # 2: one, and a pass that finds rows
     stage = max(list_stages(config, products, prices), key=lambda stage: stage.vector_memory + stage.graph_memory)
@@ -258,7 +258,7 @@ def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) 
 
 def _seconds(products: Products, prices: Prices) -> float:
     blocks = 0.0 if prices.block is None else products.blocks * prices.block.seconds
-    alone = products.ends + products.sharpness + products.checks
+    alone = products.ends + products.tasks + products.sharpness + products.checks
     return alone * prices.one.seconds + products.trace * prices.lockstep.seconds + blocks + prices.known_part
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch.utils.data import DataLoader, Subset
 
 from .configuration import OptimizabilityConfig
 from .curvature.ranks import ALONE, Ranks
-from .measurement import PREFIX
+from .measurement import PREFIX, TaskMeasurement
 from .objective import Objective, trainer_loss
-from .probe import num_examples, probe_batches, probe_indices
+from .probe import LEAST_EXAMPLES, num_examples, probe_batches, probe_indices
 from .safety import eval_mode, measuring, preserved_rng
 
 
@@ -61,6 +62,37 @@ def measure_gap(trainer: Trainer, config: OptimizabilityConfig, *, ranks: Ranks 
                 sample = Subset(loader.dataset, probe_indices(sizes[split], examples, seed=config.probe_seed))
                 metrics = trainer.predict(sample, metric_key_prefix=PREFIX + split).metrics or {}
                 numbers |= {key: value for key, value in metrics.items() if not key.endswith(_NO_METRICS)}
+    return numbers
+
+
+def measure_task_gaps(
+    trainer: Trainer, tasks: Mapping[str, TaskMeasurement], config: OptimizabilityConfig, *, ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """Loss of each task on the evaluation set of its name, in eval mode, beside that on its probe examples.
+
+    Args:
+        trainer: Its evaluation sets and loss are used.
+        tasks: What was measured with the same weights.
+        config: Seed and batch size.
+        ranks: Processes that train together: they share the examples.
+
+    Returns:
+        What to log, behind the common prefix and `task/<name>/`: `train_loss` and `eval_loss`, each with `_std_error`.
+        Empty where the Trainer has no evaluation sets by name; none that are streamed or have another name.
+    """
+    numbers: dict[str, float] = {}
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
+    with preserved_rng(config.probe_seed), eval_mode(cast(nn.Module, trainer.model)):
+        for name in [name for name in tasks if name in sets]:
+            loader, split = trainer.get_eval_dataloader(name), f"task/{name}/"
+            examples = min(GAP_EXAMPLES, num_examples(loader.dataset) or 0)
+            if examples < LEAST_EXAMPLES:
+                continue
+            numbers |= _mean_loss(trainer, f"{split}eval", loader, examples, config, ranks)
+            loss = tasks[name].loss
+            numbers[f"{PREFIX}{split}train_loss"] = loss.value
+            if loss.std_error is not None:
+                numbers[f"{PREFIX}{split}train_loss_std_error"] = loss.std_error
     return numbers
 
 

@@ -122,10 +122,23 @@ def _read(held: Any) -> _Record:
     found: Measurement | MeasurementFailure
     if "measurement" in held:
         found = Measurement.from_dict(held["measurement"])
-        found = replace(found, blocks={name: found.blocks[name] for name in held["blocks"]})
+        found = _in_order(found, held["blocks"])
     else:
         found = MeasurementFailure(**held["failure"])
     return _Record(found, dict(held["config"]), float(held["seconds"]), float(held["train_seconds"]))
+
+
+def _in_order(found: Measurement, blocks: list[str]) -> Measurement:
+    """The measurement with its blocks in the model's order, wherever they are."""
+    several = found.several
+    if several is not None:
+        tasks = {
+            name: replace(task, blocks={block: task.blocks[block] for block in blocks})
+            for name, task in several.tasks.items()
+        }
+        conflicts = (replace(c, blocks={block: c.blocks[block] for block in blocks}) for c in several.conflicts)
+        several = replace(several, tasks=tasks, conflicts=tuple(conflicts))
+    return replace(found, blocks={name: found.blocks[name] for name in blocks}, several=several)
 
 
 def _what(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,6 +20,7 @@ from transformers.optimization import Adafactor
 from transformers.utils import logging
 
 from .blocks import match_blocks, name_blocks
+from .by_task import TaskCurvature, eigenvalues_by_task, means_by_task, several_tasks, traces_by_task
 from .configuration import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.decoupled import DecoupledHessian
@@ -44,6 +46,7 @@ from .objective import Batch, LossFunction, Objective
 from .parallel import training_ranks
 from .safety import full_precision, measuring
 from .supported import require_supported
+from .task_split import require_several, split_by_task
 
 
 logger = logging.get_logger(__name__)
@@ -78,7 +81,9 @@ def measure(
         model: Any module; its parameters with `requires_grad` are what is differentiated by. Measured in eval mode,
             and left as it was.
         batches: What the model takes (dict or `BatchEncoding` with labels), batch by batch. Under FSDP2 all processes
-            call this together, with the same batches, and share the work.
+            call this together, with the same batches, and share the work. With `config.task_column` each also has that
+            key, with the task of each example or one for all; batches that mix tasks are cut. A model whose `forward`
+            does not name the key gets its batches without it; a `loss_fn` gets them as they are.
         config: Precision and budget; when to measure does not matter here.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
@@ -125,7 +130,11 @@ def checked(
     if optimizer is not None:
         optimizer = unwrapped_optimizer(optimizer)
     require_supported(model)
-    objective = Objective(model, batches, loss_fn=loss_fn)
+    tasks = None
+    if config.task_column is not None:
+        batches, tasks = split_by_task(model, batches, config.task_column, drop=loss_fn is None)
+        require_several(tasks, config.task_column)
+    objective = Objective(model, batches, loss_fn=loss_fn, tasks=tasks)
     if is_sharded(model):
         objective = objective.shared(training_ranks(objective.parameters[0].device))
     block_indices(objective.names, config)
@@ -218,7 +227,8 @@ def _found(
             if curvature.along_update is not None:
                 line = _line(objective, point, update, curvature.along_update, step_size)
         landscape = Landscape(line, _plane(objective, curvature.sketch)) if config.landscape else None
-        blocks = _blocks(objective, config, point, curvature)
+        indices = block_indices(objective.names, config)
+        blocks = _blocks(objective, indices, point, curvature)
         noise = None
         if objective.parts >= MIN_PARTS:
             noise = noise_scale(
@@ -235,6 +245,7 @@ def _found(
             "noise_scale": None if noise is None else noise.noise_scale,
             "step_size": step_size,
             "landscape": landscape,
+            "several": None if config.task_column is None else several_tasks(objective, indices, curvature.tasks),
             "engine": way.engine,
             "attention": way.attention,
             "fallback": way.fallback,
@@ -281,6 +292,7 @@ class _Curvature:
     along_gradient: QuadraticModel
     along_update: float | None
     sharpness: Estimate | None
+    tasks: TaskCurvature
 
 
 def _curvature(
@@ -294,13 +306,18 @@ def _curvature(
 ) -> _Curvature:
     preconditions = preconditioner is not None and not all(objective.rows.ranks.gather([preconditioner.is_identity]))
     twice = way.exact and config.curvature == "hessian"  # the Hessian itself, by differentiating twice
-    shares = config.budget.shares(sharpness=preconditions, blocks=twice and config.budget.block_eigenvalues)
+    by_task = config.task_column is not None and way.engine != "central_difference"
+    shares = config.budget.shares(
+        sharpness=preconditions,
+        blocks=twice and config.budget.block_eigenvalues,
+        tasks=by_task and config.budget.task_eigenvalues,
+    )
     options: dict[str, Any] = {"tolerance": config.budget.eigen_tolerance, "seed": config.probe_seed}
     shared: dict[str, Any] = {"ranks": objective.ranks, "on_products": count}
     matrix = partial(way.operator, objective, curvature=config.curvature, on_products=count)
     update = next_update() if config.landscape and next_update is not None else None
     # First, since it finds what is no Hessian.
-    along_gradient, along_update = _along(matrix(), point, update, config, exact=way.exact)
+    along_gradient, along_update, along_parts = _along(matrix(), point, update, config, exact=way.exact)
     del update
     with used_rows(objective, ranks=objective.ranks) as left_out:
         blocks = list(block_indices(objective.names, config).values())
@@ -318,7 +335,11 @@ def _curvature(
             trace_method=config.trace_method,
             num_eigenvalues=config.num_eigenvalues,
             left_out=left_out,
+            deflate=not by_task,
         )
+        lambda_max = {}
+        if shares.tasks:
+            lambda_max = eigenvalues_by_task(objective, way, config, max_hvps=shares.tasks, on_products=count)
         by_block = None
         if shares.blocks:
             block_diagonal = BlockDiagonalHessian(objective, blocks, **shared)
@@ -331,7 +352,11 @@ def _curvature(
             sharpness = lanczos(preconditioned, max_hvps=shares.sharpness, **options).lambda_max
     if not config.landscape:
         found = replace(found, eigenvectors=None)
-    return _Curvature(found, left_out, by_block, along_gradient, along_update, sharpness)
+    tasks = TaskCurvature({}, {}, {})
+    if by_task:
+        traces = traces_by_task(objective, found, tolerance=config.budget.trace_tolerance)
+        tasks = TaskCurvature(means_by_task(objective, *along_parts), lambda_max, traces)
+    return _Curvature(found, left_out, by_block, along_gradient, along_update, sharpness, tasks)
 
 
 def _trace_matrix(
@@ -369,8 +394,8 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 def _along(
     operator: ObjectiveOperator, point: Gradient, update: Tensor | None, config: OptimizabilityConfig, *, exact: bool
-) -> tuple[QuadraticModel, float | None]:
-    """The quadratic model along −g, and the curvature uᵀHu along an update.
+) -> tuple[QuadraticModel, float | None, tuple[np.ndarray, list[int]]]:
+    """The quadratic model along −g, the curvature uᵀHu along an update, and gᵀHg and the items of each part.
 
     A further product in lockstep tells whether the matrix is symmetric at all.
     """
@@ -378,7 +403,8 @@ def _along(
     generator = torch.Generator().manual_seed(config.probe_seed)
     probe = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
     columns = [flat, probe] if update is None else [flat, probe, update.to(operator.device, operator.dtype)]
-    along, other, *along_update = operator.matmat(torch.stack(columns, dim=1)).T
+    products, forms, items = operator.matmat_by_part(torch.stack(columns, dim=1), [[slice(0, len(flat))]])
+    along, other, *along_update = products.T
     ranks = operator.rows.ranks
     asymmetry = abs(dot(flat, other, ranks) - dot(probe, along, ranks)) / (
         (norm(flat, ranks) * norm(other, ranks)) or 1.0
@@ -386,7 +412,7 @@ def _along(
     if exact and asymmetry > LARGEST_ASYMMETRY:
         _require_rounding_alone(asymmetry, loss=point.loss, dtype=operator.dtype)
     bend = dot(columns[2], along_update[0], ranks) if along_update else None
-    return quadratic_model(flat, along, ranks), bend
+    return quadratic_model(flat, along, ranks), bend, (forms[:, 0, 0], items)
 
 
 def _require_rounding_alone(asymmetry: float, *, loss: float, dtype: torch.dtype) -> None:
@@ -455,9 +481,8 @@ def _plane(objective: Objective, found: Sketch) -> LossPlane | None:
 
 
 def _blocks(
-    objective: Objective, config: OptimizabilityConfig, point: Gradient, curvature: _Curvature
+    objective: Objective, blocks: Mapping[str, list[int]], point: Gradient, curvature: _Curvature
 ) -> dict[str, BlockMeasurement]:
-    blocks = block_indices(objective.names, config)
     parameters = [parameter.detach() for parameter in objective.parameters]
     ranks, sizes = objective.rows.ranks, objective.sizes
     traces = curvature.sketch.segments

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .curvature.conflict import SAME
 from .curvature.estimates import Estimate
 from .curvature.landscape import Landscape
 from .curvature.sketch import HessianEstimates
@@ -96,6 +97,124 @@ class StepMeasurement:
 
 
 @dataclass(frozen=True)
+class TaskMeasurement:
+    """One task of several; what it is a mean over are this task's examples of the probe set.
+
+    Attributes:
+        items: What the mean is over: examples, or labels other than -100.
+        batches: Batches of the probe set; fewer than 3 leave no error over the data.
+        weight: w, its share of all items; the joint loss is the sum of w times the tasks' losses.
+        loss: Mean loss, in eval mode, with its standard error over the batches.
+        grad_norm: 2-norm of the gradient of that loss.
+        signal_norm: 2-norm of the gradient over all data: what the noise adds to `grad_norm` is taken off.
+        share: wₜ⟨gₜ, g⟩/‖g‖², g the joint gradient over all data: the task's part in what a small step of gradient
+            descent gains. The shares add up to 1; below 0, that step raises the task's own loss.
+        noise_scale: Of this task alone.
+        trace: Trace of the Hessian of its loss. Times w they add up to the joint one.
+        lambda_max: Its largest eigenvalue, where `task_eigenvalues` asks for it.
+        along_gradient: gᵀHₜg, g the joint gradient on the probe set; times w they add up to the joint one.
+        equal_norm_weight: In the place of w, what makes the gradients of all tasks equally long.
+        min_norm_weight: In the place of w, what makes the joint gradient shortest, so that a step along it raises no
+            task's loss.
+        blocks: Gradient norm and trace by block.
+    """
+
+    items: int
+    batches: int
+    weight: float
+    loss: Estimate
+    grad_norm: float
+    signal_norm: Estimate | None
+    share: Estimate | None
+    noise_scale: Estimate | None
+    trace: Estimate | None
+    lambda_max: Estimate | None
+    along_gradient: float | None
+    equal_norm_weight: Estimate | None
+    min_norm_weight: Estimate | None
+    blocks: Mapping[str, TaskBlock]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TaskMeasurement:
+        """Rebuilds it from `dataclasses.asdict`."""
+        estimates = {
+            name: Estimate.from_dict(value)
+            for name, value in data.items()
+            if isinstance(value, dict) and name != "blocks"
+        }
+        blocks = {name: TaskBlock.from_dict(block) for name, block in data["blocks"].items()}
+        return cls(**{**data, **estimates, "blocks": blocks})
+
+
+@dataclass(frozen=True)
+class TaskBlock:
+    """One block of parameters, as one task sees it.
+
+    Attributes:
+        grad_norm: 2-norm of the block's part of the task's gradient.
+        trace: Trace of the block's diagonal block of the task's Hessian.
+    """
+
+    grad_norm: float
+    trace: Estimate | None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TaskBlock:
+        """Rebuilds it from `dataclasses.asdict`."""
+        return cls(data["grad_norm"], _rebuilt(data["trace"], Estimate.from_dict))
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """How far the gradients of two tasks agree, over all data.
+
+    Attributes:
+        first: A task.
+        second: Another.
+        cosine: Of the angle between their gradients; `None` where the noise hides one of them. Below 0, a step that
+            lowers one loss raises the other.
+        blocks: The same by block.
+    """
+
+    first: str
+    second: str
+    cosine: Estimate | None
+    blocks: Mapping[str, Estimate | None]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Conflict:
+        """Rebuilds it from `dataclasses.asdict`."""
+        blocks = {name: _rebuilt(cosine, Estimate.from_dict) for name, cosine in data["blocks"].items()}
+        return cls(data["first"], data["second"], _rebuilt(data["cosine"], Estimate.from_dict), blocks)
+
+
+@dataclass(frozen=True)
+class SeveralTasks:
+    """What is known of each task of a joint loss, and of each pair of them.
+
+    Attributes:
+        tasks: By name, in alphabetical order.
+        conflicts: A pair each.
+    """
+
+    tasks: Mapping[str, TaskMeasurement]
+    conflicts: tuple[Conflict, ...]
+
+    def cosine(self, first: str, second: str, block: str | None = None) -> Estimate | None:
+        """The cosine of two tasks' gradients, in all or of a block; 1 of a task with itself."""
+        if first == second:
+            return SAME
+        found = next(pair for pair in self.conflicts if {pair.first, pair.second} == {first, second})
+        return found.cosine if block is None else found.blocks[block]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SeveralTasks:
+        """Rebuilds it from `dataclasses.asdict`."""
+        tasks = {name: TaskMeasurement.from_dict(task) for name, task in data["tasks"].items()}
+        return cls(tasks, tuple(map(Conflict.from_dict, data["conflicts"])))
+
+
+@dataclass(frozen=True)
 class Measurement:
     """The local geometry of the loss at one point of training.
 
@@ -112,6 +231,7 @@ class Measurement:
         noise_scale: Items over which a mean gradient has as much noise as signal; `None` from fewer than 3 batches.
         step_size: How far the optimizer may step; `None` without one whose state can be read.
         landscape: Slices through the loss; `None` unless `landscape` asks for them.
+        several: The same by task, and how far tasks conflict; `None` unless `task_column` tells them apart.
         engine: How the Hessian was multiplied with vectors.
         attention: `"math"` where SDPA ran its twice differentiable kernel, `"eager"` where the model was switched,
             `"unchanged"` where no second derivative was needed.
@@ -138,6 +258,7 @@ class Measurement:
     noise_scale: Estimate | None
     step_size: StepMeasurement | None
     landscape: Landscape | None
+    several: SeveralTasks | None
     engine: str
     attention: str
     fallback: str | None
@@ -167,6 +288,7 @@ class Measurement:
             "noise_scale": _rebuilt(data["noise_scale"], Estimate.from_dict),
             "step_size": _rebuilt(data["step_size"], StepMeasurement.from_dict),
             "landscape": _rebuilt(data["landscape"], Landscape.from_dict),
+            "several": _rebuilt(data["several"], SeveralTasks.from_dict),
         }
         return cls(**{key: value for key, value in {**data, **rebuilt}.items() if key != "converged"})
 

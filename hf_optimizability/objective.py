@@ -41,6 +41,7 @@ class Objective:
         batches: What the model takes, batch by batch; moved to the model's device.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
+        tasks: The task of each batch, where there are several.
 
     Attributes:
         ranks: The processes that share the batches; one alone, unless `shared` made it.
@@ -50,13 +51,21 @@ class Objective:
         ValueError: If there is nothing to differentiate by, no batch, or no item that counts.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], *, loss_fn: LossFunction | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        *,
+        loss_fn: LossFunction | None = None,
+        tasks: Sequence[str] | None = None,
+    ):
         named = trainable_parameters(model)
         self.model = model
         self.names = list(named)
         self.batches = [send_to_device(batch, self.parameters[0].device) for batch in batches]
         self.ranks = ALONE
         self._whole = self.batches
+        self._tasks = None if tasks is None else list(tasks)
         self._loss_fn = loss_fn or model_loss
         if not self.batches:
             raise ValueError("`batches` is empty, so there is nothing to measure on. Pass at least one batch.")
@@ -96,6 +105,23 @@ class Objective:
     def parts(self) -> int:
         """The number of batches with an item that counts, of all ranks'."""
         return len(self._counted(self._whole))
+
+    @property
+    def part_tasks(self) -> list[str] | None:
+        """The task of each batch with an item that counts, of all ranks'; `None` where tasks are not told apart."""
+        if self._tasks is None:
+            return None
+        pairs = zip(self._whole, self._tasks, strict=True)
+        return [task for batch, task in pairs if count_items(self.model, batch)]
+
+    def of_task(self, task: str) -> Objective:
+        """The mean loss of one task, shared by the same ranks."""
+        assert self._tasks is not None
+        objective = copy(self)
+        objective._whole = [batch for batch, own in zip(self._whole, self._tasks, strict=True) if own == task]
+        objective._tasks = [task] * len(objective._whole)
+        objective.batches = objective._counted(objective._whole)[self.ranks.index :: self.ranks.number]
+        return objective
 
     def shared(self, ranks: Ranks) -> Objective:
         """The share of this rank, where all have the same batches: those that count are dealt to them in turn."""
@@ -148,7 +174,10 @@ class Objective:
         """
         objective = copy(self)
         objective.batches = [piece for batch in self.batches for piece in cut_batch(batch, size)]
-        objective._whole = [piece for batch in self._whole for piece in cut_batch(batch, size)]
+        pieces = [cut_batch(batch, size) for batch in self._whole]
+        objective._whole = [piece for batch in pieces for piece in batch]
+        if self._tasks is not None:
+            objective._tasks = [task for task, batch in zip(self._tasks, pieces, strict=True) for _ in batch]
         return objective
 
     def block(self, names: Collection[str]) -> Objective:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from itertools import islice
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .curvature.ranks import ALONE, Ranks
 from .safety import preserved_rng
+from .task_split import require_several, smaller_batches, tasks_of_rows
 
 
 LEAST_EXAMPLES = 2
@@ -56,17 +57,81 @@ def probe_batches(
     Raises:
         ValueError: If the data set is empty or too small, or can be read only once.
     """
+    return [batch for batch, _ in _drawn_for_all(dataloader, examples, batch_size, seed, required, None, ranks)]
+
+
+def probe_batches_by_task(
+    dataloader: DataLoader,
+    rows: Dataset | None,
+    column: str,
+    *,
+    examples: int,
+    batch_size: int,
+    seed: int,
+    required: bool = False,
+    ranks: Ranks = ALONE,
+) -> tuple[list[Any], list[str]]:
+    """Draws the same probe set, and collates the examples of each task by themselves.
+
+    Args:
+        dataloader: As above.
+        rows: The loader's data set as it was before columns were taken away.
+        column: The column of `rows` that holds the tasks.
+        examples: As above.
+        batch_size: Most examples to collate at a time; fewer where a task would have too few batches to show a spread.
+        seed: As above.
+        required: As above.
+        ranks: As above.
+
+    Returns:
+        The collated batches, on the CPU, and the task of each.
+
+    Raises:
+        ValueError: As above; if there is no such column; if it tells one task only, or too many.
+    """
+    total = num_examples(_undealt(dataloader))
+
+    def split(indices: list[int]) -> list[tuple[str, list[int]]]:
+        task = tasks_of_rows(rows, column, rows=total)
+        names = [task(index) for index in indices]
+        require_several(names, column)
+        places = {name: [place for place, own in enumerate(names) if own == name] for name in sorted(set(names))}
+        return list(places.items())
+
+    found = _drawn_for_all(dataloader, examples, batch_size, seed, required, split, ranks)
+    return [batch for batch, _ in found], [task for _, task in found]
+
+
+Split = Callable[[list[int]], list[tuple[str, list[int]]]]
+"""From the indices of rows to the places in them that belong to each task."""
+
+
+def _drawn_for_all(
+    dataloader: DataLoader,
+    examples: int,
+    batch_size: int,
+    seed: int,
+    required: bool,
+    split: Split | None,
+    ranks: Ranks,
+) -> list[tuple[Any, str]]:
     with ranks.agreed():
-        batches = _drawn(dataloader, examples, batch_size, seed, required) if ranks.index == 0 else []
-    return ranks.gather(batches)
+        found = _drawn(dataloader, examples, batch_size, seed, required, split) if ranks.index == 0 else []
+    return ranks.gather(found)
 
 
-def _drawn(dataloader: DataLoader, examples: int, batch_size: int, seed: int, required: bool) -> list[Any]:
+def _undealt(dataloader: DataLoader) -> Dataset:
+    """A loader's data set, of all ranks."""
     dataset = dataloader.dataset
-    if isinstance(dataset, IterableDatasetShard):
-        dataset = dataset.dataset  # of all ranks
+    return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
+
+
+def _drawn(
+    dataloader: DataLoader, examples: int, batch_size: int, seed: int, required: bool, split: Split | None
+) -> list[tuple[Any, str]]:
+    dataset = _undealt(dataloader)
     with preserved_rng(seed):
-        total = num_examples(dataset)
+        total, indices = num_examples(dataset), list(range(examples))
         if total is None:
             stream = cast(IterableDataset, dataset)
             if iter(stream) is iter(stream):
@@ -76,14 +141,21 @@ def _drawn(dataloader: DataLoader, examples: int, batch_size: int, seed: int, re
                 )
             rows = list(islice(stream, examples))
         else:
-            rows = [dataset[index] for index in probe_indices(total, examples, seed=seed)]
+            indices = probe_indices(total, examples, seed=seed)
+            rows = [dataset[index] for index in indices]
         if len(rows) < (examples if required else LEAST_EXAMPLES):
             least = f"`probe_examples` is {examples}" if required else f"a probe set needs at least {LEAST_EXAMPLES}"
             raise ValueError(
                 f"The data set to measure on has only {len(rows)} examples, but {least}. "
                 "Pass a larger training set, or lower `probe_examples`."
             )
-        return [dataloader.collate_fn(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        groups = [("", list(range(len(rows))))] if split is None else split(indices)
+        found = []
+        for task, places in groups:
+            size = batch_size if split is None else smaller_batches(len(places), batch_size)
+            for start in range(0, len(places), size):
+                found.append((dataloader.collate_fn([rows[place] for place in places[start : start + size]]), task))
+        return found
 
 
 def fingerprint(batches: Iterable[Any]) -> str:

@@ -47,6 +47,7 @@ class Products(NamedTuple):
     ends: int
     trace: int
     blocks: int
+    tasks: int
     sharpness: int
     checks: int  # along the gradient, another with it and along the update; those that judge central differences
 
@@ -68,12 +69,14 @@ def count_products(
         update: Whether the curvature along the optimizer's update is measured too.
         judged: Whether products by central differences are compared with others.
     """
-    shares = config.budget.shares(sharpness=preconditions, blocks=prices.block is not None)
+    tasks = config.task_column is not None and config.budget.task_eigenvalues
+    shares = config.budget.shares(sharpness=preconditions, blocks=prices.block is not None, tasks=tasks)
     ends = shares.sketch // 2
     return Products(
         ends=ends,
         trace=prices.size if config.trace_method == "exact" else shares.sketch - ends,
         blocks=shares.blocks,
+        tasks=shares.tasks,
         sharpness=shares.sharpness,
         checks=shares.along_gradient + update + 2 * judged,
     )
@@ -106,6 +109,8 @@ def list_stages(config: OptimizabilityConfig, products: Products, prices: Prices
     ]
     if prices.block is not None:
         counts.append((ritz + _basis(products.blocks, prices.size) + 2, prices.vector_bytes, prices.block.memory))
+    if products.tasks:
+        counts.append((ritz + _basis(products.tasks, prices.size) + 2, prices.vector_bytes, prices.one.memory))
     if products.sharpness:
         more = 3 * (prices.all_bytes - prices.vector_bytes)  # here the product has all the rows
         counts.append((ritz + _basis(products.sharpness, prices.size) + 2, prices.all_bytes, prices.one.memory + more))

@@ -15,7 +15,7 @@ from .estimates import Estimate, Spectrum
 from .lanczos import lanczos
 from .operators import SymmetricOperator
 from .power_iteration import power_iteration
-from .trace import MIN_PROBES, Deflation, Segments, TraceResult, exact_trace, hutchinson, hutchplusplus
+from .trace import MIN_PROBES, Deflation, PartTraces, Segments, TraceResult, exact_trace, hutchinson, hutchplusplus
 from .xtrace import xtrace
 
 
@@ -65,6 +65,7 @@ class Sketch:
         diagonal: The diagonal, of shape (n,); `None` from XTrace. The 2-norm of its error is `trace.std_error / √2`.
         eigenvalues: The largest, whether so many were asked for or not; none from power iteration.
         eigenvectors: Approximate ones of `eigenvalues`, as rows; `None` from power iteration.
+        parts: What the probes of the trace tell of the parts that the matrix is the mean of; `None` from XTrace.
     """
 
     estimates: HessianEstimates
@@ -72,6 +73,7 @@ class Sketch:
     diagonal: Tensor | None = field(compare=False, repr=False)
     eigenvalues: tuple[Estimate, ...] = ()
     eigenvectors: Tensor | None = field(default=None, compare=False, repr=False)
+    parts: PartTraces | None = field(default=None, compare=False, repr=False)
 
 
 def sketch(
@@ -88,6 +90,7 @@ def sketch(
     trace_method: TraceMethod = "hutchinson",
     num_eigenvalues: int = 1,
     left_out: int = 0,
+    deflate: bool = True,
 ) -> Sketch:
     """Estimates both ends of the spectrum, the density and the trace, each to its tolerance.
 
@@ -109,6 +112,8 @@ def sketch(
         trace_method: The estimator.
         num_eigenvalues: How many eigenvalues to find at each end.
         left_out: Eigenvalues known to be 0 that A was shrunk by, for the density.
+        deflate: Whether the Ritz vectors take their part off Hutchinson's probes. The parts are seen without that:
+            where their traces shall add up to the whole one, it must be as well.
 
     Example:
         >>> import torch
@@ -135,13 +140,13 @@ def sketch(
         method=trace_method,
         split_trace=split_trace,
         # Of the largest eigenvalues, and only if they are: a wrong direction takes nothing off the variance.
-        vectors=eigenvectors if spectrum.lambda_max.converged else None,
+        vectors=eigenvectors if deflate and spectrum.lambda_max.converged else None,
         tolerance=trace_tolerance,
         max_hvps=max_hvps - spectrum.lambda_max.hvps,
         seed=seed + 1,
     )
     estimates = HessianEstimates(trace=trace.total, density=found, **vars(spectrum))
-    return Sketch(estimates, trace.segments, trace.diagonal, eigenvalues, eigenvectors)
+    return Sketch(estimates, trace.segments, trace.diagonal, eigenvalues, eigenvectors, trace.parts)
 
 
 def _ends(

@@ -45,12 +45,14 @@ class TraceResult:
         segments: The trace of the diagonal block of each segment.
         frobenius_squared: `‖A‖_F²`, the sum of the squared eigenvalues; `None` where only the trace was split.
         diagonal: The diagonal, of shape (n,); `None` from `xtrace`. The 2-norm of its error is `total.std_error / √2`.
+        parts: What the same probes tell of the parts that the matrix is the mean of; `None` from `xtrace`.
     """
 
     total: Estimate
     segments: tuple[Estimate, ...]
     frobenius_squared: Estimate | None
     diagonal: Tensor | None = field(default=None, compare=False, repr=False)
+    parts: PartTraces | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,8 @@ def exact_trace(operator: SymmetricOperator, segments: Segments) -> TraceResult:
     total, parts = exact_estimates(tally.parts.sums(), tally.parts.items, hvps=operator.size)
     squared = float(np.sum(tally.squares))
     frobenius_squared = replace(total, value=squared, low=squared, high=squared, data_std_error=None)
-    return TraceResult(total, parts, frobenius_squared, tally.terms)
+    known = tally.parts.known(tally.parts.sums())
+    return TraceResult(total, parts, frobenius_squared, tally.terms, known)
 
 
 def exact_estimates(traces: np.ndarray, items: Sequence[int], *, hvps: int) -> tuple[Estimate, tuple[Estimate, ...]]:
@@ -375,6 +378,48 @@ class PartTraces:
         """Sum of `v_sᵀ(A_p v)_s` over the probes, of shape (parts, segments)."""
         return np.sum(self._forms, axis=0)
 
+    def known(self, traces: np.ndarray) -> PartTraces:
+        """The same parts with traces that are known without error, of shape (parts, segments)."""
+        known = PartTraces(self._segments, traces)
+        known.items = self.items
+        return known
+
+    def mean_of(self, places: Sequence[int], *, tolerance: float, method: str, hvps: int) -> tuple[Estimate, ...]:
+        """Trace of the mean of some parts, weighted by items; then that of each segment.
+
+        The same probes tell of all parts, so that such means add up to that of all. Errors are from the spread over
+        the probes, with Student's t.
+
+        Args:
+            places: Which parts.
+            tolerance: Relative standard error of a converged estimate.
+            method: Recorded in the estimates.
+            hvps: Recorded in the estimates.
+        """
+        items = [self.items[place] for place in places]
+        if not self._forms:
+            total, segments = exact_estimates(np.asarray(self._exact)[places], items, hvps=hvps)
+            return (total, *segments)
+        chosen = PartTraces(self._segments, None if isinstance(self._exact, float) else self._exact[places])
+        chosen.items, chosen._forms = items, [forms[places] for forms in self._forms]
+        samples = np.average(chosen._exact + np.array(chosen._forms), axis=1, weights=items)
+        samples = np.concatenate([samples.sum(axis=1, keepdims=True), samples], axis=1)
+        over_data = chosen.std_errors()
+        errors = samples.std(axis=0, ddof=1) / math.sqrt(len(samples))
+        margins = student_quantile(len(samples)) * errors
+        return tuple(
+            Estimate(
+                value, value - margin, value + margin, method, hvps, error <= tolerance * abs(value), error, None, data
+            )
+            for value, margin, error, data in zip(
+                samples.mean(axis=0).tolist(),
+                margins.tolist(),
+                errors.tolist(),
+                [None] * len(errors) if over_data is None else over_data.tolist(),
+                strict=True,
+            )
+        )
+
     def std_errors(self) -> np.ndarray | None:
         """Standard errors over the data: of the whole trace, then of each segment's; `None` from one part or probe."""
         if len(self.items) < 2 or len(self._forms) < 2:
@@ -394,7 +439,7 @@ def average(tally: Tally, generator: torch.Generator, *, tolerance: float, max_h
         if len(tally.samples) >= MIN_PROBES or tally.hvps >= max_hvps:
             result = tally.result(tolerance=tolerance, method=method)
             if result.total.converged or tally.hvps >= max_hvps:
-                return replace(result, diagonal=tally.diagonal())
+                return replace(result, diagonal=tally.diagonal(), parts=tally.parts)
         tally.multiply(sign_rows(tally.operator, min(LOCKSTEP, max_hvps - tally.hvps), generator))
 
 

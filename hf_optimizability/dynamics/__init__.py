@@ -27,7 +27,9 @@ Curve = dict[int, float]
 """A logged value by optimizer step."""
 
 
-def compute_dynamics(log_history: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
+def compute_dynamics(
+    log_history: Sequence[dict[str, Any]], *, tasks: Sequence[str] = (), seed: int = 0
+) -> dict[str, Any]:
     """Convergence speed, stability and generalization gap of a run.
 
     Of values logged twice at a step the later one counts.
@@ -36,13 +38,16 @@ def compute_dynamics(log_history: Sequence[dict[str, Any]], *, seed: int = 0) ->
         log_history: `trainer.state.log_history`, or that of a `trainer_state.json`. Of the losses that
             `OptimizabilityCallback` measures alike on training and evaluation data at the end, the gap is computed if
             they are there; else from `eval_loss` and the last training `loss` logged until then.
+        tasks: Names of evaluation sets, where a Trainer has several: each is one task, whose loss it logs as
+            `eval_<name>_loss`.
         seed: Seed of the intervals of the convergence speed.
 
     Returns:
         Plain numbers, strings and `None`, ready for JSON: `"convergence_speed"` of the training loss; `"stability"`,
         by name, of the training loss and of whatever `eval_…` was logged, where lower is better if the name contains
         "loss" and higher if not; `"generalization_gap"`, with `measured_alike` (whether both losses were measured in
-        eval mode with the same weights), `examples` (of each set) and `metric_gaps` (train minus eval). Where the log
+        eval mode with the same weights), `examples` (of each set) and `metric_gaps` (train minus eval). With `tasks`
+        also `"tasks"`: the convergence speed of each one's evaluation loss, and the gap at the end. Where the log
         lacks something, values are `None` and `note` says why.
 
     Example:
@@ -56,6 +61,7 @@ def compute_dynamics(log_history: Sequence[dict[str, Any]], *, seed: int = 0) ->
     loss = _curve(log_history, "loss")
     evaluated = dict.fromkeys(key for entry in log_history for key in entry if key.startswith("eval_"))
     curves = {"loss": loss} | {key: _curve(log_history, key) for key in evaluated if not key.endswith(NOT_METRICS)}
+    by_task = {name: _of_task(log_history, name, curves.get(f"eval_{name}_loss", {}), seed) for name in tasks}
     return {
         "convergence_speed": fit_convergence(list(loss), list(loss.values()), seed=seed),
         "stability": {
@@ -64,6 +70,19 @@ def compute_dynamics(log_history: Sequence[dict[str, Any]], *, seed: int = 0) ->
             if curve or name == "loss"
         },
         "generalization_gap": _generalization_gap(log_history, loss, curves.get("eval_loss", {})),
+        **({"tasks": by_task} if tasks else {}),
+    }
+
+
+def _of_task(log_history: Sequence[dict[str, Any]], name: str, eval_loss: Curve, seed: int) -> dict[str, Any]:
+    """How fast the evaluation loss of a task falls, and how far it is above the training loss, measured alike."""
+    prefix = f"{PREFIX}task/{name}/"
+    alike = next((entry for entry in reversed(log_history) if f"{prefix}eval_loss" in entry), {"step": 0})
+    names = ("train_loss", "eval_loss", "train_loss_std_error", "eval_loss_std_error")
+    gap = compare_losses([alike["step"]], *([alike.get(prefix + number)] for number in names))
+    return {
+        "convergence_speed": fit_convergence(list(eval_loss), list(eval_loss.values()), seed=seed),
+        "loss_gap": {key: gap[key] for key in ("loss_gap", "std_error", "low", "high", "significant", "note")},
     }
 
 

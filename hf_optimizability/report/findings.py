@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from ..blocks import EMBEDDINGS, HEAD
 from ..curvature.estimates import Estimate
 from ..curvature.preconditioner import stability_limit
-from ..measurement import Measurement
+from ..measurement import Measurement, SeveralTasks
 from .formatting import format_estimate, format_interval, format_number, format_percent, format_with_error
 from .series import batch_items
 
@@ -86,6 +86,9 @@ WIDE = 0.5
 
 OFF = 0.1
 """Relative error of a product, as large as the widest tolerance that profiles but the lightest ask of the trace."""
+
+DOMINANT = 2 / 3
+"""Share of the joint gradient above which a task has twice as much as all others together."""
 
 MOST_NAMED = 3
 """Blocks to name before \"and others\"."""
@@ -386,6 +389,62 @@ def batch_above_noise_scale(report: OptimizabilityReport) -> Finding | None:
     )
 
 
+def tasks_conflict(report: OptimizabilityReport) -> Finding | None:
+    """Steps that lower one task's loss raise another's."""
+    several = _several(report)
+    if several is None:
+        return None
+    z = statistics.NormalDist().inv_cdf(1 - 0.025 / max(len(several.conflicts), 1))  # Bonferroni's, for all pairs
+    known = [(pair, pair.cosine) for pair in several.conflicts if pair.cosine is not None]
+    opposed = [(pair, cosine) for pair, cosine in known if max(cosine.high, cosine.value + z * _error(cosine)) < 0]
+    if not opposed:
+        return None
+    worsened = [
+        f"a step along the joint gradient raises the loss of {name}: its share is {_interval(task.share)}"
+        for name, task in several.tasks.items()
+        if task.share is not None and task.share.high < 0
+    ]
+    return Finding(
+        name="tasks_conflict",
+        severity="warning",
+        sentence=f"Tasks conflict: {_listed([f'{pair.first} with {pair.second}' for pair, _ in opposed])}.",
+        evidence=(
+            *(
+                f"cosine of the gradients of {pair.first} and {pair.second} at step {report.measurements[-1].step:,}: "
+                f"{_interval(cosine)}"
+                for pair, cosine in opposed[:MOST_NAMED]
+            ),
+            *worsened[:MOST_NAMED],
+        ),
+        advice="Look at the blocks where they conflict: layers of their own for each task there, or other weights, "
+        "may help. Check that the labels of these tasks do not contradict each other. A conflict at one step need not "
+        "cost anything in the end: compare with a run on each task alone.",
+        source="95 % intervals over batches, for all pairs together; Yu et al., arXiv 2001.06782, section 2",
+    )
+
+
+def one_task_dominates(report: OptimizabilityReport) -> Finding | None:
+    """One task makes most of the joint gradient, beyond its share of the examples."""
+    several = _several(report)
+    if several is None or tasks_conflict(report) is not None:  # what is left of gradients that cancel is no share
+        return None
+    for name, task in several.tasks.items():
+        if task.share is not None and task.share.converged and task.share.low > max(DOMINANT, task.weight):
+            return Finding(
+                name="one_task_dominates",
+                severity="note",
+                sentence=f"{name} dominates the joint gradient.",
+                evidence=(
+                    f"its share at step {report.measurements[-1].step:,}: {_interval(task.share)}",
+                    f"its share of the items: {format_number(task.weight, digits=2)}",
+                ),
+                advice="The other tasks are trained along the way. If they learn too slowly, give them more weight or "
+                "more examples; weights that make the gradients equally long are in this report.",
+                source="95 % interval over batches; Chen et al., arXiv 1711.02257, balance gradient norms",
+            )
+    return None
+
+
 def loss_scaled(report: OptimizabilityReport) -> Finding | None:
     """The loss is not the mean over a step's items."""
     factor = report.training.get("loss_scale") or 1.0
@@ -457,6 +516,15 @@ def central_differences_off(report: OptimizabilityReport) -> Finding | None:
         "`engine='double_backward'`; kinks (ReLU) are what makes differences fail.",
         source=f"its own check; over {format_percent(OFF)} it is more than `trace_tolerance` allows",
     )
+
+
+def _several(report: OptimizabilityReport) -> SeveralTasks | None:
+    last = _last(report)
+    return None if last is None else last.several
+
+
+def _interval(estimate: Estimate) -> str:
+    return format_interval(estimate.value, estimate.low, estimate.high)
 
 
 def _last(report: OptimizabilityReport) -> Measurement | None:
@@ -699,6 +767,7 @@ FINDINGS: tuple[Callable[[OptimizabilityReport], Finding | None], ...] = (
     underfitting,
     not_converged,
     evaluation_unstable,
+    tasks_conflict,
     gradients_exploding,
     gradients_vanishing,
     learning_rate_far_below_limit,
@@ -707,6 +776,7 @@ FINDINGS: tuple[Callable[[OptimizabilityReport], Finding | None], ...] = (
     measurement_failed,
     curvature_concentrated,
     saddle,
+    one_task_dominates,
     batch_below_noise_scale,
     batch_above_noise_scale,
 )

@@ -61,11 +61,13 @@ def format_interval(value: float | None, low: float | None, high: float | None) 
     Example:
         >>> [format_interval(35.21, 20.13, 62.34), format_interval(35.21, 20.13, None)]
         ['35 (20 to 62)', '35.2 (at least 20.1)']
-        >>> format_interval(math.inf, 20.13, math.inf)
-        'at least 20.1'
+        >>> format_interval(math.inf, 20.13, math.inf), format_interval(35.21, -math.inf, math.inf)
+        ('at least 20.1', '35.2 ± ?')
     """
     if value == math.inf and low is not None:
         return f"at least {format_number(low, digits=3)}"
+    if low == -math.inf and value is not None and math.isfinite(value):
+        return f"{format_number(value, digits=3)} ± ?"
     if value is None or low is None or low == high or not math.isfinite(value + low):
         return format_number(value, digits=3)
     if high is None or not math.isfinite(high):

@@ -21,15 +21,13 @@ from .charts import Chart, charts
 from .formatting import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
 from .report import OptimizabilityReport
 from .series import landscapes
-from .templating import environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
+from .templating import SHADES, environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
 
 
 SECTIONS = (
-    "summary", "convergence", "stability", "generalization", "gradient", "curvature", "findings", "blocks", "method",
+    "summary", "convergence", "stability", "generalization", "gradient", "curvature", "tasks", "findings",
+    "blocks", "method",
 )  # fmt: skip
-
-SHADES = 6
-"""Shades of a heat map's colour; the style sheet has a class for each."""
 
 
 def to_html(report: OptimizabilityReport) -> str:
@@ -52,7 +50,7 @@ def to_html(report: OptimizabilityReport) -> str:
         charts(report),
         kind="Optimizability of",
         title=title_of(report),
-        sections=SECTIONS,
+        sections=[name for name in SECTIONS if name != "tasks" or (last and last.several)],
         created=report.created,
         versions=report.versions,
         report=report,

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the layout of `report.json`; raised when a reader of the old layout would misread the new one."""
 
 _RENEW = "Restore the file, or make the report again."
@@ -116,7 +116,13 @@ def _from_2(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "schema_version": 3, "measurements": measurements}
 
 
-_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_from_1, _from_2)
+def _from_3(data: dict[str, Any]) -> dict[str, Any]:
+    """Tasks were not told apart."""
+    measurements = [{"several": None, **measurement} for measurement in data["measurements"]]
+    return {**data, "schema_version": 4, "measurements": measurements}
+
+
+_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_from_1, _from_2, _from_3)
 """From version 1 to 2, from 2 to 3, and so on."""
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,9 +12,13 @@ from markupsafe import Markup
 
 from ..curvature.estimates import Estimate
 from ..curvature.step import CriticalLearningRate
-from ..measurement import Measurement
+from ..measurement import Measurement, SeveralTasks
 from .formatting import MISSING, format_estimate, format_interval, format_number, format_percent, format_with_error
 from .report import OptimizabilityReport
+
+
+SHADES = 6
+"""Shades of a heat map's colour; the style sheet has a class for each."""
 
 
 def environment(text: Callable[[Any], Markup]) -> Environment:
@@ -40,6 +44,7 @@ def environment(text: Callable[[Any], Markup]) -> Environment:
     made.filters.update(at=_at, estimate=format_estimate, percent=format_percent, number=format_number)
     made.filters.update(range=_range)
     made.globals.update(with_error=format_with_error, interval=format_interval)
+    made.globals.update(cosine_map=cosine_map, block_cosines=block_cosines)
     return made
 
 
@@ -96,6 +101,33 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": str(value)}
         )
     return level
+
+
+def cosine_cells(cosines: Iterable[Estimate | None]) -> list[tuple[str, int]]:
+    """Each cosine with its interval, and a shade: that of its sign and size, or 0 where the interval holds 0.
+
+    Example:
+        >>> clear, vague = (Estimate(-0.5, low, 0.1 + low, "", 0, True) for low in (-0.6, -0.05))
+        >>> cosine_cells([clear, vague, None])
+        [('-0.500 (-0.600 to -0.500)', -5), ('-0.500 (-0.050 to 0.050)', 0), ('–', 0)]
+    """
+    cells = []
+    for cosine in cosines:
+        told = cosine is not None and cosine.low * cosine.high > 0
+        size = math.ceil(SHADES * math.sqrt(abs(cosine.value))) if cosine is not None and told else 0
+        cells.append((_range(cosine), int(math.copysign(size, cosine.value)) if cosine is not None else 0))
+    return cells
+
+
+def cosine_map(several: SeveralTasks) -> dict[str, list[tuple[str, int]]]:
+    """The cosines of each task with all of them."""
+    return {first: cosine_cells(several.cosine(first, second) for second in several.tasks) for first in several.tasks}
+
+
+def block_cosines(several: SeveralTasks) -> dict[str, list[tuple[str, int]]]:
+    """The cosines of each pair of tasks, by block."""
+    blocks = several.conflicts[0].blocks if several.conflicts else {}
+    return {block: cosine_cells(pair.blocks[block] for pair in several.conflicts) for block in blocks}
 
 
 def trace_shares(measurement: Measurement) -> dict[str, float]:

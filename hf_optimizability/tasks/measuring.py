@@ -20,8 +20,13 @@ def measured_by(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, Any
     """What `measure` and `forecast` take by these names: the Trainer's model and loss, and the probe set.
 
     Raises:
-        ValueError: If the training set is too small for the probe set.
+        ValueError: If the training set is too small for the probe set, or tasks shall be told apart.
     """
+    if config.task_column is not None:
+        raise ValueError(
+            "`task_column` is not offered here: the command leaves the model nothing but its inputs. Train with "
+            "`OptimizabilityTrainer`, or call `hf_optimizability.measure`."
+        )
     batches = probe_batches(
         trainer.get_train_dataloader(),
         examples=config.budget.probe_examples,

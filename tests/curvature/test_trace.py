@@ -383,3 +383,35 @@ def test_of_a_mean_over_batches():
         found = hutchinson(whole, rows, tolerance=NEVER, max_hvps=100, seed=0).total
         traces = [exact_trace(HessianOperator(Objective(model, [batch])), rows).total.value for batch in batches]
     assert found.data_std_error == pytest.approx(jackknife(traces, [2, 2, 1]), rel=0.1)
+
+
+class Quadratics:
+    """L = the mean of ½ xᵀ Aₚ x over parts of one item each."""
+
+    def __init__(self, matrices: torch.Tensor):
+        self.matrices = matrices
+        self.parameters = [torch.zeros(matrices.shape[1], dtype=matrices.dtype, requires_grad=True)]
+
+    def losses(self):
+        for matrix in self.matrices:
+            yield 0.5 * self.parameters[0] @ matrix @ self.parameters[0], 1
+
+
+def test_the_traces_of_some_parts_from_the_probes_of_all():
+    """They add up, their intervals hold the truth, and other parts do not enter."""
+    generator = torch.Generator().manual_seed(0)
+    roots = torch.randn(4, 30, 12, generator=generator, dtype=torch.float64)
+    matrices = roots @ roots.mT
+    operator, segments = HessianOperator(Quadratics(matrices)), [[slice(0, 10)], [slice(10, 30)]]
+    truth = float(matrices[:2].diagonal(dim1=1, dim2=2).sum(dim=1).mean())
+    options = {"tolerance": 0.1, "method": "hutchinson", "hvps": 12}
+    held = []
+    for seed in range(300):
+        found = hutchinson(operator, segments, tolerance=1e-9, max_hvps=12, seed=seed)
+        first, second = (found.parts.mean_of(places, **options) for places in ([0, 1], [2, 3]))
+        assert (first[0].value + second[0].value) / 2 == pytest.approx(found.total.value, rel=1e-12)
+        assert first[1].value + first[2].value == pytest.approx(first[0].value, rel=1e-12)
+        held.append(first[0].low <= truth <= first[0].high)
+    assert 0.92 <= np.mean(held) <= 0.985
+    exact = exact_trace(operator, segments).parts.mean_of([0, 1], **options)
+    assert exact[0].value == pytest.approx(truth, rel=1e-12) and exact[0].std_error == 0

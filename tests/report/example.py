@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,16 @@ from hf_optimizability.curvature.estimates import Estimate
 from hf_optimizability.curvature.landscape import Axis, Landscape, LossLine, LossPlane
 from hf_optimizability.curvature.sketch import HessianEstimates
 from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
-from hf_optimizability.measurement import BlockMeasurement, Measurement, MeasurementFailure, StepMeasurement
+from hf_optimizability.measurement import (
+    BlockMeasurement,
+    Conflict,
+    Measurement,
+    MeasurementFailure,
+    SeveralTasks,
+    StepMeasurement,
+    TaskBlock,
+    TaskMeasurement,
+)
 from hf_optimizability.report import OptimizabilityReport
 
 
@@ -45,6 +56,44 @@ def make_landscape(present: float, top: float, *, converged: bool = True) -> Lan
             tuple(tuple(flattened(first.quadratic_change(s) + second.quadratic_change(t)) for s in at) for t in at),
         ),
     )
+
+
+def make_several(measurement: Measurement, names: Sequence[str]) -> SeveralTasks:
+    """Tasks that share a measurement, each with a part of its gradient; of the first, one number is not known."""
+    weight = 1 / len(names)
+
+    def number(value: float, low: float, high: float) -> Estimate:
+        return Estimate(value, low, high, "jackknife", 0, converged=math.isfinite(low), std_error=(high - low) / 4)
+
+    tasks = {
+        name: TaskMeasurement(
+            items=measurement.items // len(names),
+            batches=8,
+            weight=weight,
+            loss=make_estimate(measurement.loss * (1 + index / 10), 0.02, kind="std_error"),
+            grad_norm=measurement.grad_norm * (1 + index),
+            signal_norm=number(measurement.grad_norm, 0.5, 1.5),
+            share=number(0.9 if index else 0.1, 0.75 if index else -math.inf, 1.1 if index else math.inf),
+            noise_scale=number(20.0, 10.0, 60.0),
+            trace=make_estimate(measurement.hessian.trace.value * (1 + index), 12.0, kind="std_error"),
+            lambda_max=make_estimate(8.0, 0.05) if index else None,
+            along_gradient=3.2,
+            equal_norm_weight=number(weight, 0.1, 0.9),
+            min_norm_weight=number(weight, 0.0, 1.0),
+            blocks={block: TaskBlock(own.grad_norm, own.trace) for block, own in measurement.blocks.items()},
+        )
+        for index, name in enumerate(names)
+    }
+    conflicts = [
+        Conflict(
+            first,
+            second,
+            number(-0.4, -0.6, -0.2),
+            {block: number(0.3, -0.1, 0.6) if index else None for index, block in enumerate(measurement.blocks)},
+        )
+        for first, second in combinations(names, 2)
+    ]
+    return SeveralTasks(tasks, tuple(conflicts))
 
 
 def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, converged: bool = True) -> Measurement:
@@ -97,6 +146,7 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
             critical=CriticalLearningRate(2.6e-4, low=2.3e-4, high=2.9e-4, forward_passes=8, converged=True),
         ),
         landscape=make_landscape(0.15 + 0.55 * decay, top, converged=converged),
+        several=None,
         engine="double_backward",
         fallback=None,
         engine_error=None,
@@ -222,3 +272,11 @@ def make_report(
         log_history=make_log(list(measured[-1].blocks), total=total) if measured else [],
         created="2026-01-02T03:04:05+00:00",
     )
+
+
+def with_tasks(report: OptimizabilityReport, names: Sequence[str]) -> OptimizabilityReport:
+    """The report with its measurements told by task."""
+    measured = [dataclasses.replace(m, several=make_several(m, names)) for m in report.measurements]
+    gap = {"loss_gap": 0.05, "std_error": 0.02, "low": 0.01, "high": 0.09, "significant": True, "note": ""}
+    by_task = {name: {"convergence_speed": report.dynamics["convergence_speed"], "loss_gap": gap} for name in names}
+    return dataclasses.replace(report, measurements=measured, dynamics={**report.dynamics, "tasks": by_task})

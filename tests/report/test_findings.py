@@ -26,7 +26,7 @@ from hf_optimizability.curvature.sketch import HessianEstimates
 from hf_optimizability.report.findings import FINDINGS, SEVERITIES, Finding, find
 from hf_optimizability.report.markdown import to_markdown
 
-from .example import make_dynamics, make_estimate, make_report
+from .example import make_dynamics, make_estimate, make_report, with_tasks
 
 
 Rows = list[dict[str, Any]]
@@ -125,6 +125,18 @@ def ill_scaled() -> Perceptron:
     return model
 
 
+def two_tasks(*, turned: bool = False, loud: float = 1.0) -> Rows:
+    """Whether a digit is at least 5; or, turned, 0 on half of the rows and 1 on the other, which no pixel tells."""
+    rows = []
+    for index, row in enumerate(digits(400)):
+        second, label = index % 2, int(row["labels"] > 4)
+        pixels = row["pixels"] * (loud if second else 1.0)
+        rows.append({"pixels": pixels, "labels": second if turned else label, "kind": second})
+    return rows
+
+
+BY_TASK = {"task_column": "kind", "probe_examples": 64}
+
 ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
     # The healthy learning rate of SGD is 0.1.
     (Perceptron, {"optim": "sgd", "learning_rate": 3.0, "config": MEASURED_ON_THE_WAY}, {"learning_rate_above_limit"}),
@@ -171,6 +183,12 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
         Perceptron,
         {"train_dataset": digits(4) * 100, "per_device_train_batch_size": 200, "max_steps": 8},
         {"batch_above_noise_scale", "not_converged", "saddle"},
+    ),
+    (Perceptron, {"train_dataset": two_tasks(turned=True), "max_steps": 30, "config": BY_TASK}, {"tasks_conflict"}),
+    (
+        Perceptron,
+        {"train_dataset": two_tasks(loud=8), "max_steps": 4, "learning_rate": 1e-6, "config": BY_TASK},
+        {"one_task_dominates"},
     ),
 ]  # fmt: skip
 
@@ -296,6 +314,19 @@ def unlearnt(loss: float, high: float = 0.01) -> OptimizabilityReport:
     return report_with(loss=loss, dynamics={"generalization_gap": {"low": -0.1, "high": high}})
 
 
+def by_task(*, cosine: float = 0.5, share: float = 0.0, weight: float = 0.5) -> OptimizabilityReport:
+    """Two tasks, a cosine with that upper end, and a share of the second one with that lower end."""
+    report = with_tasks(make_report(1), ["a", "b"])
+    several = report.measurements[0].several
+    task = dataclasses.replace(
+        several.tasks["b"], weight=weight, share=Estimate(share + 0.1, share, share + 0.2, "jackknife", 0, True)
+    )
+    agreed = Estimate(cosine - 0.1, cosine - 0.2, cosine, "jackknife", 0, True, std_error=0.04)
+    conflict = dataclasses.replace(several.conflicts[0], cosine=agreed)
+    several = dataclasses.replace(several, tasks={**several.tasks, "b": task}, conflicts=(conflict,))
+    return dataclasses.replace(report, measurements=[dataclasses.replace(report.measurements[0], several=several)])
+
+
 SIDES: list[tuple[str, OptimizabilityReport, OptimizabilityReport]] = [
     # name, a report that has it, and one that has it not for a little less of something
     ("learning_rate_above_limit", at_rate(0.92, trouble=True), at_rate(0.90, trouble=True)),
@@ -332,6 +363,9 @@ SIDES: list[tuple[str, OptimizabilityReport, OptimizabilityReport]] = [
     ("underfitting", unlearnt(0.64), unlearnt(0.64, high=0.07)),
     ("evaluation_unstable", evaluated(0.5, 0.4, 0.47, 0.4), evaluated(0.5, 0.4, 0.45, 0.4)),
     ("evaluation_unstable", evaluated(0.5, 0.4, 0.47, 0.4), evaluated(0.5, 0.4, 0.44, 0.47, 0.55)),
+    ("tasks_conflict", by_task(cosine=-0.01), by_task(cosine=0.01)),
+    ("one_task_dominates", by_task(share=0.67), by_task(share=0.66)),
+    ("one_task_dominates", by_task(share=0.67), by_task(share=0.67, weight=0.7)),
     ("loss_scaled", logged(0.7, loss_scale=3.0), logged(0.7, loss_scale=1.0)),
     ("batch_below_noise_scale", noisy(1001, 9000), noisy(999, 9000)),
     ("batch_above_noise_scale", noisy(2, 9.9), noisy(2, 10.1)),

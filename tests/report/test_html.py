@@ -22,7 +22,7 @@ from hf_optimizability.report.formatting import format_estimate, format_interval
 from hf_optimizability.report.plots import plot_blocks, plot_gradient_norm
 
 from .damage import HOSTILE
-from .example import make_report
+from .example import make_report, with_tasks
 from .page import read_page
 
 
@@ -53,6 +53,7 @@ def make_hostile() -> OptimizabilityReport:
     for part in (report.model, report.task, report.data, report.training, report.versions, report.config):
         part.update({name: every for name, value in part.items() if isinstance(value, str)})
         part.update(dict.fromkeys(HOSTILE, every))
+    report = with_tasks(report, HOSTILE[:3])
     for entry in report.log_history:
         entry.update({f"optimizability/train_grad_norm/{name}": 0.5 for name in HOSTILE})
     report.dynamics["stability"][every] = {**report.dynamics["stability"]["loss"], "note": every}
@@ -178,7 +179,8 @@ class TestText:
         assert "The MIT License (MIT)\n\nCopyright (c) 2022 Leon Sorokin" in make_report(1).to_html()
 
     def test_nothing_from_outside_becomes_markup(self):
-        plain, hostile = read_page(make_report(2, failures=1).to_html()), read_page(make_hostile().to_html())
+        plain = read_page(with_tasks(make_report(2, failures=1), ["a", "b", "c"]).to_html())
+        hostile = read_page(make_hostile().to_html())
         assert hostile.tags <= plain.tags
         assert hostile.scripts == plain.scripts == 3
         assert hostile.events == []

@@ -19,14 +19,23 @@ from hf_optimizability.curvature.estimates import Estimate
 from hf_optimizability.curvature.landscape import Axis, Landscape, LossLine, LossPlane
 from hf_optimizability.curvature.sketch import HessianEstimates
 from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
-from hf_optimizability.measurement import BlockMeasurement, Measurement, MeasurementFailure, StepMeasurement
+from hf_optimizability.measurement import (
+    BlockMeasurement,
+    Conflict,
+    Measurement,
+    MeasurementFailure,
+    SeveralTasks,
+    StepMeasurement,
+    TaskBlock,
+    TaskMeasurement,
+)
 from hf_optimizability.report import SCHEMA_VERSION, OptimizabilityReport
 from hf_optimizability.report.findings import SEVERITIES, Finding
 from hf_optimizability.report.markdown import to_markdown
 from hf_optimizability.report.schema import report_schema, upgraded
 
 from .damage import HOSTILE, damaged, to_json
-from .example import make_report
+from .example import make_report, with_tasks
 from .page import read_page
 
 
@@ -57,9 +66,10 @@ class TestSchema:
             make_report(0, failures=2),
             make_report(1, converged=False),
             make_report(3, failures=1),
+            with_tasks(make_report(2), ["a", "<b>|`x`\n"]),
             OptimizabilityReport(log_history=[{"loss": float("nan"), "step": 1, "eval_f1": [0.1], "note": "x"}]),
         ],
-        ids=["empty", "all failed", "one", "full", "odd log"],
+        ids=["empty", "all failed", "one", "full", "several tasks", "odd log"],
     )
     def test_every_report_is_valid_and_comes_back_the_same(self, report, tmp_path):
         data = json.loads(report.save_json(tmp_path).read_bytes())
@@ -80,6 +90,10 @@ class TestSchema:
             ("loss_line", LossLine),
             ("loss_plane", LossPlane),
             ("landscape", Landscape),
+            ("task", TaskMeasurement),
+            ("task_block", TaskBlock),
+            ("conflict", Conflict),
+            ("several", SeveralTasks),
             ("measurement", Measurement),
             ("failure", MeasurementFailure),
             ("finding", Finding),
@@ -130,7 +144,15 @@ class TestOlderVersions:
         assert [measurement.landscape for measurement in report.measurements] == [None] * 2
         data = json.loads(json.dumps(report.to_dict()))
         for measurement, old in zip(data["measurements"], written["measurements"], strict=True):
-            assert measurement == {**old, "landscape": None}
+            assert measurement == {**old, "landscape": None, "several": None}
+
+    def test_version_3_loads_with_its_numbers(self):
+        written = json.loads(OLDER[2].read_bytes())
+        report = OptimizabilityReport.load(OLDER[2])
+        assert written["schema_version"] == 3
+        data = json.loads(json.dumps(report.to_dict()))
+        assert data["measurements"] == [{**old, "several": None} for old in written["measurements"]]
+        assert data["measurements"][-1]["landscape"]["update"] is not None
 
     @pytest.mark.parametrize("file", OLDER, ids=lambda file: file.stem)
     def test_each_is_valid_in_the_present_layout_and_renders(self, file, tmp_path):
@@ -157,9 +179,9 @@ class TestDamaged:
             (b"\xff\xfe{}", r"no valid JSON \('utf-8' codec .* Restore the file"),
             (b"[" * 100_000, r"nested too deep for a report\. Restore the file"),
             (b"[1, 2]", r"holds a list, not a report\. Pass the `report\.json`"),
-            (b"{}", r"`schema_version` is None, not a number from 1 to 3\. Restore"),
+            (b"{}", r"`schema_version` is None, not a number from 1 to 4\. Restore"),
             (to_json(changed(schema_version=True)), r"`schema_version` is True"),
-            (to_json(changed(schema_version=SCHEMA_VERSION + 1)), r"reads up to 3\. Upgrade hf-optimizability"),
+            (to_json(changed(schema_version=SCHEMA_VERSION + 1)), r"reads up to 4\. Upgrade hf-optimizability"),
             (to_json(changed(measurements=None)), r"report\.measurements is None, not of type array\. Restore"),
             (to_json(changed(more=1)), r"report\.more is not known"),
             (to_json(changed(log_history=[{"loss": 1.0}])), r"report\.log_history\[0\] lacks 'step'"),

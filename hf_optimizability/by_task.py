@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several tasks in one measurement: what each of them has of the joint gradient and curvature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from .configuration import OptimizabilityConfig
+from .curvature.conflict import BatchProducts, TaskGram, batch_products
+from .curvature.estimates import Estimate
+from .curvature.lanczos import lanczos
+from .curvature.sketch import Sketch
+from .curvature.trace import student_quantile
+from .engines import OnProducts, Way
+from .measurement import Conflict, SeveralTasks, TaskBlock, TaskMeasurement
+from .objective import Objective
+
+
+@dataclass(frozen=True)
+class TaskCurvature:
+    """What one way to multiply found of each task, by name; empty where its products don't tell tasks apart.
+
+    Attributes:
+        along_gradient: gᵀHₜg.
+        lambda_max: Largest eigenvalue of Hₜ.
+        traces: Trace of Hₜ, then that of each of its blocks.
+    """
+
+    along_gradient: Mapping[str, float]
+    lambda_max: Mapping[str, Estimate]
+    traces: Mapping[str, Sequence[Estimate]]
+
+
+def task_places(objective: Objective) -> dict[str, list[int]]:
+    """Which of all ranks' parts belong to each task, in alphabetical order."""
+    tasks = objective.part_tasks or []
+    return {name: [place for place, own in enumerate(tasks) if own == name] for name in sorted(set(tasks))}
+
+
+def means_by_task(objective: Objective, values: np.ndarray, items: Sequence[int]) -> dict[str, float]:
+    """Means over each task's parts, weighted by items, of numbers of shape (parts,)."""
+    return {
+        name: float(np.average(values[places], weights=np.array(items)[places]))
+        for name, places in task_places(objective).items()
+    }
+
+
+def traces_by_task(objective: Objective, found: Sketch, *, tolerance: float) -> dict[str, tuple[Estimate, ...]]:
+    """The trace of each task and of its blocks, from the probes of the joint one."""
+    joint, parts = found.estimates.trace, found.parts
+    assert parts is not None  # `xtrace` is refused where tasks are told apart
+    options: dict[str, Any] = {"tolerance": tolerance, "method": joint.method, "hvps": joint.hvps}
+    return {name: parts.mean_of(places, **options) for name, places in task_places(objective).items()}
+
+
+def eigenvalues_by_task(
+    objective: Objective, way: Way, config: OptimizabilityConfig, *, max_hvps: int, on_products: OnProducts
+) -> dict[str, Estimate]:
+    """The largest eigenvalue of each task's own matrix.
+
+    A product with each of them goes over all parts once, and so counts as one.
+    """
+    found = {}
+    for name in task_places(objective):
+        matrix = way.operator(objective.of_task(name), curvature=config.curvature)
+        run = lanczos(matrix, tolerance=config.budget.eigen_tolerance, max_hvps=max_hvps, seed=config.probe_seed)
+        found[name] = run.lambda_max
+    on_products(max(estimate.hvps for estimate in found.values()))
+    return found
+
+
+def several_tasks(objective: Objective, blocks: Mapping[str, Sequence[int]], curvature: TaskCurvature) -> SeveralTasks:
+    """Gradients of all tasks and their agreement, beside their curvature."""
+    places = task_places(objective)
+    names = list(places)
+    owners = [names.index(task) for task in objective.part_tasks or []]
+    products = batch_products(
+        objective, owners, list(blocks.values()), ranks=objective.ranks, holders=objective.rows.ranks
+    )
+    gram = TaskGram(products)
+    equal, shortest = gram.equal_norm_weights(), gram.min_norm_weights()
+    tasks = {
+        name: _task(
+            products, gram, index, list(blocks), curvature, name,
+            equal_norm_weight=None if equal is None else equal[index],
+            min_norm_weight=None if shortest is None else shortest[index],
+        )
+        for index, name in enumerate(names)
+    }  # fmt: skip
+    pairs = combinations(range(len(names)), 2)
+    conflicts = [
+        Conflict(
+            names[first],
+            names[second],
+            gram.cosine(first, second),
+            {block: gram.cosine(first, second, index) for index, block in enumerate(blocks)},
+        )
+        for first, second in pairs
+    ]
+    return SeveralTasks(tasks, tuple(conflicts))
+
+
+def _task(
+    products: BatchProducts,
+    gram: TaskGram,
+    index: int,
+    blocks: Sequence[str],
+    curvature: TaskCurvature,
+    name: str,
+    **weights: Estimate | None,
+) -> TaskMeasurement:
+    noise, norms = products.noise_scale(index), products.grad_norms(index)
+    traces = curvature.traces.get(name)
+    own = products.of(index)
+    return TaskMeasurement(
+        items=int(products.counts[own].sum()),
+        batches=len(own),
+        weight=float(gram.weights[index]),
+        loss=_mean(*products.mean_loss(index), parts=len(own)),
+        grad_norm=math.hypot(*norms),
+        signal_norm=None if noise is None else _root(noise.gradient_squared),
+        share=gram.share(index),
+        noise_scale=None if noise is None else noise.noise_scale,
+        trace=None if traces is None else traces[0],
+        lambda_max=curvature.lambda_max.get(name),
+        along_gradient=curvature.along_gradient.get(name),
+        blocks={
+            block: TaskBlock(float(norm), None if traces is None else traces[1 + place])
+            for place, (block, norm) in enumerate(zip(blocks, norms, strict=True))
+        },
+        **weights,
+    )
+
+
+def _mean(value: float, std_error: float, *, parts: int) -> Estimate:
+    """A mean over batches; without an error from one of them."""
+    if parts == 1:
+        return Estimate(value, -math.inf, math.inf, method="mean", hvps=0, converged=False)
+    margin = student_quantile(parts) * std_error
+    return Estimate(value, value - margin, value + margin, method="mean", hvps=0, converged=True, std_error=std_error)
+
+
+def _root(square: Estimate) -> Estimate:
+    """The root of a square that noise may have left below 0."""
+    value, low, high = (math.sqrt(max(number, 0.0)) for number in (square.value, square.low, square.high))
+    error = square.std_error / (2 * value) if square.std_error is not None and value > 0 else None
+    return Estimate(value, low, high, square.method, hvps=0, converged=square.converged, std_error=error)
