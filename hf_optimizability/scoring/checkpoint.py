@@ -53,6 +53,18 @@ class CheckpointScores:
         held = (self.logme or self.linear_probe, self.alignment or self.predicted_decrease)
         return sum(score.seconds for score in held if score is not None)
 
+    @property
+    def result(self) -> str:
+        """The scores in a few words, or why there is none."""
+        held = {name: self.of(name) for name in NAMES}
+        told = [f"{name} {score.value:.4g} ± {score.std_error:.2g}" for name, score in held.items() if score]
+        return ", ".join(told) or f"not scored: {'; '.join(dict.fromkeys(self.notes.values()))}"
+
+    def of(self, name: str) -> Score | None:
+        """The score of that name."""
+        score: Score | None = vars(self)[name]
+        return score
+
     def to_dict(self) -> dict[str, Any]:
         """The scores as plain data."""
         return {**asdict(self), "notes": dict(self.notes)}
