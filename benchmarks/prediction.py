@@ -6,8 +6,8 @@ after a tenth of its steps: what is known then is set against the accuracy on th
 
     python benchmarks/prediction.py [--only TASK ...] [--text-checkpoint FOLDER] [--fashion-mnist FOLDER]
 
-goes on where it was killed, and writes `benchmarks/results/prediction.json`, the page beside it and the tables of
-`docs/prediction.md`. The second checkpoint for text is paraphrase-MiniLM-L3-v2; Fashion-MNIST's four idx files are
+goes on where it was killed, and writes `benchmarks/results/prediction.json` and the page beside it, whose tables stand
+in `docs/prediction.md`. The second checkpoint for text is paraphrase-MiniLM-L3-v2; Fashion-MNIST's four idx files are
 those of the Debian package dataset-fashion-mnist; the digits come with scikit-learn.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparing import to_parquet
+from prediction_page import page
 from torch.utils.data import Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from workloads import CACHE, ROOT, TEXT_CHECKPOINT, TEXT_DATA, VISION_CHECKPOINT, VISION_DATA
@@ -42,6 +44,9 @@ from hf_optimizability.tasks.fine_tuning import TASKS, FlagParser, load, parse_a
 RESULTS = Path(__file__).parent / "results" / "prediction.json"
 EARLY = 0.1
 """Share of the steps after which a training is looked at."""
+
+SEEN = ("evaluation", "gap", "measurement")
+"""What is done at that look, and timed."""
 
 SCORED, GRADIENTS, PROBED = 256, 32, 16
 """Examples that features, gradients of the scores, and curvature are from."""
@@ -186,7 +191,7 @@ class LookOnce(TrainerCallback):
 
     def _measure(self, optimizer: Any) -> None:
         trainer, started = self._trainer, time.perf_counter()
-        config = OptimizabilityConfig(profile="light", max_hvps=16, probe_examples=PROBED, probe_batch_size=4)
+        config = OptimizabilityConfig(max_hvps=16, eigen_tolerance=0.2, trace_tolerance=0.4, probe_seed=0)
         batches = probe_batches(trainer.get_train_dataloader(), examples=PROBED, batch_size=4, seed=0)
         inner = getattr(optimizer, "optimizer", optimizer)
         try:
@@ -255,6 +260,34 @@ def known_early(run: dict[str, Any]) -> dict[str, float | None]:
     return {**scores, "early_loss": late, "loss_drop": drop, "half_life": speed["half_life"], **run["known"]}
 
 
+def collected() -> dict[str, Any]:
+    """All that was made so far, without the curves."""
+    found: dict[str, Any] = {}
+    for task in TASK_DATA:
+        files = sorted((CACHE / "prediction" / task).glob("*/run.json"))
+        runs = {file.parent.name: json.loads(file.read_bytes()) for file in files}
+        held = {
+            name: {
+                "final": run["final"],
+                "known": known_early(run),
+                "cost": cost(run),
+                "notes": run["scores"]["notes"],
+            }
+            for name, run in runs.items()
+        }
+        if held:
+            found[task] = held
+    return found
+
+
+def cost(run: dict[str, Any]) -> dict[str, float]:
+    """What it took to know each group of quantities, as a share of the training's time."""
+    seconds, scores = run["seconds"], run["scores"]
+    shares = {"early": EARLY * seconds["training"], **{name: seconds.get(name, 0.0) for name in SEEN}}
+    shares |= {name: scores[name]["seconds"] if scores[name] else 0.0 for name in NAMES}
+    return {name: share / seconds["training"] for name, share in shares.items()}
+
+
 def main() -> None:
     """Makes the candidates that are not yet made, and writes down all that were."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -263,18 +296,33 @@ def main() -> None:
     parser.add_argument("--fashion-mnist", default=str(CACHE / "fashion-mnist"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    for name, task, flags in in_turn(args):
+        folder = CACHE / "prediction" / task / name
+        file = folder / "run.json"
+        if not file.exists():
+            started = time.perf_counter()
+            run = made(flags, folder)
+            write_atomically(file, json.dumps(run, allow_nan=False).encode())
+            print(f"{task}: {name}: {run['final']}, {time.perf_counter() - started:.0f} s", flush=True)
+    results = collected()
+    write_atomically(RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(RESULTS.with_suffix(".md"), page(results).encode())
+
+
+def in_turn(args: argparse.Namespace) -> list[tuple[str, str, Flags]]:
+    """Every candidate of every task, in random order, a task after the other: what is done first is a fair sample."""
+    queues = []
     for task in args.only:
         shared = TASK_DATA[task](args)
         candidates = text_candidates(args.text_checkpoint) if shared is TEXT else vision_candidates()
-        for name, flags in candidates.items():
-            folder = CACHE / "prediction" / task / name
-            file = folder / "run.json"
-            if not file.exists():
-                started = time.perf_counter()
-                run = made({**shared, **{flag: value for flag, value in flags.items() if value is not None}}, folder)
-                write_atomically(file, json.dumps(run, allow_nan=False).encode())
-                took = time.perf_counter() - started
-                print(f"{task}: {name}: {run['final']}, {run['seconds']}, {took:.0f} s", flush=True)
+        queue = [(name, task, _given(shared | flags)) for name, flags in candidates.items()]
+        random.Random(0).shuffle(queue)
+        queues.append(queue)
+    return [one for turn in zip(*queues, strict=True) for one in turn]
+
+
+def _given(flags: Flags) -> Flags:
+    return {flag: value for flag, value in flags.items() if value is not None}
 
 
 if __name__ == "__main__":

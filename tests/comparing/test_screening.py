@@ -69,7 +69,7 @@ class TestScreening:
         names = [entry.name for entry in comparison.entries]
         assert f"Not trained, by their scores: {names[2]}." in comparison.summary()
         page = read_page(comparison.to_html())
-        assert page.tables["Scores"][1] == [names[0], "90.0 ± 1.0", "-0.900 ± 0.010", "0", "yes"]
+        assert page.tables["Scores"][1] == [names[0], "90.0 ± 1.0", "-0.900 ± 0.010", "0.00", "yes"]
         assert [row[4] for row in page.tables["Scores"][1:]] == ["yes", "yes", "no", "yes"]
         for text in (page.text, comparison.to_markdown()):
             assert "the disk is full" in text and "1 best by the linear probe were trained" in text
