@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from rank_correlation import Array, Table, filled, fit, mean_tau, out_of_sample
+from rank_correlation import Array, Table, filled, fit, mean_tau, out_of_sample, tau
 
 
 class Quantity(NamedTuple):
@@ -76,7 +76,7 @@ def tables(results: Mapping[str, Any]) -> str:
         for name in sorted(found, key=lambda name: -found[name][0]):
             quantity = quantities[name]
             arrow = "↑" if quantity.sign > 0 else "↓"
-            by_task = [f"{mean_tau({task: known[name][task]}, final)[0]:.2f}" for task in results]
+            by_task = [f"{tau(known[name][task], final[task]):.2f}" for task in results]
             share = np.median([run["cost"][quantity.cost] for runs in results.values() for run in runs.values()])
             lines.append(
                 _row([f"{quantity.title} {arrow}, {group}", _interval(found[name]), *by_task, f"{100 * share:.0f}"])
@@ -95,12 +95,12 @@ def _combinations(known: Mapping[str, Table], final: Table) -> Iterator[str]:
     for title, names in COMBINATIONS.items():
         columns = {task: np.column_stack([known[name][task] for name in names]) for task in final}
         predicted = out_of_sample(columns, final)
-        by_task = [f"{mean_tau({task: predicted[task]}, final)[0]:.2f}" for task in final]
+        by_task = [f"{tau(predicted[task], final[task]):.2f}" for task in final]
         weights = fit(columns, final, list(final))
         told = [
             f"{titles[name]} {weight:.2f}"
-            for weight, name in sorted(zip(weights, names, strict=True))[::-1]
-            if weight > 0.005
+            for weight, name in sorted(zip(weights, names, strict=True), key=lambda pair: -abs(pair[0]))
+            if abs(weight) >= 0.05
         ]
         yield _row([title, _interval(mean_tau(predicted, final)), *by_task, ", ".join(told)])
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
-from scipy.stats import kendalltau, rankdata
+from scipy.stats import rankdata
 
 
 Array = NDArray[np.float64]
@@ -17,7 +16,7 @@ Table = Mapping[str, Array]
 
 RESAMPLES = 1000
 RIDGE = 1.0
-"""Of the combination, in candidates: weights are pulled to 0 as by so many candidates that no quantity tells apart."""
+"""Penalty on the squared weights of a combination, beside the sum of squares over the candidates."""
 
 
 def filled(values: Array) -> Array:
@@ -28,8 +27,7 @@ def filled(values: Array) -> Array:
 
 def tau(one: Array, other: Array) -> float:
     """Kendall's τ-b; 0 where one of both is the same throughout."""
-    found = float(kendalltau(one, other).statistic)
-    return found if np.isfinite(found) else 0.0
+    return _tau(_orders(one), _orders(other))
 
 
 def mean_tau(
@@ -46,12 +44,23 @@ def mean_tau(
     rng = np.random.default_rng(seed)
     draws = np.zeros(resamples)
     for task, values in predicted.items():
+        one, other = _orders(values), _orders(final[task])
         for at in range(resamples):
-            drawn = rng.integers(len(values), size=len(values))
-            draws[at] += tau(values[drawn], final[task][drawn]) / len(predicted)
+            drawn = np.ix_(*[rng.integers(len(values), size=len(values))] * 2)
+            draws[at] += _tau(one[drawn], other[drawn]) / len(predicted)
     value = float(np.mean([tau(values, final[task]) for task, values in predicted.items()]))
     low, high = np.quantile(draws, (0.025, 0.975))
     return value, float(low), float(high)
+
+
+def _orders(values: Array) -> Array:
+    """Of every two values, 1 where the first is larger, -1 where the second is, 0 where they are the same."""
+    return np.sign(values[:, None] - values)
+
+
+def _tau(one: Array, other: Array) -> float:
+    untied = np.sqrt(np.sum(one**2) * np.sum(other**2))
+    return float(np.sum(one * other) / untied) if untied else 0.0
 
 
 def ranks(columns: Array) -> Array:
@@ -61,13 +70,10 @@ def ranks(columns: Array) -> Array:
 
 
 def fit(known: Table, final: Table, tasks: Sequence[str]) -> Array:
-    """Weights of the ranks, none below 0, by ridge regression of the final ranks on some tasks."""
+    """Weights of the ranks, by ridge regression of the final ranks on some tasks. Their signs are learnt as well."""
     x = np.concatenate([ranks(known[task]) for task in tasks])
     y = np.concatenate([ranks(final[task][:, None])[:, 0] for task in tasks])
-    weights, _ = nnls(
-        np.vstack([x, np.sqrt(RIDGE) / 2 * np.eye(x.shape[1])]), np.concatenate([y, np.zeros(x.shape[1])])
-    )
-    return weights
+    return np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y)
 
 
 def out_of_sample(known: Table, final: Table) -> dict[str, Array]:

@@ -23,6 +23,8 @@ from ..report.formatting import (
 from ..report.html import render_page
 from ..report.markdown import markdown_environment
 from ..report.series import Points, logged, measured_steps
+from ..scoring.checkpoint import CheckpointScores
+from ..scoring.score import Score
 from .comparison import SCREENED_BY, Comparison, Entry, Run
 from .ranking import CONFIDENCE, Array, Ranking
 
@@ -40,8 +42,13 @@ CLOCK_NOISE = 0.1
 SCALE = {"accuracy": 100.0, "loss": 1.0}
 """What a quality is multiplied with to be shown: accuracies are in percent."""
 
-SCORED = {"linear_probe": 100.0, "logme": 1.0}
-"""Scores that a comparison makes, and what they are multiplied with to be shown."""
+SCORED = {
+    "linear_probe": ("linear probe, %", 100.0),
+    "logme": ("LogME", 1.0),
+    "alignment": ("gradient alignment", 1.0),
+    "predicted_decrease": ("predicted decrease", 1.0),
+}
+"""Scores before training: what they are called, and what they are multiplied with to be shown."""
 
 
 def to_html(comparison: Comparison) -> str:
@@ -118,6 +125,8 @@ def _values(comparison: Comparison) -> dict[str, Any]:
         "failed": [entry for entry in comparison.entries if entry.failure is not None],
         "dropped": [entry for entry in comparison.entries if entry.dropped],
         "screened": _score_rows(comparison),
+        "score_titles": [title for title, _ in SCORED.values()],
+        "screened_by": SCORED[SCREENED_BY][0].partition(",")[0],
         "rounds": comparison.rounds,
         "entries": comparison.entries,
         "confidence": f"{CONFIDENCE:g}",
@@ -149,31 +158,26 @@ def verdict(comparison: Comparison) -> list[str]:
 
 def _score_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """What was known of each candidate before any training, the best score first."""
-    scored = [entry for entry in comparison.entries if entry.scores is not None]
-    rows = []
-    for entry in sorted(scored, key=_screened_by, reverse=True):
-        assert entry.scores is not None
-        held = {name: entry.scores.of(name) for name in SCORED}
-        rows.append(
-            {
-                "name": entry.name,
-                **{
-                    name: MISSING
-                    if one is None
-                    else format_with_error(SCORED[name] * one.value, SCORED[name] * one.std_error)
-                    for name, one in held.items()
-                },
-                "seconds": format_number(entry.scores.seconds, digits=3),
-                "trained": entry.dropped != 0,
-                "note": "; ".join(dict.fromkeys(entry.scores.notes.values())),
-            }
-        )
-    return rows
+    scored = [(entry, entry.scores) for entry in comparison.entries if entry.scores is not None]
+    return [
+        {
+            "name": entry.name,
+            "values": [_score(scores.of(name), scale) for name, (_, scale) in SCORED.items()],
+            "seconds": format_number(scores.seconds, digits=3),
+            "trained": entry.dropped != 0,
+            "note": " ".join(dict.fromkeys(scores.notes.values())),
+        }
+        for entry, scores in sorted(scored, key=lambda pair: _decisive(pair[1]), reverse=True)
+    ]
 
 
-def _screened_by(entry: Entry) -> float:
-    score = entry.scores and entry.scores.of(SCREENED_BY)
-    return score.value if score else -math.inf
+def _score(score: Score | None, scale: float) -> str:
+    return MISSING if score is None else format_with_error(scale * score.value, scale * score.std_error)
+
+
+def _decisive(scores: CheckpointScores) -> float:
+    score = scores.of(SCREENED_BY)
+    return -math.inf if score is None else score.value
 
 
 def _share(probability: float) -> str:

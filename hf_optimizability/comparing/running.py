@@ -204,8 +204,9 @@ class Comparing:
         from .screening import score_inputs
 
         examples = self.arguments.screen_examples
-        *seen, _, _, _ = self._plain[candidate.name]
-        file = self.folder / "scores" / f"{self._digest(candidate, seen, examples, self._first_seed)}.json"
+        model, data, _, training, _ = self._plain[candidate.name]
+        more = (examples, self._first_seed, training.label_smoothing_factor)
+        file = self.folder / "scores" / f"{self._digest(candidate, [model, data], *more)}.json"
         held = CheckpointScores.from_dict(json.loads(file.read_bytes())) if file.exists() else None
         if held is None or (held.notes and self.arguments.retry_failures):
             try:
@@ -308,7 +309,7 @@ class Comparing:
         *parts, _ = self._plain[candidate.name]
         return self.folder / "runs" / folder_name(candidate, self._digest(candidate, parts))
 
-    def _digest(self, candidate: Candidate, parts: Sequence[Any], *more: int) -> str:
+    def _digest(self, candidate: Candidate, parts: Sequence[Any], *more: float) -> str:
         """Tells the flags of a candidate that are in some of its dataclasses."""
         names = [*self._given(), *candidate.changes]
         settings = {

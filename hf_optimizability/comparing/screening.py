@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from scipy.stats import norm
 from transformers import Trainer
 
+from ..objective import trainer_loss
 from ..probe import probe_batches
 from ..scoring.checkpoint import CheckpointScores, score_checkpoint
 from ..scoring.score import Score
@@ -16,20 +17,32 @@ from .ranking import CONFIDENCE
 from .training import Inputs
 
 
+GRADIENT_EXAMPLES = 32
+"""Of these, gradients are taken; a product over them costs as much as a forward pass over six times as many."""
+
+
 def score_inputs(inputs: Inputs, *, examples: int) -> CheckpointScores:
     """Scores a candidate on training examples, the same ones for every candidate.
-
-    Only what it takes from frozen features: gradients predicted too little for what they cost (docs/prediction.md).
 
     Raises:
         ValueError: If something can't be loaded or does not fit.
         Exception: Whatever the model raises.
     """
     loaded = inputs.loaded()
-    loader = Trainer(args=inputs.training, **loaded).get_train_dataloader()
-    size = inputs.training.per_device_eval_batch_size
-    batches = probe_batches(loader, examples=examples, batch_size=size, seed=inputs.data_seed)
-    return score_checkpoint(loaded["model"], batches, gradient_examples=0, seed=inputs.data_seed)
+    trainer = Trainer(args=inputs.training, **loaded)
+    batches = probe_batches(
+        trainer.get_train_dataloader(),
+        examples=examples,
+        batch_size=inputs.training.per_device_eval_batch_size,
+        seed=inputs.data_seed,
+    )
+    return score_checkpoint(
+        loaded["model"],
+        batches,
+        loss_fn=trainer_loss(trainer),
+        gradient_examples=GRADIENT_EXAMPLES,
+        seed=inputs.data_seed,
+    )
 
 
 def kept(scores: Mapping[str, Score | None], number: int) -> tuple[str, ...]:
