@@ -4,7 +4,7 @@
 Twenty candidates on each of four tasks are scored before training, trained for a short budget, and looked at once
 after a tenth of its steps: what is known then is set against the accuracy on the evaluation set at the end.
 
-    python benchmarks/prediction.py [--only TASK ...] [--text-checkpoint FOLDER] [--fashion-mnist FOLDER]
+    python benchmarks/prediction.py [--only TASK ...] [--steps N] [--text-checkpoint FOLDER] [--fashion-mnist FOLDER]
 
 goes on where it was killed, and writes `benchmarks/results/prediction.json` and the page beside it, whose tables stand
 in `docs/prediction.md`. The second checkpoint for text is paraphrase-MiniLM-L3-v2; Fashion-MNIST's four idx files are
@@ -56,15 +56,10 @@ Flags = dict[str, Any]
 COMMON: Flags = {
     "dataloader_pin_memory": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
     "save_strategy": "no", "per_device_eval_batch_size": 100, "warmup_steps": 4, "seed": 42, "data_seed": 42,
-    "max_eval_samples": 400,
+    "max_eval_samples": 400, "per_device_train_batch_size": 16,
 }  # fmt: skip
-TEXT: Flags = {
-    "dataset_name": str(TEXT_DATA), "text_column_name": ["sentence"], "max_seq_length": 16, "max_steps": 60,
-    "max_train_samples": 960, "per_device_train_batch_size": 16,
-}  # fmt: skip
-VISION: Flags = {
-    "image_size": 32, "max_steps": 60, "max_train_samples": 960, "per_device_train_batch_size": 16,
-}  # fmt: skip
+TEXT: Flags = {"dataset_name": str(TEXT_DATA), "text_column_name": ["sentence"], "max_seq_length": 16}
+VISION: Flags = {"image_size": 32}
 
 RESNET = ROOT / "recipes" / "checkpoints" / "resnet18_architecture"
 NEW: Flags = {"random_weights": True}
@@ -260,11 +255,16 @@ def known_early(run: dict[str, Any]) -> dict[str, float | None]:
     return {**scores, "early_loss": late, "loss_drop": drop, "half_life": speed["half_life"], **run["known"]}
 
 
-def collected() -> dict[str, Any]:
+def folder_of(steps: int) -> Path:
+    """Where trainings of so many steps are kept."""
+    return CACHE / "prediction" / f"{steps} steps"
+
+
+def collected(steps: int) -> dict[str, Any]:
     """All that was made so far, without the curves."""
     found: dict[str, Any] = {}
     for task in TASK_DATA:
-        files = sorted((CACHE / "prediction" / task).glob("*/run.json"))
+        files = sorted((folder_of(steps) / task).glob("*/run.json"))
         runs = {file.parent.name: json.loads(file.read_bytes()) for file in files}
         held = {
             name: {
@@ -277,7 +277,7 @@ def collected() -> dict[str, Any]:
         }
         if held:
             found[task] = held
-    return found
+    return {"steps": steps, "look": round(EARLY * steps), "tasks": found}
 
 
 def cost(run: dict[str, Any]) -> dict[str, float]:
@@ -292,19 +292,20 @@ def main() -> None:
     """Makes the candidates that are not yet made, and writes down all that were."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(TASK_DATA), default=list(TASK_DATA))
+    parser.add_argument("--steps", type=int, default=60, help="Of each training.")
     parser.add_argument("--text-checkpoint", default="paraphrase-MiniLM-L3-v2")
     parser.add_argument("--fashion-mnist", default=str(CACHE / "fashion-mnist"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, task, flags in in_turn(args):
-        folder = CACHE / "prediction" / task / name
+        folder = folder_of(args.steps) / task / name
         file = folder / "run.json"
         if not file.exists():
             started = time.perf_counter()
             run = made(flags, folder)
             write_atomically(file, json.dumps(run, allow_nan=False).encode())
             print(f"{task}: {name}: {run['final']}, {time.perf_counter() - started:.0f} s", flush=True)
-    results = collected()
+    results = collected(args.steps)
     write_atomically(RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(RESULTS.with_suffix(".md"), page(results).encode())
 
@@ -313,8 +314,8 @@ def in_turn(args: argparse.Namespace) -> list[tuple[str, str, Flags]]:
     """Every candidate of every task, in random order, a task after the other: what is done first is a fair sample."""
     queues = []
     for task in args.only:
-        shared = TASK_DATA[task](args)
-        candidates = text_candidates(args.text_checkpoint) if shared is TEXT else vision_candidates()
+        shared = {**TASK_DATA[task](args), "max_steps": args.steps, "max_train_samples": 16 * args.steps}
+        candidates = text_candidates(args.text_checkpoint) if task == "movie sentences" else vision_candidates()
         queue = [(name, task, _given(shared | flags)) for name, flags in candidates.items()]
         random.Random(0).shuffle(queue)
         queues.append(queue)

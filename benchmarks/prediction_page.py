@@ -55,7 +55,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
 def page(results: Mapping[str, Any]) -> str:
     """The whole page."""
     lines = ["# What is known early", "", "What `python benchmarks/prediction.py` found.", "", tables(results), ""]
-    for task, runs in results.items():
+    for task, runs in results["tasks"].items():
         lines += [f"## {task}", "", "| candidate | accuracy, % | loss |", "|:--|--:|--:|"]
         for name in sorted(runs, key=lambda name: -runs[name]["final"]["accuracy"]):
             final = runs[name]["final"]
@@ -67,10 +67,13 @@ def page(results: Mapping[str, Any]) -> str:
 
 def tables(results: Mapping[str, Any]) -> str:
     """Rank correlations of single quantities and of combinations, as Markdown."""
+    steps, look, results = results["steps"], results["look"], results["tasks"]
+    number = ", ".join(f"{len(runs)} on {task}" for task, runs in results.items())
+    about = f"Candidates: {number}. {steps} steps each, looked at after {look}."
     final = {task: _column(runs, lambda run: run["final"]["accuracy"]) for task, runs in results.items()}
     known = {name: oriented(results, name) for name in (*BEFORE, *EARLY)}
     heads = ["known", "mean τ (95 % interval)", *results, "cost, %"]
-    lines = [_row(heads), _row([":--"] + ["--:"] * (len(heads) - 1))]
+    lines = [about, "", _row(heads), _row([":--"] + ["--:"] * (len(heads) - 1))]
     for group, quantities in {"before training": BEFORE, "at a tenth": EARLY}.items():
         found = {name: mean_tau(known[name], final) for name in quantities}
         for name in sorted(found, key=lambda name: -found[name][0]):

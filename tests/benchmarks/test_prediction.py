@@ -32,7 +32,7 @@ def test_single_rows_are_kendalls_tau_pair_by_pair(results):
     table = prediction_page.tables(results)
     row = next(line for line in table.splitlines() if line.startswith("| linear probe ↑"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    for cell, runs in zip(cells[2:], results.values(), strict=False):
+    for cell, runs in zip(cells[2:], results["tasks"].values(), strict=False):
         pairs = [(run["known"]["linear_probe"], run["final"]["accuracy"]) for run in runs.values()]
         signs = [(np.sign(a - c), np.sign(b - d)) for (a, b), (c, d) in combinations(pairs, 2)]
         agree = sum(x * y for x, y in signs)
