@@ -24,7 +24,7 @@ def score(value: float, std_error: float = 0.01) -> Score:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces scoring: a predicted decrease that sees the changes of the configuration. What was scored, in order."""
+    """Replaces scoring: a LogME that sees the changes of the configuration. What was scored, in order."""
     calls: list[str] = []
     values = {"hidden_dropout_prob=0.1": 0.9, "hidden_dropout_prob=0.2": 0.895, "hidden_dropout_prob=0.3": 0.4}
 
@@ -33,7 +33,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(overrides)
         if overrides not in values:
             raise RuntimeError("the disk is full")
-        return CheckpointScores(predicted_decrease=score(values[overrides]), logme=score(-values[overrides]))
+        return CheckpointScores(logme=score(values[overrides]), alignment=score(-values[overrides]))
 
     monkeypatch.setattr("hf_optimizability.comparing.screening.score_inputs", score_inputs)
     return calls
@@ -65,17 +65,17 @@ class TestScreening:
         comparison = compare(candidates(0.1, 0.2, 0.3, 0.4), **{**flags, "seeds": 1, "screen_to": 1})
         assert [entry.dropped for entry in comparison.entries] == [None, None, 0, None]
         assert [len(entry.runs) for entry in comparison.entries] == [1, 1, 0, 1]
-        assert comparison.entries[3].scores.notes == {"predicted_decrease": "RuntimeError: the disk is full"}
+        assert comparison.entries[3].scores.notes == {"logme": "RuntimeError: the disk is full"}
         assert comparison.setting["screen_to"] == 1
         names = [entry.name for entry in comparison.entries]
         assert f"Not trained, by their scores: {names[2]}." in comparison.summary()
         page = read_page(comparison.to_html())
-        assert page.tables["Scores"][1] == [names[0], "–", "-0.900 ± 0.010", "–", "0.900 ± 0.010", "0.00", "yes"]
+        assert page.tables["Scores"][1] == [names[0], "–", "0.900 ± 0.010", "-0.900 ± 0.010", "–", "0.00", "yes"]
         assert [row[6] for row in page.tables["Scores"][1:]] == ["yes", "yes", "no", "yes"]
         tables = MarkdownIt("commonmark").enable("table").parse(comparison.to_markdown())
         assert sum(token.type == "tr_open" for token in tables) == 4 + 4 + 4 + 4 + 5  # the last: the scores
         for text in (page.text, comparison.to_markdown()):
-            assert "the disk is full" in text.replace("\\", "") and "1 best by predicted decrease were to be trained" in text
+            assert "the disk is full" in text and "1 best by LogME were to be trained" in text
 
     def test_what_was_scored_is_not_scored_again(self, flags, scored):
         options = {**flags, "seeds": 1, "screen_to": 1}
@@ -98,7 +98,7 @@ class TestScreening:
         options = {**flags, "seeds": 1, "screen_to": 1, "screen_examples": 20, "train_val_split": 0.5}
         comparison = compare(["learning_rate=1e-3", str(inputs / "missing")], **options)
         scores, failure = comparison.entries[1].scores, comparison.entries[1].failure
-        assert scores.notes["predicted_decrease"] == failure.reason and "can't be loaded" in failure.reason
+        assert scores.notes["logme"] == failure.reason and "can't be loaded" in failure.reason
 
     def test_one_that_is_left_is_told(self, flags, scored):
         comparison = compare(candidates(0.1, 0.3), **{**flags, "seeds": 1, "screen_to": 1})
