@@ -186,6 +186,7 @@ def compare(ctx: typer.Context, task: TaskName = None, as_json: AsJson = False, 
       --budget_steps, --budget_examples, --budget_seconds   what each training gets; one of them
       --seeds            trainings of each candidate, 3 by default
       --halving_rounds   rounds of successive halving, for many candidates
+      --screen_to        train so many, the best by a score before any training
       --output_dir       where comparison.html, .md and .json go
     """
     with _work(ctx):

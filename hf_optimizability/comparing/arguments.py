@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..scoring.logme import LEAST_EXAMPLES
+
 
 @dataclass
 class ComparisonArguments:
@@ -45,6 +47,14 @@ class ComparisonArguments:
             "worse half, but none that can't be told apart from the best."
         },
     )
+    screen_to: int | None = field(
+        default=None,
+        metadata={
+            "help": "Score the candidates before any training, and train so many: the best, and all that can't be "
+            "told from the last of them."
+        },
+    )
+    screen_examples: int = field(default=256, metadata={"help": "Training examples that the scores are from."})
     measured_seeds: int = field(
         default=1, metadata={"help": "Trainings of each candidate in which curvature is measured."}
     )
@@ -64,6 +74,10 @@ class ComparisonArguments:
         for name, bound in least.items():
             if not math.isfinite(vars(self)[name]) or vars(self)[name] < bound:
                 raise ValueError(f"--{name} is {vars(self)[name]}; it must be at least {bound}.")
+        if self.screen_to is not None and self.screen_to < 1:
+            raise ValueError(f"--screen_to is {self.screen_to}; it must be at least 1, or left out to train them all.")
+        if self.screen_examples < LEAST_EXAMPLES:
+            raise ValueError(f"--screen_examples is {self.screen_examples}; it must be at least {LEAST_EXAMPLES}.")
         if self.rank_by not in ("accuracy", "loss"):
             raise ValueError(f"--rank_by is {self.rank_by!r}; choose accuracy or loss.")
 

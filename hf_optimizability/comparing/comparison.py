@@ -18,6 +18,7 @@ from ..files import finite, write_atomically
 from ..measurement import PREFIX
 from ..report import OptimizabilityReport
 from ..report.schema import parse
+from ..scoring.checkpoint import CheckpointScores
 from .ranking import Ranking, normal_draws, paired_bootstrap, rank
 
 
@@ -25,6 +26,9 @@ Quality = Literal["accuracy", "loss"]
 
 SCHEMA_VERSION = 1
 """Version of the layout of `comparison.json`."""
+
+SCREENED_BY = "logme"
+"""The score that drops candidates before any training: of four the best, which is weak (docs/prediction.md)."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,9 @@ class Entry:
         changes: Flags that are its own.
         runs: Its trainings under the largest budget it got, one for each seed.
         failure: Why it is not ranked; `None` if all its trainings finished.
-        dropped: Number of the round after which successive halving dropped it; `None` if it got the whole budget.
+        dropped: Number of the round after which successive halving dropped it, 0 if its score did so before any
+            training; `None` if it got the whole budget.
+        scores: What was known of it before any training; `None` if that was not asked for.
     """
 
     name: str
@@ -128,6 +134,7 @@ class Entry:
     runs: list[Run] = field(default_factory=list)
     failure: Failure | None = None
     dropped: int | None = None
+    scores: CheckpointScores | None = None
 
     @property
     def model(self) -> dict[str, Any]:
@@ -156,7 +163,7 @@ class Comparison:
 
     Attributes:
         setting: `task`, `dataset`, `budget` (with `unit` and `amount`), `seeds`, `rank_by`, `examples`, `settings`
-            (flags that all share) and `versions`.
+            (flags that all share), `versions`, and `screen_to` if scores were asked for.
         entries: The candidates, in the order in which they were given.
         rounds: Of successive halving; one if there was none.
         schema_version: Layout of the JSON file.
@@ -185,6 +192,7 @@ class Comparison:
         entries = [{**vars(entry), "runs": [run.to_dict() for run in entry.runs]} for entry in self.entries]
         for held, entry in zip(entries, self.entries, strict=True):
             held["failure"] = None if entry.failure is None else asdict(entry.failure)
+            held["scores"] = None if entry.scores is None else entry.scores.to_dict()
         rounds = [asdict(one) for one in self.rounds]
         ranking = None if self.ranking is None else asdict(self.ranking)
         data = {"schema_version": self.schema_version, "setting": self.setting, "ranking": ranking}
@@ -208,6 +216,7 @@ class Comparison:
                     **entry,
                     "runs": [Run.from_dict(run) for run in entry["runs"]],
                     "failure": None if entry["failure"] is None else Failure(**entry["failure"]),
+                    "scores": entry.get("scores") and CheckpointScores.from_dict(entry["scores"]),
                 }
             )
             for entry in data["entries"]

@@ -23,7 +23,9 @@ from ..report.formatting import (
 from ..report.html import render_page
 from ..report.markdown import markdown_environment
 from ..report.series import Points, logged, measured_steps
-from .comparison import Comparison, Entry, Run
+from ..scoring.checkpoint import CheckpointScores
+from ..scoring.score import Score
+from .comparison import SCREENED_BY, Comparison, Entry, Run
 from .ranking import CONFIDENCE, Array, Ranking
 
 
@@ -39,6 +41,14 @@ CLOCK_NOISE = 0.1
 
 SCALE = {"accuracy": 100.0, "loss": 1.0}
 """What a quality is multiplied with to be shown: accuracies are in percent."""
+
+SCORED = {
+    "linear_probe": ("linear probe, %", 100.0),
+    "logme": ("LogME", 1.0),
+    "alignment": ("gradient alignment", 1.0),
+    "predicted_decrease": ("predicted decrease", 1.0),
+}
+"""Scores before training: what they are called, and what they are multiplied with to be shown."""
 
 
 def to_html(comparison: Comparison) -> str:
@@ -77,8 +87,10 @@ def to_summary(comparison: Comparison) -> str:
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
     ]
+    screened = ", ".join(entry.name for entry in comparison.entries if entry.dropped == 0)
+    left_out = [f"Not trained, by their scores: {screened}."] if screened else []
     failed = [f"{entry.name} failed: {entry.failure.reason}" for entry in values["failed"]]
-    return "\n".join([*(lines if rows else []), *map(one_line, [*values["verdict"], *failed])])
+    return "\n".join([*(lines if rows else []), *map(one_line, [*values["verdict"], *left_out, *failed])])
 
 
 def charts(comparison: Comparison) -> list[Chart]:
@@ -111,7 +123,10 @@ def _values(comparison: Comparison) -> dict[str, Any]:
         "models": sorted(models, key=lambda row: row["size"]),
         "front": sorted(pareto_front(comparison, lambda run: run.train_seconds)),
         "failed": [entry for entry in comparison.entries if entry.failure is not None],
-        "dropped": [entry for entry in comparison.entries if entry.dropped is not None],
+        "dropped": [entry for entry in comparison.entries if entry.dropped],
+        "screened": _score_rows(comparison),
+        "score_titles": [title for title, _ in SCORED.values()],
+        "screened_by": SCORED[SCREENED_BY][0].partition(",")[0],
         "rounds": comparison.rounds,
         "entries": comparison.entries,
         "confidence": f"{CONFIDENCE:g}",
@@ -122,8 +137,9 @@ def _values(comparison: Comparison) -> dict[str, Any]:
 def verdict(comparison: Comparison) -> list[str]:
     """The ranking in sentences; what can't be told apart is said to be so."""
     ranking, left = comparison.ranking, _ranked(comparison)
-    if len(left) == 1 and len(comparison.rounds) > 1:
-        return [f"{left[0].name} is the one that successive halving left: the others were dropped before."]
+    if len(left) == 1 and any(entry.dropped is not None for entry in comparison.entries):
+        by = "successive halving" if len(comparison.rounds) > 1 else "its score"
+        return [f"{left[0].name} is the one that {by} left: the others were dropped before."]
     if ranking is None:
         return ["There is no ranking: fewer than two candidates have scores to compare."]
     first = [name for name, place in zip(ranking.names, ranking.ranks, strict=True) if place == 1]
@@ -138,6 +154,30 @@ def verdict(comparison: Comparison) -> list[str]:
     others = "1 other is" if rest == 1 else f"{rest} others are"
     worse = f" {others} worse than at least one of them." if rest else ""
     return [f"{told}: the likeliest order between two of them has a probability of {_share(surest)}.{worse}"]
+
+
+def _score_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """What was known of each candidate before any training, the best score first."""
+    scored = [(entry, entry.scores) for entry in comparison.entries if entry.scores is not None]
+    return [
+        {
+            "name": entry.name,
+            "values": [_score(scores.of(name), scale) for name, (_, scale) in SCORED.items()],
+            "seconds": format_number(scores.seconds, digits=3),
+            "trained": entry.dropped != 0,
+            "note": " ".join(dict.fromkeys(scores.notes.values())),
+        }
+        for entry, scores in sorted(scored, key=lambda pair: _decisive(pair[1]), reverse=True)
+    ]
+
+
+def _score(score: Score | None, scale: float) -> str:
+    return MISSING if score is None else format_with_error(scale * score.value, scale * score.std_error)
+
+
+def _decisive(scores: CheckpointScores) -> float:
+    score = scores.of(SCREENED_BY)
+    return -math.inf if score is None else score.value
 
 
 def _share(probability: float) -> str:

@@ -21,9 +21,10 @@ from ..configuration import OptimizabilityConfig
 from ..files import finite, require_writable, write_atomically
 from ..privacy import anonymous, without_secrets
 from ..report import OptimizabilityReport
+from ..scoring.checkpoint import CheckpointScores
 from .arguments import ComparisonArguments
 from .candidates import CHECKPOINT, Candidate, Flag, folder_name, parse_candidates
-from .comparison import Comparison, Entry, Failure, Round, Run, rank_entries
+from .comparison import SCREENED_BY, Comparison, Entry, Failure, Round, Run, rank_entries
 
 
 if TYPE_CHECKING:
@@ -174,12 +175,47 @@ class Comparing:
             on_run: Is told of each training that is done or has failed, in a line of text.
         """
         entries = [Entry(candidate.name, candidate.public_changes) for candidate in self.candidates]
+        self._screen(entries, on_run)
         rounds = []
         for number in range(1, self.arguments.halving_rounds + 1):
             rounds.append(self._round(number, entries, on_run))
         comparison = Comparison(self._setting(entries), entries, rounds)
         comparison.save(self.folder)
         return comparison
+
+    def _screen(self, entries: list[Entry], on_run: Callable[[str], object]) -> None:
+        """Scores all candidates, and drops those that their score tells to be worse than enough others."""
+        if self.arguments.screen_to is None:
+            return
+        from .screening import kept
+
+        for entry, candidate in zip(entries, self.candidates, strict=True):
+            entry.scores = self._scores(candidate)
+            on_run(f"{entry.name}, before training: {entry.scores.result}")
+        scores = {entry.name: entry.scores.of(SCREENED_BY) for entry in entries if entry.scores is not None}
+        left = kept(scores, self.arguments.screen_to)
+        for entry in entries:
+            if entry.name not in left:
+                entry.dropped = 0
+                on_run(f"{entry.name} is not trained: its score tells it to be worse.")
+
+    def _scores(self, candidate: Candidate) -> CheckpointScores:
+        """The scores made before, of this candidate or of one with the same model and data; or makes them."""
+        from .screening import score_inputs
+
+        examples = self.arguments.screen_examples
+        model, data, _, training, _ = self._plain[candidate.name]
+        more = (examples, self._first_seed, training.label_smoothing_factor)
+        file = self.folder / "scores" / f"{self._digest(candidate, [model, data], *more)}.json"
+        held = CheckpointScores.from_dict(json.loads(file.read_bytes())) if file.exists() else None
+        if held is None or (held.notes and self.arguments.retry_failures):
+            try:
+                held = score_inputs(self._inputs(candidate, {"output_dir": str(file.parent)}), examples=examples)
+            except Exception as error:
+                logger.debug("The scores failed.", exc_info=True)
+                held = CheckpointScores(notes={SCREENED_BY: _reason(error)})
+            write_atomically(file, json.dumps(finite(held.to_dict()), allow_nan=False).encode())
+        return held
 
     def _round(self, number: int, entries: list[Entry], on_run: Callable[[str], object]) -> Round:
         """Trains all that are left with the budget of this round, and drops those that it tells to be worse."""
@@ -270,15 +306,20 @@ class Comparing:
 
     def _folder_of(self, candidate: Candidate) -> Path:
         """A folder that no training with other settings has."""
+        *parts, _ = self._plain[candidate.name]
+        return self.folder / "runs" / folder_name(candidate, self._digest(candidate, parts))
+
+    def _digest(self, candidate: Candidate, parts: Sequence[Any], *more: float) -> str:
+        """Tells the flags of a candidate that are in some of its dataclasses."""
         names = [*self._given(), *candidate.changes]
         settings = {
             field: value
-            for part in self._plain[candidate.name]
+            for part in parts
             for field, value in vars(part).items()
-            if field in names and field not in _WITHOUT_EFFECT and not isinstance(part, ComparisonArguments)
+            if field in names and field not in _WITHOUT_EFFECT
         }
-        text = json.dumps([self.task.NAME, settings], sort_keys=True, default=str)
-        return self.folder / "runs" / folder_name(candidate, hashlib.sha256(text.encode()).hexdigest()[:8])
+        text = json.dumps([self.task.NAME, settings, *more], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def _inputs(self, candidate: Candidate, flags: Mapping[str, Any]) -> Inputs:
         from .training import Inputs
@@ -354,6 +395,7 @@ class Comparing:
             "examples": len(scores[0].losses) if scores else None,
             "settings": self._public_settings(),
             "versions": provenance.library_versions(),
+            "screen_to": arguments.screen_to,
         }
 
     def _public_settings(self) -> dict[str, Any]:

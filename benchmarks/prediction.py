@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is it known early how well a candidate will do? Rank correlation of what is known by a tenth of the budget.
+
+Twenty candidates on each of four tasks are scored before training, trained for a short budget, and looked at once
+after a tenth of its steps: what is known then is set against the accuracy on the evaluation set at the end.
+
+    python benchmarks/prediction.py [--only TASK ...] [--steps N] [--text-checkpoint FOLDER] [--fashion-mnist FOLDER]
+
+goes on where it was killed, and writes `benchmarks/results/prediction.json` and the page beside it, whose tables stand
+in `docs/prediction.md`. The second checkpoint for text is paraphrase-MiniLM-L3-v2; Fashion-MNIST's four idx files are
+those of the Debian package dataset-fashion-mnist; the digits come with scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from comparing import to_parquet
+from prediction_page import page
+from torch.utils.data import Subset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from workloads import CACHE, ROOT, TEXT_CHECKPOINT, TEXT_DATA, VISION_CHECKPOINT, VISION_DATA
+
+from hf_optimizability import OptimizabilityConfig, measure
+from hf_optimizability.comparing.training import GoOn, Stopwatch, score
+from hf_optimizability.dynamics.convergence_speed import fit_convergence
+from hf_optimizability.files import finite, write_atomically
+from hf_optimizability.measurement import Measurement, MeasurementError
+from hf_optimizability.objective import trainer_loss
+from hf_optimizability.probe import probe_batches, probe_indices
+from hf_optimizability.scoring.checkpoint import NAMES, score_checkpoint
+from hf_optimizability.tasks.fine_tuning import TASKS, FlagParser, load, parse_arguments
+
+
+RESULTS = Path(__file__).parent / "results" / "prediction.json"
+EARLY = 0.1
+"""Share of the steps after which a training is looked at."""
+
+SEEN = ("evaluation", "gap", "measurement")
+"""What is done at that look, and timed."""
+
+SCORED, GRADIENTS, PROBED = 256, 32, 16
+"""Examples that features, gradients of the scores, and curvature are from."""
+
+Flags = dict[str, Any]
+
+COMMON: Flags = {
+    "dataloader_pin_memory": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
+    "save_strategy": "no", "per_device_eval_batch_size": 100, "warmup_steps": 4, "seed": 42, "data_seed": 42,
+    "max_eval_samples": 400, "per_device_train_batch_size": 16,
+}  # fmt: skip
+TEXT: Flags = {"dataset_name": str(TEXT_DATA), "text_column_name": ["sentence"], "max_seq_length": 16}
+VISION: Flags = {"image_size": 32}
+
+RESNET = ROOT / "recipes" / "checkpoints" / "resnet18_architecture"
+NEW: Flags = {"random_weights": True}
+MOBILENET: Flags = {
+    "model_name_or_path": str(VISION_CHECKPOINT), "config_overrides": "classifier_dropout_prob=0.2",
+    "batch_norm_momentum": 0.1,
+}  # fmt: skip
+
+
+def adamw(rate: float) -> Flags:
+    """AdamW, the Trainer's default."""
+    return {"learning_rate": rate}
+
+
+def sgd(rate: float) -> Flags:
+    """SGD with momentum."""
+    return {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": rate}
+
+
+def text_candidates(second: str) -> dict[str, Flags]:
+    """MiniLM-L6, also cut to fewer layers, and -L3: pretrained or not, by every method and at several rates."""
+    six, three = {"model_name_or_path": str(TEXT_CHECKPOINT)}, {"model_name_or_path": second}
+    lora, probe = {"method": "lora"}, {"method": "linear_probe"}
+    cut = {layers: {"config_overrides": f"num_hidden_layers={layers}"} for layers in (1, 2, 4)}
+    return {
+        **{f"L6, AdamW {rate:g}": six | adamw(rate) for rate in (1e-5, 1e-4, 5e-4, 2e-3)},
+        **{f"L6, SGD {rate:g}": six | sgd(rate) for rate in (1e-3, 1e-2)},
+        "L6, Adafactor 1e-4": six | adamw(1e-4) | {"optim": "adafactor"},
+        **{f"L6, LoRA, AdamW {rate:g}": six | lora | adamw(rate) for rate in (1e-4, 2e-3)},
+        **{f"L6, linear probe, AdamW {rate:g}": six | probe | adamw(rate) for rate in (1e-3, 1e-2)},
+        **{f"L6 cut to {layers}, AdamW 1e-4": six | flags | adamw(1e-4) for layers, flags in cut.items()},
+        **{f"L3, AdamW {rate:g}": three | adamw(rate) for rate in (1e-5, 1e-4)},
+        "L3, LoRA, AdamW 0.002": three | lora | adamw(2e-3),
+        "L3, linear probe, AdamW 0.01": three | probe | adamw(1e-2),
+        "L6, new, AdamW 1e-4": six | NEW | adamw(1e-4),
+        "L3, new, AdamW 5e-4": three | NEW | adamw(5e-4),
+    }
+
+
+def vision_candidates() -> dict[str, Flags]:
+    """MobileNetV2, pretrained or not, and ResNet-18 with random weights, by every method and at several rates."""
+    resnet = {"model_name_or_path": str(RESNET), **NEW}
+    probe = {"method": "linear_probe"}
+    return {
+        **{f"MobileNetV2, AdamW {rate:g}": MOBILENET | adamw(rate) for rate in (1e-5, 1e-4, 1e-3, 3e-3, 1e-2)},
+        **{f"MobileNetV2, SGD {rate:g}": MOBILENET | sgd(rate) for rate in (1e-3, 1e-2, 1e-1)},
+        "MobileNetV2, Adafactor 0.001": MOBILENET | adamw(1e-3) | {"optim": "adafactor"},
+        **{f"MobileNetV2, linear probe, AdamW {rate:g}": MOBILENET | probe | adamw(rate) for rate in (1e-3, 1e-2)},
+        "MobileNetV2, dropout 0.8, AdamW 0.001": MOBILENET | {"config_overrides": None} | adamw(1e-3),
+        "MobileNetV2, its BatchNorm, AdamW 0.001": MOBILENET | {"batch_norm_momentum": None} | adamw(1e-3),
+        **{f"MobileNetV2, new, AdamW {rate:g}": MOBILENET | NEW | adamw(rate) for rate in (1e-3, 1e-2)},
+        **{f"ResNet-18, new, AdamW {rate:g}": resnet | adamw(rate) for rate in (1e-4, 1e-3)},
+        **{f"ResNet-18, new, SGD {rate:g}": resnet | sgd(rate) for rate in (1e-3, 1e-2)},
+        "ResNet-18, new, linear probe, AdamW 0.01": resnet | probe | adamw(1e-2),
+    }
+
+
+def fashion_mnist(args: argparse.Namespace) -> str:
+    """A folder with Fashion-MNIST as Parquet."""
+    folder = CACHE / "comparing" / "fashion_mnist_data"
+    if not (folder / "test.parquet").exists():
+        to_parquet(Path(args.fashion_mnist), folder)
+    return str(folder)
+
+
+def digits(args: argparse.Namespace) -> str:
+    """A folder with scikit-learn's digits, 8 × 8 pixels, as Parquet."""
+    from datasets import ClassLabel, Dataset, Features, Image
+    from sklearn.datasets import load_digits
+
+    folder = CACHE / "digits"
+    if not (folder / "train.parquet").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        held = load_digits()
+        columns = {"image": list((held.images * 15).astype(np.uint8)), "label": held.target.tolist()}
+        features = Features(image=Image(), label=ClassLabel(num_classes=10))
+        both = Dataset.from_dict(columns, features=features).train_test_split(450, seed=0)
+        for split, rows in both.items():
+            rows.to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+TASK_DATA: dict[str, Callable[[argparse.Namespace], Flags]] = {
+    "movie sentences": lambda args: TEXT,
+    "MNIST": lambda args: {**VISION, "dataset_name": str(VISION_DATA)},
+    "Fashion-MNIST": lambda args: {**VISION, "dataset_name": fashion_mnist(args)},
+    "digits": lambda args: {**VISION, "dataset_name": digits(args)},
+}
+
+
+class LookOnce(TrainerCallback):
+    """Looks at a training after a tenth of its steps, and leaves it as it was.
+
+    Args:
+        trainer: Whose training.
+        step: When.
+
+    Attributes:
+        known: What was seen.
+        seconds: What it took, by part.
+    """
+
+    def __init__(self, trainer: Trainer, step: int):
+        self._trainer, self._step = trainer, step
+        self.known: dict[str, float | None] = {}
+        self.seconds: dict[str, float] = {}
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluates and measures, once."""
+        if state.global_step == self._step:
+            self._evaluate()
+            self._measure(kwargs["optimizer"])
+
+    def _evaluate(self) -> None:
+        trainer, started = self._trainer, time.perf_counter()
+        evaluated, _ = score(trainer, trainer.eval_dataset)
+        middle = time.perf_counter()
+        train: Any = trainer.train_dataset
+        trained, _ = score(trainer, Subset(train, probe_indices(len(train), len(evaluated.losses), seed=0)))
+        self.seconds["evaluation"], self.seconds["gap"] = middle - started, time.perf_counter() - started
+        self.known["eval_loss"] = float(evaluated.losses.mean())
+        self.known["eval_accuracy"] = float(evaluated.correct.mean())
+        self.known["gap"] = float(evaluated.losses.mean() - trained.losses.mean())
+
+    def _measure(self, optimizer: Any) -> None:
+        trainer, started = self._trainer, time.perf_counter()
+        config = OptimizabilityConfig(max_hvps=16, eigen_tolerance=0.2, trace_tolerance=0.4, probe_seed=0)
+        batches = probe_batches(trainer.get_train_dataloader(), examples=PROBED, batch_size=4, seed=0)
+        inner = getattr(optimizer, "optimizer", optimizer)
+        try:
+            found = measure(trainer.model, batches, config, loss_fn=trainer_loss(trainer), optimizer=inner)
+            self.known |= quantities(found)
+        except MeasurementError as error:
+            print(error, flush=True)
+        self.seconds["measurement"] = time.perf_counter() - started
+
+
+def quantities(found: Measurement) -> dict[str, float | None]:
+    """Our quantities, of one measurement."""
+    hessian, step, noise = found.hessian, found.step_size, found.noise_scale
+    limit = None if step is None else step.limit
+    return {
+        "grad_norm": found.grad_norm,
+        "trace": hessian.trace.value,
+        "lambda_max": hessian.lambda_max.value,
+        "sharpness": step.sharpness.value / limit if step is not None and limit else None,
+        "critical_rate": step.critical.value / step.learning_rate if step is not None and step.learning_rate else None,
+        "decrease": found.along_gradient.predicted_decrease,
+        "noise_scale": None if noise is None else noise.value,
+    }
+
+
+def made(flags: Flags, folder: Path) -> dict[str, Any]:
+    """Scores, trains and looks at one candidate."""
+    task = TASKS[0] if flags["dataset_name"] == str(TEXT_DATA) else TASKS[1]
+    parser = FlagParser((task.ModelArguments, task.DataArguments, TrainingArguments))
+    held = {**COMMON, **flags, "output_dir": str(folder / "training")}
+    model_args, data_args, training_args = parse_arguments(parser, [], values=held)
+    inputs = load(task, model_args, data_args, training_args)
+    stopwatch = Stopwatch(math.inf)
+    trainer = Trainer(args=training_args, callbacks=[stopwatch], **inputs)
+    trainer.remove_callback(PrinterCallback)
+    loader = trainer.get_train_dataloader()
+    batches = probe_batches(loader, examples=SCORED, batch_size=64, seed=0)
+    scores = score_checkpoint(trainer.model, batches, loss_fn=trainer_loss(trainer), gradient_examples=GRADIENTS)
+    early = round(EARLY * training_args.max_steps)
+    look = LookOnce(trainer, early)
+    trainer.add_callback(look)
+    trainer.add_callback(GoOn(stopwatch))
+    trainer.train()
+    final, _ = score(trainer, trainer.eval_dataset)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return finite(
+        {
+            "final": {"accuracy": float(final.correct.mean()), "loss": float(final.losses.mean())},
+            "losses": losses,
+            "scores": scores.to_dict(),
+            "known": look.known,
+            "seconds": {"training": stopwatch.seconds, **look.seconds},
+        }
+    )
+
+
+def known_early(run: dict[str, Any]) -> dict[str, float | None]:
+    """All that is known of a candidate by a tenth of its steps."""
+    losses = run["losses"][: round(EARLY * len(run["losses"]))]
+    usable = [loss for loss in losses if loss is not None]
+    speed = fit_convergence(list(range(1, len(losses) + 1)), losses)
+    third = max(1, len(usable) // 3)
+    late = float(np.median(usable[-third:])) if len(usable) == len(losses) else None
+    drop = None if late is None else float(np.median(usable[:third])) - late
+    scores = {name: run["scores"][name] and run["scores"][name]["value"] for name in NAMES}
+    return {**scores, "early_loss": late, "loss_drop": drop, "half_life": speed["half_life"], **run["known"]}
+
+
+def folder_of(steps: int) -> Path:
+    """Where trainings of so many steps are kept."""
+    return CACHE / "prediction" / f"{steps} steps"
+
+
+def collected(steps: int) -> dict[str, Any]:
+    """All that was made so far, without the curves."""
+    found: dict[str, Any] = {}
+    for task in TASK_DATA:
+        files = sorted((folder_of(steps) / task).glob("*/run.json"))
+        runs = {file.parent.name: json.loads(file.read_bytes()) for file in files}
+        held = {
+            name: {
+                "final": run["final"],
+                "known": known_early(run),
+                "cost": cost(run),
+                "notes": run["scores"]["notes"],
+            }
+            for name, run in runs.items()
+        }
+        if held:
+            found[task] = held
+    return {"steps": steps, "look": round(EARLY * steps), "tasks": found}
+
+
+def cost(run: dict[str, Any]) -> dict[str, float]:
+    """What it took to know each group of quantities, as a share of the training's time."""
+    seconds, scores = run["seconds"], run["scores"]
+    shares = {"early": EARLY * seconds["training"], **{name: seconds.get(name, 0.0) for name in SEEN}}
+    shares |= {name: scores[name]["seconds"] if scores[name] else 0.0 for name in NAMES}
+    return {name: share / seconds["training"] for name, share in shares.items()}
+
+
+def main() -> None:
+    """Makes the candidates that are not yet made, and writes down all that were."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(TASK_DATA), default=list(TASK_DATA))
+    parser.add_argument("--steps", type=int, default=60, help="Of each training.")
+    parser.add_argument("--text-checkpoint", default="paraphrase-MiniLM-L3-v2")
+    parser.add_argument("--fashion-mnist", default=str(CACHE / "fashion-mnist"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name, task, flags in in_turn(args):
+        folder = folder_of(args.steps) / task / name
+        file = folder / "run.json"
+        if not file.exists():
+            started = time.perf_counter()
+            run = made(flags, folder)
+            write_atomically(file, json.dumps(run, allow_nan=False).encode())
+            print(f"{task}: {name}: {run['final']}, {time.perf_counter() - started:.0f} s", flush=True)
+    results = collected(args.steps)
+    write_atomically(RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(RESULTS.with_suffix(".md"), page(results).encode())
+
+
+def in_turn(args: argparse.Namespace) -> list[tuple[str, str, Flags]]:
+    """Every candidate of every task, in random order, a task after the other: what is done first is a fair sample."""
+    queues = []
+    for task in args.only:
+        shared = {**TASK_DATA[task](args), "max_steps": args.steps, "max_train_samples": 16 * args.steps}
+        candidates = text_candidates(args.text_checkpoint) if task == "movie sentences" else vision_candidates()
+        queue = [(name, task, _given(shared | flags)) for name, flags in candidates.items()]
+        random.Random(0).shuffle(queue)
+        queues.append(queue)
+    return [one for turn in zip(*queues, strict=True) for one in turn]
+
+
+def _given(flags: Flags) -> Flags:
+    return {flag: value for flag, value in flags.items() if value is not None}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All scores of a checkpoint for a task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from torch import nn
+
+from ..configuration import OptimizabilityConfig
+from ..engines import Way, first_that_works
+from ..measurement import MeasurementError
+from ..objective import LossFunction, Objective, cut_batch
+from ..safety import full_precision, measuring
+from .features import head_features
+from .gradients import gradient_scores
+from .linear_probe import linear_probe
+from .logme import logme
+from .score import Score
+
+
+PART = 4
+"""Examples of each part whose gradients are compared."""
+
+_GRADIENT, _PRODUCT = 2, 4
+"""Passes of a gradient, forward and backward; and of a product, whose two backward passes are differentiated again."""
+
+
+@dataclass(frozen=True)
+class CheckpointScores:
+    """What is known of a checkpoint for a task before any training; `None` where a score can't be had.
+
+    Attributes:
+        logme: Log maximum evidence of the labels, given the frozen features.
+        linear_probe: Cross-validated accuracy of logistic regression on the frozen features.
+        alignment: Mean cosine between the gradients of small parts of the data.
+        predicted_decrease: What the best step along −g gains by the quadratic model, in units of the loss.
+        notes: Why a score can't be had, by its name.
+    """
+
+    logme: Score | None = None
+    linear_probe: Score | None = None
+    alignment: Score | None = None
+    predicted_decrease: Score | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """What all of them took together."""
+        held = (self.logme or self.linear_probe, self.alignment or self.predicted_decrease)
+        return sum(score.seconds for score in held if score is not None)
+
+    @property
+    def result(self) -> str:
+        """The scores in a few words, or why there is none."""
+        held = {name: self.of(name) for name in NAMES}
+        told = [f"{name} {score.value:.4g} ± {score.std_error:.2g}" for name, score in held.items() if score]
+        return ", ".join(told) or f"not scored: {'; '.join(dict.fromkeys(self.notes.values()))}"
+
+    def of(self, name: str) -> Score | None:
+        """The score of that name."""
+        score: Score | None = vars(self)[name]
+        return score
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scores as plain data."""
+        return {**asdict(self), "notes": dict(self.notes)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CheckpointScores:
+        """Rebuilds scores from `to_dict`."""
+        held = {name: data[name] and Score.from_dict(data[name]) for name in NAMES}
+        return cls(**held, notes=data["notes"])
+
+
+NAMES = tuple(held.name for held in fields(CheckpointScores) if held.name != "notes")
+
+
+def score_checkpoint(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFunction | None = None,
+    gradient_examples: int = 64,
+    seed: int = 0,
+) -> CheckpointScores:
+    """Scores a classifier for a task without training it: LogME, linear probe, gradient alignment, predicted decrease.
+
+    In eval mode, float32. The model is left as it was. LogME and the linear probe see what the head takes, and so know
+    nothing of the learning rate, of the optimizer, or of what is trained; the gradients are by what is trained.
+
+    Args:
+        model: A `*ForSequenceClassification` or `*ForImageClassification` with a head for the task, bare or with PEFT.
+        batches: A few hundred training examples, drawn at random: dicts of what the model takes, with `labels`.
+        loss_fn: As for `measure`; the model's own loss by default.
+        gradient_examples: Of how many of them, the first ones, gradients are taken; 0 for none.
+        seed: Seed of folds and groups.
+
+    Returns:
+        The scores; one that can't be had is `None`, and `notes` say why.
+
+    Raises:
+        ValueError: If there is no batch, or nothing is trained.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        ...                     intermediate_size=8)
+        >>> tokens = torch.randint(9, (40, 4), generator=torch.Generator().manual_seed(0))
+        >>> batch = {"input_ids": tokens, "labels": (tokens[:, 1] > 4).long()}
+        >>> scores = score_checkpoint(BertForSequenceClassification(config), [batch], gradient_examples=40)
+        >>> scores.linear_probe.passes, scores.alignment.examples
+        (1, 40)
+    """
+    batches = list(batches)
+    held: dict[str, Score] = {}
+    notes: dict[str, str] = {}
+    started = time.perf_counter()
+    try:
+        features, labels = head_features(model, batches, seed=seed)
+        held["logme"] = logme(features, labels, seed=seed)
+        held["linear_probe"] = linear_probe(features, labels, seed=seed)
+    except ValueError as error:
+        notes |= dict.fromkeys(("logme", "linear_probe"), str(error))
+    held = {name: _priced(score, passes=1, since=started) for name, score in held.items()}
+    if gradient_examples:
+        started = time.perf_counter()
+        try:
+            objective = Objective(model, _first(batches, gradient_examples), loss_fn=loss_fn)
+            alignment, decrease = _of_gradients(objective, seed=seed)
+            held["alignment"] = _priced(alignment, passes=2 * _GRADIENT, since=started)
+            if decrease is None:
+                notes["predicted_decrease"] = "Along −g the loss curves downward (gᵀHg ≤ 0): there is no best step."
+            else:
+                held["predicted_decrease"] = _priced(decrease, passes=2 * _GRADIENT + _PRODUCT, since=started)
+        except (MeasurementError, FloatingPointError, ValueError) as error:
+            notes |= dict.fromkeys(("alignment", "predicted_decrease"), str(error))
+    return CheckpointScores(**held, notes=notes)
+
+
+def _priced(score: Score, *, passes: int, since: float) -> Score:
+    return replace(score, passes=passes, seconds=time.perf_counter() - since)
+
+
+def _first(batches: Iterable[Any], examples: int) -> list[Any]:
+    """The first examples, in parts of `PART`."""
+    return [part for batch in batches for part in cut_batch(batch, PART)][: examples // PART]
+
+
+def _of_gradients(objective: Objective, *, seed: int) -> tuple[Score, Score | None]:
+    config = OptimizabilityConfig(probe_seed=seed)
+    with measuring(objective.model, seed=seed), full_precision(objective.model):
+
+        def scored(way: Way) -> tuple[Score, Score | None]:
+            return gradient_scores(objective, way.operator(objective, curvature="hessian"))
+
+        return first_that_works(objective, config, scored, lambda products: None)[0]
