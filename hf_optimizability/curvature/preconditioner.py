@@ -246,9 +246,13 @@ def _groups_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Group
 
 
 def _learning_rates(groups: Sequence[Group]) -> tuple[float, list[float]]:
-    """The largest learning rate now, and each parameter's relative to it (by `initial_lr` where all are 0)."""
+    """The largest learning rate now, and each parameter's relative to it (by `initial_lr` where all are 0).
+
+    Where those are 0 too, nothing is trained, and all parameters count alike.
+    """
     present = [float(group["lr"]) for group in groups]
-    rates = present if max(present) > 0 else [float(group.get("initial_lr", 1.0)) for group in groups]
+    initial = [float(group.get("initial_lr", 0.0)) for group in groups]
+    rates = next((rates for rates in (present, initial) if max(rates) > 0), [1.0] * len(groups))
     return max(present), [rate / max(rates) for rate in rates]
 
 

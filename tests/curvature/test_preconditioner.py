@@ -191,6 +191,15 @@ def test_descent_with_a_held_preconditioner_is_stable_up_to_the_limit(name: str,
     assert (sizes[-1] <= sizes[0] / 10) if share < 1 else (sizes[-1] >= 100 * sizes[0])
 
 
+def test_under_a_schedule_of_a_rate_of_zero_all_parameters_count_alike():
+    weight, bias = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
+    optimizer = SGD([weight, bias], lr=0.0)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # it adds `initial_lr`
+    preconditioner = read_preconditioner(optimizer, [weight, bias])
+    assert preconditioner.limit == float("inf")
+    assert preconditioner.diagonal.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_at_learning_rate_zero_nothing_is_unstable_and_the_direction_is_known():
     weight, bias = make_parameters()[:2]
     optimizer = SGD([{"params": [weight], "lr": 0.4}, {"params": [bias], "lr": 0.1}])
