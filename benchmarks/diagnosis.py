@@ -7,7 +7,7 @@ and then with one thing changed. Every training is measured before, half way and
     python benchmarks/diagnosis.py [--only NAME ...]
 
 keeps the reports of what was trained in `out/benchmarks/diagnosis`, does not train it again, and writes
-`benchmarks/results/diagnosis.json`, the table beside it, and the picture in `docs/images`.
+`benchmarks/results/diagnosis.json` and the picture in `docs/images`, and prints the table of `docs/diagnosis.md`.
 """
 
 from __future__ import annotations
@@ -170,13 +170,12 @@ def main() -> None:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in parser.parse_args().only:
         results[name] = row(train(name))
-        print(table({name: results[name]}), flush=True)
     results = {name: results[name] for name in CASES if name in results}
     write_atomically(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
-    write_atomically(RESULTS.with_suffix(".md"), (table(results) + "\n").encode())
     picture = io.BytesIO()
     plot(results).savefig(picture)
     write_atomically(PICTURE, picture.getvalue())
+    print(table(results))
 
 
 if __name__ == "__main__":

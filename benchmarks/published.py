@@ -55,7 +55,7 @@ def page(folder: Path) -> str:
         path.parent.parent.name: OptimizabilityReport.load(path) for path in sorted(folder.glob("*/*/report.json"))
     }
     sources: dict[str, Any] = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
-    named = {name for report in reports.values() for name in (report.model["id"], report.data["dataset"])}
+    named = {name for report in reports.values() for name in origins(report)}
     lines = [
         INTRODUCTION,
         "## Before and after",
@@ -83,6 +83,11 @@ def page(folder: Path) -> str:
         ),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def origins(report: OptimizabilityReport) -> list[str]:
+    """The checkpoint, or both of a dual encoder, and the data set."""
+    return [*report.model["id"].split(" + "), report.data["dataset"]]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int) -> str:
