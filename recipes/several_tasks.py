@@ -25,7 +25,15 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
@@ -94,9 +102,11 @@ def main() -> None:
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     train, validation = load_tasks(args, tokenizer, seed=training_args.seed)
-    model = MultiTaskModel.on_checkpoint(args.model_name_or_path, dict.fromkeys(validation, 2))
-    if args.second_task == "negated":
-        model.heads["negated"] = model.heads["polarity"]  # one head, told opposite things
+    model: PreTrainedModel
+    if args.second_task == "negated":  # one head, told opposite things: the model knows nothing of tasks
+        model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, num_labels=2)
+    else:
+        model = MultiTaskModel.on_checkpoint(args.model_name_or_path, dict.fromkeys(validation, 2))
     trainer = OptimizabilityTrainer(
         model,
         training_args,
