@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is it known early how well a candidate will do? Rank correlation of what is known by a tenth of the budget.
 
-Twenty candidates on each of four tasks are scored before training, trained for a short budget, and looked at once
-after a tenth of its steps: what is known then is set against the accuracy on the evaluation set at the end.
+Twenty candidates on each of four tasks are scored before training, trained for a short budget with two seeds, and
+looked at once after a tenth of its steps: what is known then is set against the accuracy on the evaluation set at the
+end, in the mean over the seeds. How well one seed's end tells the other's says how well anything could.
 
-    python benchmarks/prediction.py [--only TASK ...] [--steps N] [--text-checkpoint FOLDER] [--fashion-mnist FOLDER]
+    python benchmarks/prediction.py [--only TASK ...] [--seeds N ...] [--steps N]
+                                    [--text-checkpoint FOLDER] [--fashion-mnist FOLDER]
 
 goes on where it was killed, and writes `benchmarks/results/prediction.json` and the page beside it, whose tables stand
 in `docs/prediction.md`. The second checkpoint for text is paraphrase-MiniLM-L3-v2; Fashion-MNIST's four idx files are
@@ -42,6 +44,9 @@ from hf_optimizability.tasks.fine_tuning import TASKS, FlagParser, load, parse_a
 
 
 RESULTS = Path(__file__).parent / "results" / "prediction.json"
+SEEDS = (42, 43)
+"""Of the head, the order of the data and dropout. Scores and curvature are from the first only."""
+
 EARLY = 0.1
 """Share of the steps after which a training is looked at."""
 
@@ -55,8 +60,8 @@ Flags = dict[str, Any]
 
 COMMON: Flags = {
     "dataloader_pin_memory": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1,
-    "save_strategy": "no", "per_device_eval_batch_size": 100, "warmup_steps": 4, "seed": 42, "data_seed": 42,
-    "max_eval_samples": 400, "per_device_train_batch_size": 16,
+    "save_strategy": "no", "per_device_eval_batch_size": 100, "warmup_steps": 4, "max_eval_samples": 1000,
+    "per_device_train_batch_size": 16,
 }  # fmt: skip
 TEXT: Flags = {"dataset_name": str(TEXT_DATA), "text_column_name": ["sentence"], "max_seq_length": 16}
 VISION: Flags = {"image_size": 32}
@@ -156,14 +161,15 @@ class LookOnce(TrainerCallback):
     Args:
         trainer: Whose training.
         step: When.
+        curvature: Whether curvature is measured as well.
 
     Attributes:
         known: What was seen.
         seconds: What it took, by part.
     """
 
-    def __init__(self, trainer: Trainer, step: int):
-        self._trainer, self._step = trainer, step
+    def __init__(self, trainer: Trainer, step: int, *, curvature: bool):
+        self._trainer, self._step, self._curvature = trainer, step, curvature
         self.known: dict[str, float | None] = {}
         self.seconds: dict[str, float] = {}
 
@@ -171,7 +177,8 @@ class LookOnce(TrainerCallback):
         """Evaluates and measures, once."""
         if state.global_step == self._step:
             self._evaluate()
-            self._measure(kwargs["optimizer"])
+            if self._curvature:
+                self._measure(kwargs["optimizer"])
 
     def _evaluate(self) -> None:
         trainer, started = self._trainer, time.perf_counter()
@@ -212,8 +219,8 @@ def quantities(found: Measurement) -> dict[str, float | None]:
     }
 
 
-def made(flags: Flags, folder: Path) -> dict[str, Any]:
-    """Scores, trains and looks at one candidate."""
+def made(flags: Flags, folder: Path, *, whole: bool) -> dict[str, Any]:
+    """Trains one candidate and looks at it; where `whole`, also scores it and measures its curvature."""
     task = TASKS[0] if flags["dataset_name"] == str(TEXT_DATA) else TASKS[1]
     parser = FlagParser((task.ModelArguments, task.DataArguments, TrainingArguments))
     held = {**COMMON, **flags, "output_dir": str(folder / "training")}
@@ -222,11 +229,8 @@ def made(flags: Flags, folder: Path) -> dict[str, Any]:
     stopwatch = Stopwatch(math.inf)
     trainer = Trainer(args=training_args, callbacks=[stopwatch], **inputs)
     trainer.remove_callback(PrinterCallback)
-    loader = trainer.get_train_dataloader()
-    batches = probe_batches(loader, examples=SCORED, batch_size=64, seed=0)
-    scores = score_checkpoint(trainer.model, batches, loss_fn=trainer_loss(trainer), gradient_examples=GRADIENTS)
-    early = round(EARLY * training_args.max_steps)
-    look = LookOnce(trainer, early)
+    scores = scored(trainer) if whole else {}
+    look = LookOnce(trainer, round(EARLY * training_args.max_steps), curvature=whole)
     trainer.add_callback(look)
     trainer.add_callback(GoOn(stopwatch))
     trainer.train()
@@ -236,23 +240,34 @@ def made(flags: Flags, folder: Path) -> dict[str, Any]:
         {
             "final": {"accuracy": float(final.correct.mean()), "loss": float(final.losses.mean())},
             "losses": losses,
-            "scores": scores.to_dict(),
+            "scores": scores,
             "known": look.known,
             "seconds": {"training": stopwatch.seconds, **look.seconds},
         }
     )
 
 
+def scored(trainer: Trainer) -> dict[str, Any]:
+    """The scores of a checkpoint before its training."""
+    batches = probe_batches(trainer.get_train_dataloader(), examples=SCORED, batch_size=64, seed=0)
+    loss_fn = trainer_loss(trainer)
+    return score_checkpoint(trainer.model, batches, loss_fn=loss_fn, gradient_examples=GRADIENTS).to_dict()
+
+
 def known_early(run: dict[str, Any]) -> dict[str, float | None]:
-    """All that is known of a candidate by a tenth of its steps."""
-    losses = run["losses"][: round(EARLY * len(run["losses"]))]
-    usable = [loss for loss in losses if loss is not None]
+    """All that is known of one training by a tenth of its steps."""
+    steps = len(run["losses"])
+    losses = run["losses"][: round(EARLY * steps)]
     speed = fit_convergence(list(range(1, len(losses) + 1)), losses)
-    third = max(1, len(usable) // 3)
-    late = float(np.median(usable[-third:])) if len(usable) == len(losses) else None
-    drop = None if late is None else float(np.median(usable[:third])) - late
-    scores = {name: run["scores"][name] and run["scores"][name]["value"] for name in NAMES}
-    return {**scores, "early_loss": late, "loss_drop": drop, "half_life": speed["half_life"], **run["known"]}
+    scores = {name: held["value"] for name, held in run["scores"].items() if name in NAMES and held}
+    known = {**scores, "half_life": speed["half_life"], **run["known"]}
+    if None in losses:
+        return known | {"early_loss": None, "loss_drop": None, "extrapolated": None}
+    third = max(1, len(losses) // 3)
+    late = float(np.median(losses[-third:]))
+    slope, level = np.polyfit(np.log(np.arange(1, len(losses) + 1)), losses, 1)
+    ahead = float(level + slope * math.log(steps))
+    return known | {"early_loss": late, "loss_drop": float(np.median(losses[:third])) - late, "extrapolated": ahead}
 
 
 def folder_of(steps: int) -> Path:
@@ -261,23 +276,33 @@ def folder_of(steps: int) -> Path:
 
 
 def collected(steps: int) -> dict[str, Any]:
-    """All that was made so far, without the curves."""
+    """All candidates that were made with every seed, without their curves."""
     found: dict[str, Any] = {}
     for task in TASK_DATA:
-        files = sorted((folder_of(steps) / task).glob("*/run.json"))
-        runs = {file.parent.name: json.loads(file.read_bytes()) for file in files}
-        held = {
-            name: {
-                "final": run["final"],
-                "known": known_early(run),
-                "cost": cost(run),
-                "notes": run["scores"]["notes"],
-            }
-            for name, run in runs.items()
-        }
-        if held:
-            found[task] = held
+        for folder in sorted((folder_of(steps) / task).glob("*")):
+            files = [folder / f"seed {seed}" / "run.json" for seed in SEEDS]
+            if all(file.exists() for file in files):
+                runs = [json.loads(file.read_bytes()) for file in files]
+                found.setdefault(task, {})[folder.name] = over_seeds(runs)
     return {"steps": steps, "look": round(EARLY * steps), "tasks": found}
+
+
+def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A candidate: means over its trainings; what one of them lost (a loss that is not finite) is lost."""
+    final = {name: mean([run["final"][name] for run in runs]) for name in runs[0]["final"]}
+    early = [known_early(run) for run in runs]
+    return {
+        "final": {**final, "accuracy_by_seed": [run["final"]["accuracy"] for run in runs]},
+        "known": {name: mean([known[name] for known in early if name in known]) for name in early[0]},
+        "cost": cost(runs[0]),
+        "notes": runs[0]["scores"]["notes"],
+    }
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean; None where one of them is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def cost(run: dict[str, Any]) -> dict[str, float]:
@@ -292,31 +317,33 @@ def main() -> None:
     """Makes the candidates that are not yet made, and writes down all that were."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(TASK_DATA), default=list(TASK_DATA))
-    parser.add_argument("--steps", type=int, default=60, help="Of each training.")
+    parser.add_argument("--steps", type=int, default=300, help="Of each training.")
     parser.add_argument("--text-checkpoint", default="paraphrase-MiniLM-L3-v2")
     parser.add_argument("--fashion-mnist", default=str(CACHE / "fashion-mnist"))
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for name, task, flags in in_turn(args):
-        folder = folder_of(args.steps) / task / name
-        file = folder / "run.json"
-        if not file.exists():
+    for name, task, seed, flags in in_turn(args):
+        folder = folder_of(args.steps) / task / name / f"seed {seed}"
+        if not (folder / "run.json").exists():
             started = time.perf_counter()
-            run = made(flags, folder)
-            write_atomically(file, json.dumps(run, allow_nan=False).encode())
-            print(f"{task}: {name}: {run['final']}, {time.perf_counter() - started:.0f} s", flush=True)
+            run = made({**flags, "seed": seed, "data_seed": seed}, folder, whole=seed == SEEDS[0])
+            write_atomically(folder / "run.json", json.dumps(run, allow_nan=False).encode())
+            print(f"{task}: {name}, {seed}: {run['final']}, {time.perf_counter() - started:.0f} s", flush=True)
     results = collected(args.steps)
     write_atomically(RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(RESULTS.with_suffix(".md"), page(results).encode())
 
 
-def in_turn(args: argparse.Namespace) -> list[tuple[str, str, Flags]]:
+def in_turn(args: argparse.Namespace) -> list[tuple[str, str, int, Flags]]:
     """Every candidate of every task, in random order, a task after the other: what is done first is a fair sample."""
     queues = []
     for task in args.only:
         shared = {**TASK_DATA[task](args), "max_steps": args.steps, "max_train_samples": 16 * args.steps}
         candidates = text_candidates(args.text_checkpoint) if task == "movie sentences" else vision_candidates()
-        queue = [(name, task, _given(shared | flags)) for name, flags in candidates.items()]
+        queue = [
+            (name, task, seed, _given(shared | flags)) for name, flags in candidates.items() for seed in args.seeds
+        ]
         random.Random(0).shuffle(queue)
         queues.append(queue)
     return [one for turn in zip(*queues, strict=True) for one in turn]
