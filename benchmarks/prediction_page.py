@@ -29,6 +29,7 @@ BEFORE = {
 EARLY = {
     "early_loss": Quantity("training loss", -1, "early"),
     "loss_drop": Quantity("drop of the training loss", 1, "early"),
+    "extrapolated": Quantity("training loss, extrapolated", -1, "early"),
     "half_life": Quantity("half-life so far", -1, "early"),
     "eval_loss": Quantity("evaluation loss", -1, "evaluation"),
     "eval_accuracy": Quantity("evaluation accuracy", 1, "evaluation"),
@@ -48,6 +49,7 @@ BASELINES = ("early_loss", "logme", "linear_probe")
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "of all scores before training": tuple(BEFORE),
     "of the baselines": BASELINES,
+    "of losses and evaluations": ("early_loss", "loss_drop", "extrapolated", "eval_loss", "eval_accuracy"),
     "of everything": (*BEFORE, *EARLY),
 }
 
@@ -69,11 +71,11 @@ def tables(results: Mapping[str, Any]) -> str:
     """Rank correlations of single quantities and of combinations, as Markdown."""
     steps, look, results = results["steps"], results["look"], results["tasks"]
     number = ", ".join(f"{len(runs)} on {task}" for task, runs in results.items())
-    about = f"Candidates: {number}. {steps} steps each, looked at after {look}."
+    about = f"Candidates: {number}. {steps} steps each, looked at after {look}; means over two seeds."
     final = {task: _column(runs, lambda run: run["final"]["accuracy"]) for task, runs in results.items()}
     known = {name: oriented(results, name) for name in (*BEFORE, *EARLY)}
     heads = ["known", "mean τ (95 % interval)", *results, "cost, %"]
-    lines = [about, "", _row(heads), _row([":--"] + ["--:"] * (len(heads) - 1))]
+    lines = [about, "", _row(heads), _row([":--"] + ["--:"] * (len(heads) - 1)), _ceiling(results)]
     for group, quantities in {"before training": BEFORE, "at a tenth": EARLY}.items():
         found = {name: mean_tau(known[name], final) for name in quantities}
         for name in sorted(found, key=lambda name: -found[name][0]):
@@ -86,6 +88,22 @@ def tables(results: Mapping[str, Any]) -> str:
             )
     lines += ["", *_combinations(known, final)]
     return "\n".join(lines)
+
+
+def _ceiling(results: Mapping[str, Any]) -> str:
+    """How well the end of the trainings with one seed tells that of the others."""
+    by_seed = [
+        {
+            task: _column(runs, lambda run, at=at: run["final"]["accuracy_by_seed"][at])
+            for task, runs in results.items()
+        }
+        for at in (0, 1)
+    ]
+    first, second = by_seed
+    by_task = [f"{tau(first[task], second[task]):.2f}" for task in results]
+    return _row(
+        ["accuracy at the end, of one seed for the other's", _interval(mean_tau(first, second)), *by_task, "100"]
+    )
 
 
 def _combinations(known: Mapping[str, Table], final: Table) -> Iterator[str]:

@@ -170,13 +170,14 @@ class ObjectiveOperator(SymmetricOperator):
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
     ) -> tuple[Tensor, np.ndarray, list[int]]:
         """`A V`, and what each part tells; see `SymmetricOperator`. Takes the memory of one more product."""
-        total, part = self._zeros(vectors.shape[1]), None
+        total = self._zeros(vectors.shape[1])
         forms, items = [], []
         for products, count in self._parts(vectors.T):
-            part = self._add(products, None if part is None else part.zero_(), number=vectors.shape[1])
+            part = self._add(products, None, number=vectors.shape[1])
             total += part
             forms.append(_forms(vectors.T, part, segments, self.rows.ranks) / count)
             items.append(count)
+            del part  # before the next one is made
         product = self._mean(total, sum(items))
         return product, np.array(self.ranks.gather(forms)), self.ranks.gather(items)
 
@@ -190,15 +191,17 @@ class ObjectiveOperator(SymmetricOperator):
         return total.T
 
     def _add(self, products: Iterable[Sequence[Tensor]], total: Tensor | None, *, number: int) -> Tensor:
-        """Adds products, shaped like the parameters, to the rows of `total`.
+        """Adds products, shaped like the parameters, to the rows of `total`, or makes it of them.
 
-        That is made when the first product is there: what the graph took before has been given back by then.
+        It is made when the first product is there: what the graph took before has been given back by then.
         """
+        made = total is None
         for index, product in enumerate(products):
             if total is None:
-                total = self._zeros(number)
+                total = torch.empty(number, len(self.rows), dtype=self.dtype, device=self.device)
             for place, piece in zip(total[index].split(self._sizes), product, strict=True):
-                place.add_(piece.detach().reshape(-1).to(place))
+                there = piece.detach().reshape(-1)
+                place.copy_(there) if made else place.add_(there.to(place))
         assert total is not None
         return total
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations in forms whose second derivative is cheap: convolution, and batch normalization in eval mode.
+"""Operations in forms whose second derivative is cheap: convolution, batch normalization in eval mode, and GELU.
 
-Both are bilinear, `y = B(x, w) + b`, so their second derivative is made of the same three maps as the first: B itself
-and its two adjoints. Torch instead takes grouped convolutions apart, group by group (a depthwise one has hundreds),
-and differentiates a batch normalization as if its statistics came from the batch.
+The first two are bilinear, `y = B(x, w) + b`, so their second derivative is made of the same three maps as the first:
+B itself and its two adjoints. Torch instead takes grouped convolutions apart, group by group (a depthwise one has
+hundreds), and differentiates a batch normalization as if its statistics came from the batch. The second derivative of
+GELU is the same for all vectors that a graph is multiplied with; torch computes it for each.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +28,7 @@ Mask = tuple[bool, bool, bool]
 
 
 class CheapSecondDerivatives(TorchFunctionMode):
-    """Inside, `conv1d` to `conv3d`, and `batch_norm` by running statistics, have cheap second derivatives.
+    """Inside, `conv1d` to `conv3d`, `batch_norm` by running statistics, and `gelu` have cheap second derivatives.
 
     They run the kernels that they run outside, forward and in the first backward pass, so values and gradients stay
     what they are, to rounding: on a CPU, images are kept in the channels-last format, where depthwise kernels are
@@ -163,6 +165,43 @@ class _Adjoints(torch.autograd.Function):
         return None, for_gy, for_x, for_w, None
 
 
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return aten.gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Tensor:
+        return _GeluSlope.apply(gy, *ctx.saved_tensors)
+
+
+class _GeluSlope(torch.autograd.Function):
+    """`gy GELU'(x)`, which keeps `gy GELU''(x)` for the next vector."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gy, x)
+        ctx.curvature = None
+        return aten.gelu_backward(gy, x)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor]:
+        gy, x = ctx.saved_tensors
+        curvature = ctx.curvature
+        if curvature is None:
+            density = (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
+            curvature = gy * density * (2 - x * x)
+            if not torch.is_grad_enabled():  # else it is part of the graph of a higher derivative
+                ctx.curvature = curvature
+        return aten.gelu_backward(v, x), v * curvature
+
+
+def _gelu(input: Tensor, approximate: str = "none") -> Tensor | None:
+    """`gelu`, with torch's names; `None` for its approximation by tanh."""
+    return _Gelu.apply(input) if approximate == "none" else None
+
+
 def _convolve(
     input: Tensor,
     weight: Tensor,
@@ -226,5 +265,6 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.conv2d: _convolve,
     F.conv3d: _convolve,
     F.batch_norm: _normalize,
+    F.gelu: _gelu,
     Tensor.view: _view,
 }

@@ -125,6 +125,33 @@ class Labelled(Tensor):
     pass
 
 
+def test_gelu():
+    torch.manual_seed(0)
+    assert_same(F.gelu, [normal(5, 7)])
+    assert_same(lambda x, w: F.gelu(F.gelu(x) @ w), [normal(5, 7), normal(7, 3)])
+    assert_same(lambda x: F.gelu(x, approximate="tanh"), [normal(5, 7)])  # left to torch
+
+
+def test_every_vector_that_shares_a_graph_gets_its_own_product():
+    """Though what they have in common is computed once, and not taken into the graph of a higher derivative."""
+    torch.manual_seed(0)
+    x, w, *vectors = normal(5, 7), normal(7, 3), *torch.randn(3, 7, 3, dtype=torch.float64)
+
+    def products(*, orders: list[bool]) -> list[Tensor]:
+        (slope,) = torch.autograd.grad(F.gelu(x @ w).sin().sum(), w, create_graph=True)
+        return [
+            torch.autograd.grad(slope, w, vector, retain_graph=True, create_graph=higher)[0]
+            for vector, higher in zip(vectors, orders, strict=True)
+        ]
+
+    expected = products(orders=[False] * 3)
+    with CheapSecondDerivatives():
+        for orders in ([False] * 3, [True, False, True]):
+            found = products(orders=orders)
+            assert torch.allclose(torch.stack(found), torch.stack(expected), rtol=1e-12)
+            assert [product.requires_grad for product in found] == orders
+
+
 def test_what_is_left_to_torch():
     torch.manual_seed(0)
     x, w = normal(4, 6, 6), normal(3, 4, 3, 3)
