@@ -106,16 +106,21 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def cosine_cells(cosines: Iterable[Estimate | None]) -> list[tuple[str, int]]:
     """Each cosine with its interval, and a shade: that of its sign and size, or 0 where the interval holds 0.
 
+    An interval from -1 to 1 tells nothing; nor does its middle.
+
     Example:
         >>> clear, vague = (Estimate(-0.5, low, 0.1 + low, "", 0, True) for low in (-0.6, -0.05))
-        >>> cosine_cells([clear, vague, None])
-        [('-0.500 (-0.600 to -0.500)', -5), ('-0.500 (-0.050 to 0.050)', 0), ('–', 0)]
+        >>> cosine_cells([clear, vague, Estimate(0.9, -1.0, 1.0, "", 0, True), None])
+        [('-0.500 (-0.600 to -0.500)', -5), ('-0.500 (-0.050 to 0.050)', 0), ('–', 0), ('–', 0)]
     """
     cells = []
     for cosine in cosines:
-        told = cosine is not None and cosine.low * cosine.high > 0
-        size = math.ceil(SHADES * math.sqrt(abs(cosine.value))) if cosine is not None and told else 0
-        cells.append((_range(cosine), int(math.copysign(size, cosine.value)) if cosine is not None else 0))
+        if cosine is None or (cosine.low <= -1 and cosine.high >= 1):
+            cells.append((MISSING, 0))
+            continue
+        told = cosine.low * cosine.high > 0
+        size = math.ceil(SHADES * math.sqrt(abs(cosine.value))) if told else 0
+        cells.append((_range(cosine), int(math.copysign(size, cosine.value))))
     return cells
 
 
