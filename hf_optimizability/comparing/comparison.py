@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 """Version of the layout of `comparison.json`."""
 
 SCREENED_BY = "logme"
-"""The score that drops candidates before any training: of four the best, which is weak (docs/prediction.md)."""
+"""The score that drops candidates before any training; none of four is shown to be better (docs/prediction.md)."""
 
 
 @dataclass(frozen=True)
