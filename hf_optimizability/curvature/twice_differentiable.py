@@ -189,11 +189,11 @@ class _GeluSlope(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor]:
         gy, x = ctx.saved_tensors
         curvature = ctx.curvature
-        if curvature is None:
+        if curvature is None or torch.is_grad_enabled():  # then it must be part of the graph of a higher derivative
             density = (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
             curvature = gy * density * (2 - x * x)
-            if not torch.is_grad_enabled():  # else it is part of the graph of a higher derivative
-                ctx.curvature = curvature
+        if not torch.is_grad_enabled():
+            ctx.curvature = curvature
         return aten.gelu_backward(v, x), v * curvature
 
 
