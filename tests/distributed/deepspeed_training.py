@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import training
-from deepspeed import DeepSpeedEngine
 from test_hands_off import assert_equal, run
 from test_resume import QUICK, STEPS
 
@@ -53,6 +52,8 @@ def tensors(held: Any) -> Any:
 
 def found(folder: Path, case: dict[str, Any]) -> list[dict[str, Any]]:
     """The measurements of a training that ends as one without."""
+    from deepspeed import DeepSpeedEngine  # here, as pytest looks for examples in this module
+
     plain = run(training.trainer(folder / "plain", **options(**case)))
     callback = OptimizabilityCallback(OptimizabilityConfig(**QUICK, **STEPS))
     trainer = training.trainer(folder / "measured", callbacks=[callback], **options(**case))
