@@ -59,7 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 # Beside the environment, for the tests that want it alone: Transformers and Accelerate behave another way where they
 # find it. None of its operators is built but the one it compiles when it starts, which takes a C++ compiler.
 $(VENV)/deepspeed: $(STAMP)
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --no-deps --no-build-isolation --target $@.part \
-	  deepspeed hjson ninja py-cpuinfo msgpack einops
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --constraint constraints.txt --no-deps \
+	  --no-build-isolation --target $@.part deepspeed hjson ninja py-cpuinfo msgpack einops
 	rm -rf $@
 	mv $@.part $@

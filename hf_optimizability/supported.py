@@ -49,13 +49,12 @@ def deepspeed_limits(args: TrainingArguments) -> str | None:
     stage = zero_stage(args)
     if stage is None:
         return None
-    whose = "may be" if stage == 0 else "is"  # at stage 0 it is PyTorch's optimizer, but in half precision
     return (
         f"Under DeepSpeed (ZeRO-{stage}) gradient and curvature are measured as under DistributedDataParallel: the "
         "parameters are whole. In half-precision training they are DeepSpeed's rounded copies, cast to float32. Not "
-        f"measured is how far the optimizer may step where its state is DeepSpeed's own, as it {whose} here. Not "
-        "logged are the gradient norms by block of each training step: DeepSpeed steps within its backward pass, and "
-        "leaves `.grad` empty. For those, train with FSDP2 or DistributedDataParallel."
+        "measured, from ZeRO-1 on and in half precision, is how far the optimizer may step: its state is DeepSpeed's "
+        "own. Not logged are the gradient norms by block of each training step: DeepSpeed steps within its backward "
+        "pass, and leaves `.grad` empty. For those, train with FSDP2 or DistributedDataParallel."
     )
 
 

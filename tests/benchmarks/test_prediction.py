@@ -40,6 +40,20 @@ def test_single_rows_are_kendalls_tau_pair_by_pair(results):
         assert float(cell) == pytest.approx(agree / untied, abs=0.006)
 
 
+def test_no_row_can_be_expected_above_how_well_the_seeds_agree(results):
+    """By SciPy, from the JSON."""
+    row = next(
+        line for line in prediction_page.tables(results).splitlines() if line.startswith("| accuracy at the end")
+    )
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    by_task = [
+        kendalltau(*zip(*(run["final"]["accuracy_by_seed"] for run in runs.values()), strict=True)).statistic
+        for runs in results["tasks"].values()
+    ]
+    assert [float(cell) for cell in cells[2:-1]] == pytest.approx(by_task, abs=0.006)
+    assert float(cells[1].split()[0]) == pytest.approx(np.mean(by_task), abs=0.006)
+
+
 def made(seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Three tasks; the first quantity tells the truth, the second the opposite, the third nothing."""
     rng = np.random.default_rng(seed)
