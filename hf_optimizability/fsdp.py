@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed import all_reduce
+from torch.distributed import Work, all_reduce
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 
@@ -179,7 +179,7 @@ def on_shards(objective: Objective) -> Iterator[Objective]:
     rows = _rows(model, parameters, objective.ranks)
     gradients = [parameter.grad for parameter in parameters]
     try:
-        with _in_own_precision(model):
+        with _in_own_precision(model), _meeting_before_collectives(model, objective.ranks):
             for parameter in parameters:
                 parameter.grad = None
             yield ShardedObjective(objective, parameters, rows)
@@ -304,6 +304,16 @@ def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def _states(model: nn.Module) -> list[Any]:
+    """FSDP's own, each once: it may be of several modules."""
+    return list({id(state): state for state in (module._get_fsdp_state() for module in _fsdp_modules(model))}.values())
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    """Parameters that FSDP gathers together."""
+    return [group for state in _states(model) for group in state._fsdp_param_groups]
+
+
 def reshard(model: nn.Module) -> None:
     """Puts the shards back in the place of what a forward pass without a backward pass left unsharded."""
     for module in _fsdp_modules(model):
@@ -351,12 +361,11 @@ def _in_own_precision(model: nn.Module) -> Iterator[None]:
 
     There is no public way to change a mixed precision policy: this is what `fully_shard` sets up from one.
     """
-    states = {id(state): state for state in (module._get_fsdp_state() for module in _fsdp_modules(model))}.values()
-    groups = [group for state in states for group in state._fsdp_param_groups]
+    groups = _groups(model)
     members = [member for group in groups for member in group.fsdp_params]
     own = MixedPrecisionPolicy()
     with ExitStack() as stack:
-        for state in states:
+        for state in _states(model):
             stack.enter_context(_held(state, _mp_policy=own))
             stack.enter_context(_held(state._state_ctx, is_last_backward=True))
         for group in groups:
@@ -377,6 +386,29 @@ def _in_own_precision(model: nn.Module) -> Iterator[None]:
             raise
         finally:
             reshard(model)
+
+
+class _MeetFirst:
+    """A collective of FSDP's, before which the ranks exchange whether all of them got there."""
+
+    def __init__(self, collective: Any, ranks: Ranks):
+        self.allocate = collective.allocate
+        self._collective = collective
+        self._ranks = ranks
+
+    def __call__(self, *args: Any, **options: Any) -> Work | None:
+        self._ranks.meet()
+        return self._collective(*args, **options)
+
+
+@contextmanager
+def _meeting_before_collectives(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Lets no rank wait in FSDP's collectives for one whose pass has failed: its error is raised on all instead."""
+    with ExitStack() as stack:
+        for group in _groups(model):
+            gather, scatter = _MeetFirst(group._all_gather_comm, ranks), _MeetFirst(group._reduce_scatter_comm, ranks)
+            stack.enter_context(_held(group, _all_gather_comm=gather, _reduce_scatter_comm=scatter))
+        yield
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class ProcessGroupRanks(Ranks):
 
     def sum_each(self, tensors: Sequence[Tensor]) -> None:
         """Adds up each of several tensors, in place."""
-        self._meet(sum(tensor.numel() for tensor in tensors))
+        self.meet(sum(tensor.numel() for tensor in tensors))
         with _collective():
             for tensor in tensors:
                 there = tensor.to(self._device)
@@ -68,16 +68,17 @@ class ProcessGroupRanks(Ranks):
 
     def gather(self, items: list[Item]) -> list[Item]:
         """What all ranks hold, in the order in which it was dealt to them: one to each, again and again."""
-        self._meet()
+        self.meet()
         held = self._exchange(items)
         return [item for turn in range(max(map(len, held))) for items in held for item in items[turn : turn + 1]]
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
         """Around what may raise, wherever that is not the end of the work: all ranks raise the same error, or none."""
-        self._meet()
+        self.meet()
         try:
             yield
+            self.meet()
         except RankLostError:
             raise
         except Exception as error:
@@ -88,9 +89,8 @@ class ProcessGroupRanks(Ranks):
             if agreed is error:
                 raise
             raise agreed from error
-        self._meet()
 
-    def _meet(self, size: int = 0) -> None:
+    def meet(self, size: int = 0) -> None:
         """Waits for all ranks; raises the error of one that failed, and on calls that do not fit together."""
         statuses = self._statuses(failed=False, size=size)
         if any(failed for failed, _ in statuses):

@@ -42,6 +42,9 @@ class Ranks:
         """What all ranks hold, in the order in which it was dealt to them: one to each, again and again."""
         return items
 
+    def meet(self) -> None:
+        """Waits for all ranks, before a collective of somebody else's."""
+
     @contextmanager
     def agreed(self) -> Iterator[None]:
         """Around what may raise, wherever that is not the end of the work: all ranks raise the same error, or none.

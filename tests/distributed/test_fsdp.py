@@ -164,6 +164,32 @@ def interruption(model: nn.Module, *, shards: bool, fails: bool) -> None:
             assert not fails
 
 
+def failing_on_one_rank(model: nn.Module, *, place: str) -> None:
+    """Measures on shards, where the last rank's pass breaks off in a layer while the others go on."""
+    fails = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    failing = ValueError if place != "memory" else torch.OutOfMemoryError
+    passes = 0
+
+    def fail(*call: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if fails and passes == 3:
+            raise failing("in the middle")
+
+    layer = model.bert.encoder.layer[1].attention
+    register = layer.register_full_backward_hook if place == "backward" else layer.register_forward_hook
+    hook = register(fail)
+    try:
+        with little_memory():
+            measure(model, batches("bert", dtype=torch.float32)[:1], replace(CONFIG, landscape=False))
+    except MeasurementError as error:
+        assert place != "memory" and "in the middle" in str(error), error
+    else:
+        assert place == "memory"  # goes on with smaller pieces
+    finally:
+        hook.remove()
+
+
 def in_full_precision(shards: bool) -> list[float]:
     """The gradient of a model that trains in bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
@@ -232,6 +258,8 @@ def checks(rank: int) -> dict[str, Any]:
         for fails in (False, True):
             interrupt = partial(interruption, shards=shards, fails=fails)
             found[f"training, {shards=}, {fails=}"] = training(interrupt)
+    places = ["forward", "backward", "memory"][: torch.distributed.get_world_size()]  # the last one takes long
+    found["one fails"] = {place: training(partial(failing_on_one_rank, place=place)) for place in places}
     found["norms"] = gradient_norms()
     found["precision"] = {shards: in_full_precision(shards) for shards in (False, True)}
     found["refusals"] = refusals()
@@ -303,6 +331,13 @@ def test_training_goes_on_bit_for_bit(shards: bool, fails: bool, found: list[dic
     for result in found:
         assert result[f"training, {shards=}, {fails=}"] == result["training"]
     assert len({result["training"] for result in found}) == len(found)
+
+
+def test_a_pass_that_fails_on_one_rank_fails_on_all(found: list[dict[str, Any]]):
+    """And training goes on bit for bit."""
+    for result in found:
+        assert len(result["one fails"]) == len(found)
+        assert set(result["one fails"].values()) == {result["training"]}
 
 
 def test_norms_of_gradients_in_training(found: list[dict[str, Any]]):

@@ -72,6 +72,26 @@ def checks(rank: int) -> dict[str, Any]:
 
     found["nested"] = raised(nested)
 
+    def at_the_end_of_both() -> None:
+        """The others are done with the inner one when they are told."""
+        with ranks.agreed(), ranks.agreed():
+            ranks.sum(torch.ones(1))
+            if rank == 0:
+                raise ValueError("last")
+
+    found["at the end of both"] = raised(at_the_end_of_both)
+    found["after both"] = float(ranks.sum(torch.ones(1)))
+
+    def before_another_s() -> None:
+        """A collective that is not of the ranks themselves."""
+        with ranks.agreed():
+            if rank == 2:
+                raise ValueError("before")
+            ranks.meet()
+            torch.distributed.barrier()
+
+    found["before another's"] = raised(before_another_s)
+
     def changed() -> None:
         """An error of another rank that is raised on as something else."""
         with ranks.agreed():
@@ -115,6 +135,9 @@ def test_all_raise_what_one_raises(found: list[dict[str, Any]]):
         assert result["can't be sent"] in ("RuntimeError: UnsendableError: stays here", "UnsendableError: stays here")
         assert result["went on"] == 3
         assert result["nested"] == "KeyError: 'later'"
+        assert result["at the end of both"] == "ValueError: last"
+        assert result["after both"] == 3
+        assert result["before another's"] == "ValueError: before"
         assert result["after all"] == 3
     assert {result["changed"] for result in found} <= {"ValueError: then", "RuntimeError: at first"}
 
