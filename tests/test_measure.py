@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
 
 
 ROWS = tiny_models.cut(tiny_models.examples("bert", 6, dtype=torch.float32), 3)
@@ -78,11 +80,14 @@ def test_an_engine_that_was_asked_for_is_not_replaced():
         measure(bert_once(), ROWS, config(engine="double_backward"))
 
 
+@cache
+def exact_traces() -> Measurement:
+    return measure(bert(), ROWS, config(trace_method="exact"))
+
+
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
 def test_every_trace_method_gives_the_trace_and_its_blocks(method: str):
-    model = bert()
-    exact = measure(model, ROWS, config(trace_method="exact"))
-    found = measure(model, ROWS, config(trace_method=method))
+    exact, found = exact_traces(), measure(bert(), ROWS, config(trace_method=method))
     estimates = {"all": (found.hessian.trace, exact.hessian.trace)}
     estimates |= {name: (block.trace, exact.blocks[name].trace) for name, block in found.blocks.items()}
     for estimate, truth in estimates.values():

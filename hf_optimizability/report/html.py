@@ -86,6 +86,7 @@ def render_page(template: str, drawn: Sequence[Chart], *, title: str, **values: 
     )  # fmt: skip
 
 
+@cache
 def _page_environment() -> Environment:
     """The templates' environment, with HTML's own escaping."""
     page = environment(_text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from functools import cache
 from textwrap import shorten
 from typing import Any
 
@@ -152,6 +153,7 @@ def escape(text: str) -> str:
     return one_line(text).translate(_ESCAPES)
 
 
+@cache
 def markdown_environment() -> Environment:
     """The templates' environment, with Markdown's escaping."""
     return environment(_text)

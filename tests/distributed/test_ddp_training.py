@@ -48,15 +48,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+OFTEN = ["vit", "dispatch", "uneven", "plain"]
+"""The others are near enough to these to be left to `make test-slow`."""
+
+
 def trainer(folder: Path, cls: type[Trainer] = Trainer, **options: Any) -> Trainer:
     settings = {"per_device_train_batch_size": 2, "max_steps": 4, "optim": "sgd", **options}
     return training.trainer(folder, cls=cls, **settings)
 
 
-def trainings(rank: int, folder: Path) -> dict[str, Any]:
+def trainings(rank: int, folder: Path, names: list[str]) -> dict[str, Any]:
     found = {}
-    for name, case in CASES.items():
-        case = dict(case)
+    for name in names:
+        case = dict(CASES[name])
         config = OptimizabilityConfig(**{**CONFIG, **case.pop("config", {})})
         plain = run(trainer(folder / name / "plain", **case))
         if name == "plain":
@@ -101,14 +105,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("trainings")
 
 
-@pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, Any]]:
-    return results(trainings, 2, folder / "ranks", folder)
+@pytest.fixture(scope="module", params=[OFTEN, pytest.param([*CASES], marks=pytest.mark.slow)], ids=["often", "all"])
+def found(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
+    here = folder / request.param[0]
+    return [{**result, "folder": here} for result in results(trainings, 2, here / "ranks", here, request.param)]
 
 
 def test_training_is_the_same(found: list[dict[str, Any]]):
     """`trainings` compares them, on each rank."""
-    for name in CASES:
+    for name in found[0].keys() & CASES:
         steps = [measurement["step"] for measurement in found[0][name]]
         assert steps[0] == 0 and steps[-1] == 4
         if name != "auto":
@@ -116,7 +121,7 @@ def test_training_is_the_same(found: list[dict[str, Any]]):
         assert not differences(found[0][name], found[1][name], tolerance=0)
 
 
-@pytest.mark.parametrize("name", ["plain", "stream", "uneven", "vit"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("stream", marks=pytest.mark.slow), "uneven", "vit"])
 def test_the_numbers_are_those_of_one_process(tmp_path: Path, found: list[dict[str, Any]], name: str):
     """Batches of two on both processes are the batches of four of one."""
     config = OptimizabilityConfig(**CONFIG)
@@ -131,8 +136,9 @@ def test_the_numbers_are_those_of_one_process(tmp_path: Path, found: list[dict[s
             assert not differences(measured["hessian"]["trace"], one["hessian"]["trace"], tolerance=1e-4)
 
 
-def test_one_process_writes_and_the_loss_has_both_factors(folder: Path, found: list[dict[str, Any]]):
-    for name in CASES:
+def test_one_process_writes_and_the_loss_has_both_factors(found: list[dict[str, Any]]):
+    folder = found[0]["folder"]
+    for name in found[0].keys() & CASES:
         report = OptimizabilityReport.load(folder / name / "own" / "optimizability")
         assert [m.step for m in report.measurements] == [m["step"] for m in found[0][name]]
     assert found[0]["loss scale"] == pytest.approx(2)  # BERT, on two processes

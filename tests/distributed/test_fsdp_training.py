@@ -98,7 +98,7 @@ def until(rank: int, folder: Path, stop_before: int | None) -> None:
         resuming.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")) or None)
 
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,6 @@ def test_the_numbers_are_those_of_one_process(tmp_path: Path, found: list[dict[s
         assert found[0]["shards"][0][number] == pytest.approx(expected[number], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_report_it_would_have_had(tmp_path: Path):
     for name, stops in (("run", (3, 5, None)), ("whole", (None,))):
         for number, stop in enumerate(stops):
