@@ -2,8 +2,9 @@
 """Is it known early how well a candidate will do? Rank correlation of what is known by a tenth of the budget.
 
 Twenty candidates on each of four tasks are scored before training, trained for a short budget with two seeds, and
-looked at once after a tenth of its steps: what is known then is set against the accuracy on the evaluation set at the
-end, in the mean over the seeds. How well one seed's end tells the other's says how well anything could.
+looked at once after a tenth of its steps; beside it each is trained for a tenth of the steps with a whole schedule.
+What is known then is set against the accuracy on the evaluation set at the end, in the mean over the seeds. How well
+one seed's end tells the other's says how well anything could.
 
     python benchmarks/prediction.py [--only TASK ...] [--seeds N ...] [--steps N]
                                     [--text-checkpoint FOLDER] [--fashion-mnist FOLDER]
@@ -219,8 +220,8 @@ def quantities(found: Measurement) -> dict[str, float | None]:
     }
 
 
-def made(flags: Flags, folder: Path, *, whole: bool) -> dict[str, Any]:
-    """Trains one candidate and looks at it; where `whole`, also scores it and measures its curvature."""
+def prepared(flags: Flags, folder: Path) -> tuple[Trainer, Stopwatch]:
+    """A training of a candidate, and the watch that times it without what is done on the way."""
     task = TASKS[0] if flags["dataset_name"] == str(TEXT_DATA) else TASKS[1]
     parser = FlagParser((task.ModelArguments, task.DataArguments, TrainingArguments))
     held = {**COMMON, **flags, "output_dir": str(folder / "training")}
@@ -229,22 +230,42 @@ def made(flags: Flags, folder: Path, *, whole: bool) -> dict[str, Any]:
     stopwatch = Stopwatch(math.inf)
     trainer = Trainer(args=training_args, callbacks=[stopwatch], **inputs)
     trainer.remove_callback(PrinterCallback)
-    scores = scored(trainer) if whole else {}
-    look = LookOnce(trainer, round(EARLY * training_args.max_steps), curvature=whole)
-    trainer.add_callback(look)
-    trainer.add_callback(GoOn(stopwatch))
+    return trainer, stopwatch
+
+
+def ended(trainer: Trainer) -> dict[str, Any]:
+    """Trains to the end; what that gave."""
     trainer.train()
     final, _ = score(trainer, trainer.eval_dataset)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"final": {"accuracy": float(final.correct.mean()), "loss": float(final.losses.mean())}, "losses": losses}
+
+
+def made(flags: Flags, folder: Path, *, whole: bool) -> dict[str, Any]:
+    """Trains one candidate and looks at it; where `whole`, also scores it and measures its curvature."""
+    trainer, stopwatch = prepared(flags, folder)
+    scores = scored(trainer) if whole else {}
+    look = LookOnce(trainer, round(EARLY * trainer.args.max_steps), curvature=whole)
+    trainer.add_callback(look)
+    trainer.add_callback(GoOn(stopwatch))
+    end = ended(trainer)
     return finite(
         {
-            "final": {"accuracy": float(final.correct.mean()), "loss": float(final.losses.mean())},
-            "losses": losses,
+            **end,
             "scores": scores,
             "known": look.known,
             "seconds": {"training": stopwatch.seconds, **look.seconds},
         }
     )
+
+
+def made_short(flags: Flags, folder: Path) -> dict[str, Any]:
+    """Trains one candidate for a tenth of the steps, in which its learning rate rises and falls as in all of them."""
+    steps, warm_up = round(EARLY * flags["max_steps"]), max(1, round(EARLY * COMMON["warmup_steps"]))
+    trainer, stopwatch = prepared(flags | {"max_steps": steps, "warmup_steps": warm_up}, folder)
+    trainer.add_callback(GoOn(stopwatch))
+    end = ended(trainer)
+    return finite({**end, "seconds": stopwatch.seconds})
 
 
 def scored(trainer: Trainer) -> dict[str, Any]:
@@ -254,13 +275,14 @@ def scored(trainer: Trainer) -> dict[str, Any]:
     return score_checkpoint(trainer.model, batches, loss_fn=loss_fn, gradient_examples=GRADIENTS).to_dict()
 
 
-def known_early(run: dict[str, Any]) -> dict[str, float | None]:
-    """All that is known of one training by a tenth of its steps."""
+def known_early(run: dict[str, Any], short: dict[str, Any]) -> dict[str, float | None]:
+    """All that is known of one training by a tenth of its steps, and from a short one in place of those."""
     steps = len(run["losses"])
     losses = run["losses"][: round(EARLY * steps)]
     speed = fit_convergence(list(range(1, len(losses) + 1)), losses)
     scores = {name: held["value"] for name, held in run["scores"].items() if name in NAMES and held}
     known = {**scores, "half_life": speed["half_life"], **run["known"]}
+    known |= {f"short_{name}": value for name, value in short["final"].items()}
     if None in losses:
         return known | {"early_loss": None, "loss_drop": None, "extrapolated": None}
     third = max(1, len(losses) // 3)
@@ -280,21 +302,21 @@ def collected(steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for task in TASK_DATA:
         for folder in sorted((folder_of(steps) / task).glob("*")):
-            files = [folder / f"seed {seed}" / "run.json" for seed in SEEDS]
+            files = [folder / f"seed {seed}" / name for name in ("run.json", "short.json") for seed in SEEDS]
             if all(file.exists() for file in files):
-                runs = [json.loads(file.read_bytes()) for file in files]
-                found.setdefault(task, {})[folder.name] = over_seeds(runs)
+                held = [json.loads(file.read_bytes()) for file in files]
+                found.setdefault(task, {})[folder.name] = over_seeds(held[: len(SEEDS)], held[len(SEEDS) :])
     return {"steps": steps, "look": round(EARLY * steps), "tasks": found}
 
 
-def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def over_seeds(runs: list[dict[str, Any]], shorts: list[dict[str, Any]]) -> dict[str, Any]:
     """A candidate: means over its trainings; what one of them lost (a loss that is not finite) is lost."""
     final = {name: mean([run["final"][name] for run in runs]) for name in runs[0]["final"]}
-    early = [known_early(run) for run in runs]
+    early = [known_early(run, short) for run, short in zip(runs, shorts, strict=True)]
     return {
         "final": {**final, "accuracy_by_seed": [run["final"]["accuracy"] for run in runs]},
         "known": {name: mean([known[name] for known in early if name in known]) for name in early[0]},
-        "cost": cost(runs[0]),
+        "cost": {**cost(runs[0]), "short": shorts[0]["seconds"] / runs[0]["seconds"]["training"]},
         "notes": runs[0]["scores"]["notes"],
     }
 
@@ -325,14 +347,21 @@ def main() -> None:
     torch.set_num_threads(1)
     for name, task, seed, flags in in_turn(args):
         folder = folder_of(args.steps) / task / name / f"seed {seed}"
-        if not (folder / "run.json").exists():
-            started = time.perf_counter()
-            run = made({**flags, "seed": seed, "data_seed": seed}, folder, whole=seed == SEEDS[0])
-            write_atomically(folder / "run.json", json.dumps(run, allow_nan=False).encode())
-            print(f"{task}: {name}, {seed}: {run['final']}, {time.perf_counter() - started:.0f} s", flush=True)
+        seeded = {**flags, "seed": seed, "data_seed": seed}
+        kept(folder / "run.json", lambda f=folder, s=seeded: made(s, f, whole=s["seed"] == SEEDS[0]))
+        kept(folder / "short.json", lambda f=folder, s=seeded: made_short(s, f))
     results = collected(args.steps)
     write_atomically(RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(RESULTS.with_suffix(".md"), page(results).encode())
+
+
+def kept(file: Path, make: Callable[[], dict[str, Any]]) -> None:
+    """Makes a training and writes it down, unless that has been done."""
+    if not file.exists():
+        started = time.perf_counter()
+        run = make()
+        write_atomically(file, json.dumps(run, allow_nan=False).encode())
+        print(f"{file.relative_to(CACHE)}: {run['final']}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def in_turn(args: argparse.Namespace) -> list[tuple[str, str, int, Flags]]:

@@ -44,6 +44,16 @@ EARLY = {
 }
 """What is known after a tenth of the steps."""
 
+SHORT = {
+    "short_accuracy": Quantity("evaluation accuracy", 1, "short"),
+    "short_loss": Quantity("evaluation loss", -1, "short"),
+}
+"""What is known at the end of a training of a tenth of the steps with a schedule of its own."""
+
+GROUPS = {"before training": BEFORE, "at a tenth": EARLY, "of a short training": SHORT}
+
+QUANTITIES = {**BEFORE, **EARLY, **SHORT}
+
 BASELINES = ("early_loss", "logme", "linear_probe")
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {
@@ -51,6 +61,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "of the baselines": BASELINES,
     "of losses and evaluations": ("early_loss", "loss_drop", "extrapolated", "eval_loss", "eval_accuracy"),
     "of everything": (*BEFORE, *EARLY),
+    "of a short training": tuple(SHORT),
+    "of a short training and all scores before it": (*BEFORE, *SHORT),
 }
 
 
@@ -73,10 +85,10 @@ def tables(results: Mapping[str, Any]) -> str:
     number = ", ".join(f"{len(runs)} on {task}" for task, runs in results.items())
     about = f"Candidates: {number}. {steps} steps each, looked at after {look}; means over two seeds."
     final = {task: _column(runs, lambda run: run["final"]["accuracy"]) for task, runs in results.items()}
-    known = {name: oriented(results, name) for name in (*BEFORE, *EARLY)}
+    known = {name: oriented(results, name) for name in QUANTITIES}
     heads = ["known", "mean τ (95 % interval)", *results, "cost, %"]
     lines = [about, "", _row(heads), _row([":--"] + ["--:"] * (len(heads) - 1)), _ceiling(results)]
-    for group, quantities in {"before training": BEFORE, "at a tenth": EARLY}.items():
+    for group, quantities in GROUPS.items():
         found = {name: mean_tau(known[name], final) for name in quantities}
         for name in sorted(found, key=lambda name: -found[name][0]):
             quantity = quantities[name]
@@ -111,7 +123,7 @@ def _combinations(known: Mapping[str, Table], final: Table) -> Iterator[str]:
     heads = ["combination", "mean τ (95 % interval)", *final, "weights, fitted on all tasks"]
     yield _row(heads)
     yield _row([":--", *["--:"] * (len(final) + 1), ":--"])
-    titles = {name: quantity.title for name, quantity in {**BEFORE, **EARLY}.items()}
+    titles = {name: quantity.title for name, quantity in QUANTITIES.items()}
     titles["decrease"] += " at a tenth"
     for title, names in COMBINATIONS.items():
         columns = {task: np.column_stack([known[name][task] for name in names]) for task in final}
@@ -128,7 +140,7 @@ def _combinations(known: Mapping[str, Table], final: Table) -> Iterator[str]:
 
 def oriented(results: Mapping[str, Any], name: str) -> Table:
     """A quantity by task, more being better, with what is not known below all that is."""
-    sign = {**BEFORE, **EARLY}[name].sign
+    sign = QUANTITIES[name].sign
     return {task: filled(sign * _column(runs, lambda run: run["known"].get(name))) for task, runs in results.items()}
 
 
