@@ -126,7 +126,7 @@ def halved_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
 @pytest.mark.parametrize(
     ("cls", "options", "factor"),
     [
-        (OptimizabilityTrainer, {}, 1.0),
+        pytest.param(OptimizabilityTrainer, {}, 1.0, marks=pytest.mark.slow),
         (DoubledLoss, {}, 2.0),
         (OptimizabilityTrainer, {"compute_loss_func": halved_loss}, 0.5),
         (OptimizabilityTrainer, {"gradient_accumulation_steps": 3}, 1.0),

@@ -208,7 +208,7 @@ LIKE_OTHERS = {
     "persistent workers", "workers", "sgd", "adafactor", "regression", "multi-label", "llama", "epochs", "pure bf16",
     "label smoothing", "reentrant checkpointing", "rmsprop", "length grouping", "tied", "compute_loss",
     "BatchNorm", "shuffled stream", "warm-up", "frozen", "accumulation", "early stopping", "compute_loss_func",
-    "question answering", "tokens", "dispatched stream",
+    "question answering", "tokens", "dispatched stream", "checkpointing", "8-bit",
 }  # fmt: skip
 """Cases near enough to others, here or in `test_hands_off`, to be left to `make test-slow`."""
 

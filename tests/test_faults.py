@@ -71,7 +71,9 @@ def test_labels_out_of_range_in_the_probe_set(tmp_path: Path):
     assert len(trainer.optimizability_report().failures) == 3
 
 
-@pytest.mark.parametrize("file", ["report.json", "report.md", "loss.png"])
+@pytest.mark.parametrize(
+    "file", ["report.json", *(pytest.param(f, marks=pytest.mark.slow) for f in ("report.md", "loss.png"))]
+)
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str):
     """From the second measurement on. What was written before stays whole."""
     plain = run(make(tmp_path / "plain"))

@@ -99,8 +99,10 @@ def numbers(report: OptimizabilityReport) -> dict[str, Any]:
     ("stop_before", "restores_states"),
     [
         (2, True),
-        (3, False),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, False), (3, True), (5, False), (5, True))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((2, False), (3, False), (3, True), (5, False), (5, True))
+        ),
     ],
 )
 def test_a_resumed_run_has_the_report_of_an_uninterrupted_one(tmp_path: Path, stop_before: int, restores_states: bool):
@@ -319,8 +321,9 @@ def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_a_run_that_is_killed_again_and_again(tmp_path: Path, kills: int):
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_that_is_killed_again_and_again(tmp_path: Path, kills: int = 20):
     log = tmp_path / "log"
     whole = start(tmp_path / "whole", log)
     assert whole.wait() == 0, log.read_text()

@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-OFTEN = ["vit", "dispatch", "uneven", "plain"]
+OFTEN = ["dispatch", "uneven", "plain"]
 """The others are near enough to these to be left to `make test-slow`."""
 
 
@@ -121,7 +121,10 @@ def test_training_is_the_same(found: list[dict[str, Any]]):
         assert not differences(found[0][name], found[1][name], tolerance=0)
 
 
-@pytest.mark.parametrize("name", ["plain", pytest.param("stream", marks=pytest.mark.slow), "uneven", "vit"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", pytest.param("stream", marks=pytest.mark.slow), "uneven", pytest.param("vit", marks=pytest.mark.slow)],
+)
 def test_the_numbers_are_those_of_one_process(tmp_path: Path, found: list[dict[str, Any]], name: str):
     """Batches of two on both processes are the batches of four of one."""
     config = OptimizabilityConfig(**CONFIG)

@@ -33,6 +33,8 @@ from hf_optimizability.supported import require_supported
 MODELS = ["bert", "gpt2"]  # gpt2 has tied weights, and examples with different numbers of ignored labels
 NUMBER = 7  # examples; in batches of 3 the last one leaves ranks without a share
 CONFIG = OptimizabilityConfig(profile="light", max_hvps=16, landscape=True)
+ON_SHARDS = {2: replace(CONFIG, landscape=False), 3: CONFIG}
+"""By the number of processes: slices through the landscape take long on shards."""
 
 
 def whole(name: str, *, frozen: bool = False, **options: Any) -> nn.Module:
@@ -155,9 +157,10 @@ def interruption(model: nn.Module, *, shards: bool, fails: bool) -> None:
             raise KeyError("in the middle")
         return model(**batch).loss
 
+    config = ON_SHARDS[torch.distributed.get_world_size()] if shards else CONFIG
     with little_memory() if shards else nullcontext():
         try:
-            measure(model, batches("bert", dtype=torch.float32)[:1], CONFIG, loss_fn=loss_fn)
+            measure(model, batches("bert", dtype=torch.float32)[:1], config, loss_fn=loss_fn)
         except MeasurementError as error:
             assert fails and "in the middle" in str(error), error
         else:
@@ -181,7 +184,7 @@ def failing_on_one_rank(model: nn.Module, *, place: str) -> None:
     hook = register(fail)
     try:
         with little_memory():
-            measure(model, batches("bert", dtype=torch.float32)[:1], replace(CONFIG, landscape=False))
+            measure(model, batches("bert", dtype=torch.float32)[:1], ON_SHARDS[2])
     except MeasurementError as error:
         assert place != "memory" and "in the middle" in str(error), error
     else:
@@ -252,7 +255,8 @@ def checks(rank: int) -> dict[str, Any]:
     found["unsharded"] = measurement("gpt2", CONFIG, sharded)
     found["float32"] = measurement("bert", CONFIG, sharded, dtype=torch.float32)
     with little_memory():
-        found["on shards"] = measurement("bert", CONFIG, partial(sharded, frozen=True))
+        config = ON_SHARDS[torch.distributed.get_world_size()]
+        found["on shards"] = measurement("bert", config, partial(sharded, frozen=True))
     found["training"] = training(None)
     for shards in (False, True):
         for fails in (False, True):
@@ -272,10 +276,10 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @cache
-def alone(name: str, dtype: torch.dtype, *, as_on_shards: bool = False) -> dict[str, float]:
+def alone(name: str, dtype: torch.dtype, *, as_on_shards_of: int | None = None) -> dict[str, float]:
     """The measurement of one process."""
-    config = replace(CONFIG, engine="central_difference") if as_on_shards else CONFIG
-    return measurement(name, config, partial(whole, frozen=as_on_shards), dtype=dtype)
+    config = replace(ON_SHARDS[as_on_shards_of], engine="central_difference") if as_on_shards_of else CONFIG
+    return measurement(name, config, partial(whole, frozen=as_on_shards_of is not None), dtype=dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -308,7 +312,7 @@ def test_whole_parameters_give_the_numbers_of_one_process(found: list[dict[str, 
 
 
 def test_shards_give_the_numbers_of_central_differences_in_one_process(found: list[dict[str, Any]]):
-    expected = alone("bert", torch.float64, as_on_shards=True)
+    expected = alone("bert", torch.float64, as_on_shards_of=len(found))
     exact = [".loss", ".grad_norm", ".noise_scale.value", ".blocks.head.grad_norm", ".blocks.layer.0.weight_norm"]
     for result in found:
         measured = result["on shards"]

@@ -61,11 +61,7 @@ def test_a_recipe_on_two_processes_measures_what_one_does(tmp_path: Path):
     assert [measurement.step for measurement in two.measurements] == [0, 2] and not two.failures
     assert two.data["probe_fingerprint"] == one.data["probe_fingerprint"]
     first, expected = (found.measurements[0].to_dict() for found in (two, one))
-    # A network of 2 million parameters in float32: its λ_min is a difference of larger numbers.
-    for name in ("loss", "grad_norm", "items", "hvps"):
-        assert first[name] == pytest.approx(expected[name], rel=1e-5)
-    for name in ("trace", "lambda_max"):
-        assert not differences(first["hessian"][name], expected["hessian"][name], tolerance=1e-4)
+    assert not differences(first, expected, tolerance=1e-5)
 
 
 def test_a_model_that_is_spread_over_devices():
