@@ -103,14 +103,14 @@ def time_apart(name: str, profile: str) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown.
+    """The results as Markdown: by workload, a row for each profile.
 
     Example:
         >>> one, two = {"seconds": 90.0, "hvps": 30, "values": [1.0]}, {"seconds": 45.0, "hvps": 30, "values": [1.0]}
         >>> two |= {"communication": 0.04, "bytes": 2**30, "sums": 60}
-        >>> row = {"profile": "light", "examples": 32, "runs": {"1": [one], "2": [two]}, "apart": [100.0]}
-        >>> print(table({"text": row}).splitlines()[-1])
-        | light | 32 | 30 | 90.0 s | 45.0 s | **2.00** | 1.80 | 4 % | 1024 MiB in 60 sums | 0e+00 |
+        >>> light = {"examples": 32, "runs": {"1": [one], "2": [two]}, "apart": [100.0]}
+        >>> print(table({"text": {"light": light}}).splitlines()[-1])
+        | light | 32 | 30 | 1 | 90.0 s | 45.0 s | **2.00** | 1.80 | 4 % | 1024 MiB in 60 sums | 0e+00 |
     """
     lines = [
         "# What a second process saves",
@@ -119,32 +119,35 @@ def table(results: dict[str, Any]) -> str:
         "one rank waits for the other. The machine's limit: what two processes would gain that shared nothing, by the "
         "time that two whole measurements take at once.",
     ]
-    for name, row in results.items():
-        one, two = (row["runs"][str(number)] for number in PROCESSES)
-        seconds = [statistics.median(run["seconds"] for run in runs) for runs in (one, two)]
-        last = two[-1]
-        pairs = zip(one[-1]["values"], last["values"], strict=True)
-        cells = [
-            row["profile"],
-            str(row["examples"]),
-            str(last["hvps"]),
-            *(f"{value:.1f} s" for value in seconds),
-            f"**{seconds[0] / seconds[1]:.2f}**",
-            f"{2 * seconds[0] / statistics.median(row['apart']):.2f}" if "apart" in row else "–",
-            f"{100 * statistics.median(run['communication'] for run in two):.0f} %",
-            f"{last['bytes'] / 2**20:.0f} MiB in {last['sums']} sums",
-            f"{max(abs(a - b) / abs(a) for a, b in pairs):.0e}",
-        ]
+    for name, by_profile in results.items():
         lines += [
             "",
             f"## {TITLES[name].partition(',')[0]}",  # type: ignore[index]
             "",
-            "| profile | examples | products | one process | two | speed-up | the machine's limit | communication "
-            "| summed by a rank | largest relative difference |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-            f"| {' | '.join(cells)} |",
+            "| profile | examples | products | repeats | one process | two | speed-up | the machine's limit "
+            "| communication | summed by a rank | largest relative difference |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+            *(f"| {profile} | {' | '.join(_cells(row))} |" for profile, row in by_profile.items()),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    one, two = (row["runs"][str(number)] for number in PROCESSES)
+    seconds = [statistics.median(run["seconds"] for run in runs) for runs in (one, two)]
+    last = two[-1]
+    pairs = zip(one[-1]["values"], last["values"], strict=True)
+    return [
+        str(row["examples"]),
+        str(last["hvps"]),
+        str(len(two)),
+        *(f"{value:.1f} s" for value in seconds),
+        f"**{seconds[0] / seconds[1]:.2f}**",
+        f"{2 * seconds[0] / statistics.median(row['apart']):.2f}",
+        f"{100 * statistics.median(run['communication'] for run in two):.0f} %",
+        f"{last['bytes'] / 2**20:.0f} MiB in {last['sums']} sums",
+        f"{max(abs(a - b) / abs(a) for a, b in pairs):.0e}",
+    ]
 
 
 def main() -> None:
@@ -169,7 +172,7 @@ def main() -> None:
                     mp.spawn(run, (number, name, arguments.profile, folder), nprocs=number)
                     runs[str(number)].append(json.loads(Path(folder, "found.json").read_text()))
                 print(name, number, runs[str(number)][-1], flush=True)
-        results[name] = {"profile": arguments.profile, "examples": examples, "runs": runs, "apart": apart}
+        results.setdefault(name, {})[arguments.profile] = {"examples": examples, "runs": runs, "apart": apart}
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(table(results))
     print(table(results))
