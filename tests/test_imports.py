@@ -31,6 +31,12 @@ def test_core_import_leaves_heavy_packages_alone():
     assert not {"datasets", "evaluate", "matplotlib", "pandas", "sklearn"} & loaded
 
 
+def test_rendering_a_report_leaves_training_alone():
+    loaded = loaded_by("from hf_optimizability import OptimizabilityReport; OptimizabilityReport().to_html()")
+    assert "jinja2" in loaded
+    assert not {"accelerate", "datasets", "matplotlib", "peft"} & loaded
+
+
 def test_a_function_is_not_hidden_by_the_module_of_its_name():
     script = (
         "from hf_optimizability.forecast import forecast_objective; from hf_optimizability import forecast, measure"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers.optimization import Adafactor
 
 from .operators import SymmetricOperator
 from .rows import Rows
+from .step import stability_limit
 
 
 SUPPORTED = (SGD, Adam, AdamW, Adafactor)
@@ -151,33 +151,6 @@ def optimizer_update(
         after, _ = _lone_step(optimizer, before, state, gradient, {**group, "lr": rate * reference})
         pieces.append((before.double() - after) / reference)
     return _joined(pieces, parameters)
-
-
-def stability_limit(
-    learning_rate: float, *, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False
-) -> float:
-    """The largest curvature λ at which gradient descent with momentum does not diverge on ½λx².
-
-    2/η without momentum, (2 + 2β)/η for the heavy ball, (2 + 2β)/((1 + 2β)η) for Nesterov (Cohen et al., arXiv
-    2103.00065). A moving average m ← βm + (1 − β)g has dampening β: (2 + 2β)/((1 − β)η), 38/η for Adam's
-    β₁ = 0.9 (arXiv 2207.14484).
-
-    Args:
-        learning_rate: η.
-        momentum: β.
-        dampening: The gradient enters the momentum buffer with weight `1 - dampening`.
-        nesterov: Whether the step looks ahead.
-
-    Example:
-        >>> stability_limit(0.5), stability_limit(0.5, momentum=0.5), stability_limit(0.5, momentum=0.5, nesterov=True)
-        (4.0, 6.0, 3.0)
-        >>> stability_limit(0.0)
-        inf
-    """
-    if learning_rate == 0:
-        return math.inf
-    weight = 1 + 2 * momentum if nesterov else 1 - dampening
-    return (2 + 2 * momentum) / (weight * learning_rate)
 
 
 class PreconditionedOperator(SymmetricOperator):

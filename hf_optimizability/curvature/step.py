@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far one step may go: the quadratic model along the gradient, and the step at which the loss first rises."""
+"""How far one step may go: the limit of stability, the model along the gradient, where the loss first rises."""
 
 from __future__ import annotations
 
@@ -18,6 +18,33 @@ from .vectors import dot
 
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
 """Relative change of a loss that may be rounding: losses are averaged in float32 at worst."""
+
+
+def stability_limit(
+    learning_rate: float, *, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False
+) -> float:
+    """The largest curvature λ at which gradient descent with momentum does not diverge on ½λx².
+
+    2/η without momentum, (2 + 2β)/η for the heavy ball, (2 + 2β)/((1 + 2β)η) for Nesterov (Cohen et al., arXiv
+    2103.00065). A moving average m ← βm + (1 − β)g has dampening β: (2 + 2β)/((1 − β)η), 38/η for Adam's
+    β₁ = 0.9 (arXiv 2207.14484).
+
+    Args:
+        learning_rate: η.
+        momentum: β.
+        dampening: The gradient enters the momentum buffer with weight `1 - dampening`.
+        nesterov: Whether the step looks ahead.
+
+    Example:
+        >>> stability_limit(0.5), stability_limit(0.5, momentum=0.5), stability_limit(0.5, momentum=0.5, nesterov=True)
+        (4.0, 6.0, 3.0)
+        >>> stability_limit(0.0)
+        inf
+    """
+    if learning_rate == 0:
+        return math.inf
+    weight = 1 + 2 * momentum if nesterov else 1 - dampening
+    return (2 + 2 * momentum) / (weight * learning_rate)
 
 
 @dataclass(frozen=True)
