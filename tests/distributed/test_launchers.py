@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes, unchanged, as `torchrun` starts them; and models that accelerate has spread over devices."""
+"""The recipes, unchanged, as `torchrun` and `accelerate launch` start them; and models spread over devices."""
 
 from __future__ import annotations
 
@@ -38,18 +38,31 @@ ARGUMENTS = {
 }
 
 
-def report(folder: Path, processes: int) -> OptimizabilityReport:
-    """A recipe's report, by so many processes with the same examples in a step."""
+LAUNCHERS = {
+    "python": [],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "accelerate launch": [
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",
+    ],
+}  # fmt: skip
+"""One process, and two. Accelerate starts several on the CPU as it does on GPUs, or by MPI."""
+
+
+def report(folder: Path, launcher: str) -> OptimizabilityReport:
+    """A recipe's report, with the same examples in a step by one process and by two."""
     folder.mkdir()
+    processes = 1 if launcher == "python" else 2
     arguments = {**ARGUMENTS, "output_dir": str(folder), "per_device_train_batch_size": 4 // processes}
     (folder / "arguments.json").write_text(json.dumps(arguments))
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    )
     done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "recipes/image_classification.py"), str(folder / "arguments.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
+        [sys.executable, *LAUNCHERS[launcher], "recipes/image_classification.py", str(folder / "arguments.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Report:") == 1  # one process tells where it is
     return OptimizabilityReport.load(folder / "optimizability")
@@ -57,11 +70,14 @@ def report(folder: Path, processes: int) -> OptimizabilityReport:
 
 @pytest.mark.slow
 def test_a_recipe_on_two_processes_measures_what_one_does(tmp_path: Path):
-    one, two = report(tmp_path / "one", 1), report(tmp_path / "two", 2)
-    assert [measurement.step for measurement in two.measurements] == [0, 2] and not two.failures
-    assert two.data["probe_fingerprint"] == one.data["probe_fingerprint"]
-    first, expected = (found.measurements[0].to_dict() for found in (two, one))
-    assert not differences(first, expected, tolerance=1e-5)
+    one = report(tmp_path / "one", "python")
+    for launcher in ("torchrun", "accelerate launch"):
+        two = report(tmp_path / launcher, launcher)
+        assert [measurement.step for measurement in two.measurements] == [0, 2] and not two.failures
+        assert two.training["examples_per_step"] == one.training["examples_per_step"]  # as two processes have them
+        assert two.data["probe_fingerprint"] == one.data["probe_fingerprint"]
+        first, expected = (found.measurements[0].to_dict() for found in (two, one))
+        assert not differences(first, expected, tolerance=1e-5), launcher
 
 
 def test_a_model_that_is_spread_over_devices():
