@@ -376,7 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.tables.parent.mkdir(exist_ok=True)
     file = options.out / "peers.json"
     results = json.loads(file.read_text()) if file.exists() else {"truth": {}, "rows": {}}
-    results["versions"] = {name: version(name) for name in ("torch", "transformers", *packages())}
+    packages = ("torch", "transformers", *(LIBRARIES[library].package for library in options.library))
+    results.setdefault("versions", {}).update({name: version(name) for name in packages})
     results["machine"] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "limit": options.limit}
     for workload in options.workload:
         if set(options.rows) - {"cost", "features"}:
@@ -398,11 +399,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = problems(results)
     print("\n".join(wrong))
     return 1 if wrong else 0
-
-
-def packages() -> list[str]:
-    """The names under which the libraries are installed."""
-    return [library.package for library in LIBRARIES.values()]
 
 
 if __name__ == "__main__":
