@@ -22,6 +22,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -348,8 +349,8 @@ def main() -> None:
     for name, task, seed, flags in in_turn(args):
         folder = folder_of(args.steps) / task / name / f"seed {seed}"
         seeded = {**flags, "seed": seed, "data_seed": seed}
-        kept(folder / "run.json", lambda f=folder, s=seeded: made(s, f, whole=s["seed"] == SEEDS[0]))
-        kept(folder / "short.json", lambda f=folder, s=seeded: made_short(s, f))
+        kept(folder / "run.json", partial(made, seeded, folder, whole=seed == SEEDS[0]))
+        kept(folder / "short.json", partial(made_short, seeded, folder))
     results = collected(args.steps)
     write_atomically(RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(RESULTS.with_suffix(".md"), page(results).encode())

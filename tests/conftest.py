@@ -12,7 +12,6 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-
 LOOKED_AT = {"report", "recipes", "test_docs.py"}
 """Where under this folder the plots of reports are looked at."""
 
@@ -20,6 +19,6 @@ LOOKED_AT = {"report", "recipes", "test_docs.py"}
 @pytest.fixture(autouse=True)
 def plots_are_drawn_where_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if LOOKED_AT.isdisjoint(request.path.relative_to(request.config.rootpath).parts):
-        from undrawn import leave_plots_undrawn
+        from undrawn import leave_plots_undrawn  # loads the package, which reads the environment
 
         leave_plots_undrawn(monkeypatch)

@@ -36,6 +36,7 @@ from hf_optimizability.provenance import describe_config
 
 TESTS = Path(__file__).parent
 QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 2}
+KILLS = 20
 STEPS = {"measure_strategy": "steps", "measure_steps": 2}
 SAVES = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
 
@@ -323,13 +324,13 @@ def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_run_that_is_killed_again_and_again(tmp_path: Path, kills: int = 20):
+def test_a_run_that_is_killed_again_and_again(tmp_path: Path):
     log = tmp_path / "log"
     whole = start(tmp_path / "whole", log)
     assert whole.wait() == 0, log.read_text()
     moments = random.Random(0)
     done = 0
-    while done < kills:
+    while done < KILLS:
         begun = time.time()
         process = start(tmp_path / "run", log)
         report = tmp_path / "run" / "optimizability" / "report.json"

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from undrawn import leave_plots_undrawn
 
 
 TIMEOUT = timedelta(seconds=90)
@@ -63,8 +64,6 @@ class Failed:
 
 
 def _rank(rank: int, number: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    from undrawn import leave_plots_undrawn
-
     leave_plots_undrawn(pytest.MonkeyPatch())
     torch.set_num_threads(1)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}

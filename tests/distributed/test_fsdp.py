@@ -136,6 +136,7 @@ def training(interrupt: Callable[[nn.Module], None] | None) -> str:
             model(**batch).loss.backward()
             if interrupt is not None and step == 1 and index != 1:
                 interrupt(model)
+                assert not any(isinstance(g._all_gather_comm, fsdp._MeetFirst) for g in fsdp._groups(model))
         optimizer.step()
         optimizer.zero_grad()
     digest = hashlib.sha256(str(torch.rand(1)).encode())
@@ -188,7 +189,7 @@ def failing_on_one_rank(model: nn.Module, *, place: str) -> None:
     except MeasurementError as error:
         assert place != "memory" and "in the middle" in str(error), error
     else:
-        assert place == "memory"  # goes on with smaller pieces
+        assert place == "memory" and passes > 3  # goes on with smaller pieces
     finally:
         hook.remove()
 

@@ -48,9 +48,12 @@ CASES = [
     ("bert", torch.float64, 9, "all"),
     ("gpt2", torch.float32, 9, "all"),
 ]
-OFTEN = [case for case in CASES if case[2:] not in ((2, "landscape"), (2, "forward_over_reverse"))]
-"""On two processes; the others take long."""
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def cases_on(processes: int) -> list[tuple[Any, ...]]:
+    """All on three processes, which `make test-slow` starts; those that take long on these alone."""
+    return [case for case in CASES if processes > 2 or case[2:] not in ((2, "landscape"), (2, "forward_over_reverse"))]
 
 
 def measured(ranks: Ranks, name: str, dtype: torch.dtype, batch_size: int, options: str) -> dict[str, Any]:
@@ -67,8 +70,7 @@ def measured(ranks: Ranks, name: str, dtype: torch.dtype, batch_size: int, optio
 
 def on_a_rank(rank: int) -> dict[str, Any]:
     ranks = training_ranks(CPU)
-    cases = OFTEN if ranks.number == 2 else CASES
-    found: dict[str, Any] = {str(case): measured(ranks, *case) for case in cases}
+    found: dict[str, Any] = {str(case): measured(ranks, *case) for case in cases_on(ranks.number)}
     found["exact trace"] = exact_trace(ranks)
     found["memory"] = with_little_memory(ranks)
     return found
@@ -141,19 +143,15 @@ def alike(a: Any, b: Any, tolerance: float, scale: float) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in OFTEN else pytest.param(case, marks=pytest.mark.slow) for case in CASES], ids=str
-)
-def test_is_that_of_one_process(found: list[dict[str, Any]], case: tuple[Any, ...]):
-    if len(found) == 2 and case not in OFTEN:
-        pytest.skip("On three processes only.")
+def test_is_that_of_one_process(found: list[dict[str, Any]]):
     torch.set_num_threads(1)
-    expected, tolerance = measured(ALONE, *case), TOLERANCES[case[1]]
-    for result in found:
-        assert not differences(result[str(case)], expected, tolerance=tolerance)
     first, *others = found
-    for result in others:  # to the last bit, or the ranks would part
-        assert not differences(result[str(case)], first[str(case)], tolerance=0)
+    for case in cases_on(len(found)):
+        expected = measured(ALONE, *case)
+        for result in found:
+            assert not differences(result[str(case)], expected, tolerance=TOLERANCES[case[1]]), case
+        for result in others:  # to the last bit, or the ranks would part
+            assert not differences(result[str(case)], first[str(case)], tolerance=0), case
 
 
 def test_the_exact_trace(found: list[dict[str, Any]]):
