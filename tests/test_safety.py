@@ -30,14 +30,22 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.import_utils import enable_tf32
 
-from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability import MeasurementError, OptimizabilityConfig, measure, safety
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
 from hf_optimizability.objective import Objective
 from hf_optimizability.probe import probe_batches
-from hf_optimizability.safety import eager_attention, eval_mode, full_precision, preserved_rng, unpatched_forward
+from hf_optimizability.safety import (
+    eager_attention,
+    eval_mode,
+    full_precision,
+    ieee_float32,
+    preserved_rng,
+    unpatched_forward,
+)
 
 
 def draw() -> tuple[float, float, float]:
@@ -190,6 +198,43 @@ def fused_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return tiny_models.OnceDifferentiable.apply(output), None
 
 
+@pytest.fixture
+def precision_as_it_was() -> Iterator[None]:
+    before = [part.fp32_precision for part in PRECISE]
+    yield
+    torch.backends.fp32_precision = "none"
+    for part, value in zip(PRECISE, before, strict=True):
+        part.fp32_precision = value
+
+
+ALLOW_TF32 = {
+    "by default": lambda: None,
+    "by Trainer": lambda: enable_tf32(True),
+    "the old way": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "for matrix products": lambda: torch.set_float32_matmul_precision("high"),
+}
+
+
+@pytest.mark.parametrize("allowed", ALLOW_TF32)
+def test_float32_is_float32_inside_and_what_it_was_after(allowed: str, precision_as_it_was: None):
+    ALLOW_TF32[allowed]()
+    before = [part.fp32_precision for part in PRECISE]
+    assert "tf32" in before
+    with pytest.raises(KeyboardInterrupt), ieee_float32():
+        assert [part.fp32_precision for part in PRECISE] == ["ieee"] * 3
+        raise KeyboardInterrupt
+    assert [part.fp32_precision for part in PRECISE] == before
+
+
+def test_float32_is_float32_in_an_older_torch_too(monkeypatch: pytest.MonkeyPatch, precision_as_it_was: None):
+    monkeypatch.setattr(safety, "is_torch_version", lambda operation, version: False)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    parts = torch.backends.cuda.matmul, torch.backends.cudnn
+    with ieee_float32():
+        assert [part.allow_tf32 for part in parts] == [False, False]
+    assert [part.allow_tf32 for part in parts] == [True, True]
+
+
 def test_eager_is_the_fallback_for_attention_that_cannot_be_differentiated_twice():
     AttentionInterface.register("fused", fused_attention)
     batches = tiny_models.cut(tiny_models.examples("vit", 4), 4)
@@ -223,6 +268,9 @@ class Counting:
         return lookup_backend("aot_eager")(graph, inputs)
 
 
+PRECISE = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
+
+
 def flags(model: nn.Module) -> dict[str, Any]:
     """All that a measurement may switch."""
     modules = list(model.modules())
@@ -237,6 +285,7 @@ def flags(model: nn.Module) -> dict[str, Any]:
         "checkpointing by": [vars(module).get("_gradient_checkpointing_func") for module in modules],
         "compiled": [module._compiled_call_impl for module in modules],
         "forward": [vars(module).get("forward") for module in modules],
+        "precision": [part.fp32_precision for part in PRECISE],
         "hooks": [[*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks] for module in modules],
     }
 

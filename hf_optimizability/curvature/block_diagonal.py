@@ -11,6 +11,7 @@ from torch import Tensor
 from .operators import ObjectiveOperator, SumOfLosses
 from .products import first_backward
 from .ranks import ALONE, Ranks
+from .twice_differentiable import differentiate
 
 
 class BlockDiagonalHessian(ObjectiveOperator):
@@ -77,12 +78,11 @@ class BlockDiagonalHessian(ObjectiveOperator):
             # Blocks that are done get zeros from `lanczos_by_segment`.
             if not live or not torch.stack([vector[index].any() for index in live]).any():
                 continue
-            rows = torch.autograd.grad(
+            rows = differentiate(
                 [gradients[index] for index in live],
                 [parameters[index] for index in block],
                 grad_outputs=[vector[index] for index in live],
                 retain_graph=True,
-                materialize_grads=True,
             )
             for index, row in zip(block, rows, strict=True):
                 product[index] = row

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .twice_differentiable import differentiate
+
 
 def double_backward(
     loss: Tensor, parameters: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]
@@ -38,12 +40,12 @@ def double_backward(
 
 
 def first_backward(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradient, with its graph.
+    """The graph of the gradient; where layers are recorded under `CheapSecondDerivatives`, without all its values.
 
     Raises:
         RuntimeError: If an operation of the loss is marked to have no second derivative.
     """
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    gradients = differentiate(loss, parameters, graph_alone=True)
     require_second_derivative(gradients)
     return gradients
 
@@ -69,12 +71,11 @@ def second_backward(
         if not live:
             yield tuple(torch.zeros_like(parameter) for parameter in parameters)
             continue
-        yield torch.autograd.grad(
+        yield differentiate(
             [gradients[index] for index in live],
             parameters,
             grad_outputs=[vector[index] for index in live],
             retain_graph=keep_graph or position < len(vectors) - 1,
-            materialize_grads=True,
         )
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations in forms whose second derivative is cheap: convolution, batch normalization in eval mode, and GELU.
+"""Operations in forms whose second derivative is cheap: linear layers, convolution, batch normalization, and GELU.
 
-The first two are bilinear, `y = B(x, w) + b`, so their second derivative is made of the same three maps as the first:
-B itself and its two adjoints. Torch instead takes grouped convolutions apart, group by group (a depthwise one has
-hundreds), and differentiates a batch normalization as if its statistics came from the batch. The second derivative of
-GELU is the same for all vectors that a graph is multiplied with; torch computes it for each.
+The first three are bilinear, `y = B(x, w) + b`, so their second derivative is made of the same three maps as the
+first: B itself and its two adjoints. Torch instead takes grouped convolutions apart, group by group (a depthwise one
+has hundreds), and differentiates a batch normalization as if its statistics came from the batch. And the gradients by
+w and b, whose values a second derivative does not need, can be left out. The second derivative of GELU is the same
+for all vectors that a graph is multiplied with; torch computes it for each.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,12 @@ aten = torch.ops.aten
 Mask = tuple[bool, bool, bool]
 """Which of the gradients by x, w and b are asked for."""
 
+Blank = tuple[torch.Size | None, torch.Size | None]
+"""The shapes of the zeros in place of those by w and b, for those that are not wanted."""
+
 
 class CheapSecondDerivatives(TorchFunctionMode):
-    """Inside, `conv1d` to `conv3d`, `batch_norm` by running statistics, and `gelu` have cheap second derivatives.
+    """Cheap second derivatives of `linear`, `conv1d` to `conv3d`, `batch_norm` by running statistics, and `gelu`.
 
     They run the kernels that they run outside, forward and in the first backward pass, so values and gradients stay
     what they are, to rounding: on a CPU, images are kept in the channels-last format, where depthwise kernels are
@@ -62,6 +66,73 @@ class CheapSecondDerivatives(TorchFunctionMode):
         return func(*args, **arguments)
 
 
+def differentiate(
+    outputs: Tensor | Sequence[Tensor],
+    variables: Sequence[Tensor],
+    *,
+    grad_outputs: Sequence[Tensor] | None = None,
+    retain_graph: bool = False,
+    graph_alone: bool = False,
+) -> tuple[Tensor, ...]:
+    """`torch.autograd.grad`, for which operations recorded under `CheapSecondDerivatives` do no more than is asked.
+
+    Args:
+        outputs: As torch has them.
+        variables: The leaves to differentiate by; those that are not used get zeros.
+        grad_outputs: As torch has them.
+        retain_graph: As torch has it.
+        graph_alone: Whether the gradients are to have a graph, and values only where these come for free: the
+            derivative of ⟨∇L, v⟩ needs none, and of a linear layer they are a third of a gradient's work. Gradients
+            by weights and offsets then are zeros.
+
+    Example:
+        >>> x, w = torch.ones(1, 2), torch.ones(3, 2, requires_grad=True)
+        >>> with CheapSecondDerivatives():
+        ...     loss = F.linear(x, w).square().sum()
+        >>> (slope,) = differentiate(loss, [w], graph_alone=True)
+        >>> slope[0], differentiate(slope.sum(), [w])[0][0]
+        (tensor([0., 0.], grad_fn=<SelectBackward0>), tensor([4., 4.]))
+    """
+    global _asked
+    before, _asked = _asked, _Asked(frozenset(map(id, variables)), values=not graph_alone)
+    try:
+        return torch.autograd.grad(
+            outputs,
+            variables,
+            grad_outputs,
+            retain_graph=retain_graph or graph_alone,
+            create_graph=graph_alone,
+            materialize_grads=True,
+        )
+    finally:
+        _asked = before
+
+
+class _Asked(NamedTuple):
+    """What a backward pass is made for: the variables' ids, and whether the values of their gradients are wanted."""
+
+    variables: frozenset[int]
+    values: bool
+
+
+_asked: _Asked | None = None  # for all threads: autograd has one of its own for each GPU
+
+
+def _is_variable(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_leaf and tensor.requires_grad
+
+
+def _is_asked(tensor: Tensor | None) -> bool:
+    """Whether the gradient by a tensor is of use: not that by another leaf than those of the pass under way."""
+    return _asked is None or id(tensor) in _asked.variables or not _is_variable(tensor)
+
+
+def _blank(tensor: Tensor | None) -> torch.Size | None:
+    """The shape of the zeros that do in place of the gradient by a tensor, if they do."""
+    only_graph = _asked is not None and not _asked.values
+    return tensor.shape if only_graph and tensor is not None and _is_variable(tensor) else None
+
+
 class _Bilinear(ABC):
     """A map `y = B(x, w) + b`, linear in x but for an offset, and linear in w."""
 
@@ -76,6 +147,33 @@ class _Bilinear(ABC):
     def without_offset(self) -> _Bilinear:
         """The part that is linear in x: how y changes with x."""
         return self
+
+    def spread(self, b: Tensor, y: Tensor) -> Tensor:
+        """The offset in the shape of y."""
+        return b.reshape(-1, *[1] * (y.dim() - 2)).expand_as(y)
+
+
+@dataclass(frozen=True)
+class _Linear(_Bilinear):
+    """`y = x wᵀ + b` of inputs of any number of dimensions; or, with `transposed`, `y = x w + b`."""
+
+    transposed: bool
+
+    def apply(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return aten.linear(x, w.T if self.transposed else w, b)
+
+    def adjoints(self, gy: Tensor, x: Tensor, w: Tensor, mask: Mask) -> tuple[Tensor | None, ...]:
+        by_x, by_w, by_b = mask
+        outputs, inputs = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
+        left, right = (inputs, outputs) if self.transposed else (outputs, inputs)
+        return (
+            gy @ (w.T if self.transposed else w) if by_x else None,
+            left.T @ right if by_w else None,
+            outputs.sum(0) if by_b else None,
+        )
+
+    def spread(self, b: Tensor, y: Tensor) -> Tensor:
+        return b.expand_as(y)
 
 
 @dataclass(frozen=True)
@@ -123,24 +221,31 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bilinear: _Bilinear, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         ctx.bilinear = bilinear
-        ctx.save_for_backward(x, w)
+        ctx.save_for_backward(x, w, b)
         return bilinear.apply(x, w, b)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
-        return None, *_Adjoints.apply(ctx.bilinear, gy, x, w, ctx.needs_input_grad[1:])
+        x, w, b = ctx.saved_tensors
+        by_x, by_w, by_b = ctx.needs_input_grad[1:]
+        mask = by_x, by_w and _is_asked(w), by_b and _is_asked(b)
+        return None, *_Adjoints.apply(ctx.bilinear, gy, x, w, mask, (_blank(w), _blank(b)))
 
 
 class _Adjoints(torch.autograd.Function):
     """The gradients by x, w and b, as functions of gy, x and w: `B*(gy, w)`, `B*(gy, x)` and a sum of gy."""
 
     @staticmethod
-    def forward(ctx: Any, bilinear: _Bilinear, gy: Tensor, x: Tensor, w: Tensor, mask: Mask) -> tuple[Any, ...]:
+    def forward(
+        ctx: Any, bilinear: _Bilinear, gy: Tensor, x: Tensor, w: Tensor, mask: Mask, blank: Blank
+    ) -> tuple[Tensor | None, ...]:
         ctx.bilinear = bilinear
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gy, x, w)
-        return tuple(bilinear.adjoints(gy, x, w, mask))
+        (by_x, by_w, by_b), (blank_w, blank_b) = mask, blank
+        gx, gw, gb = bilinear.adjoints(gy, x, w, (by_x, by_w and not blank_w, by_b and not blank_b))
+        zero = gy.new_zeros(())
+        return gx, zero.expand(blank_w) if blank_w else gw, zero.expand(blank_b) if blank_b else gb
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -149,11 +254,11 @@ class _Adjoints(torch.autograd.Function):
         Of differentiable operations, so that derivatives of a higher order are right as well, if not cheap.
         """
         gy, x, w = ctx.saved_tensors
-        _, by_gy, by_x, by_w, _ = ctx.needs_input_grad
+        _, by_gy, by_x, by_w, *_ = ctx.needs_input_grad
         for_gy = for_x = for_w = None
         if vx is not None:
             linear = ctx.bilinear.without_offset()
-            for_w = linear.adjoints(gy, vx, w, (False, True, False))[1] if by_w else None
+            for_w = linear.adjoints(gy, vx, w, (False, True, False))[1] if by_w and _is_asked(w) else None
             for_gy = linear.apply(vx, w, vb) if by_gy else None
         if vw is not None:
             for_x = ctx.bilinear.adjoints(gy, x, vw, (True, False, False))[0] if by_x else None
@@ -161,8 +266,8 @@ class _Adjoints(torch.autograd.Function):
                 more = ctx.bilinear.apply(x, vw, vb if vx is None else None)
                 for_gy = more if for_gy is None else for_gy + more
         if by_gy and for_gy is None and vb is not None:
-            for_gy = vb.reshape(-1, *[1] * (gy.dim() - 2)).expand_as(gy)
-        return None, for_gy, for_x, for_w, None
+            for_gy = ctx.bilinear.spread(vb, gy)
+        return None, for_gy, for_x, for_w, None, None
 
 
 class _Gelu(torch.autograd.Function):
@@ -200,6 +305,20 @@ class _GeluSlope(torch.autograd.Function):
 def _gelu(input: Tensor, approximate: str = "none") -> Tensor | None:
     """`gelu`, with torch's names; `None` for its approximation by tanh."""
     return _Gelu.apply(input) if approximate == "none" else None
+
+
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """`linear`, with torch's names; `None` where the weight is no variable: torch asks for less in its backward."""
+    if not _is_variable(weight) or weight.dim() != 2 or torch.is_autocast_enabled(input.device.type):
+        return None
+    return _Apply.apply(_Linear(transposed=False), input, weight, bias)
+
+
+def _add_product(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor | None:
+    """`addmm`, with torch's names, as GPT-2's layers use it: `mat2` is the weight, `input` its bias."""
+    if scales or input.dim() != 1 or not _is_variable(mat2) or torch.is_autocast_enabled(mat1.device.type):
+        return None
+    return _Apply.apply(_Linear(transposed=True), mat1, mat2, input)
 
 
 def _convolve(
@@ -261,6 +380,8 @@ def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
 
 
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.linear: _multiply,
+    torch.addmm: _add_product,
     F.conv1d: _convolve,
     F.conv2d: _convolve,
     F.conv3d: _convolve,

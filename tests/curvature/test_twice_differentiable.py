@@ -11,8 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
     ConvNextConfig,
     ConvNextForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     PreTrainedModel,
@@ -22,8 +28,12 @@ from transformers import (
 
 from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.curvature.products import double_backward
-from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
+from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives, differentiate
 from hf_optimizability.objective import Objective
+from hf_optimizability.safety import math_attention
+
+
+SMALL = {"vocab_size": 20, "intermediate_size": 12, "max_position_embeddings": 8}
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -89,6 +99,18 @@ def test_batch_normalization_by_running_statistics(dims: int):
     assert_same(normalize, [normal(4, 3, 2, 2), normal(3), None])
 
 
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_layers(leading: tuple[int, ...], bias: bool):
+    torch.manual_seed(0)
+    assert_same(F.linear, [normal(*leading, 5), normal(3, 5), normal(3) if bias else None])
+    assert_same(lambda x, w: F.linear(x, w.tanh()), [normal(*leading, 5), normal(3, 5)])  # no variable: left to torch
+    if len(leading) == 1:
+        b = normal(3) if bias else normal(*leading, 3)  # which is left to torch
+        assert_same(torch.addmm, [b, normal(*leading, 5), normal(5, 3)])
+        assert_same(lambda *inputs: torch.addmm(*inputs, beta=2), [b, normal(*leading, 5), normal(5, 3)])
+
+
 @pytest.mark.parametrize("held", range(7))
 def test_inputs_that_need_no_gradient(held: int):
     """Each non-empty set of x, w and b that varies."""
@@ -97,11 +119,14 @@ def test_inputs_that_need_no_gradient(held: int):
     convolved = [normal(2, 4, 5, 5), normal(4, 2, 3, 3), normal(4)]
     normalized = [normal(2, 4, 5), normal(4), normal(4)]
     statistics = torch.zeros(4, dtype=torch.float64) + 0.3, torch.ones(4, dtype=torch.float64) * 2
-    for inputs in (convolved, normalized):
+    multiplied = [normal(2, 4, 5), normal(3, 5), normal(3)]
+    for inputs in (convolved, normalized, multiplied):
         for tensor, frozen_here in zip(inputs, frozen, strict=True):
             tensor.requires_grad_(not frozen_here)
     assert_same(lambda x, w, b: F.conv2d(x, w, b, padding=1, groups=2), convolved)
     assert_same(lambda x, w, b: F.batch_norm(x, *statistics, w, b), normalized)
+    assert_same(F.linear, multiplied)
+    assert_same(lambda x, w, b: torch.addmm(b, x[0], w.T.detach().requires_grad_(w.requires_grad)), multiplied)
 
 
 def test_float32_to_rounding_and_every_memory_format():
@@ -215,6 +240,82 @@ def test_hessian_vector_products_of_models(make: Callable[[], PreTrainedModel]):
     with CheapSecondDerivatives():
         assert (operator.matmat(vectors) - expected).norm() <= 1e-10 * expected.norm()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def bert() -> PreTrainedModel:
+    """Its output weights are tied to the embeddings, whose gradient has values."""
+    return BertForMaskedLM(BertConfig(**SMALL, hidden_size=8, num_hidden_layers=2, num_attention_heads=2))
+
+
+def albert() -> PreTrainedModel:
+    """Its layers share their weights."""
+    return AlbertForMaskedLM(
+        AlbertConfig(**SMALL, hidden_size=8, embedding_size=4, num_hidden_layers=3, num_attention_heads=2)
+    )
+
+
+def gpt2() -> PreTrainedModel:
+    """Its layers are `addmm`."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=8))
+
+
+@pytest.mark.parametrize("make", [bert, albert, gpt2])
+def test_hessian_vector_products_of_transformers(make: Callable[[], PreTrainedModel]):
+    torch.manual_seed(0)
+    ids = torch.randint(1, 20, (3, 6))
+    objective = Objective(make().double().eval(), [{"input_ids": ids, "labels": ids}])
+    with math_attention():
+        operator = HessianOperator(objective)
+        vectors = torch.randn(operator.size, 3, dtype=torch.float64)
+        expected = operator.matmat(vectors)
+        with CheapSecondDerivatives():
+            for _ in range(2):  # with a graph of its own, and with one that is kept
+                assert (operator.matmat(vectors) - expected).norm() <= 1e-10 * expected.norm()
+
+
+def test_values_that_something_else_reads_are_computed():
+    """A weight made of parameters, whose gradient goes on to these, and a loss that reads gradients."""
+    torch.manual_seed(0)
+    x, w, v = normal(4, 3), normal(2, 3), normal(5, 2)
+
+    def made() -> Tensor:
+        return F.conv1d(x[..., None], w.tanh()[..., None], v[0].exp()).square().sum() + v.square().sum()
+
+    def penalized() -> Tensor:
+        loss = F.linear(F.linear(x, w).tanh(), v).square().mean()
+        return loss + torch.autograd.grad(loss, w, create_graph=True)[0].square().sum().sqrt()
+
+    vectors = [[torch.randn_like(w), torch.randn_like(v)]]
+    for loss in (made, penalized):
+        [expected] = double_backward(loss(), [w, v], vectors)
+        with CheapSecondDerivatives():
+            [found] = double_backward(loss(), [w, v], vectors)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-10)
+
+
+def matrix_products(action: Callable[[], object]) -> int:
+    with torch.profiler.profile() as profile:
+        action()
+    return sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+
+
+def test_no_more_than_what_is_asked_is_computed():
+    x, *layers = normal(4, 3), normal(3, 3), normal(3, 3), normal(3, 3)
+
+    def loss() -> Tensor:
+        hidden = x.detach()
+        for layer in layers:
+            hidden = F.linear(hidden, layer).sin()
+        return hidden.sum()
+
+    ones = [[layer.detach() for layer in layers]]
+    plain = matrix_products(lambda: list(double_backward(loss(), layers, ones)))
+    with CheapSecondDerivatives():
+        cheap = matrix_products(lambda: list(double_backward(loss(), layers, ones)))
+        last = matrix_products(lambda: differentiate(loss(), layers[-1:]))
+    assert plain - cheap == len(layers)  # the values of the gradient
+    assert last == len(layers) + 2  # forward, and back through the last one alone
 
 
 def test_no_convolution_is_taken_apart_by_groups():
