@@ -3,12 +3,14 @@
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --sizes 124M 1.2B --dtypes bfloat16
+    python benchmarks/gpu.py --sizes 6.7B --dtypes bfloat16 --examples 1 --repeats 2 --parts gradient product
     python benchmarks/gpu.py --device cpu --sizes tiny --dtypes float32
 
 Decoders with random weights, built on the device; the sizes are those of GPT-2 and Llama. The gradient is taken as
 training takes it, in the weights' own precision and with the attention kernel that torch picks (flash or
 memory-efficient); products as `measure` takes them, in float32 and with an attention kernel that has a second
-derivative. What does not fit into memory is recorded as that. Writes `benchmarks/results/gpu.json` and `gpu.md`.
+derivative. What does not fit into memory is recorded as that. Each model's rows replace those that
+`benchmarks/results/gpu.json` has of it; `gpu.md` is drawn from all.
 """
 
 from __future__ import annotations
@@ -40,7 +42,6 @@ from hf_optimizability.safety import full_precision, math_attention, measuring
 
 RESULTS = Path(__file__).parent / "results"
 LOCKSTEP = 4
-REPEATS = 5
 SEED = 0
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -76,24 +77,45 @@ SIZES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def measured(size: str, dtype: torch.dtype, *, device: torch.device, examples: int, tokens: int) -> dict[str, Any]:
-    """Everything about one model; each part by itself, so that one that does not fit leaves the others."""
-    result: dict[str, Any] = {"size": size, "dtype": str(dtype).removeprefix("torch.")}
+PARTS = ("gradient", "product", "lockstep", "card")
+
+
+def measured(
+    size: str,
+    dtype: torch.dtype,
+    parts: Sequence[str],
+    *,
+    device: torch.device,
+    repeats: int,
+    examples: int,
+    tokens: int,
+) -> Iterator[dict[str, Any]]:
+    """What is asked about one model, after each part: one that does not fit, or takes too long, leaves the others."""
+    result: dict[str, Any] = {
+        "size": size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": version("torch"),
+        "examples": examples,
+        "tokens": tokens,
+    }
     built = attempt(partial(build, size, dtype, device=device, examples=examples, tokens=tokens))
     if "failed" in built:
-        return result | built
+        yield result | built
+        return
     model, batch = built["model"], built["batch"]
     objective = Objective(model, [batch])
     result["parameters"] = sum(parameter.numel() for parameter in objective.parameters)
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "gradient": partial(timed, partial(gradient, objective), device=device),
-        "product": partial(products, objective, 1, device=device),
-        "lockstep": partial(products, objective, LOCKSTEP, device=device),
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        "gradient": partial(timed, partial(gradient, objective), device=device, repeats=repeats),
+        "product": partial(products, objective, 1, device=device, repeats=repeats),
+        "lockstep": partial(products, objective, LOCKSTEP, device=device, repeats=repeats),
         "card": partial(card, model, batch, device=device),
     }
-    for name, part in parts.items():
-        result[name] = attempt(part)
-    return result
+    for name in parts:
+        result[name] = attempt(ways[name])
+        print(f"{size}, {result['dtype']}, {name}: {result[name]}", flush=True)
+        yield result
 
 
 def attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -135,11 +157,11 @@ def gradient(objective: Objective) -> None:
         torch.autograd.grad(loss, objective.parameters)
 
 
-def products(objective: Objective, columns: int, *, device: torch.device) -> dict[str, Any]:
+def products(objective: Objective, columns: int, *, device: torch.device, repeats: int) -> dict[str, Any]:
     """A product with so many vectors at once, its graph made anew each time."""
     with as_measured(objective):
         vectors = torch.randn(columns, HessianOperator(objective).size, device=device).T
-        found = timed(lambda: HessianOperator(objective).matmat(vectors), device=device)
+        found = timed(lambda: HessianOperator(objective).matmat(vectors), device=device, repeats=repeats)
     return found | {"seconds": found["seconds"] / columns}
 
 
@@ -173,11 +195,11 @@ def card(model: PreTrainedModel, batch: Batch, *, device: torch.device) -> dict[
     }
 
 
-def timed(action: Callable[[], object], *, device: torch.device) -> dict[str, Any]:
+def timed(action: Callable[[], object], *, device: torch.device, repeats: int) -> dict[str, Any]:
     """Median seconds of a call and the most memory it held, the model included, after one call to warm up."""
     forget_peak(device)
     times = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         synchronize(device)
         started = time.perf_counter()
         action()
@@ -205,18 +227,23 @@ def peak_gib(device: torch.device) -> float | None:
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as one table."""
-    head = ["model", "weights", "gradient", "one product / gradient", f"{LOCKSTEP} at once, each", "light measurement"]
-    lines = [
-        "# On a GPU", "", f"{results['device']}, torch {results['torch']}; {results['examples']} texts of "
-        f"{results['tokens']} tokens. Peak memory includes the model.", "",
-    ]  # fmt: skip
+    columns = ["model", "weights", "texts", "gradient", "one product / gradient", f"{LOCKSTEP} at once, each"]
     rows = []
     for model in results["models"]:
         gradient_seconds = model.get("gradient", {}).get("seconds")
-        cells = [_seconds(model.get("gradient", model))]
+        cells = [model["size"], model["dtype"], f"{model['examples']} of {model['tokens']} tokens"]
+        cells += [_seconds(model.get("gradient", model))]
         cells += [_ratio(model.get(part, {}), gradient_seconds) for part in ("product", "lockstep")]
-        rows.append([model["size"], model["dtype"], *cells, _seconds(model.get("card", {}))])
-    return "\n".join([*lines, *table(head, rows), ""])
+        rows.append([*cells, _seconds(model.get("card", {}))])
+    machines = sorted({f"{model['device']}, torch {model['torch']}" for model in results["models"]})
+    lines = [
+        "# On a GPU", "",
+        "Decoders with random weights, by `python benchmarks/gpu.py`: a gradient in the weights' own precision and with "
+        "the attention kernel that torch picks; a product with the Hessian, as `measure` makes it, in float32 without "
+        "TF32, which beside a gradient in bfloat16 makes it dear; and a whole light measurement. Peak memory includes "
+        f"the model. A dash: not tried, or not ended. {'; '.join(machines)}.", "",
+    ]  # fmt: skip
+    return "\n".join([*lines, *table([*columns, "light measurement"], rows), ""])
 
 
 def _seconds(part: dict[str, Any]) -> str:
@@ -237,11 +264,13 @@ def _memory(part: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures each size in each precision; writes the results after each."""
+    """Measures each size in each precision; writes the results after each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", type=torch.device)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[size for size in SIZES if size != "tiny"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--examples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--out", type=Path, default=RESULTS, help="Folder of gpu.json and gpu.md.")
@@ -249,22 +278,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device.type == "cuda" and not torch.cuda.is_available():
         print("There is no GPU here. Pass `--device cpu --sizes tiny` to try the benchmark without one.")
         return 0
-    gpu = options.device.type == "cuda"
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(options.device) if gpu else options.device.type,
-        "torch": version("torch"),
-        "examples": options.examples,
-        "tokens": options.tokens,
-        "models": [],
-    }
     options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "gpu.json"
+    models: dict[tuple[str, str], dict[str, Any]] = {}
+    if file.exists():
+        models = {(model["size"], model["dtype"]): model for model in json.loads(file.read_text())["models"]}
     for size in options.sizes:
         for dtype in options.dtypes:
-            print(f"{size}, {dtype}", flush=True)
-            batch = {"examples": options.examples, "tokens": options.tokens}
-            results["models"].append(measured(size, DTYPES[dtype], device=options.device, **batch))
-            (options.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-            (options.out / "gpu.md").write_text(markdown(results))
+            parts = measured(
+                size,
+                DTYPES[dtype],
+                options.parts,
+                device=options.device,
+                repeats=options.repeats,
+                examples=options.examples,
+                tokens=options.tokens,
+            )
+            for models[size, dtype] in parts:
+                found = sorted(models.values(), key=lambda model: (list(SIZES).index(model["size"]), model["dtype"]))
+                results = {"models": found}
+                file.write_text(json.dumps(results, indent=1) + "\n")
+                (options.out / "gpu.md").write_text(markdown(results))
     print(markdown(results))
     return 0
 

@@ -49,7 +49,7 @@ ROUTES: tuple[Route, ...] = ("DDP", "FSDP2, whole parameters", "FSDP2, shards")
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 WORD = 4  # bytes of a float32
 GIGA = 1e9
-SIGN_SECONDS = 2.7e-9  # to draw one sign on a CPU, as one core of the machine that wrote `docs/prices.md` does
+SIGN_SECONDS = 2.7e-10  # to draw one sign on a CPU: the median of three draws of 8e8 on one core
 BESIDES: dict[Route, int] = {"DDP": 4, "FSDP2, whole parameters": 4, "FSDP2, shards": 9}
 """Vectors beside those that the forecast counts: the gradient, the optimizer's P, and the weights to come back from;
 then the gradient that a product is made from, or, while a difference is taken, the weights to come back from, the

@@ -19,6 +19,7 @@ from torch.nn import functional
 from .estimates import Estimate, Spectrum
 from .operators import SymmetricOperator
 from .rows import Rows
+from .vectors import as_rows
 
 
 _BEYOND = 0.2
@@ -173,7 +174,7 @@ def lanczos(
     while True:
         block = krylov.extend()
         hvps += len(block)
-        krylov.absorb(operator.matmat(block.T.to(operator.device)).T.to(device))
+        krylov.absorb(as_rows(operator.matmat(block.T.to(operator.device))).to(device))
         done = krylov.exhausted or krylov.converged(tolerance, num_eigenvalues)
         if done or hvps + krylov.width > max_hvps:
             break
@@ -268,8 +269,9 @@ def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of a host's memory, the share of each process that a launcher put there."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch keeps to give out again is free to us
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

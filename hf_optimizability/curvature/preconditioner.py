@@ -188,7 +188,7 @@ class PreconditionedOperator(SymmetricOperator):
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """`P^-½ A P^-½ V` for the columns of V, of shape (n, k)."""
-        return self._scale * self._operator.matmat(self._scale * vectors)
+        return self._operator.matmat(self._scale * vectors).mul_(self._scale)
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

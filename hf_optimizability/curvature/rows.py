@@ -11,7 +11,7 @@ from torch import Tensor
 from .ranks import ALONE, Ranks
 
 
-_SKIPPED = 1 << 24  # signs that are drawn and dropped at once: 16 MB
+_LEAST = torch.iinfo(torch.int64).min  # up to the greatest: each bit is a sign
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,16 @@ class Rows:
     def rademacher(self, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A vector of independent signs ±1: the same one, whatever the device and however it lies over ranks.
 
-        Drawn on the CPU, row by row, those that are elsewhere included.
+        Drawn on the CPU, 64 signs to a number, all n of them; they are spread out on the device.
         """
-        signs = torch.empty(len(self), dtype=torch.int8)
-        drawn = place = 0
+        numbers = torch.empty(-(-self.size // 64), dtype=torch.int64).random_(_LEAST, None, generator=generator)
+        drawn = numbers.view(torch.uint8)
+        bits = torch.arange(8, dtype=torch.uint8, device=device)
+        signs = torch.empty(len(self), dtype=dtype, device=device)
+        place = 0
         for part in self.here:
-            _skip(part.start - drawn, generator)
-            number = part.stop - part.start
-            torch.randint(0, 2, (number,), generator=generator, dtype=torch.int8, out=signs[place : place + number])
-            drawn, place = part.stop, place + number
-        _skip(self.size - drawn, generator)
-        return signs.to(device=device, dtype=dtype).mul_(2).sub_(1)
-
-
-def _skip(number: int, generator: torch.Generator) -> None:
-    """Draws so many signs and drops them."""
-    for first in range(0, number, _SKIPPED):
-        torch.randint(0, 2, (min(_SKIPPED, number - first),), generator=generator, dtype=torch.int8)
+            before, number = part.start % 8, part.stop - part.start
+            here = drawn[part.start // 8 : -(-part.stop // 8), None].to(device)
+            signs[place : place + number] = (here >> bits).bitwise_and_(1).flatten()[before : before + number]
+            place += number
+        return signs.mul_(2).sub_(1)

@@ -16,6 +16,7 @@ from .lanczos import lanczos
 from .operators import SymmetricOperator
 from .power_iteration import power_iteration
 from .trace import MIN_PROBES, Deflation, PartTraces, Segments, TraceResult, exact_trace, hutchinson, hutchplusplus
+from .vectors import as_rows
 from .xtrace import xtrace
 
 
@@ -202,6 +203,6 @@ def _trace(
     operator = matrix()
     if vectors is None or options["max_hvps"] < len(vectors) + MIN_PROBES:
         return hutchinson(operator, segments, **options)
-    deflation = Deflation(vectors, operator.matmat(vectors.T).T, operator.rows.ranks)
+    deflation = Deflation(vectors, as_rows(operator.matmat(vectors.T)), operator.rows.ranks)
     options["max_hvps"] -= len(vectors)
     return hutchinson(operator, segments, deflation=deflation, **options)

@@ -19,6 +19,7 @@ from .estimates import Estimate
 from .jackknife import jackknife
 from .operators import SymmetricOperator
 from .ranks import ALONE, Ranks
+from .vectors import as_rows
 
 
 MIN_PROBES = 8
@@ -28,6 +29,7 @@ LOCKSTEP = 4
 """Probes multiplied at once: they share the forward and the first backward pass; more save little and cost memory."""
 
 _CHUNK = 1 << 16  # columns of a float64 copy: of 32 vectors it takes 16 MB, however long they are
+_CHUNK_ON_A_GPU = 1 << 21  # which smaller ones would not keep busy
 
 _NORMAL_QUANTILE = 1.959964  # of a two-sided 95 % interval
 
@@ -97,8 +99,9 @@ class Deflation:
         gram = gram_matrices([self.vectors], [self.products], ranks=self.ranks).sum(0)
         inner = torch.from_numpy(symmetric(gram)).to(self.vectors)
         diagonal = torch.empty_like(self.vectors[0])
-        chunks = (matrix.split(_CHUNK, dim=-1) for matrix in (self.vectors, self.products))
-        for place, vectors, products in zip(diagonal.split(_CHUNK), *chunks, strict=True):
+        chunk = _chunk(diagonal)
+        chunks = (matrix.split(chunk, dim=-1) for matrix in (self.vectors, self.products))
+        for place, vectors, products in zip(diagonal.split(chunk), *chunks, strict=True):
             place.copy_(((2 * products - inner @ vectors) * vectors).sum(0))
         return diagonal
 
@@ -203,7 +206,7 @@ def hutchplusplus(
         if probes <= MIN_PROBES or rest == 0:  # then the sketch stays what it has been so far: the first probes
             break
         vectors = orthonormalize(remainder, [] if deflation is None else [deflation.vectors], operator.rows.ranks)
-        products = operator.matmat(vectors.T).T
+        products = as_rows(operator.matmat(vectors.T))
         if deflation is None:
             deflation = Deflation(vectors, products, operator.rows.ranks)
         else:
@@ -526,18 +529,22 @@ def gram_matrices(
     x: Sequence[Tensor], y: Sequence[Tensor], segments: Segments = ((slice(None),),), ranks: Ranks = ALONE
 ) -> np.ndarray:
     """X_s Y_sᵀ in float64 for the columns of each segment s, where X and Y are blocks of rows on one another."""
-    grams = []
+    grams, chunk = [], _chunk(x[0])
     for segment in segments:
         gram = torch.zeros(sum(map(len, x)), sum(map(len, y)), dtype=torch.float64, device=x[0].device)
         for part in segment:
             start, stop, _ = part.indices(x[0].shape[1])
-            for first in range(start, stop, _CHUNK):
-                columns = slice(first, min(first + _CHUNK, stop))
+            for first in range(start, stop, chunk):
+                columns = slice(first, min(first + chunk, stop))
                 left = torch.cat([rows[:, columns].double() for rows in x])
                 right = left if y is x else torch.cat([rows[:, columns].double() for rows in y])
                 gram.addmm_(left, right.T)
         grams.append(gram)
     return ranks.sum(torch.stack(grams)).cpu().numpy()
+
+
+def _chunk(tensor: Tensor) -> int:
+    return _CHUNK if tensor.device.type == "cpu" else _CHUNK_ON_A_GPU
 
 
 def symmetric(matrix: np.ndarray) -> np.ndarray:

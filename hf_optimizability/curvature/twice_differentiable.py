@@ -209,7 +209,9 @@ class _FixedNormalization(_Bilinear):
         return aten.native_batch_norm(x, w, b, self.mean, self.variance, False, 0.0, self.eps)[0]
 
     def adjoints(self, gy: Tensor, x: Tensor, w: Tensor, mask: Mask) -> tuple[Tensor | None, ...]:
-        statistics = (self.mean, self.variance, None, None)
+        # The last two are of a batch; those that a fixed normalization has in their place are not read, but on a GPU
+        # they must be there.
+        statistics = (self.mean, self.variance, self.mean, (self.variance + self.eps).rsqrt())
         # Of channels-last images, torch 2.13 reads a strided w as if it were contiguous.
         return aten.native_batch_norm_backward(gy, x, w.contiguous(), *statistics, False, self.eps, mask)
 

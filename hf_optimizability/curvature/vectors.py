@@ -47,3 +47,15 @@ def segment_sums(x: Tensor, segments: Sequence[Sequence[slice]]) -> list[float]:
         [6.0, 9.0]
     """
     return [float(sum(x[part].sum(dtype=torch.float64) for part in segment)) for segment in segments]
+
+
+def as_rows(columns: Tensor) -> Tensor:
+    """The transpose, without a copy where it is one in memory; a single row has the stride of a row.
+
+    Of a column, torch may know any stride. With another one, cuBLAS refuses to add a matrix product to it.
+
+    Example:
+        >>> as_rows(torch.ones(3, 1).as_strided((3, 1), (1, 1))).stride()
+        (3, 1)
+    """
+    return columns.T.reshape(-1).view(columns.shape[::-1])

@@ -21,6 +21,7 @@ from .trace import (
     symmetric,
     trace_result,
 )
+from .vectors import as_rows
 
 
 def xtrace(
@@ -67,7 +68,7 @@ def xtrace(
         products = parts.multiply(operator, probes)
         vectors = orthonormalize(products, rows[0::3], operator.rows.ranks)
         hvps += len(probes) + len(vectors)
-        new = [vectors, operator.matmat(vectors.T).T if len(vectors) else vectors, probes.to(torch.int8)]
+        new = [vectors, as_rows(operator.matmat(vectors.T)) if len(vectors) else vectors, probes.to(torch.int8)]
         rows += new
         border = gram_matrices(rows, new, segments, operator.rows.ranks)
         gram = np.block([[gram, border[:, : gram.shape[1]]], [border.swapaxes(1, 2)]])

@@ -14,13 +14,13 @@ from hf_optimizability.objective import Objective
 
 
 def run(folder, *dtypes: str) -> list[dict]:
-    options = ["--device", "cpu", "--sizes", "tiny", "--examples", "2", "--tokens", "8", "--out", str(folder)]
+    options = ["--device", "cpu", "--sizes", "tiny", "--examples", "2", "--tokens", "8", "--repeats", "1"]
+    options += ["--out", str(folder)]
     assert gpu.main([*options, "--dtypes", *dtypes]) == 0
     return json.loads((folder / "gpu.json").read_text())["models"]
 
 
-def test_every_part_has_figures(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "REPEATS", 1)
+def test_every_part_has_figures(tmp_path) -> None:
     half, full = run(tmp_path, "bfloat16", "float32")
     for model in (half, full):
         for part in ("gradient", "product", "lockstep", "card"):
@@ -33,8 +33,16 @@ def test_every_part_has_figures(tmp_path, monkeypatch) -> None:
     assert all(f"{model['card']['hvps']} HVPs" in row for model, row in zip((half, full), rows, strict=True))
 
 
+def test_rows_replace_those_of_the_same_model(tmp_path) -> None:
+    [before] = run(tmp_path, "float32")
+    half, full = run(tmp_path, "bfloat16")
+    assert (half["dtype"], full) == ("bfloat16", before)
+    [_, again] = run(tmp_path, "float32")
+    assert again["gradient"] != before["gradient"]
+
+
 def test_what_does_not_fit_is_recorded_and_leaves_the_rest(tmp_path, monkeypatch) -> None:
-    def too_large(objective, columns, *, device):
+    def too_large(objective, columns, **options):
         if columns > 1:
             raise torch.OutOfMemoryError
         return {"seconds": 1.0, "peak_gib": 2.0}
@@ -71,11 +79,11 @@ def test_products_are_in_float32_and_timed_one_by_one(monkeypatch) -> None:
     built = gpu.build("tiny", torch.bfloat16, device=cpu, examples=2, tokens=8)
     objective = Objective(built["model"], [built["batch"]])
 
-    def timed(action, *, device):
+    def timed(action, **options):
         assert action().shape[1] == 4
         assert {parameter.dtype for parameter in objective.parameters} == {torch.float32}
         return {"seconds": 8.0, "peak_gib": None}
 
     monkeypatch.setattr(gpu, "timed", timed)
-    assert gpu.products(objective, 4, device=cpu)["seconds"] == 2.0
+    assert gpu.products(objective, 4, device=cpu, repeats=1)["seconds"] == 2.0
     assert {parameter.dtype for parameter in objective.parameters} == {torch.bfloat16}

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -127,6 +129,24 @@ def test_inputs_that_need_no_gradient(held: int):
     assert_same(lambda x, w, b: F.batch_norm(x, *statistics, w, b), normalized)
     assert_same(F.linear, multiplied)
     assert_same(lambda x, w, b: torch.addmm(b, x[0], w.T.detach().requires_grad_(w.requires_grad)), multiplied)
+
+
+def test_a_normalization_of_a_batch_is_told_of_its_statistics():
+    """On a GPU, torch's kernel wants those that a fixed one does not have."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.native_batch_norm_backward.default:
+                assert all(isinstance(statistic, Tensor) for statistic in args[3:7])
+                calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    calls: list[Any] = []
+    mean, variance = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    with Calls(), CheapSecondDerivatives():
+        loss = F.batch_norm(normal(2, 4, 5), mean, variance, normal(4), normal(4)).square().sum()
+        loss.backward()
+    assert calls
 
 
 def test_float32_to_rounding_and_every_memory_format():

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from test_trace import (
     with_eigenvalues,
 )
 
+from hf_optimizability.curvature.rows import Rows
 from hf_optimizability.curvature.trace import LOCKSTEP, Deflation
 
 
@@ -35,8 +38,8 @@ class TestXTrace:
         """Against projectors computed anew without each test vector, in two rounds of them."""
         dense = matrix("network")
         generator = torch.Generator().manual_seed(3)
-        draws = [torch.randint(0, 2, (200,), generator=generator, dtype=torch.int8) for _ in range(7)]
-        tests = torch.stack(draws).double() * 2 - 1
+        draw = partial(Rows.whole(200).rademacher, generator=generator, dtype=dense.dtype, device=dense.device)
+        tests = torch.stack([draw() for _ in range(7)])
         expected, squares = [], []
         for index in range(7):
             others = torch.cat([tests[:index], tests[index + 1 :]]) @ dense
