@@ -428,7 +428,8 @@ def _require_rounding_alone(asymmetry: float, *, loss: float, dtype: torch.dtype
         raise MeasurementError(
             f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
             "derivative of its forward pass.",
-            "Look for custom autograd functions (straight-through estimators, approximate attention).",
+            "Look for custom autograd functions (straight-through estimators, approximate attention); where weights "
+            "have diverged, rounding does this as well.",
         )
 
 

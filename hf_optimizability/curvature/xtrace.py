@@ -56,7 +56,7 @@ def xtrace(
         >>> decaying = DenseOperator(torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64) ** -4))
         >>> total = xtrace(decaying, [[slice(0, 100)]], tolerance=1e-3, max_hvps=40, seed=0).total
         >>> total.hvps, abs(total.value - 1.0823232) < 3 * total.std_error
-        (16, True)
+        (24, True)
     """
     generator = torch.Generator().manual_seed(seed)
     rows: list[Tensor] = []  # Q, A Q and Ω of each round
