@@ -239,8 +239,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# On a GPU", "",
         "Decoders with random weights, by `python benchmarks/gpu.py`: a gradient in the weights' own precision and "
-        "with the attention kernel that torch picks; a product with the Hessian, as `measure` makes it, in float32 without "
-        "TF32, which beside a gradient in bfloat16 makes it dear; and a whole light measurement. Peak memory includes "
+        "with the attention kernel that torch picks; a product with the Hessian as `measure` makes it, in float32 "
+        "without TF32, which is dear beside a gradient in bfloat16; a whole light measurement. Peak memory includes "
         f"the model. A dash: not tried, or not ended. {'; '.join(machines)}.", "",
     ]  # fmt: skip
     return "\n".join([*lines, *table([*columns, "light measurement"], rows), ""])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -97,6 +98,8 @@ class _Decouple(TorchFunctionMode):
         by_parameters = without(inputs)
         if not isinstance(by_parameters, Tensor) or not by_parameters.is_floating_point():
             return func(*args, **(kwargs or {}))
+        if func is linear and inputs[0] and own[1] and not any(inputs[1:]):
+            return _LinearOfTheSameValue.apply(by_parameters, *leaves[:2])
         return _SameValue.apply(by_parameters, without(own))
 
 
@@ -110,6 +113,20 @@ class _SameValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return gradient, gradient
+
+
+class _LinearOfTheSameValue(torch.autograd.Function):
+    """`F.linear` by its input, whose value is known: the product that makes it is left out."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        [w] = ctx.saved_tensors
+        return gradient, gradient @ w.detach(), None
 
 
 def _writes(func: Any, kwargs: dict[str, Any] | None) -> bool:

@@ -64,7 +64,19 @@ class InPlace(nn.Module):
         return self.last(torch.tanh(masked + self.c).square())
 
 
-@pytest.mark.parametrize("kind", [Shared, InPlace])
+class SharedBias(nn.Module):
+    """Two layers of one bias, the second behind the first; their weights are used once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.bias = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.second(torch.tanh(self.first(x)))).sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [Shared, SharedBias, InPlace])
 def test_diagonal_where_care_is_needed(kind: type[nn.Module]):
     torch.manual_seed(1)
     model = kind().double()
