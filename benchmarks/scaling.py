@@ -19,6 +19,7 @@ import argparse
 import math
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_optimizability import OptimizabilityConfig, curvature, fsdp
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.rows import Rows
 from hf_optimizability.forecast import PeakMemory
 from hf_optimizability.fsdp import on_shards, unsharded
 from hf_optimizability.measure import measure_objective
@@ -49,7 +51,7 @@ ROUTES: tuple[Route, ...] = ("DDP", "FSDP2, whole parameters", "FSDP2, shards")
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 WORD = 4  # bytes of a float32
 GIGA = 1e9
-SIGN_SECONDS = 2.7e-10  # to draw one sign on a CPU: the median of three draws of 8e8 on one core
+SIGN_SECONDS = 1.0e-10  # to draw one sign on a CPU, as `--check` found on one core
 BESIDES: dict[Route, int] = {"DDP": 4, "FSDP2, whole parameters": 4, "FSDP2, shards": 9}
 """Vectors beside those that the forecast counts: the gradient, the optimizer's P, and the weights to come back from;
 then the gradient that a product is made from, or, while a difference is taken, the weights to come back from, the
@@ -280,6 +282,14 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+def sign_seconds(size: int = 8 * 10**8) -> float:
+    """How long drawing takes for each sign, on a rank that has next to none of them."""
+    rows = Rows(size, (slice(0, 1),))
+    started = time.perf_counter()
+    rows.rademacher(generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=torch.device("cpu"))
+    return (time.perf_counter() - started) / size
+
+
 def main() -> None:
     """Checks the formulas, or writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -289,6 +299,7 @@ def main() -> None:
             print(route)
             for name, value in found.items():
                 print(f"  {name:28}{value / 1e6:10.4f} MB")
+        print(f"drawing a sign takes {sign_seconds():.1e} s")
         return
     text = re.sub(r"(?<=<!-- tables -->\n).*(?=<!-- end -->)", lambda _: tables(), DOCUMENT.read_text(), flags=re.S)
     DOCUMENT.write_text(text)

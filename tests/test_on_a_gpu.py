@@ -23,6 +23,8 @@ from transformers.utils.import_utils import enable_tf32
 from hf_optimizability import Measurement, OptimizabilityCallback, OptimizabilityConfig, measure
 from hf_optimizability.curvature import lanczos
 from hf_optimizability.curvature.lanczos import free_memory
+from hf_optimizability.measure import measure_objective
+from hf_optimizability.objective import Objective
 
 
 pytestmark = [
@@ -34,6 +36,10 @@ GPU = "cuda"
 ENGINES = ["double_backward", "forward_over_reverse", "central_difference"]
 # Single numbers may be sums that nearly cancel; float32 is summed in another order on each device.
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-7}
+
+
+def mean_square(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
+    return model(batch[0]).square().mean()
 
 
 def on(device: str, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -83,16 +89,15 @@ def test_tf32_is_not_in_the_numbers(allowed: bool):
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64 * 36, 64), nn.Tanh())
     batch = (torch.randn(8, 64, 8, 8),)
 
-    def trace(device: str, dtype: torch.dtype) -> float:
+    def lambda_max(device: str, dtype: torch.dtype) -> float:
         copied = copy.deepcopy(model).to(device, dtype)
         moved = tuple(tensor.to(device, dtype) for tensor in batch)
-        loss = lambda model, batch: model(batch[0]).square().mean()  # noqa: E731
         config = OptimizabilityConfig(profile="light", max_hvps=16)
-        return measure(copied, [moved], config, loss_fn=loss).hessian.lambda_max.value
+        return measure(copied, [moved], config, loss_fn=mean_square).hessian.lambda_max.value
 
     enable_tf32(allowed)
     try:
-        assert trace(GPU, torch.float32) == pytest.approx(trace("cpu", torch.float64), rel=1e-5)
+        assert lambda_max(GPU, torch.float32) == pytest.approx(lambda_max("cpu", torch.float64), rel=1e-5)
     finally:
         enable_tf32(False)
         torch.backends.fp32_precision = "none"
@@ -142,35 +147,36 @@ def test_a_compiled_model_is_measured_as_it_is(tmp_path: Path):
     assert len(callback.report.measurements) == 4 and not callback.report.failures
 
 
-def wide() -> tuple[nn.Module, Any, list[tuple[Tensor]]]:
+def wide() -> tuple[nn.Module, list[tuple[Tensor]]]:
     """A model whose activations, 16 MiB for each of 64 examples, are what takes memory."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)).to(GPU)
-    loss = lambda model, batch: model(batch[0]).square().mean()  # noqa: E731
-    return model, loss, [(torch.randn(64, 2**16, 64, device=GPU),)]
+    return model, [(torch.randn(64, 2**16, 64, device=GPU),)]
 
 
 def test_memory_is_given_back():
-    model, loss, batches = wide()
+    model, batches = wide()
     before = torch.cuda.memory_allocated()
-    measure(model, batches, OptimizabilityConfig(profile="light", max_hvps=16), loss_fn=loss)
+    measure(model, batches, OptimizabilityConfig(profile="light", max_hvps=16), loss_fn=mean_square)
     assert torch.cuda.memory_allocated() - before < 2**22  # libraries' workspaces
 
 
 def test_batches_are_halved_until_they_fit():
-    model, loss, batches = wide()
+    model, batches = wide()
+    objective = Objective(model, batches, loss_fn=mean_square)
     config = OptimizabilityConfig(profile="light", max_hvps=16)
     torch.cuda.reset_peak_memory_stats()
-    expected = measure(model, batches, config, loss_fn=loss)
+    expected, whole = measure_objective(objective, config)
     room = torch.cuda.max_memory_allocated() / 3
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(
         (room + torch.cuda.memory_allocated()) / torch.cuda.get_device_properties(0).total_memory
     )
     try:
-        found = measure(model, batches, config, loss_fn=loss)
+        found, cut = measure_objective(objective, config)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    assert cut.batch_size < whole.batch_size == 64
     for name in ("lambda_max", "trace"):
         value, other = (getattr(each.hessian, name).value for each in (found, expected))
         assert value == pytest.approx(other, rel=1e-3)
@@ -178,8 +184,7 @@ def test_batches_are_halved_until_they_fit():
 
 def test_a_basis_that_does_not_fit_lies_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     expected = measured(GPU, "bert", torch.float64)
-    free = lambda device: 10**9 if device.type == "cpu" else 1  # noqa: E731
-    monkeypatch.setattr(lanczos, "free_memory", free)
+    monkeypatch.setattr(lanczos, "free_memory", lambda device: 10**9 if device.type == "cpu" else 1)
     assert not differences(measured(GPU, "bert", torch.float64), expected, tolerance=1e-7)
 
 

@@ -42,7 +42,7 @@ from hf_optimizability.safety import (
     eager_attention,
     eval_mode,
     full_precision,
-    ieee_float32,
+    measuring,
     preserved_rng,
     unpatched_forward,
 )
@@ -220,7 +220,7 @@ def test_float32_is_float32_inside_and_what_it_was_after(allowed: str, precision
     ALLOW_TF32[allowed]()
     before = [part.fp32_precision for part in PRECISE]
     assert "tf32" in before
-    with pytest.raises(KeyboardInterrupt), ieee_float32():
+    with pytest.raises(KeyboardInterrupt), measuring(nn.Linear(1, 1), seed=0):
         assert [part.fp32_precision for part in PRECISE] == ["ieee"] * 3
         raise KeyboardInterrupt
     assert [part.fp32_precision for part in PRECISE] == before
@@ -230,7 +230,7 @@ def test_float32_is_float32_in_an_older_torch_too(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(safety, "is_torch_version", lambda operation, version: False)
     torch.backends.cuda.matmul.allow_tf32 = True
     parts = torch.backends.cuda.matmul, torch.backends.cudnn
-    with ieee_float32():
+    with measuring(nn.Linear(1, 1), seed=0):
         assert [part.allow_tf32 for part in parts] == [False, False]
     assert [part.allow_tf32 for part in parts] == [True, True]
 

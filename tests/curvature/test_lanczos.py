@@ -327,7 +327,9 @@ class TestBasis:
         operator = DenseOperator(matrix(network_like()))
         operator.device = torch.device("cuda")
         free = 2 * fitting * operator.size * operator.dtype.itemsize
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free // 2, 10 * free))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: free // 2 + 7)  # free to us, but for 7 bytes
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7)
         assert module._roomy_device(operator, 30) == torch.device("cpu" if on_cpu else "cuda")
 
     def test_restarts_where_memory_holds_few_vectors(self, monkeypatch: pytest.MonkeyPatch):
