@@ -12,12 +12,12 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .operators import ObjectiveOperator, SumOfLosses
-from .products import double_backward
+from .operators import HessianOperator, SumOfLosses
 from .ranks import ALONE, Ranks
+from .twice_differentiable import linear_without_coupling
 
 
-class DecoupledHessian(ObjectiveOperator):
+class DecoupledHessian(HessianOperator):
     """The Hessian without the mixed derivatives by a layer's weights and the layer's own input.
 
     An operation y = f(W, x) enters the Hessian by its second derivatives: by W twice, by x twice, and by W and x. The
@@ -53,22 +53,19 @@ class DecoupledHessian(ObjectiveOperator):
         self, objective: SumOfLosses, *, ranks: Ranks = ALONE, on_products: Callable[[int], object] | None = None
     ):
         super().__init__(objective, ranks=ranks, on_products=on_products)
-        self._objective = objective
         shared = {index for loss, _ in objective.losses() for index in _used_again(loss, objective.parameters)}
         shared = set(ranks.gather(list(shared)))
         self._decoupled = [index for index in range(len(objective.parameters)) if index not in shared]
 
-    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
-        parameters = self._objective.parameters
-        pieces = [self._split(vector, parameters) for vector in vectors]
-        mode = _Decouple([parameters[index] for index in self._decoupled])
+    def _losses(self) -> Iterator[tuple[Tensor, int]]:
+        mode = _Decouple([self._objective.parameters[index] for index in self._decoupled])
         parts = iter(self._objective.losses())
         while True:
             with mode:  # around the forward pass alone: `autograd.grad` takes parameters as well
                 part = next(parts, None)
             if part is None:
                 return
-            yield double_backward(part[0], parameters, pieces), part[1]
+            yield part
 
 
 class _Decouple(TorchFunctionMode):
@@ -89,6 +86,8 @@ class _Decouple(TorchFunctionMode):
         ]
         if not (any(own) and any(inputs)) or _writes(func, kwargs):
             return func(*args, **(kwargs or {}))
+        if func is linear and len(leaves) == 3 and inputs[0] and own[1] and not any(inputs[1:]):
+            return linear_without_coupling(*leaves)
 
         def without(constant: Sequence[bool]) -> Any:
             held = [leaf.detach() if hold else leaf for leaf, hold in zip(leaves, constant, strict=True)]
@@ -98,8 +97,6 @@ class _Decouple(TorchFunctionMode):
         by_parameters = without(inputs)
         if not isinstance(by_parameters, Tensor) or not by_parameters.is_floating_point():
             return func(*args, **(kwargs or {}))
-        if func is linear and inputs[0] and own[1] and not any(inputs[1:]):
-            return _LinearOfTheSameValue.apply(by_parameters, *leaves[:2])
         return _SameValue.apply(by_parameters, without(own))
 
 
@@ -113,20 +110,6 @@ class _SameValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return gradient, gradient
-
-
-class _LinearOfTheSameValue(torch.autograd.Function):
-    """`F.linear` by its input, whose value is known: the product that makes it is left out."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(w)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        [w] = ctx.saved_tensors
-        return gradient, gradient @ w.detach(), None
 
 
 def _writes(func: Any, kwargs: dict[str, Any] | None) -> bool:

@@ -169,15 +169,16 @@ class ObjectiveOperator(SymmetricOperator):
     def matmat_by_part(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
     ) -> tuple[Tensor, np.ndarray, list[int]]:
-        """`A V`, and what each part tells; see `SymmetricOperator`. Takes the memory of one more product."""
-        total = self._zeros(vectors.shape[1])
+        """`A V`, and what each part tells; see `SymmetricOperator`. Several parts take one more product's memory."""
+        total: Tensor | None = None
         forms, items = [], []
         for products, count in self._parts(vectors.T):
             part = self._add(products, None, number=vectors.shape[1])
-            total += part
             forms.append(_forms(vectors.T, part, segments, self.rows.ranks) / count)
             items.append(count)
+            total = part if total is None else total.add_(part)
             del part  # before the next one is made
+        total = self._zeros(vectors.shape[1]) if total is None else total
         product = self._mean(total, sum(items))
         return product, np.array(self.ranks.gather(forms)), self.ranks.gather(items)
 
@@ -312,13 +313,17 @@ class HessianOperator(ObjectiveOperator):
             yield second_backward(self._kept.gradients, parameters, pieces, keep_graph=True), self._kept.items
             return
         self._kept, number = None, 0
-        for loss, items in self._objective.losses():
+        for loss, items in self._losses():
             gradients = first_backward(loss, parameters)
             yield second_backward(gradients, parameters, pieces, keep_graph=self._one_part), items
             if self._one_part:
                 self._kept = _Kept(point, gradients, items)
             number += 1
         self._one_part = number == 1
+
+    def _losses(self) -> Iterable[tuple[Tensor, int]]:
+        """What is differentiated twice, as `SumOfLosses.losses` gives it."""
+        return self._objective.losses()
 
 
 class _Kept(NamedTuple):

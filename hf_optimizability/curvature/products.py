@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .twice_differentiable import differentiate
+from .differentiate import differentiate
 
 
 def double_backward(

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations in forms whose second derivative is cheap: linear layers, convolution, batch normalization, and GELU.
+"""Operations in forms whose second derivative is cheap: linear layers, convolution, normalization, and GELU.
 
-The first three are bilinear, `y = B(x, w) + b`, so their second derivative is made of the same three maps as the
-first: B itself and its two adjoints. Torch instead takes grouped convolutions apart, group by group (a depthwise one
-has hundreds), and differentiates a batch normalization as if its statistics came from the batch. And the gradients by
-w and b, whose values a second derivative does not need, can be left out. The second derivative of GELU is the same
-for all vectors that a graph is multiplied with; torch computes it for each.
+Linear layers, convolutions and normalizations by fixed statistics are bilinear, `y = B(x, w) + b`, so their second
+derivative is made of the same three maps as the first: B itself and its two adjoints. Torch instead takes grouped
+convolutions apart, group by group (a depthwise one has hundreds), and differentiates a batch normalization as if its
+statistics came from the batch. And the gradients by w and b, whose values a second derivative does not need, can be
+left out. The second derivative of GELU is the same for all vectors that a graph is multiplied with; torch computes it
+for each. Layer normalization has a file of its own.
 """
 
 from __future__ import annotations
@@ -14,25 +15,22 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .differentiate import Blank, Mask, blank, is_asked, is_variable
+from .layer_norm import layer_norm
+
 
 aten = torch.ops.aten
 
-Mask = tuple[bool, bool, bool]
-"""Which of the gradients by x, w and b are asked for."""
-
-Blank = tuple[torch.Size | None, torch.Size | None]
-"""The shapes of the zeros in place of those by w and b, for those that are not wanted."""
-
 
 class CheapSecondDerivatives(TorchFunctionMode):
-    """Cheap second derivatives of `linear`, `conv1d` to `conv3d`, `batch_norm` by running statistics, and `gelu`.
+    """Cheap second derivatives of `linear`, `conv1d` to `conv3d`, `layer_norm`, `gelu`, and of a fixed `batch_norm`.
 
     They run the kernels that they run outside, forward and in the first backward pass, so values and gradients stay
     what they are, to rounding: on a CPU, images are kept in the channels-last format, where depthwise kernels are
@@ -66,75 +64,14 @@ class CheapSecondDerivatives(TorchFunctionMode):
         return func(*args, **arguments)
 
 
-def differentiate(
-    outputs: Tensor | Sequence[Tensor],
-    variables: Sequence[Tensor],
-    *,
-    grad_outputs: Sequence[Tensor] | None = None,
-    retain_graph: bool = False,
-    graph_alone: bool = False,
-) -> tuple[Tensor, ...]:
-    """`torch.autograd.grad`, for which operations recorded under `CheapSecondDerivatives` do no more than is asked.
-
-    Args:
-        outputs: As torch has them.
-        variables: The leaves to differentiate by; those that are not used get zeros.
-        grad_outputs: As torch has them.
-        retain_graph: As torch has it.
-        graph_alone: Whether the gradients are to have a graph, and values only where these come for free: the
-            derivative of ⟨∇L, v⟩ needs none, and of a linear layer they are a third of a gradient's work. Gradients
-            by weights and offsets then are zeros.
-
-    Example:
-        >>> x, w = torch.ones(1, 2), torch.ones(3, 2, requires_grad=True)
-        >>> with CheapSecondDerivatives():
-        ...     loss = F.linear(x, w).square().sum()
-        >>> (slope,) = differentiate(loss, [w], graph_alone=True)
-        >>> slope[0], differentiate(slope.sum(), [w])[0][0]
-        (tensor([0., 0.], grad_fn=<SelectBackward0>), tensor([4., 4.]))
-    """
-    global _asked
-    before, _asked = _asked, _Asked(frozenset(map(id, variables)), values=not graph_alone)
-    try:
-        return torch.autograd.grad(
-            outputs,
-            variables,
-            grad_outputs,
-            retain_graph=retain_graph or graph_alone,
-            create_graph=graph_alone,
-            materialize_grads=True,
-        )
-    finally:
-        _asked = before
-
-
-class _Asked(NamedTuple):
-    """What a backward pass is made for: the variables' ids, and whether the values of their gradients are wanted."""
-
-    variables: frozenset[int]
-    values: bool
-
-
-_asked: _Asked | None = None  # for all threads: autograd has one of its own for each GPU
-
-
-def _is_variable(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_leaf and tensor.requires_grad
-
-
-def _is_asked(tensor: Tensor | None) -> bool:
-    """Whether the gradient by a tensor is of use: not that by another leaf than those of the pass under way."""
-    return _asked is None or id(tensor) in _asked.variables or not _is_variable(tensor)
-
-
-def _blank(tensor: Tensor | None) -> torch.Size | None:
-    """The shape of the zeros that do in place of the gradient by a tensor, if they do."""
-    only_graph = _asked is not None and not _asked.values
-    return tensor.shape if only_graph and tensor is not None and _is_variable(tensor) else None
-
-
 class _Bilinear(ABC):
-    """A map `y = B(x, w) + b`, linear in x but for an offset, and linear in w."""
+    """A map `y = B(x, w) + b`, linear in x but for an offset, and linear in w.
+
+    Attributes:
+        coupled: Whether it has its mixed second derivative by x and w; see `linear_without_coupling`.
+    """
+
+    coupled = True
 
     @abstractmethod
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -148,6 +85,10 @@ class _Bilinear(ABC):
         """The part that is linear in x: how y changes with x."""
         return self
 
+    def add(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """`y + B(x, w)`; may be written over y."""
+        return y + self.apply(x, w, None)
+
     def spread(self, b: Tensor, y: Tensor) -> Tensor:
         """The offset in the shape of y."""
         return b.reshape(-1, *[1] * (y.dim() - 2)).expand_as(y)
@@ -157,7 +98,8 @@ class _Bilinear(ABC):
 class _Linear(_Bilinear):
     """`y = x wᵀ + b` of inputs of any number of dimensions; or, with `transposed`, `y = x w + b`."""
 
-    transposed: bool
+    transposed: bool = False
+    coupled: bool = True
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return aten.linear(x, w.T if self.transposed else w, b)
@@ -171,6 +113,10 @@ class _Linear(_Bilinear):
             left.T @ right if by_w else None,
             outputs.sum(0) if by_b else None,
         )
+
+    def add(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), w if self.transposed else w.T)
+        return y
 
     def spread(self, b: Tensor, y: Tensor) -> Tensor:
         return b.expand_as(y)
@@ -230,8 +176,8 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b = ctx.saved_tensors
         by_x, by_w, by_b = ctx.needs_input_grad[1:]
-        mask = by_x, by_w and _is_asked(w), by_b and _is_asked(b)
-        return None, *_Adjoints.apply(ctx.bilinear, gy, x, w, mask, (_blank(w), _blank(b)))
+        mask = by_x, by_w and is_asked(w), by_b and is_asked(b)
+        return None, *_Adjoints.apply(ctx.bilinear, gy, x, w, mask, (blank(w), blank(b)))
 
 
 class _Adjoints(torch.autograd.Function):
@@ -258,18 +204,30 @@ class _Adjoints(torch.autograd.Function):
         gy, x, w = ctx.saved_tensors
         _, by_gy, by_x, by_w, *_ = ctx.needs_input_grad
         for_gy = for_x = for_w = None
+        coupled = ctx.bilinear.coupled
         if vx is not None:
             linear = ctx.bilinear.without_offset()
-            for_w = linear.adjoints(gy, vx, w, (False, True, False))[1] if by_w and _is_asked(w) else None
+            for_w = linear.adjoints(gy, vx, w, (False, True, False))[1] if coupled and by_w and is_asked(w) else None
             for_gy = linear.apply(vx, w, vb) if by_gy else None
         if vw is not None:
-            for_x = ctx.bilinear.adjoints(gy, x, vw, (True, False, False))[0] if by_x else None
+            for_x = ctx.bilinear.adjoints(gy, x, vw, (True, False, False))[0] if coupled and by_x else None
             if by_gy:
-                more = ctx.bilinear.apply(x, vw, vb if vx is None else None)
-                for_gy = more if for_gy is None else for_gy + more
+                for_gy = ctx.bilinear.apply(x, vw, vb) if for_gy is None else ctx.bilinear.add(for_gy, x, vw)
         if by_gy and for_gy is None and vb is not None:
             for_gy = ctx.bilinear.spread(vb, gy)
         return None, for_gy, for_x, for_w, None, None
+
+
+def linear_without_coupling(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """`F.linear` whose second derivatives are those of `F.linear(x, w̄) + F.linear(x̄, w) + b`, bars held constant.
+
+    Example:
+        >>> x, w = torch.ones(1, 1, requires_grad=True), torch.full((1, 1), 3.0, requires_grad=True)
+        >>> (slope,) = torch.autograd.grad(linear_without_coupling(x, w, None).square().sum(), w, create_graph=True)
+        >>> [float(mixed) for mixed in torch.autograd.grad(slope, [x, w])]  # of (x w)², 4 x w = 12 by x without
+        [6.0, 2.0]
+    """
+    return _Apply.apply(_Linear(coupled=False), x, w, b)
 
 
 class _Gelu(torch.autograd.Function):
@@ -311,14 +269,14 @@ def _gelu(input: Tensor, approximate: str = "none") -> Tensor | None:
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """`linear`, with torch's names; `None` where the weight is no variable: torch asks for less in its backward."""
-    if not _is_variable(weight) or weight.dim() != 2 or torch.is_autocast_enabled(input.device.type):
+    if not is_variable(weight) or weight.dim() != 2 or torch.is_autocast_enabled(input.device.type):
         return None
-    return _Apply.apply(_Linear(transposed=False), input, weight, bias)
+    return _Apply.apply(_Linear(), input, weight, bias)
 
 
 def _add_product(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor | None:
     """`addmm`, with torch's names, as GPT-2's layers use it: `mat2` is the weight, `input` its bias."""
-    if scales or input.dim() != 1 or not _is_variable(mat2) or torch.is_autocast_enabled(mat1.device.type):
+    if scales or input.dim() != 1 or not is_variable(mat2) or torch.is_autocast_enabled(mat1.device.type):
         return None
     return _Apply.apply(_Linear(transposed=True), mat1, mat2, input)
 
@@ -365,6 +323,20 @@ def _normalize(
     return _Apply.apply(_FixedNormalization(running_mean, running_var, eps), input, weight, bias)
 
 
+def _normalize_examples(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """`layer_norm`, with torch's names; `None` where the tensors' dtypes differ."""
+    dtypes = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}
+    if len(dtypes) > 1 or torch.is_autocast_enabled(input.device.type):
+        return None
+    return layer_norm(input, normalized_shape, weight, bias, eps)
+
+
 def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor | None:
     """`Tensor.view` for images that are channels-last in here alone: a copy where their memory can't be viewed so."""
     if named or isinstance(shape[0], torch.dtype):
@@ -388,6 +360,7 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.conv2d: _convolve,
     F.conv3d: _convolve,
     F.batch_norm: _normalize,
+    F.layer_norm: _normalize_examples,
     F.gelu: _gelu,
     Tensor.view: _view,
 }

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import tiny_models
 import torch
@@ -19,9 +21,10 @@ def dense(objective: Objective) -> tuple[Tensor, Tensor]:
     """The decoupled matrix, and the Hessian by plain double backward (which other tests hold against dense truth)."""
     with measuring(objective.model, seed=0), math_attention():
         operator = DecoupledHessian(objective)
-        return operator.matmat(torch.eye(operator.size).double()), HessianOperator(objective).matmat(
-            torch.eye(operator.size).double()
-        )
+        eye = torch.eye(operator.size).double()
+        first, _, of_the_kept_graph = (operator.matmat(eye) for _ in range(3))
+        torch.testing.assert_close(of_the_kept_graph, first)
+        return first, HessianOperator(objective).matmat(eye)
 
 
 @pytest.mark.parametrize("name", sorted(tiny_models.MODELS))
@@ -102,3 +105,20 @@ def test_linear_layers_leave_the_gauss_newton_matrix():
     jacobian = torch.autograd.functional.jacobian(outputs, tuple(p.detach() for p in model.parameters()))
     J = torch.cat([piece.flatten(1) for piece in jacobian], dim=1)
     torch.testing.assert_close(decoupled, J.T @ J * 2 / 12, rtol=0, atol=1e-12)
+
+
+def test_the_graph_of_a_single_part_is_kept():
+    class TwoLayers:
+        def __init__(self) -> None:
+            self.parameters = [torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)]
+            self.passes = 0
+
+        def losses(self) -> Iterator[tuple[Tensor, int]]:
+            self.passes += 1
+            yield (self.parameters[1] * (self.parameters[0] * 3.0)).square().sum(), 1
+
+    losses = TwoLayers()
+    operator = DecoupledHessian(losses)
+    for passes in (2, 3, 3, 3):  # one has found the shared parameters, the first product that there is one part
+        assert operator.matmat(torch.eye(2)).tolist() == [[18.0, 18.0], [18.0, 18.0]]
+        assert losses.passes == passes

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`torch.autograd.grad` that tells the operations it passes what it is made for, so that they leave out the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+Mask = tuple[bool, bool, bool]
+"""Which of the gradients by x, w and b are asked for."""
+
+Blank = tuple[torch.Size | None, torch.Size | None]
+"""The shapes of the zeros in place of those by w and b, for those that are not wanted."""
+
+
+def differentiate(
+    outputs: Tensor | Sequence[Tensor],
+    variables: Sequence[Tensor],
+    *,
+    grad_outputs: Sequence[Tensor] | None = None,
+    retain_graph: bool = False,
+    graph_alone: bool = False,
+) -> tuple[Tensor, ...]:
+    """`torch.autograd.grad`, for which operations of `twice_differentiable.py` do no more than is asked.
+
+    Args:
+        outputs: As torch has them.
+        variables: The leaves to differentiate by; those that are not used get zeros.
+        grad_outputs: As torch has them.
+        retain_graph: As torch has it.
+        graph_alone: Whether the gradients are to have a graph, and values only where these come for free: the
+            derivative of ⟨∇L, v⟩ needs none, and of a linear layer they are a third of a gradient's work. Gradients
+            by weights and offsets then are zeros.
+
+    Example:
+        >>> from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
+        >>> x, w = torch.ones(1, 2), torch.ones(3, 2, requires_grad=True)
+        >>> with CheapSecondDerivatives():
+        ...     loss = torch.nn.functional.linear(x, w).square().sum()
+        >>> (slope,) = differentiate(loss, [w], graph_alone=True)
+        >>> slope[0], differentiate(slope.sum(), [w])[0][0]
+        (tensor([0., 0.], grad_fn=<SelectBackward0>), tensor([4., 4.]))
+    """
+    global _asked
+    before, _asked = _asked, _Asked(frozenset(map(id, variables)), values=not graph_alone)
+    try:
+        return torch.autograd.grad(
+            outputs,
+            variables,
+            grad_outputs,
+            retain_graph=retain_graph or graph_alone,
+            create_graph=graph_alone,
+            materialize_grads=True,
+        )
+    finally:
+        _asked = before
+
+
+class _Asked(NamedTuple):
+    """What a backward pass is made for: the variables' ids, and whether the values of their gradients are wanted."""
+
+    variables: frozenset[int]
+    values: bool
+
+
+_asked: _Asked | None = None  # for all threads: autograd has one of its own for each GPU
+
+
+def is_variable(tensor: Tensor | None) -> bool:
+    """Whether a tensor may be what a pass differentiates by."""
+    return tensor is not None and tensor.is_leaf and tensor.requires_grad
+
+
+def is_asked(tensor: Tensor | None) -> bool:
+    """Whether the gradient by a tensor is of use: not that by another leaf than those of the pass under way."""
+    return _asked is None or id(tensor) in _asked.variables or not is_variable(tensor)
+
+
+def blank(tensor: Tensor | None) -> torch.Size | None:
+    """The shape of the zeros that do in place of the gradient by a tensor, if they do."""
+    only_graph = _asked is not None and not _asked.values
+    return tensor.shape if only_graph and tensor is not None and is_variable(tensor) else None
