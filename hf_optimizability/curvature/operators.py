@@ -15,7 +15,7 @@ from torch import Tensor
 from .products import first_backward, second_backward
 from .ranks import ALONE, Ranks
 from .rows import Rows
-from .vectors import segment_sums
+from .vectors import segment_dots
 
 
 if TYPE_CHECKING:
@@ -336,7 +336,7 @@ class _Kept(NamedTuple):
 
 def _forms(vectors: Tensor, products: Tensor, segments: Sequence[Sequence[slice]], ranks: Ranks) -> np.ndarray:
     """`v_sᵀ(Av)_s` for rows v and their products, of shape (k, segments)."""
-    forms = [segment_sums(v * row, segments) for v, row in zip(vectors, products, strict=True)]
+    forms = [segment_dots(v, row, segments) for v, row in zip(vectors, products, strict=True)]
     return ranks.sum(torch.tensor(forms, dtype=torch.float64)).numpy()
 
 

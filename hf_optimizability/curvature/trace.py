@@ -304,15 +304,24 @@ class Tally:
     def multiply(self, probes: Tensor) -> Tensor:
         """Spends products on new probes and counts them in; returns the rows PAPv."""
         self.hvps += len(probes)
-        return self.add(probes, self.parts.multiply(self.operator, probes))
+        products, samples = self.parts.multiply(self.operator, probes)
+        return self.add(probes, products, samples)
 
-    def add(self, probes: Tensor, products: Tensor) -> Tensor:
-        """Counts in probes and their products with A, which are overwritten by those with PAP."""
+    def add(self, probes: Tensor, products: Tensor, samples: np.ndarray | None = None) -> Tensor:
+        """Counts in probes and their products with A, which are overwritten by those with PAP.
+
+        Args:
+            probes: Rows v.
+            products: Rows Av.
+            samples: `v_sᵀ(Av)_s`, of shape (k, segments), if known.
+        """
+        segments, ranks = self._segments, self.operator.rows.ranks
         if self._deflation is not None:
-            products = self._deflation.reduce(probes, products)
-        gram = gram_matrices([products], [products, probes], self._segments, self.operator.rows.ranks)
-        squares, samples = np.split(gram, 2, axis=2)
-        self.samples += list(np.diagonal(samples, axis1=1, axis2=2).T)
+            products, samples = self._deflation.reduce(probes, products), None
+        if samples is None:
+            samples = np.diagonal(gram_matrices([products], [probes], segments, ranks), axis1=1, axis2=2).T
+        squares = gram_matrices([products], [products], segments, ranks)
+        self.samples += list(samples)
         self.squares += list(np.diagonal(squares, axis1=1, axis2=2).T)
         self.pairs += squared_pairs(squares.sum(0))
         for probe, product in zip(probes, products, strict=True):
@@ -371,11 +380,11 @@ class PartTraces:
         self._exact = 0.0 if exact is None else exact
         self._forms: list[np.ndarray] = []  # vᵀA_p v of each product, of shape (parts, segments)
 
-    def multiply(self, operator: SymmetricOperator, probes: Tensor) -> Tensor:
-        """The rows Av for rows v, whose entries are ±1 or 0."""
+    def multiply(self, operator: SymmetricOperator, probes: Tensor) -> tuple[Tensor, np.ndarray]:
+        """The rows Av for rows v, whose entries are ±1 or 0, and `v_sᵀ(Av)_s`, of shape (k, segments)."""
         products, forms, self.items = operator.matmat_by_part(probes.T, self._segments)
         self._forms += list(forms.swapaxes(0, 1))
-        return products.T
+        return products.T, np.average(forms, axis=0, weights=self.items)
 
     def sums(self) -> np.ndarray:
         """Sum of `v_sᵀ(A_p v)_s` over the probes, of shape (parts, segments)."""

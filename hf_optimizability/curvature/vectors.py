@@ -12,6 +12,7 @@ from torch import Tensor
 from .ranks import ALONE, Ranks
 
 
+_CACHED = 1 << 14  # entries of a product that stay in a CPU's cache until they are summed
 _CHUNK = 1 << 20  # keeps the float64 copies of a dot product at 8 MB, however long the vectors
 
 
@@ -47,6 +48,22 @@ def segment_sums(x: Tensor, segments: Sequence[Sequence[slice]]) -> list[float]:
         [6.0, 9.0]
     """
     return [float(sum(x[part].sum(dtype=torch.float64) for part in segment)) for segment in segments]
+
+
+def segment_dots(x: Tensor, y: Tensor, segments: Sequence[Sequence[slice]]) -> list[float]:
+    """`x · y` over each segment; the sums are accumulated in float64.
+
+    Example:
+        >>> segment_dots(torch.arange(6.0), torch.arange(6.0), [[slice(0, 2), slice(5, 6)], [slice(2, 5)]])
+        [26.0, 29.0]
+    """
+    size = _CACHED if x.device.type == "cpu" else _CHUNK
+
+    def over(part: slice) -> Tensor:
+        pieces = zip(x[part].split(size), y[part].split(size), strict=True)
+        return torch.stack([(a * b).sum(dtype=torch.float64) for a, b in pieces]).sum()
+
+    return [float(sum(over(part) for part in segment)) for segment in segments]
 
 
 def as_rows(columns: Tensor) -> Tensor:

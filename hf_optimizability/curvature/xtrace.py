@@ -65,7 +65,7 @@ def xtrace(
     hvps = 0
     while True:
         probes = sign_rows(operator, min(LOCKSTEP, (max_hvps - hvps) // 2), generator)
-        products = parts.multiply(operator, probes)
+        products, _ = parts.multiply(operator, probes)
         vectors = orthonormalize(products, rows[0::3], operator.rows.ranks)
         hvps += len(probes) + len(vectors)
         new = [vectors, as_rows(operator.matmat(vectors.T)) if len(vectors) else vectors, probes.to(torch.int8)]
