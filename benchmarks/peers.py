@@ -28,11 +28,12 @@ from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from features import failure, try_features
 from libraries import LIBRARIES, LOCKSTEP, Call, Ends, Library, OutOfTimeError, Products, Quadrature, Way
-from tables import markdown, problems
+from tables import OURS, markdown, problems
 from transformers.utils import logging
 from truth import EFFORT, Truth, pooled, truth
 from workloads import ROOT, WORKLOADS, Batch, Workload, WorkloadName, load
@@ -160,16 +161,51 @@ def card(library: type[Library], name: WorkloadName, products: Products) -> dict
     return {"note": note, "calls": [called(call, products, true) for call in peer.card()]}
 
 
+def profile(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
+    """Where the time of this package's card goes: to passes through the model, by kernels, and to all the rest.
+
+    The rest are the vector work of the estimators and what they decide.
+    """
+    peer, _ = opened(library, probe_set(library, name), products)
+    inside, depth = 0.0, 0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside, depth
+            started = time.perf_counter()
+            depth += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                depth -= 1
+                inside += 0 if depth else time.perf_counter() - started  # a mode calls `grad` within `grad`
+
+        return call
+
+    [call] = peer.card()
+    with (
+        patch.object(torch.autograd, "grad", timed(torch.autograd.grad)),
+        patch.object(peer.model, "forward", timed(peer.model.forward)),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as kernels,
+    ):
+        spent = seconds(call.run)
+    times = {event.key: event.self_cpu_time_total / 1e6 for event in kernels.key_averages()}
+    heavy = sum(time for key, time in times.items() if key.rstrip("_").endswith("mm") or "conv" in key)
+    return {"seconds": spent, "passes": inside / spent, "matrix_products": heavy / spent}
+
+
 def features(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
     """What the library takes; no workload is needed."""
     return {"outcomes": try_features(library)}
 
 
-ROWS = {row.__name__: row for row in (cost, eigenvalues, trace, density, card, features)}
+ROWS = {row.__name__: row for row in (cost, eigenvalues, trace, density, card, profile, features)}
 
 
-def asked_of(row: str, workload: WorkloadName) -> bool:
-    """Whether a row can be made of a workload: where the trace and the density are not known, some can't be judged."""
+def asked_of(row: str, library: str, workload: WorkloadName) -> bool:
+    """Whether a row can be made: where the trace and the density are not known, some can't be judged."""
+    if row == "profile" and library != OURS:
+        return False
     return bool(EFFORT[workload].probes) or row in ("cost", "eigenvalues", "features")
 
 
@@ -384,9 +420,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results["truth"][workload] = truth(workload).summary()
         else:
             load(workload)
-        for row in (row for row in options.rows if asked_of(row, workload)):
+        for row in options.rows:
             for library in options.library:
-                if row == "features" and workload != options.workload[0]:
+                if not asked_of(row, library, workload) or (row == "features" and workload != options.workload[0]):
                     continue
                 print(f"{workload}: {row} of {library}", flush=True)
                 place = results["rows"].setdefault("any" if row == "features" else workload, {}).setdefault(row, {})
