@@ -170,7 +170,7 @@ class _Apply(torch.autograd.Function):
     def forward(ctx: Any, bilinear: _Bilinear, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         ctx.bilinear = bilinear
         ctx.save_for_backward(x, w, b)
-        return bilinear.apply(x, w, b)
+        return bilinear.apply(x, w, b).detach()  # no view, which the model could not write to
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:

@@ -141,6 +141,31 @@ def test_linear_layers(leading: tuple[int, ...], bias: bool):
         assert_same(lambda *inputs: torch.addmm(*inputs, beta=2), [b, normal(*leading, 5), normal(5, 3)])
 
 
+@pytest.mark.parametrize("leading", [(4,), (2, 3)])
+def test_results_can_be_written_to(leading: tuple[int, ...]):
+    """As the layers of Longformer and Swin v2 do."""
+    torch.manual_seed(0)
+    x, w, b = normal(*leading, 5), normal(5, 5), normal(5)
+
+    def written_to(y: Tensor) -> Tensor:
+        y /= 2
+        y[..., 0] = 1
+        return y
+
+    assert_same(lambda x, w, b: written_to(F.linear(x, w, b)), [x, w, b])
+    assert_same(lambda x, w: written_to(F.linear(x, w)), [x, w])
+    assert_same(lambda x, w, b: written_to(torch.addmm(b, x.flatten(0, -2), w)), [x, w, b])
+    assert_same(lambda x, w, b: written_to(F.conv1d(x.flatten(0, -2)[None].mT, w[..., None], b)), [x, w, b])
+    assert_same(lambda x: written_to(F.gelu(x)), [x])
+    assert_same(
+        lambda x, w, b: written_to(F.layer_norm(x, [5], b, b)),
+        [x, w, b],
+        truth=lambda x, w, b: written_to(layer_norm(x, [5], b, b)),
+    )
+    mean, variance = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    assert_same(lambda x, b: written_to(F.batch_norm(x.flatten(0, -2), mean, variance, b, b)), [x, b])
+
+
 @pytest.mark.parametrize("held", range(7))
 def test_inputs_that_need_no_gradient(held: int):
     """Each non-empty set of x, w and b that varies."""
