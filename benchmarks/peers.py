@@ -414,7 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = json.loads(file.read_text()) if file.exists() else {"truth": {}, "rows": {}}
     packages = ("torch", "transformers", *(LIBRARIES[library].package for library in options.library))
     results.setdefault("versions", {}).update({name: version(name) for name in packages})
-    results["machine"] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "limit": options.limit}
+    limit = max(options.limit, results.get("machine", {}).get("limit", 0))
+    results["machine"] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "limit": limit}
     for workload in options.workload:
         if set(options.rows) - {"cost", "features"}:
             results["truth"][workload] = truth(workload).summary()

@@ -43,7 +43,9 @@ def markdown(results: dict[str, Any]) -> str:
     """All tables that the results have numbers for."""
     lines = ["# Side by side", "", INTRODUCTION, ""]
     lines += [", ".join(f"{name} {number}" for name, number in results["versions"].items()) + ".", ""]
-    machine = "{cores} cores, {threads} threads; a call is stopped after {limit:.0f} s.".format(**results["machine"])
+    machine = "{cores} cores, {threads} threads; a call is stopped after at most {limit:.0f} s.".format(
+        **results["machine"]
+    )
     lines += [machine, ""]
     for workload, title in TITLES.items():
         rows = results["rows"].get(workload, {})
