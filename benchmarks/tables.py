@@ -29,9 +29,10 @@ SHARE_OF_MATCHED = 1 / 2
 """Promised time of the whole card, beside that of any peer stopped at the same true error."""
 
 
-INTRODUCTION = """What other curvature libraries do with the same models, data and machine, in one run of
-`python benchmarks/peers.py`, which wrote this page. A gradient is a forward and a backward pass as Transformers runs
-them by default. Errors are those against long float64 runs (`benchmarks/truth.py`), which no user has."""
+INTRODUCTION = """What other curvature libraries do with the same models, data and machine, as measured by
+`python benchmarks/peers.py`, which wrote this page, row by row. A gradient is a forward and a backward pass as
+Transformers runs them by default. Errors are those against long float64 runs (`benchmarks/truth.py`), which no user
+has."""
 
 
 MISSED = """Of its own promises: a product in at most 3.3 gradients, or 2.4 each of four at once; never more time
