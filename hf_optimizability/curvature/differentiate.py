@@ -84,3 +84,8 @@ def blank(tensor: Tensor | None) -> torch.Size | None:
     """The shape of the zeros that do in place of the gradient by a tensor, if they do."""
     only_graph = _asked is not None and not _asked.values
     return tensor.shape if only_graph and tensor is not None and is_variable(tensor) else None
+
+
+def or_zeros(gradient: Tensor | None, shape: torch.Size | None, like: Tensor) -> Tensor | None:
+    """A gradient, or the zeros of this shape that do in its place."""
+    return gradient if shape is None else like.new_zeros(()).expand(shape)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .differentiate import Mask, blank, is_asked
+from .differentiate import Mask, blank, is_asked, or_zeros
 
 
 aten = torch.ops.aten
@@ -82,8 +82,7 @@ class _Adjoints(torch.autograd.Function):
         (by_x, by_w, by_b), blanks = mask, (blank(w), blank(b))
         wanted = [by_x, by_w and not blanks[0], by_b and not blanks[1]]
         gx, gw, gb = aten.native_layer_norm_backward(gy, x, shape, mean, r, w, b, wanted)
-        zero = gy.new_zeros(())
-        return gx, zero.expand(blanks[0]) if blanks[0] else gw, zero.expand(blanks[1]) if blanks[1] else gb
+        return gx, or_zeros(gw, blanks[0], gy), or_zeros(gb, blanks[1], gy)
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> tuple[Tensor | None, ...]:

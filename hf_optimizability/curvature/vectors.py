@@ -51,7 +51,7 @@ def segment_sums(x: Tensor, segments: Sequence[Sequence[slice]]) -> list[float]:
 
 
 def segment_dots(x: Tensor, y: Tensor, segments: Sequence[Sequence[slice]]) -> list[float]:
-    """`x · y` over each segment; the sums are accumulated in float64.
+    """`x · y` over each segment: products in the dtype of x and y (exact where one is ±1), summed in float64.
 
     Example:
         >>> segment_dots(torch.arange(6.0), torch.arange(6.0), [[slice(0, 2), slice(5, 6)], [slice(2, 5)]])
