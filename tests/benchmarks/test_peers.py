@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 
 import numpy as np
+import peers
 import pytest
 import torch
 from features import FEATURES, Case, difference, outcome, try_features
@@ -336,6 +337,7 @@ RESULTS = {
                 },
             },
         },
+        "vision": {"profile": {"ours": {"seconds": 30.0, "passes": 0.92, "matrix_products": 0.6}}},
         "any": {"features": {"ours": {"outcomes": {"tied weights": "works"}}}},
     },
 }  # fmt: skip
@@ -351,6 +353,23 @@ def test_tables_hold_numbers_and_failures() -> None:
     assert "| pyhessian | in all: 59 HVPs, 125.0 s, not all of it done; about 245 s to the end |" in text
     assert "| ours, in one pass |  |  |  | 8 HVPs, 4.0 s |" in text
     assert "| tied weights | works |" in text
+    assert "Of 30 s under a profiler, 60% went to matrix products and convolutions, 32% to the rest" in text
+    assert "misses" not in text
+    results = copy.deepcopy(RESULTS)
+    results["rows"]["any"]["features"]["ours"]["outcomes"]["tied weights"] = "off by 3.0%"
+    assert markdown(results).endswith("- any, tied weights: off by 3.0%\n")
+
+
+def test_a_profile_tells_where_the_time_goes(monkeypatch) -> None:
+    torch.manual_seed(0)
+    workload = Workload("text", make("bert").eval(), cut(examples("bert", 4), 4))
+    monkeypatch.setattr(peers, "probe_set", lambda library, name: workload)
+    grad, forward = torch.autograd.grad, workload.model.forward
+    found = peers.profile(Ours, "text", Products())
+    assert 0 < found["matrix_products"] < found["passes"] < 1
+    assert torch.autograd.grad is grad and workload.model.forward == forward
+    assert peers.asked_of("profile", "ours", "text") and not peers.asked_of("profile", "pyhessian", "text")
+    assert not peers.asked_of("trace", "ours", "decoder") and peers.asked_of("cost", "pyhessian", "decoder")
 
 
 def test_good_results_have_no_problems() -> None:
@@ -369,6 +388,7 @@ OUR_WAYS = ("text", "cost", "ours", "ways")
         (("text", "eigenvalues", "ours", "failed"), "over 16 GiB", "text, eigenvalues: over 16 GiB"),
         (("text", "eigenvalues", "ours", "targets", "both to 1.0%"), None, "text, eigenvalues: both to 1.0% is not"),
         (("any", "features", "ours", "outcomes", "tied weights"), "off by 3.0%", "any, tied weights: off by 3.0%"),
+        (("vision", "profile", "ours", "passes"), 0.85, "vision, profile: 15% of the time"),
         ((*OUR_WAYS, "one", "time_ratio"), 3.4, "text, cost: one takes 3.4 gradients, more than 3.3"),
         ((*OUR_WAYS, "four at once", "time_ratio"), 2.5, "text, cost: four at once takes 2.5 gradients"),
         ((*OUR_WAYS, "one", "mebibytes"), 560.0, "text, cost: mebibytes with one vector is 560.00, that of curvlin"),
