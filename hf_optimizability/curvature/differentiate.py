@@ -34,7 +34,7 @@ def differentiate(
         retain_graph: As torch has it.
         graph_alone: Whether the gradients are to have a graph, and values only where these come for free: the
             derivative of ⟨∇L, v⟩ needs none, and of a linear layer they are a third of a gradient's work. Gradients
-            by weights and offsets then are zeros.
+            by a bilinear operation's weights and offsets then are zeros.
 
     Example:
         >>> from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
@@ -84,8 +84,3 @@ def blank(tensor: Tensor | None) -> torch.Size | None:
     """The shape of the zeros that do in place of the gradient by a tensor, if they do."""
     only_graph = _asked is not None and not _asked.values
     return tensor.shape if only_graph and tensor is not None and is_variable(tensor) else None
-
-
-def or_zeros(gradient: Tensor | None, shape: torch.Size | None, like: Tensor) -> Tensor | None:
-    """A gradient, or the zeros of this shape that do in its place."""
-    return gradient if shape is None else like.new_zeros(()).expand(shape)

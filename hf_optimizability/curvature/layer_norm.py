@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .differentiate import Mask, blank, is_asked, or_zeros
+from .differentiate import Mask, is_asked
 
 
 aten = torch.ops.aten
@@ -79,10 +79,7 @@ class _Adjoints(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gy, x, w, mean, r)
         ctx.shape, ctx.eps = shape, eps
-        (by_x, by_w, by_b), blanks = mask, (blank(w), blank(b))
-        wanted = [by_x, by_w and not blanks[0], by_b and not blanks[1]]
-        gx, gw, gb = aten.native_layer_norm_backward(gy, x, shape, mean, r, w, b, wanted)
-        return gx, or_zeros(gw, blanks[0], gy), or_zeros(gb, blanks[1], gy)
+        return aten.native_layer_norm_backward(gy, x, shape, mean, r, w, b, mask)
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .differentiate import Blank, Mask, blank, is_asked, is_variable, or_zeros
+from .differentiate import Blank, Mask, blank, is_asked, is_variable
 from .layer_norm import layer_norm
 
 
@@ -192,7 +192,8 @@ class _Adjoints(torch.autograd.Function):
         ctx.save_for_backward(gy, x, w)
         (by_x, by_w, by_b), (blank_w, blank_b) = mask, blank
         gx, gw, gb = bilinear.adjoints(gy, x, w, (by_x, by_w and not blank_w, by_b and not blank_b))
-        return gx, or_zeros(gw, blank_w, gy), or_zeros(gb, blank_b, gy)
+        zero = gy.new_zeros(())
+        return gx, zero.expand(blank_w) if blank_w else gw, zero.expand(blank_b) if blank_b else gb
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> tuple[Tensor | None, ...]:
