@@ -186,14 +186,15 @@ class Objective:
         Raises:
             ValueError: If a name is not that of a trainable parameter.
         """
-        unknown = set(names) - set(self.names)
-        if unknown or not names:
+        wanted = set(names)
+        unknown = wanted - set(self.names)
+        if unknown or not wanted:
             raise ValueError(
                 f"{_listed(sorted(unknown)) or 'Nothing'} is no block of trainable parameters. Their names are "
                 f"{_listed(self.names[:3])}, …: see `Objective.names`."
             )
         block = copy(self)
-        block.names = [name for name in self.names if name in names]
+        block.names = [name for name in self.names if name in wanted]
         return block
 
     def _counted(self, batches: list[Batch]) -> list[Batch]:
@@ -370,7 +371,8 @@ def _logits(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
-        logits = [output[name] for name in output if name == "logits" or name.endswith("_logits")]
+        named = {name: output[name] for name in output if name == "logits" or name.endswith("_logits")}
+        logits = [value for value in named.values() if isinstance(value, Tensor)]  # `router_logits` are a tuple
         if logits:
             return logits
     raise ValueError(

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import convert_to_fp32, is_torch_version
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
+
+from .float32_precision import ieee_float32
 
 
 @contextmanager
@@ -144,29 +146,6 @@ def measuring(model: nn.Module, *, seed: int) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-@contextmanager
-def ieee_float32() -> Iterator[None]:
-    """Multiplies and convolves float32 in float32 on a GPU, where TF32 would keep 10 bits of each factor.
-
-    Convolutions are in TF32 by torch's default, and matrix products where `TrainingArguments(tf32=True)` says so.
-    """
-    backends: Any = torch.backends
-    matmul, cudnn = backends.cuda.matmul, backends.cudnn
-    switches: list[tuple[Any, str, Any]]
-    if is_torch_version(">=", "2.9"):  # of its two ways to say it, the old one fails once the new one is used
-        switches = [(part, "fp32_precision", "ieee") for part in (matmul, cudnn.conv, cudnn.rnn)]
-    else:
-        switches = [(part, "allow_tf32", False) for part in (matmul, cudnn)]
-    before = [(part, name, getattr(part, name)) for part, name, _ in switches]
-    try:
-        for switch in switches:
-            setattr(*switch)
-        yield
-    finally:
-        for switch in before:
-            setattr(*switch)
 
 
 def math_attention() -> AbstractContextManager[None]:

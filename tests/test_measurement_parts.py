@@ -255,3 +255,43 @@ def test_all_of_it_comes_back_from_json(tmp_path):
     json.loads(report.save_json(tmp_path).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     [loaded] = OptimizabilityReport.load(tmp_path).measurements
     assert loaded == measurement
+
+
+class ManyTensors(nn.Module):
+    def __init__(self, number: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tensors = nn.ParameterList(torch.randn(2) for _ in range(number))
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(torch.tanh(x + torch.stack(list(self.tensors)).sin().sum(0)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"block_eigenvalues": True, "blocks": ["tensors*"]}, {"landscape": True}], ids=str
+)
+def test_names_are_looked_up_in_proportion_to_their_number(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]):
+    look_up = nn.Module.get_parameter
+    calls = 0
+
+    def counted(module: nn.Module, name: str) -> nn.Parameter:
+        nonlocal calls
+        calls += 1
+        return look_up(module, name)
+
+    monkeypatch.setattr(nn.Module, "get_parameter", counted)
+    batch = {"x": torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), "labels": torch.arange(6) % 3}
+    per_product = []
+    for number in (20, 80):
+        calls = 0
+        model = ManyTensors(number)
+        found = measure(
+            model,
+            [batch],
+            OptimizabilityConfig(profile="light", **options),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        )
+        per_product.append(calls / found.hvps)
+    assert per_product[1] < 6 * per_product[0]

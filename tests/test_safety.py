@@ -30,9 +30,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils.import_utils import enable_tf32
 
-from hf_optimizability import MeasurementError, OptimizabilityConfig, measure, safety
+from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
@@ -42,7 +41,6 @@ from hf_optimizability.safety import (
     eager_attention,
     eval_mode,
     full_precision,
-    measuring,
     preserved_rng,
     unpatched_forward,
 )
@@ -196,43 +194,6 @@ def fused_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """A kernel of the kind that MATH can't replace."""
     output, _ = sdpa_attention_forward(*args, **kwargs)
     return tiny_models.OnceDifferentiable.apply(output), None
-
-
-@pytest.fixture
-def precision_as_it_was() -> Iterator[None]:
-    before = [part.fp32_precision for part in PRECISE]
-    yield
-    torch.backends.fp32_precision = "none"
-    for part, value in zip(PRECISE, before, strict=True):
-        part.fp32_precision = value
-
-
-ALLOW_TF32 = {
-    "by default": lambda: None,
-    "by Trainer": lambda: enable_tf32(True),
-    "the old way": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
-    "for matrix products": lambda: torch.set_float32_matmul_precision("high"),
-}
-
-
-@pytest.mark.parametrize("allowed", ALLOW_TF32)
-def test_float32_is_float32_inside_and_what_it_was_after(allowed: str, precision_as_it_was: None):
-    ALLOW_TF32[allowed]()
-    before = [part.fp32_precision for part in PRECISE]
-    assert "tf32" in before
-    with pytest.raises(KeyboardInterrupt), measuring(nn.Linear(1, 1), seed=0):
-        assert [part.fp32_precision for part in PRECISE] == ["ieee"] * 3
-        raise KeyboardInterrupt
-    assert [part.fp32_precision for part in PRECISE] == before
-
-
-def test_float32_is_float32_in_an_older_torch_too(monkeypatch: pytest.MonkeyPatch, precision_as_it_was: None):
-    monkeypatch.setattr(safety, "is_torch_version", lambda operation, version: False)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    parts = torch.backends.cuda.matmul, torch.backends.cudnn
-    with measuring(nn.Linear(1, 1), seed=0):
-        assert [part.allow_tf32 for part in parts] == [False, False]
-    assert [part.allow_tf32 for part in parts] == [True, True]
 
 
 def test_eager_is_the_fallback_for_attention_that_cannot_be_differentiated_twice():

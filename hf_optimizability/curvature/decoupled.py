@@ -53,12 +53,14 @@ class DecoupledHessian(HessianOperator):
         self, objective: SumOfLosses, *, ranks: Ranks = ALONE, on_products: Callable[[int], object] | None = None
     ):
         super().__init__(objective, ranks=ranks, on_products=on_products)
-        shared = {index for loss, _ in objective.losses() for index in _used_again(loss, objective.parameters)}
+        parameters = objective.parameters
+        shared = {index for loss, _ in objective.losses() for index in _used_again(loss, parameters)}
         shared = set(ranks.gather(list(shared)))
-        self._decoupled = [index for index in range(len(objective.parameters)) if index not in shared]
+        self._decoupled = [index for index in range(len(parameters)) if index not in shared]
 
     def _losses(self) -> Iterator[tuple[Tensor, int]]:
-        mode = _Decouple([self._objective.parameters[index] for index in self._decoupled])
+        parameters = self._objective.parameters
+        mode = _Decouple([parameters[index] for index in self._decoupled])
         parts = iter(self._objective.losses())
         while True:
             with mode:  # around the forward pass alone: `autograd.grad` takes parameters as well

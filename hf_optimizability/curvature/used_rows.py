@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -100,7 +101,7 @@ def _looked_up(objective: LossesOfAModel, ranks: Ranks) -> dict[nn.Embedding, Te
 def _candidates(objective: LossesOfAModel) -> Iterator[nn.Embedding]:
     """Plain embeddings whose weight is among the variables, and no other module's as well."""
     named = objective.model.named_parameters(remove_duplicate=False)
-    owned = [id(parameter) for _, parameter in named]
+    owners = Counter(id(parameter) for _, parameter in named)
     for name in objective.names:
         module = objective.model.get_submodule(name.rpartition(".")[0])
         if (
@@ -108,7 +109,7 @@ def _candidates(objective: LossesOfAModel) -> Iterator[nn.Embedding]:
             and type(module).forward is nn.Embedding.forward
             and "forward" not in vars(module)
             and type(module.weight) is nn.Parameter
-            and owned.count(id(module.weight)) == 1
+            and owners[id(module.weight)] == 1
             and module.max_norm is None
             and not module.sparse
         ):
