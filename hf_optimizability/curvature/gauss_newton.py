@@ -29,6 +29,9 @@ MAX_SPLIT_OUTPUTS = 16
 (MobileNetV2) to 2.3 (MiniLM-L6) for each output, so at 16 that of 9 to 18 products; probes of the decoupled Hessian
 take 20 (MiniLM-L6) to 62 products (MobileNetV2) for a trace to 10 %."""
 
+_SAME_MATRIX = 0.05
+"""Relative difference of two products above which they are not of one matrix, whatever rounding does to them."""
+
 
 class LossesOfOutputs(Variables, Protocol):
     """A mean loss that depends on the parameters through the outputs of a model."""
@@ -288,27 +291,87 @@ def _diagonal_by_part(objective: LossesOfOutputs, *, max_outputs: int) -> Iterat
     parameters = objective.parameters
     examples = iter(objective.cut(1).outputs_and_losses())
     first = True
-    for whole, items in _losses(objective):
+    for outputs, loss, items in objective.outputs_and_losses():
+        whole = float(loss.detach())
         if not math.isfinite(whole):
             raise FloatingPointError("The loss of a batch is not finite, so that it has no curvature.")
-        diagonal = _flat_zeros(parameters)
+        diagonal, probe = _flat_zeros(parameters), _Probe(parameters)
         counted, apart = 0, 0.0
         while counted < items and (example := next(examples, None)) is not None:
-            outputs, loss, count = example
-            _require_few_outputs(outputs, max_outputs)
+            single, single_loss, count = example
+            _require_few_outputs(single, max_outputs)
             if first:
-                _require_no_other_path(outputs, loss, parameters)
+                _require_no_other_path(single, single_loss, parameters)
                 first = False
-            _add_diagonal(outputs, loss, parameters, diagonal)
-            counted, apart = counted + count, apart + float(loss.detach())
-        _require_mean_over_examples(whole, apart, items, counted)
+            _add_diagonal(single, single_loss, parameters, diagonal, probe)
+            counted, apart = counted + count, apart + float(single_loss.detach())
+        # Rounding differs with the shapes; a loss near 0 is a difference of logits.
+        if counted != items or not math.isclose(whole, apart, rel_tol=1e-3, abs_tol=1e-5 * items):
+            raise _coupled(
+                f"a batch has {items} items and {whole:.6g} as the sum of their losses, its examples one by one have "
+                f"{counted} and {apart:.6g}"
+            )
+        rounding = 4 * torch.finfo(loss.dtype).eps * items / abs(whole) if whole else math.inf
+        probe.compare(outputs, loss, tolerance=min(1e-3 + rounding, _SAME_MATRIX))
         yield diagonal, items
 
 
-@torch.no_grad()
-def _losses(objective: LossesOfOutputs) -> Iterator[tuple[float, int]]:
-    for _, loss, items in objective.outputs_and_losses():
-        yield float(loss), items
+class _Probe:
+    """A product with JᵀH_ℓJu, u random, from the examples of a batch one by one, to compare with the batch's own.
+
+    Losses and slopes do not show each coupling: where all predictions are alike, as with a head at zero, class weights
+    and terms in the mean prediction leave them as they are, and not the matrix.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]):
+        self._parameters = parameters
+        self._directions: list[list[Tensor]] = []
+        self._product = _flat_zeros(parameters)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def draw(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return random directions, shaped like the outputs of the next example."""
+        drawn = [torch.randn(output.shape, generator=self._generator).to(output) for output in outputs]
+        self._directions.append(drawn)
+        return drawn
+
+    def add(self, row: Tensor, weight: float) -> None:
+        """Add `λ (q · u) Jᵀq`, for an eigenpair of an example's H_ℓ and its part u of the directions."""
+        self._product.add_(row, alpha=weight)
+
+    def compare(self, outputs: Sequence[Tensor], loss: Tensor, *, tolerance: float) -> None:
+        """Raise a `ValueError` unless the whole batch has the same product."""
+        slopes = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
+        kinds = zip(*self._directions, strict=True)
+        directions = [_in_batch(list(pieces), slope.detach()) for pieces, slope in zip(kinds, slopes, strict=True)]
+        curved = _derivative(slopes, outputs, directions)
+        whole = torch.autograd.grad(outputs, self._parameters, grad_outputs=curved, materialize_grads=True)
+        places = self._product.split([parameter.numel() for parameter in self._parameters])
+        missing = sum(norm(a.flatten() - b.to(a)) ** 2 for a, b in zip(whole, places, strict=True))
+        if math.sqrt(missing) > tolerance * math.sqrt(sum(norm(piece.flatten()) ** 2 for piece in whole)):
+            raise _coupled("the curvature of a batch's loss in the logits is not that of its examples one by one")
+
+
+def _in_batch(pieces: list[Tensor], slope: Tensor) -> Tensor:
+    """Lay what belongs to single examples out like the whole batch's; zeros for examples without items."""
+    rows = [torch.atleast_1d(piece) for piece in pieces]
+    joined, whole = torch.cat(rows), torch.atleast_1d(slope)
+    if joined.shape == whole.shape:
+        return joined.reshape(slope.shape)
+    counted = whole.flatten(1).any(dim=1) if whole.dim() > 1 else whole != 0
+    if joined.shape[1:] != whole.shape[1:] or len(joined) != len(rows) or len(rows) != int(counted.sum()):
+        raise _coupled(f"the logits of a batch have the shape {tuple(whole.shape)}, together {tuple(joined.shape)}")
+    laid_out = torch.zeros_like(whole)
+    laid_out[counted] = joined
+    return laid_out
+
+
+def _coupled(reason: str) -> ValueError:
+    """What to say of a loss that couples the examples of a batch: taken one by one, they have another matrix."""
+    return ValueError(
+        f"The loss is not a mean over examples: {reason} (class weights, a contrastive loss, a term in the mean "
+        "prediction, a layer that mixes the examples). Estimate the trace by `hutchinson`, which takes whole batches."
+    )
 
 
 def _flat_zeros(parameters: Sequence[Tensor]) -> Tensor:
@@ -317,16 +380,19 @@ def _flat_zeros(parameters: Sequence[Tensor]) -> Tensor:
     return torch.zeros(size, dtype=torch.float64 if double else torch.float32, device=parameters[0].device)
 
 
-def _add_diagonal(outputs: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor], diagonal: Tensor) -> None:
+def _add_diagonal(
+    outputs: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor], diagonal: Tensor, probe: _Probe
+) -> None:
     """Adds the diagonal of one example's JᵀH_ℓJ."""
-    places = diagonal.split([parameter.numel() for parameter in parameters])
+    direction = probe.draw(outputs)
     for eigenvalue, cotangents in _loss_eigenpairs(outputs, loss):
-        row = torch.autograd.grad(
+        pieces = torch.autograd.grad(
             outputs, parameters, grad_outputs=cotangents, retain_graph=True, materialize_grads=True
         )
-        for place, piece in zip(places, row, strict=True):
-            piece = piece.reshape(-1).to(place)
-            place.addcmul_(piece, piece, value=eigenvalue)
+        row = torch.cat([piece.reshape(-1).to(diagonal) for piece in pieces])
+        diagonal.addcmul_(row, row, value=eigenvalue)
+        along = sum(float((q * u).sum()) for q, u in zip(cotangents, direction, strict=True))
+        probe.add(row, eigenvalue * along)
 
 
 def _require_few_outputs(outputs: Sequence[Tensor], most: int) -> None:
@@ -336,17 +402,6 @@ def _require_few_outputs(outputs: Sequence[Tensor], most: int) -> None:
             f"An example has {number} outputs, and the exact trace of the Gauss-Newton matrix is offered up to {most} "
             "here. Estimate the trace by `hutchinson`: of this matrix on a `GaussNewtonOperator`, of the Hessian on a "
             "`DecoupledHessian`."
-        )
-
-
-def _require_mean_over_examples(whole: float, apart: float, items: int, counted: int) -> None:
-    """Refuses a loss that couples the examples of a batch: taken one by one, they have another matrix."""
-    # Rounding differs with the shapes; a loss near 0 is a difference of logits.
-    if counted != items or not math.isclose(whole, apart, rel_tol=1e-3, abs_tol=1e-5 * items):
-        raise ValueError(
-            f"A batch has {items} items and {whole:.6g} as the sum of their losses, its examples one by one have "
-            f"{counted} and {apart:.6g}: the loss is not a mean over examples (class weights, a contrastive loss, a "
-            "layer that mixes the examples). Estimate the trace by `hutchinson`, which takes batches as they are."
         )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -236,6 +237,52 @@ def dense_hessian(objective: Objective) -> Tensor:
     return torch.autograd.functional.hessian(loss, torch.cat([p.flatten() for p in named.values()]))
 
 
+class Hidden(nn.Module):
+    """A tanh network with one hidden layer, and something between its two layers."""
+
+    between: Callable[[Tensor], Tensor] = staticmethod(lambda hidden: hidden)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(torch.tanh(self.first(x))))
+
+
+class Standardized(Hidden):
+    between = staticmethod(lambda hidden: hidden - hidden.mean(0, keepdim=True))
+
+
+def class_weights(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1], weight=torch.tensor([1.0, 2.0, 5.0]).double())
+
+
+def information_maximization(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    p = model(batch[0]).softmax(-1)
+    mean = p.mean(0)
+    return -(p * p.log()).sum(-1).mean() + (mean * mean.log()).sum() + math.log(3)
+
+
+def mean_prediction(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    mean = model(batch[0]).softmax(-1).mean(0)
+    return mean_of_cross_entropies(model, batch) + 0.5 * (mean * mean.log()).sum()
+
+
+def spread_of_predictions(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return mean_of_cross_entropies(model, batch) + 0.1 * model(batch[0]).var(dim=0, correction=0).sum()
+
+
+COUPLINGS = {
+    "class weights": class_weights,
+    "information maximization": information_maximization,
+    "mean prediction": mean_prediction,
+    "spread of predictions": spread_of_predictions,
+    "layer over the batch": mean_of_cross_entropies,
+}
+COUPLED_LAYERS: dict[str, type[nn.Module]] = {"layer over the batch": Standardized}
+
+
 def halves(size: int) -> list[list[slice]]:
     return [[slice(0, 9), slice(20, size)], [slice(9, 20)]]
 
@@ -369,6 +416,35 @@ class TestSplitTrace:
             split_trace(weighted, [[slice(0, 51)]], tolerance=0.1, max_hvps=8, seed=0)
         with pytest.raises(ValueError, match="not a mean over examples"):
             gauss_newton_trace(weighted, [[slice(0, 51)]])
+
+    @pytest.mark.parametrize("kind", COUPLINGS)
+    @pytest.mark.parametrize("head", [0.0, 0.02])
+    def test_refuses_couplings_that_leave_values_and_slopes_as_they_are(self, kind: str, head: float):
+        """At a head of zero all predictions are alike, and with them the losses, whatever couples the examples."""
+        objective = network(COUPLED_LAYERS.get(kind, Hidden), size=6)
+        with torch.no_grad():
+            for parameter in objective.model.last.parameters():
+                parameter.mul_(head)
+        objective = Objective(objective.model, objective.batches, loss_fn=COUPLINGS[kind])
+        with pytest.raises(ValueError, match="not a mean over examples"):
+            split_trace(objective, [[slice(0, 31)]], tolerance=0.1, max_hvps=8, seed=0)
+
+    def test_examples_without_a_label_are_no_coupling(self):
+        objective = network(Hidden, size=6)
+        unlabelled = {(0, 0), (1, 2), (1, 3)}  # batch and row
+        batches = [
+            {
+                "x": x,
+                "labels": torch.tensor([-100 if (i, j) in unlabelled else int(label) for j, label in enumerate(y)]),
+            }
+            for i, (x, y) in enumerate(objective.batches)
+        ]
+        loss_fn = lambda model, batch: functional.cross_entropy(model(batch["x"]), batch["labels"])  # noqa: E731
+        some = Objective(objective.model, batches, loss_fn=loss_fn)
+        kept = [(batch["x"][batch["labels"] >= 0], batch["labels"][batch["labels"] >= 0]) for batch in batches]
+        expected = dense_hessian(Objective(objective.model, kept, loss_fn=mean_of_cross_entropies)).trace()
+        total = split_trace(some, [[slice(0, 31)]], tolerance=0.01, max_hvps=400, seed=0).total
+        assert total.value == pytest.approx(float(expected), abs=4 * total.std_error)
 
     def test_refuses_a_loss_that_is_not_finite(self):
         tied = network(Tied)
