@@ -22,6 +22,7 @@ from .curvature.ranks import Ranks
 from .curvature.rows import Rows
 from .gradients import norm_of
 from .measurement import MeasurementError
+from .model_state import settle
 from .objective import Batch, Objective, batch_size, count_items, cut_batch
 from .stages import Price, Prices, count_products, list_stages
 
@@ -50,6 +51,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         MeasurementError: If the parameters are offloaded, or split by tensor parallelism too.
     """
     reshard(model)
+    settle()
     whole: dict[int, nn.Parameter] = {}
     shards = list(_shards(model))
     with ExitStack() as stack:
@@ -64,6 +66,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, whole[id(shard)])
             yield
         finally:
+            settle()
             for module, name, shard in shards:
                 setattr(module, name, shard)
 

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Subset
 from .configuration import OptimizabilityConfig
 from .curvature.ranks import ALONE, Ranks
 from .measurement import PREFIX, TaskMeasurement
+from .model_state import eval_mode
 from .objective import Objective, trainer_loss
 from .probe import LEAST_EXAMPLES, num_examples, probe_batches, probe_indices
-from .safety import eval_mode, measuring, preserved_rng
+from .safety import measuring, preserved_rng
 
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from transformers.utils.generic import find_labels
 
 from .curvature.ranks import ALONE, Ranks
 from .curvature.rows import Rows
+from .model_state import ModelState
 from .safety import measuring, pretrained, quantization
 
 
@@ -64,6 +65,7 @@ class Objective:
         self.names = list(named)
         self.batches = [send_to_device(batch, self.parameters[0].device) for batch in batches]
         self.ranks = ALONE
+        self.state = ModelState(model)
         self._whole = self.batches
         self._tasks = None if tasks is None else list(tasks)
         self._loss_fn = loss_fn or model_loss
@@ -139,7 +141,10 @@ class Objective:
     def losses(self) -> Iterator[tuple[Tensor, int]]:
         """Yields each batch's sum of losses, with its graph, and the number of items it sums over."""
         for batch in self._counted(self.batches):
-            yield self._sum_of_losses(self.model, batch)
+            self.state.rewind()
+            with self.state.watched():
+                found = self._sum_of_losses(self.model, batch)
+            yield found
 
     def functional_losses(self) -> Iterator[Callable[[Sequence[Tensor]], tuple[Tensor, int]]]:
         """Yields, for each batch, what `losses` gives as a function of tensors in the place of the parameters."""
@@ -150,6 +155,7 @@ class Objective:
             return functional_call(module, dict(zip(names, tensors, strict=True)), (batch,))
 
         for batch in self._counted(self.batches):
+            self.state.rewind()
             yield partial(loss_at, batch)
 
     def outputs_and_losses(self) -> Iterator[tuple[list[Tensor], Tensor, int]]:
@@ -160,6 +166,7 @@ class Objective:
         """
         for batch in self._counted(self.batches):
             outputs: list[Tensor] = []
+            self.state.rewind()
             with self.model.register_forward_hook(lambda *call, outputs=outputs: outputs.extend(_logits(call[-1]))):
                 loss, items = self._sum_of_losses(self.model, batch)
             if not outputs:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from .float32_precision import ieee_float32
+from .model_state import ModelState, settle
 
 
 @contextmanager
@@ -32,71 +33,6 @@ def preserved_rng(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off and holds running statistics still; modes, attributes and trainable weights come back.
-
-    Some models write to themselves in a forward pass in eval mode, which later training or evaluation would read:
-    NLLB-MoE its experts' capacity, LeViT a cache of biases, RWKV its weights and a note that it did so. Trainable
-    weights come back from copies. Frozen ones, which may be many more, are not copied: where a model wrote to those,
-    all that it wrote stays as it left it, so that its notes fit.
-    """
-    attributes = [(module, _plain_attributes(module)) for module in model.modules()]
-    dicts = _contents([held for _, held in attributes])
-    frozen = [(parameter, parameter._version) for parameter in model.parameters() if not parameter.requires_grad]
-    trainable = [(p, p._version, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-    try:
-        model.train()  # so that models drop what they cached in eval mode
-        model.eval()
-        with _fresh_caches(model):
-            yield
-    finally:
-        if any(parameter._version != version for parameter, version in frozen):
-            for module, held in attributes:
-                module.training = bool(held["training"])
-        else:
-            with torch.no_grad():
-                for parameter, version, copy in trainable:
-                    if parameter._version != version:
-                        parameter.copy_(copy)
-            for module, held in attributes:
-                for name in _plain_attributes(module).keys() - held.keys():
-                    delattr(module, name)
-                vars(module).update(held)
-            _refill(dicts)
-
-
-@contextmanager
-def _fresh_caches(model: nn.Module) -> Iterator[None]:
-    """Each forward pass finds the modules' dicts as they are now.
-
-    LeViT keeps biases computed from its parameters in one, with a graph that the first backward pass frees.
-    """
-    dicts = _contents([_plain_attributes(module) for module in model.modules()])
-    hook = model.register_forward_pre_hook(lambda *call: _refill(dicts))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """All but parameters, buffers, submodules and hooks."""
-    registries = vars(nn.Module()).keys() - {"training"}
-    return {name: value for name, value in vars(module).items() if name not in registries}
-
-
-def _contents(attributes: Iterable[dict[str, Any]]) -> list[tuple[dict, dict]]:
-    """The dicts among the attributes, each with a copy of what it holds."""
-    return [(value, dict(value)) for held in attributes for value in held.values() if type(value) is dict]
-
-
-def _refill(contents: list[tuple[dict, dict]]) -> None:
-    for original, copy in contents:
-        original.clear()
-        original.update(copy)
 
 
 @contextmanager
@@ -129,16 +65,21 @@ def unpatched_forward(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def measuring(model: nn.Module, *, seed: int) -> Iterator[None]:
-    """Everything that a measurement needs held: RNG, eval mode, full precision, gradients on, nothing compiled.
+def measuring(model: nn.Module, *, seed: int, state: ModelState | None = None) -> Iterator[None]:
+    """Hold everything that a measurement needs: RNG, the model's state, full precision, gradients on, no compilation.
 
     Compiled, most backward passes can't be differentiated again. And hooks and modes of a measurement would make
     torch.compile compile anew, which counts against its limit: beyond that, training would go on uncompiled.
+
+    Args:
+        model: The model, which is in eval mode inside.
+        seed: Seed of the RNGs.
+        state: What of the model and of other objects comes back after; by default that of the model alone.
     """
     device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(seed))
-        stack.enter_context(eval_mode(model))
+        stack.enter_context((state or ModelState(model)).held())
         stack.enter_context(without_cache(model))
         stack.enter_context(unpatched_forward(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -166,10 +107,12 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Switches a model to eager attention, whose operations are all twice differentiable, and back."""
     configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
+    settle()
     try:
         model.set_attn_implementation("eager")
         yield
     finally:
+        settle()
         for config, implementation in before:
             config._attn_implementation = implementation
 
@@ -186,6 +129,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     """
     copies: dict[int, Tensor] = {}
     originals: list[tuple[nn.Module, str, Tensor]] = []
+    settle()
     cast_inputs = model.register_forward_pre_hook(
         lambda module, args, kwargs: (convert_to_fp32(args), convert_to_fp32(kwargs)), prepend=True, with_kwargs=True
     )
@@ -199,6 +143,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
                     setattr(module, name, copies.setdefault(id(tensor), _float32(tensor)))
         yield
     finally:
+        settle()
         for module, name, tensor in originals:
             setattr(module, name, tensor)
         cast_inputs.remove()

@@ -35,11 +35,11 @@ from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
+from hf_optimizability.model_state import eval_mode
 from hf_optimizability.objective import Objective
 from hf_optimizability.probe import probe_batches
 from hf_optimizability.safety import (
     eager_attention,
-    eval_mode,
     full_precision,
     preserved_rng,
     unpatched_forward,
@@ -161,15 +161,15 @@ def test_weights_that_the_model_changes_come_back_with_the_note_of_it():
     assert not model.rwkv.layers_are_rescaled and model.training
 
 
-def test_frozen_weights_that_the_model_changes_still_fit_the_note_of_it():
+def test_frozen_weights_that_the_model_changes_come_back_with_the_note_of_it():
     model, batch = rwkv()
     model.rwkv.requires_grad_(False)
     expected = model(**batch).logits
     with eval_mode(model):
         model(**batch, use_cache=False)
-    assert model.rwkv.layers_are_rescaled and model.training
+        assert model.rwkv.layers_are_rescaled
+    assert not model.rwkv.layers_are_rescaled and model.training
     assert torch.equal(model(**batch).logits, expected)
-    assert not model.rwkv.layers_are_rescaled
 
 
 @pytest.fixture

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A snapshot of the mutable state that can be reached from some objects, and how to put it back in place."""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+import sys
+from collections import OrderedDict, UserDict, UserList, deque
+from collections.abc import Callable, Iterable, Iterator, MutableSet
+from functools import partial
+from operator import is_
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from .snapshot_tensors import TensorValues
+
+
+LEFT_ALONE: tuple[type, ...] = (
+    type, ModuleType, logging.Logger, io.IOBase,
+    Dataset, DataLoader, Sampler, Optimizer, LRScheduler,
+    CallbackHandler, TrainerCallback, PreTrainedTokenizerBase, ProcessorMixin,
+)  # fmt: skip
+"""Objects that are not looked into (unless they are what a snapshot is taken of): a forward pass has no business with
+them, or they are too large, or others write to them meanwhile."""
+
+OTHERS_BUSINESS = {
+    "PIL", "accelerate", "aim", "clearml", "comet_ml", "datasets", "deepspeed", "hf_optimizability", "huggingface_hub",
+    "mlflow", "neptune", "numpy", "pandas", "pyarrow", "ray", "swanlab", "tensorboard", "tensorboardX", "tokenizers",
+    "torch", "tqdm", "trackio", "wandb", *sys.stdlib_module_names,
+}  # fmt: skip
+"""Packages whose objects are left alone likewise: they have threads, locks and connections of their own."""
+
+_ATOMS = {
+    type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size,
+}  # fmt: skip
+
+_HOOKS = {name for name, held in vars(nn.Module()).items() if "_hooks" in name and isinstance(held, dict)}
+"""Names of the registries of hooks in a module."""
+
+
+class Part(Protocol):
+    """One mutable object, as it was."""
+
+    def put_back(self) -> bool:
+        """Give the object its old content back; return whether that had changed."""
+
+
+class Snapshot:
+    """What some objects and all that can be reached from them hold, to be put back later.
+
+    Reached are the attributes of modules, configs and objects of user-defined classes, containers of any depth, what
+    functions hold in closures and defaults, tensors, arrays and random generators. Objects keep their identity: old
+    contents are written into them, so that whoever else holds them sees these too. Aliases and cycles are fine.
+
+    Objects of the types in `LEFT_ALONE` and of the packages in `OTHERS_BUSINESS` are not looked into, and what can't
+    be copied stays as it is (open files, locks, iterators).
+
+    Args:
+        roots: The objects, by name; the names begin the paths in messages.
+        whole: Tensors to copy whatever their size. Others are copied if they are small, or when they are about to be
+            written to under `watched_writes`; of large ones a digest is kept.
+        ignored: Tensors whose values may change.
+        registries: Whether submodules, parameters and hooks that are put in the place of others are put back as well.
+
+    Example:
+        >>> class Model(nn.Module):
+        ...     seen = None
+        >>> model = Model()
+        >>> model.seen, model.scale = [1], torch.ones(1)
+        >>> before = Snapshot({"model": model})
+        >>> model.seen.append(2); model.scale.mul_(3)
+        tensor([3.])
+        >>> before.put_back()
+        []
+        >>> model.seen, model.scale
+        ([1], tensor([1.]))
+    """
+
+    def __init__(
+        self,
+        roots: dict[str, object],
+        *,
+        whole: Iterable[Tensor] = (),
+        ignored: Iterable[Tensor] = (),
+        registries: bool = True,
+    ):
+        self._registries = registries
+        self._parts: list[Part] = []
+        self._seen: dict[int, object] = {id(tensor): tensor for tensor in ignored}  # which keeps their ids from reuse
+        self._waiting: list[tuple[object, str]] = []
+        self.tensors = TensorValues(whole)
+        for name, root in roots.items():
+            self._look_into(root, name, root=True)
+            while self._waiting:
+                self._look_into(*self._waiting.pop())
+        self.tensors.group()
+
+    def put_back(self) -> list[str]:
+        """Put everything back.
+
+        Returns:
+            The paths of large tensors that were changed unwatched, so that their values are lost.
+        """
+        for part in self._parts:
+            part.put_back()
+        return self.tensors.put_back()
+
+    def _look_into(self, value: Any, where: str, root: bool = False) -> None:
+        if type(value) in _ATOMS or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            self.tensors.add(value, where)
+        elif isinstance(value, (dict, list, deque, set, bytearray)):
+            self._add_container(value, where)
+        elif isinstance(value, (tuple, frozenset)):
+            self._wait((item, f"{where}[{index}]") for index, item in enumerate(value))
+        elif isinstance(value, nn.Module):
+            self._add_module(value, where)
+        elif (state := _state_of(value)) is not None:
+            self._parts.append(state)
+        elif isinstance(value, (FunctionType, MethodType, partial, CellType)):
+            self._add_function(value, where)
+        elif root or _has_own_state(value):
+            self._add_attributes(value, where)
+
+    def _wait(self, values: Iterable[tuple[object, str]]) -> None:
+        self._waiting.extend(pair for pair in values if type(pair[0]) not in _ATOMS)
+
+    def _add_container(self, value: Any, where: str) -> None:
+        self._parts.append(_Mapping(value) if isinstance(value, dict) else _Collection(value))
+        if not isinstance(value, bytearray):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            self._wait((item, f"{where}[{key!r}]") for key, item in items if type(item) not in _ATOMS)
+        self._add_attributes(value, where)
+
+    def _add_module(self, module: nn.Module, where: str) -> None:
+        held = vars(module)
+        own = [name for name in held if name not in _HOOKS and name not in ("_parameters", "_modules")]
+        self._parts.append(_Mapping(held))
+        self._wait((held[name], f"{where}.{name}") for name in own if name != "_buffers")
+        for name in ("_parameters", "_buffers", "_modules"):
+            members = held[name]
+            self._wait((member, f"{where}.{key}") for key, member in members.items())
+            if name == "_buffers" or self._registries:
+                self._parts.append(_Members(members))
+        for name in _HOOKS & held.keys():
+            self._wait((hook, f"{where}.{name}") for hook in held[name].values())
+            if self._registries:
+                self._parts.append(_Mapping(held[name]))
+
+    def _add_attributes(self, value: Any, where: str) -> None:
+        for name, slot in _slots(type(value)):
+            if (content := _slot_content(slot, value)) is not None:
+                self._parts.append(_Slot(slot, value, content))
+                self._wait([(content, f"{where}.{name}")])
+        try:
+            held = vars(value)
+        except TypeError:  # it has none
+            return
+        self._seen[id(held)] = held
+        self._parts.append(_Mapping(held))
+        self._wait((item, f"{where}.{name}") for name, item in held.items())
+
+    def _add_function(self, value: Any, where: str) -> None:
+        if isinstance(value, MethodType):
+            self._wait([(value.__self__, where), (value.__func__, where)])
+        elif isinstance(value, partial):
+            self._wait([(value.func, where), (value.args, where), (value.keywords, where)])
+        elif isinstance(value, CellType):
+            try:
+                content = value.cell_contents
+            except ValueError:  # not assigned yet
+                return
+            self._parts.append(_Cell(value, content))
+            self._wait([(content, where)])
+        elif _package(value) not in OTHERS_BUSINESS | {"transformers"}:
+            self._wait((cell, where) for cell in value.__closure__ or ())
+            self._wait((default, where) for default in value.__defaults__ or ())
+            self._wait([(value.__kwdefaults__, where)])
+            if vars(value):
+                self._add_attributes(value, where)
+
+
+def _package(value: Any) -> str:
+    return str(value.__module__).partition(".")[0]
+
+
+def _has_own_state(value: object) -> bool:
+    if isinstance(value, LEFT_ALONE):
+        return False
+    return isinstance(value, (SimpleNamespace, UserDict, UserList)) or _package(type(value)) not in OTHERS_BUSINESS
+
+
+def _slots(kind: type) -> Iterator[tuple[str, Any]]:
+    for base in kind.__mro__:
+        names = vars(base).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if name in vars(base) and _package(base) not in OTHERS_BUSINESS:
+                yield name, vars(base)[name]
+
+
+def _slot_content(slot: Any, value: object) -> Any:
+    try:
+        return slot.__get__(value)
+    except AttributeError:  # not assigned yet
+        return None
+
+
+def _state_of(value: Any) -> _State | _Array | None:
+    """How to keep what a generator or an array holds; `None` for other objects."""
+    if isinstance(value, Generator):
+        return _State(value.get_state().clone(), value.set_state)
+    if isinstance(value, np.random.Generator):
+        return _State(value.bit_generator.state, partial(setattr, value.bit_generator, "state"))
+    if isinstance(value, np.random.BitGenerator):
+        return _State(value.state, partial(setattr, value, "state"))
+    if isinstance(value, np.random.RandomState):
+        return _State(value.get_state(legacy=False), value.set_state)
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return _State(value.getstate(), value.setstate)
+    if isinstance(value, np.ndarray) and value.flags.writeable and not isinstance(value, np.memmap):
+        return _Array(value)
+    return None
+
+
+class _Mapping:
+    """A dict, or the attributes of an object."""
+
+    def __init__(self, held: dict[Any, Any]):
+        self._held = held
+        self._keys, self._values = list(held), list(held.values())
+
+    def put_back(self) -> bool:
+        held = self._held
+        if len(held) == len(self._keys) and all(map(is_, held.values(), self._values)) and list(held) == self._keys:
+            return False
+        kind: Any = OrderedDict if isinstance(held, OrderedDict) else dict
+        for key in held.keys() - set(self._keys):
+            kind.__delitem__(held, key)
+        for key, value in zip(self._keys, self._values, strict=True):
+            kind.__setitem__(held, key, value)
+        if list(held) != self._keys:  # in another order
+            kind.clear(held)
+            kind.update(held, zip(self._keys, self._values, strict=True))
+        return True
+
+
+class _Members(_Mapping):
+    """The parameters, buffers or submodules of a module; where FSDP swaps shards and whole parameters, it may."""
+
+    def put_back(self) -> bool:
+        if any(isinstance(value, DTensor) for value in (*self._held.values(), *self._values)):
+            return False
+        return super().put_back()
+
+
+class _Collection:
+    """A list, a deque, a set or a bytearray."""
+
+    def __init__(self, held: Any):
+        self._held = held
+        self._items = list(held)
+
+    def put_back(self) -> bool:
+        held, items = self._held, self._items
+        if isinstance(held, MutableSet):
+            same = len(held) == len(items) and all(item in held for item in items)
+        else:
+            same = len(held) == len(items) and all(map(is_, held, items))
+        if not same:
+            kind: Any = next(base for base in (list, deque, set, bytearray) if isinstance(held, base))
+            kind.clear(held)
+            (kind.update if kind is set else kind.extend)(held, items)
+        return not same
+
+
+class _Cell:
+    """A variable of a closure."""
+
+    def __init__(self, cell: CellType, content: object):
+        self._cell = cell
+        self._content = content
+
+    def put_back(self) -> bool:
+        changed = self._cell.cell_contents is not self._content
+        if changed:
+            self._cell.cell_contents = self._content
+        return changed
+
+
+class _Slot:
+    """An attribute of an object without `__dict__`."""
+
+    def __init__(self, slot: Any, owner: object, content: object):
+        self._slot = slot
+        self._owner = owner
+        self._content = content
+
+    def put_back(self) -> bool:
+        changed = _slot_content(self._slot, self._owner) is not self._content
+        if changed:
+            self._slot.__set__(self._owner, self._content)
+        return changed
+
+
+class _State:
+    """The state of a random generator."""
+
+    def __init__(self, state: Any, restore: Callable[[Any], object]):
+        self._state = state
+        self._restore = restore
+
+    def put_back(self) -> bool:
+        self._restore(self._state)
+        return False
+
+
+class _Array:
+    """A NumPy array."""
+
+    def __init__(self, array: np.ndarray):
+        self._array = array
+        self._copy = array.copy()
+
+    def put_back(self) -> bool:
+        np.copyto(self._array, self._copy)
+        return True

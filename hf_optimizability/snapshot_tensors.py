@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of tensors, kept at little price: small ones are copied, large ones when they are about to be written to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+SMALL = 2**20
+"""Bytes of the largest tensor that is copied at once."""
+
+_ROWS = 1024
+"""Sums in the digest of a large tensor."""
+
+
+class TensorValue:
+    """The value of one tensor.
+
+    Attributes:
+        tensor: The tensor itself.
+        where: Its path, for messages.
+        memory: Where its entries are, whatever is put in their place by `.data`.
+        copy: Its entries; `None` of a large tensor that was not written to under `watched_writes`.
+    """
+
+    def __init__(self, tensor: Tensor, where: str, *, whole: bool):
+        self.tensor = tensor
+        self.where = where
+        self.memory = tensor.detach()
+        self.copy: Tensor | None = None
+        self.plain = (
+            type(tensor) in (Tensor, nn.Parameter)
+            and tensor.layout is torch.strided
+            and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        )
+        self._version = tensor._version
+        self._digest: Tensor | None = None
+        if whole or tensor.numel() * tensor.itemsize <= SMALL:
+            self.keep()
+        elif self.plain:
+            self._digest = digest(self.memory)
+
+    def keep(self) -> None:
+        """Copy the entries, if there is no copy yet."""
+        if self.copy is None:
+            self.copy = self.memory.clone()
+
+    def moved(self) -> bool:
+        """Return whether `.data` was assigned: there is other memory under the tensor."""
+        if not self.plain:
+            return False
+        now, then = self.tensor, self.memory
+        return now.data_ptr() != then.data_ptr() or now.shape != then.shape or now.dtype != then.dtype
+
+    def written(self) -> bool:
+        """Return whether the entries are no longer the same, to the bit."""
+        if not self.plain:
+            return self.tensor._version != self._version
+        if self.copy is not None:
+            return not torch.equal(as_bytes(self.memory), as_bytes(self.copy))
+        return self._digest is not None and not torch.equal(digest(self.memory), self._digest)
+
+    def put_back(self) -> bool:
+        """Put memory and entries back; return whether that was possible."""
+        if self.moved():
+            self.tensor.data = self.memory
+        if self.written():
+            if self.copy is None:
+                return False
+            with torch.no_grad():
+                self.tensor.copy_(self.copy)
+            self._version = self.tensor._version
+        return True
+
+
+class TensorValues:
+    """The values of many tensors.
+
+    Args:
+        whole: Tensors to copy whatever their size.
+    """
+
+    def __init__(self, whole: Iterable[Tensor]):
+        self._whole = {id(tensor) for tensor in whole}
+        self._values: list[TensorValue] = []
+        self._single: list[TensorValue] = []
+        self._groups: list[_Group] = []
+
+    def add(self, tensor: Tensor, where: str) -> None:
+        """Keep the value of a tensor; not of one without entries, or that can't be written to."""
+        if not (tensor.is_meta or tensor.is_inference()) and tensor.numel():
+            self._values.append(TensorValue(tensor, where, whole=id(tensor) in self._whole))
+
+    def group(self) -> None:
+        """Lay small tensors together, so that all of a device are compared at once."""
+
+        def device(value: TensorValue) -> str:
+            return str(value.tensor.device)
+
+        small = [value for value in self._values if _can_be_grouped(value)]
+        grouped = {id(value) for value in small}
+        self._single = [value for value in self._values if id(value) not in grouped]
+        self._groups = [_Group(list(values)) for _, values in groupby(sorted(small, key=device), device)]
+
+    def put_back(self) -> list[str]:
+        """Put the values back; return the paths of those that are lost."""
+        suspects = self._single + [value for group in self._groups for value in group.suspects()]
+        return [value.where for value in suspects if not value.put_back()]
+
+    def unkept(self) -> Iterator[tuple[int, TensorValue]]:
+        """Yield the tensors without a copy, each with the place of its storage in memory."""
+        for value in self._values:
+            if value.copy is None and value.plain:
+                yield value.memory.untyped_storage().data_ptr(), value
+
+
+class _Group:
+    """Small tensors of one device, and a copy of them all."""
+
+    def __init__(self, values: list[TensorValue]):
+        self._values = values
+        self._bytes = [as_bytes(value.memory) for value in values]
+        self._copy = torch.cat(self._bytes)
+
+    def suspects(self) -> list[TensorValue]:
+        """Return the tensors that may have changed: all of them, or those that have other memory."""
+        if torch.equal(torch.cat(self._bytes), self._copy):
+            return [value for value in self._values if value.moved()]
+        return self._values
+
+
+def _can_be_grouped(value: TensorValue) -> bool:
+    return value.plain and value.memory.is_contiguous() and value.memory.numel() * value.memory.itemsize <= SMALL
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, in its own memory where it is contiguous."""
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """Return sums of the bits of a tensor: it is not changed by chance without changing these.
+
+    Example:
+        >>> digest(torch.zeros(3)), digest(torch.tensor([0.0, 0.0, -0.0]))
+        (tensor([0]), tensor([2147483648]))
+    """
+    pieces = as_bytes(tensor)
+    if pieces.storage_offset() % 8:
+        pieces = pieces.clone()
+    words = len(pieces) // 8
+    long = pieces[: words * 8].view(torch.int64)
+    rows = long[: words - words % _ROWS].view(_ROWS, -1).sum(1) if words >= _ROWS else long[:0]
+    rest = long[words - words % _ROWS :] if words >= _ROWS else long
+    tail = torch.zeros(8, dtype=torch.uint8, device=pieces.device)
+    tail[: len(pieces) - words * 8] = pieces[words * 8 :]
+    return torch.cat([rows, rest.sum()[None] + tail.view(torch.int64)])
+
+
+def watched_writes(values: Iterable[TensorValues]) -> AbstractContextManager[Any]:
+    """Copy each large tensor before an operation inside writes to it, through whatever alias."""
+    watched: dict[int, list[TensorValue]] = {}
+    for held in values:
+        for storage, value in held.unkept():
+            watched.setdefault(storage, []).append(value)
+    return _Watch(watched) if watched else nullcontext()
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, watched: Mapping[int, list[TensorValue]]):
+        super().__init__()
+        self._watched = watched
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for tensor in _written(func._schema, args, kwargs):
+                for value in self._watched.get(tensor.untyped_storage().data_ptr(), ()):
+                    value.keep()
+        return func(*args, **kwargs)
+
+
+def _written(schema: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            for leaf in tree_leaves(given):
+                if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor) and leaf.layout is torch.strided:
+                    yield leaf
