@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from .measurement import MeasurementError
@@ -223,6 +222,8 @@ def _name_of(other: object) -> str:
 @contextmanager
 def _silent(other: object) -> Iterator[None]:
     """Let what a Trainer logs go nowhere; which other Trainers of its class do not notice."""
+    from transformers import Trainer  # which loads data sets and more: not for `measure` alone
+
     if not isinstance(other, Trainer):
         yield
         return
