@@ -26,10 +26,11 @@ from .history import record, restore, without_records
 from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure, SeveralTasks, TaskMeasurement
+from .memory import out_of_memory
 from .objective import Objective, trainer_loss
 from .parallel import RankLostError, training_ranks
 from .privacy import anonymous, in_strings, without_secrets
-from .probe import probe_batches, probe_batches_by_task
+from .probe import dataset_of, probe_batches, probe_batches_by_task, tensors_in
 from .report import OptimizabilityReport
 from .safety import pretrained
 from .schedule import affordable
@@ -66,7 +67,10 @@ class OptimizabilityCallback(TrainerCallback):
         []
     """
 
-    _objective: Objective  # all are set when training begins
+    _model: nn.Module  # all are set when training begins
+    _ranks: Ranks
+    _probe_set: tuple[list[Any], list[str] | None] | None
+    _objective: Objective | None
     _optimizer: Optimizer | None
     _folder: Path
     _clock: Clock
@@ -89,63 +93,111 @@ class OptimizabilityCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Draws the probe set, checks everything that can be wrong, and makes the first measurement.
+        """Check the configuration, draw the probe set, and make the first measurement.
 
-        A run that goes on from a checkpoint takes up what was measured before.
+        A run that resumes from a checkpoint takes up what was measured before.
 
         Raises:
-            ValueError: If the data, the model, the blocks or the report's folder can't work, or the model is spread
-                over devices in a way that can't be measured under.
+            ValueError: If the blocks, the task column, the number of probe examples or the report's folder can't work,
+                or the model is spread over devices in a way that can't be measured under.
         """
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         require_supported(model, args)
         if limits := deepspeed_limits(args):
             logger.warning_once(limits)
-        ranks = training_ranks(next(model.parameters()).device)
+        self._require_blocks(model)
+        self._model, self._ranks = model, training_ranks(next(model.parameters()).device)
         history = restore(state, config=provenance.describe_config(self.config))
         self._clock = Clock(trained=history.train_seconds, measured=history.measured_seconds)
         self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
-        with ranks.agreed():
+        with self._ranks.agreed():
             if state.is_world_process_zero:
                 require_writable(self._folder, "report_dir")
                 if not history.steps and (earlier := keep_aside(self._folder / "report.json")):
                     logger.info(f"The report of an earlier run is now {earlier}.")
-        trainer = self._trainer
-        batches, tasks = self._probe(loader, loader.dataset if trainer is None else trainer.train_dataset, ranks)
-        loss_fn = None if trainer is None else trainer_loss(trainer)
+        trainer, dataset = self._trainer, dataset_of(loader)
         eval_dataset = None if trainer is None or isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
-        self._objective = Objective(model, batches, loss_fn=loss_fn, tasks=tasks).shared(ranks)
         self._optimizer = _readable(kwargs["optimizer"])
-        block_indices(self._objective.names, self.config)
-        self._check()
         self.report = OptimizabilityReport(
             model=provenance.describe_model(model),
-            task=provenance.describe_task(model, own_loss=loss_fn is None),
-            data=provenance.describe_data(loader.dataset, eval_dataset, batches, model),
+            task=provenance.describe_task(model, own_loss=trainer is None),
+            data=provenance.describe_data(dataset, eval_dataset),
             training=provenance.describe_training(args, kwargs["optimizer"], state.max_steps),
             config=provenance.describe_config(self.config),
             versions=provenance.library_versions(),
             measurements=history.measurements,
             failures=history.failures,
         )
-        if trainer is not None:
-            self._guarded("finding the scale of the loss", lambda: self._find_loss_scale(trainer, model))
+        self._objective, self._probe_set = None, None
+        self._draw(loader, dataset if trainer is None else trainer.train_dataset, state)
         if not history.steps or self._ends_an_epoch(state):
             self._measure(args, state, control)
         self._clock.go_on()
 
-    def _probe(self, loader: DataLoader, rows: Dataset | None, ranks: Ranks) -> tuple[list[Any], list[str] | None]:
-        """The probe set in batches, and the task of each where tasks are told apart."""
+    def _require_blocks(self, model: nn.Module) -> None:
+        """Raise if `blocks` fits no trainable parameter; if there is none at all, that is for training to meet."""
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if names:
+            block_indices(names, self.config)
+
+    def _draw(self, loader: DataLoader, rows: Dataset | None, state: TrainerState) -> None:
+        """Draw the probe set and try the loss on it; what can't be drawn is a warning and a recorded failure.
+
+        Raises:
+            ValueError: If the configuration asks for examples or a column that the data set does not have.
+        """
+        try:
+            self._probe_set = self._probe(loader, rows)
+            objective = self._present_objective()  # raises no ValueError
+        except (ValueError, RankLostError):
+            raise
+        except Exception as error:
+            self._clock.measured.append(0.0)
+            self._record_failure(error, state.global_step, state)
+            return
+        if self._trainer is not None:
+            trainer = self._trainer
+            self._guarded("finding the scale of the loss", lambda: self._find_loss_scale(trainer, objective))
+
+    def _probe(self, loader: DataLoader, rows: Dataset | None) -> tuple[list[Any], list[str] | None]:
+        """Return the probe set in batches, and the task of each where there are several."""
         drawn: dict[str, Any] = {
             "examples": self.config.budget.probe_examples,
             "batch_size": self.config.probe_batch_size,
             "seed": self.config.probe_seed,
             "required": self.config.probe_examples is not None,
-            "ranks": ranks,
+            "ranks": self._ranks,
         }
         if self.config.task_column is None:
             return probe_batches(loader, **drawn), None
         return probe_batches_by_task(loader, rows, self.config.task_column, **drawn)
+
+    def _present_objective(self) -> Objective:
+        """Return the loss on the probe set, once it is known to be one.
+
+        Raises:
+            MeasurementError: If the probe set can't be counted, or has no loss with a gradient.
+        """
+        if self._objective is None:
+            assert self._probe_set is not None
+            batches, tasks = self._probe_set
+            with self._ranks.agreed():
+                self._objective = self._tried_objective(batches, tasks)
+        return self._objective
+
+    def _tried_objective(self, batches: list[Any], tasks: list[str] | None) -> Objective:
+        loss_fn = None if self._trainer is None else trainer_loss(self._trainer)
+        try:
+            objective = Objective(self._model, batches, loss_fn=loss_fn, tasks=tasks).shared(self._ranks)
+            self.report.data |= provenance.describe_probe_set(batches, self._model)
+            try:
+                objective.check(seed=self.config.probe_seed)
+            except Exception as error:
+                if not out_of_memory(error):  # for that, a measurement cuts the batches into smaller ones
+                    raise
+        except Exception as error:
+            raise _no_loss(error, batches, own_loss=loss_fn is None) from error
+        return objective
 
     def _ends_an_epoch(self, state: TrainerState) -> bool:
         """Whether a checkpoint at the end of an epoch, from which a run goes on, was made before `on_epoch_end`."""
@@ -165,7 +217,7 @@ class OptimizabilityCallback(TrainerCallback):
             return state.global_step % self.config.measure_steps == 0
         if self.config.measure_strategy != "auto" or not self.report.measurements:
             return False
-        ranks = self._objective.ranks
+        ranks = self._ranks
         if ranks.number > 1 and state.global_step % math.ceil(state.max_steps / _DECISIONS):
             return False
         due = affordable(
@@ -195,7 +247,7 @@ class OptimizabilityCallback(TrainerCallback):
         if trainer is not None:
             from .generalization import measure_gap, measure_task_gaps
 
-            ranks = self._objective.ranks
+            ranks = self._ranks
 
             def measured_gap() -> dict[str, float]:
                 with ranks.agreed():
@@ -214,15 +266,6 @@ class OptimizabilityCallback(TrainerCallback):
         several = next((m.several for m in self.report.measurements if m.step == step), None)
         return {} if several is None else several.tasks
 
-    def _check(self) -> None:
-        """Raises on wrong arguments; anything else is for the first measurement to meet and to record."""
-        try:
-            self._objective.check(seed=self.config.probe_seed)
-        except ValueError:
-            raise
-        except Exception as error:
-            logger.debug(f"The loss can't be tried: {error}")
-
     def _measure(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, step: int | None = None
     ) -> None:
@@ -237,11 +280,13 @@ class OptimizabilityCallback(TrainerCallback):
         step = state.global_step if step is None else step
         if step in [m.step for m in self.report.measurements] + [f.step for f in self.report.failures]:
             return
+        if self._probe_set is None:
+            return
         hidden = args.disable_tqdm or not state.is_world_process_zero
         try:
             with self._clock.paused(), measuring_bar(self.config, disable=hidden) as bar:
                 measurement, self._objective = measure_objective(
-                    self._objective,
+                    self._present_objective(),
                     self.config,
                     optimizer=self._optimizer,
                     step=step,
@@ -275,12 +320,12 @@ class OptimizabilityCallback(TrainerCallback):
     def _record(self, found: Measurement | MeasurementFailure, state: TrainerState) -> None:
         record(state, found, config=self.report.config, clock=self._clock)
 
-    def _find_loss_scale(self, trainer: Trainer, model: nn.Module) -> None:
+    def _find_loss_scale(self, trainer: Trainer, objective: Objective) -> None:
         """Records by what factor the Trainer's loss is off the mean, and says so once."""
-        factor = loss_scale(trainer, self._objective.whole().batches[0], seed=self.config.probe_seed)
+        factor = loss_scale(trainer, objective.whole().batches[0], seed=self.config.probe_seed)
         self.report.training["loss_scale"] = factor
         if factor != 1:
-            logger.warning_once(explanation(class_name(pretrained(model) or model), factor))
+            logger.warning_once(explanation(class_name(pretrained(self._model) or self._model), factor))
 
     def _log(self, logs: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         if self._trainer is None:
@@ -315,6 +360,28 @@ class OptimizabilityCallback(TrainerCallback):
         except Exception as error:
             reason = without_secrets(f"{type(error).__name__}: {error}")
             logger.warning(f"Failed at {what}: {reason}. Training goes on.")
+
+
+def _no_loss(error: Exception, batches: list[Any], *, own_loss: bool) -> MeasurementError:
+    """Return why there is no loss on the probe set, and what to do about it."""
+    reason = str(error) if isinstance(error, (ValueError, MeasurementError)) else f"{type(error).__name__}: {error}"
+    if not any(list(tensors_in(batch)) for batch in batches):
+        return MeasurementError(
+            f"The collator's batches hold no tensors, and there is no loss on them ({reason}): what the loss is "
+            "computed from is made while training (completions, in GRPO and other online methods).",
+            "Measure with `hf_optimizability.measure`, on batches as the loss takes them.",
+        )
+    if own_loss:
+        return MeasurementError(
+            f"The model gives no loss that can be measured: {reason}",
+            "If the loss is the Trainer's (`compute_loss`, `compute_loss_func`), pass "
+            "`OptimizabilityCallback(config, trainer=trainer)`, call its `set_trainer`, or put "
+            "`OptimizabilityTrainerMixin` before the Trainer's class.",
+        )
+    return MeasurementError(
+        f"The Trainer's loss can't be computed on the probe set: {reason}",
+        "Check that `trainer.compute_loss(model, batch)` gives a scalar with a gradient in eval mode.",
+    )
 
 
 def _readable(optimizer: Optimizer) -> Optimizer | None:

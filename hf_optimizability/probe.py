@@ -4,24 +4,40 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from transformers.utils import logging
 
 from .curvature.ranks import ALONE, Ranks
+from .measurement import MeasurementError
+from .objective import batch_size as examples_in
+from .privacy import without_secrets
 from .safety import preserved_rng
 from .task_split import require_several, smaller_batches, tasks_of_rows
 
 
+logger = logging.get_logger(__name__)
+
 LEAST_EXAMPLES = 2
 
 
-def num_examples(dataset: Dataset) -> int | None:
+def dataset_of(dataloader: Any) -> Dataset | None:
+    """Return a loader's data set, of all ranks; `None` where the loader is an iterable of batches without one."""
+    try:
+        dataset = dataloader.dataset
+    except AttributeError:
+        return None
+    return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
+
+
+def num_examples(dataset: Dataset | None) -> int | None:
     """Size of a data set; `None` if it is streamed."""
     return len(dataset) if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) else None
 
@@ -41,12 +57,15 @@ def probe_batches(
     required: bool = False,
     ranks: Ranks = ALONE,
 ) -> list[Any]:
-    """Draws the probe set from a data loader's data set, without running the loader.
+    """Draw the probe set from a data loader's data set, without running the loader.
+
+    Rows are drawn at random. A batch sampler other than torch's own decides which rows may share a batch, so its first
+    batches are taken; of a stream the first rows; and where the items of the data set are whole batches, such items.
 
     Args:
-        dataloader: Its data set and collator are used.
-        examples: How many examples to draw. Of a streamed data set, the first ones are taken.
-        batch_size: Examples to collate at a time.
+        dataloader: Its data set, collator and batch sampler are used.
+        examples: How many examples to draw; somewhat more where whole batches are drawn.
+        batch_size: Examples to collate at a time. Where the collator refuses that, as many as training does.
         seed: Seed of the draw, and of whatever augmentation or masking does to the examples.
         required: Whether fewer examples are an error; otherwise all there are are taken.
         ranks: Processes that train together: the first one draws for all.
@@ -55,7 +74,8 @@ def probe_batches(
         The collated batches, on the CPU.
 
     Raises:
-        ValueError: If the data set is empty or too small, or can be read only once.
+        ValueError: If fewer examples are there than are required.
+        MeasurementError: If no probe set can be drawn; it says what to do.
     """
     return [batch for batch, _ in _drawn_for_all(dataloader, examples, batch_size, seed, required, None, ranks)]
 
@@ -71,7 +91,7 @@ def probe_batches_by_task(
     required: bool = False,
     ranks: Ranks = ALONE,
 ) -> tuple[list[Any], list[str]]:
-    """Draws the same probe set, and collates the examples of each task by themselves.
+    """Draw the same probe set, and collate the examples of each task by themselves.
 
     Args:
         dataloader: As above.
@@ -87,9 +107,10 @@ def probe_batches_by_task(
         The collated batches, on the CPU, and the task of each.
 
     Raises:
-        ValueError: As above; if there is no such column; if it tells one task only, or too many.
+        ValueError: As above; if there is no such column; if it names one task only, or too many.
+        MeasurementError: As above.
     """
-    total = num_examples(_undealt(dataloader))
+    total = num_examples(dataset_of(dataloader))
 
     def split(indices: list[int]) -> list[tuple[str, list[int]]]:
         task = tasks_of_rows(rows, column, rows=total)
@@ -116,55 +137,189 @@ def _drawn_for_all(
     ranks: Ranks,
 ) -> list[tuple[Any, str]]:
     with ranks.agreed():
-        found = _drawn(dataloader, examples, batch_size, seed, required, split) if ranks.index == 0 else []
+        found = []
+        if ranks.index == 0:
+            with preserved_rng(seed):
+                found = _drawn(dataloader, examples, batch_size, seed, required, split)
     return ranks.gather(found)
-
-
-def _undealt(dataloader: DataLoader) -> Dataset:
-    """A loader's data set, of all ranks."""
-    dataset = dataloader.dataset
-    return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
 
 
 def _drawn(
     dataloader: DataLoader, examples: int, batch_size: int, seed: int, required: bool, split: Split | None
 ) -> list[tuple[Any, str]]:
-    dataset = _undealt(dataloader)
-    with preserved_rng(seed):
-        total, indices = num_examples(dataset), list(range(examples))
-        if total is None:
-            stream = cast(IterableDataset, dataset)
-            if iter(stream) is iter(stream):
-                raise ValueError(
-                    "The training set is a stream that can be read once only: measuring would take its first examples "
-                    "away from training. Pass one whose `__iter__` begins anew, as `datasets.IterableDataset` does."
-                )
-            rows = list(islice(stream, examples))
-        else:
-            indices = probe_indices(total, examples, seed=seed)
-            rows = [dataset[index] for index in indices]
-        if len(rows) < (examples if required else LEAST_EXAMPLES):
-            least = f"`probe_examples` is {examples}" if required else f"a probe set needs at least {LEAST_EXAMPLES}"
-            raise ValueError(
-                f"The data set to measure on has only {len(rows)} examples, but {least}. "
-                "Pass a larger training set, or lower `probe_examples`."
+    dataset = dataset_of(dataloader)
+    total = num_examples(dataset)
+    whole = _whole_batches(dataloader, dataset, total, seed, by_task=split is not None)
+    if whole is not None:
+        return [(batch, "") for batch in _enough(whole, examples, required)]
+    if total is None:
+        rows = _first_rows(dataset, examples)
+        indices = list(range(len(rows)))
+        _require_enough(len(rows), examples, required)
+    else:
+        _require_enough(min(total, examples), examples, required)
+        indices, rows = _readable_rows(dataset, probe_indices(total, examples, seed=seed))
+    found = []
+    for task, places in [("", list(range(len(rows))))] if split is None else split(indices):
+        size = batch_size if split is None else smaller_batches(len(places), batch_size)
+        found += [(batch, task) for batch in _collated(dataloader, [rows[place] for place in places], size)]
+    return found
+
+
+def _whole_batches(
+    dataloader: DataLoader, dataset: Any, total: int | None, seed: int, *, by_task: bool
+) -> Iterator[Any] | None:
+    """Return the batches, one by one, where they are not made of any rows: `None` where they are."""
+    if dataset is None:
+        return iter(dataloader)
+    collate = dataloader.collate_fn
+    if total is None:
+        return map(collate, dataset) if dataloader.batch_size is None else None
+    if dataloader.batch_sampler is not None:
+        sampler: Any = dataloader.batch_sampler
+        sampler = sampler.batch_sampler if isinstance(sampler, BatchSamplerShard) else sampler
+        if type(sampler) is BatchSampler or by_task:
+            return None
+        return (collate([dataset[index] for index in indices]) for indices in sampler)
+    if by_task:
+        raise ValueError(
+            "The items of the training set are whole batches; `task_column` needs rows. Leave it unset, or collate "
+            "rows in the data loader."
+        )
+    return (collate(dataset[index]) for index in _item_indices(dataloader.sampler, total, seed))
+
+
+def _item_indices(sampler: Iterable[Any], total: int, seed: int) -> Iterable[Any]:
+    """Return what to index a data set of whole batches with: the sampler's lists of rows, or any of the items."""
+    if isinstance(next(iter(sampler), None), (list, tuple)):
+        return sampler
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _enough(batches: Iterator[Any], examples: int, required: bool) -> list[Any]:
+    """Return as many batches as hold the examples."""
+    found: list[Any] = []
+    number = 0
+    with _explained("The training set gave no batches", "Check its items, its collator and its batch sampler."):
+        while number < examples and len(found) < examples:
+            batch = next(batches, None)
+            if batch is None:
+                break
+            found.append(batch)
+            number += examples_in(batch)
+    _require_enough(number, examples, required)
+    return found
+
+
+def _first_rows(stream: Any, number: int) -> list[Any]:
+    with _explained("The training set can't be read", "Check its first rows."):
+        if iter(stream) is iter(stream):
+            raise MeasurementError(
+                "The training set is a stream that can be read once only: measuring would take its first examples "
+                "away from training.",
+                "Pass one whose `__iter__` starts from the beginning, as `datasets.IterableDataset` does.",
             )
-        groups = [("", list(range(len(rows))))] if split is None else split(indices)
-        found = []
-        for task, places in groups:
-            size = batch_size if split is None else smaller_batches(len(places), batch_size)
-            for start in range(0, len(places), size):
-                found.append((dataloader.collate_fn([rows[place] for place in places[start : start + size]]), task))
-        return found
+        return list(islice(stream, number))
+
+
+def _readable_rows(dataset: Any, indices: Sequence[int]) -> tuple[list[int], list[Any]]:
+    """Return the rows that can be read, and their indices: training may never meet the others."""
+    rows: dict[int, Any] = {}
+    failures: list[Exception] = []
+    for index in indices:
+        try:
+            rows[index] = dataset[index]
+        except Exception as error:
+            failures.append(error)
+    if failures and len(rows) < LEAST_EXAMPLES:
+        raise MeasurementError(
+            f"The training set's rows can't be read: {_said(failures[0])}.",
+            "Check `train_dataset[0]`, or whether its rows are taken by lists of indices alone.",
+        ) from failures[0]
+    if failures:
+        logger.warning_once(
+            f"{len(failures)} of {len(indices)} rows drawn for the probe set can't be read and are left out; the "
+            f"first one: {without_secrets(_said(failures[0]))}."
+        )
+    return list(rows), list(rows.values())
+
+
+def _collated(dataloader: DataLoader, rows: list[Any], size: int) -> list[Any]:
+    """Return the rows in batches of `size`, or of training's size where the collator takes no others."""
+
+    def batches(size: int) -> list[Any]:
+        return [dataloader.collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    sampler = dataloader.batch_sampler
+    training_size = sampler.batch_size if isinstance(sampler, BatchSampler) else dataloader.batch_size or size
+    try:
+        return batches(size)
+    except Exception:
+        if training_size >= min(size, len(rows)):
+            with _refused_rows():
+                raise
+    with _refused_rows():
+        return batches(training_size)
+
+
+def _require_enough(number: int, examples: int, required: bool) -> None:
+    """Raise if there are too few examples."""
+    if required and number < examples:
+        raise ValueError(
+            f"The data set to measure on has only {number} examples, but `probe_examples` is {examples}. Pass a "
+            "larger training set, or lower `probe_examples`."
+        )
+    if number < LEAST_EXAMPLES:
+        raise MeasurementError(
+            f"The data set to measure on has only {number} examples, but a probe set needs at least {LEAST_EXAMPLES}.",
+            "Pass a larger training set.",
+        )
+
+
+def _refused_rows() -> AbstractContextManager[None]:
+    return _explained(
+        "The collator refused rows drawn at random",
+        "If only some rows may share a batch, pass a batch sampler that says which to the data loader.",
+    )
+
+
+@contextmanager
+def _explained(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever the user's data set, sampler or collator raises into a measurement that can't be made."""
+    try:
+        yield
+    except MeasurementError:
+        raise
+    except Exception as error:
+        raise MeasurementError(f"{what}: {_said(error)}.", remedy) from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def fingerprint(batches: Iterable[Any]) -> str:
     """SHA-256 (first 16 hex digits) of all tensors of all batches: the same probe set, the same fingerprint."""
     digest = hashlib.sha256()
     for batch in batches:
-        items = sorted(batch.items()) if isinstance(batch, Mapping) else enumerate(batch)
-        for name, value in items:
-            if isinstance(value, Tensor):
-                digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors_in(batch):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the dense tensors in nested containers, or what others consist of, by name, in one order."""
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from tensors_in(value[key], f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from tensors_in(item, f"{name}.{index}" if name else str(index))
+    elif isinstance(value, Tensor) and value.is_nested:
+        yield from tensors_in(list(value.unbind()), name)
+    elif isinstance(value, Tensor) and value.layout is torch.sparse_coo:
+        yield from tensors_in([value.coalesce().indices(), value.coalesce().values()], name)
+    elif isinstance(value, Tensor):
+        yield name, value if value.layout is torch.strided else value.to_dense()

@@ -65,14 +65,18 @@ def describe_task(model: nn.Module, *, own_loss: bool) -> dict[str, str]:
     return {"task": task, "loss": "the model's own" if own_loss else "the Trainer's"}
 
 
-def describe_data(
-    train_dataset: Dataset, eval_dataset: Dataset | None, batches: list[Any], model: nn.Module
-) -> dict[str, Any]:
-    """Name and sizes of the data (`None`: streamed or absent), size and fingerprint of the probe set."""
+def describe_data(train_dataset: Dataset | None, eval_dataset: Dataset | None) -> dict[str, Any]:
+    """Name and sizes of the data (`None`: streamed or absent)."""
     return {
         "dataset": _dataset_name(train_dataset),
         "train_examples": num_examples(train_dataset),
-        "eval_examples": None if eval_dataset is None else num_examples(eval_dataset),
+        "eval_examples": num_examples(eval_dataset),
+    }
+
+
+def describe_probe_set(batches: list[Any], model: nn.Module) -> dict[str, Any]:
+    """Size and fingerprint of the probe set."""
+    return {
         "probe_examples": sum(batch_size(batch) for batch in batches),
         "probe_items": sum(count_items(model, batch) for batch in batches),
         "probe_batches": len(batches),
@@ -80,7 +84,7 @@ def describe_data(
     }
 
 
-def _dataset_name(dataset: Dataset) -> str:
+def _dataset_name(dataset: Dataset | None) -> str:
     """What `load_dataset` called it; nothing for data sets from elsewhere."""
     import datasets
 

@@ -258,7 +258,7 @@ def _report(trainer: Trainer, scores: Scores, config: OptimizabilityConfig) -> O
     return OptimizabilityReport(
         model=provenance.describe_model(model),
         task=provenance.describe_task(model, own_loss=False),
-        data=provenance.describe_data(train, evaluation, [], model),
+        data=provenance.describe_data(train, evaluation) | provenance.describe_probe_set([], model),
         training=provenance.describe_training(trainer.args, optimizer, state.max_steps),
         versions=provenance.library_versions(),
         log_history=log,

@@ -45,7 +45,7 @@ def single_report(trainer: Trainer, measured: dict[str, Any], measurement: Measu
     return OptimizabilityReport(
         model=provenance.describe_model(model),
         task=provenance.describe_task(model, own_loss=False),
-        data=provenance.describe_data(train, validation, batches, model),
+        data=provenance.describe_data(train, validation) | provenance.describe_probe_set(batches, model),
         config=provenance.describe_config(measured["config"]),
         versions=provenance.library_versions(),
         measurements=[measurement],

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever can't be drawn, counted or computed is one warning and a recorded failure; training ends as without."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training
+from test_hands_off import assert_equal, run
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_optimizability import (
+    OptimizabilityCallback,
+    OptimizabilityConfig,
+    OptimizabilityReport,
+    OptimizabilityTrainerMixin,
+)
+
+
+CONFIG = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}
+IN_ORDER = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
+HAND_OVER = "OptimizabilityCallback(config, trainer=trainer)"
+
+
+class NetConfig(PreTrainedConfig):
+    model_type = "net"
+
+
+class Net(PreTrainedModel):
+    """Four features to three classes."""
+
+    config_class = NetConfig
+    main_input_name = "x"
+
+    def __init__(self) -> None:
+        super().__init__(NetConfig())
+        torch.manual_seed(0)
+        self.hidden, self.classifier = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.tanh(self.hidden(x)))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        logits = self.logits(x)
+        return SequenceClassifierOutput(
+            loss=None if labels is None else nn.functional.cross_entropy(logits, labels), logits=logits
+        )
+
+
+def rows(number: int = 24) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(4, generator=generator), "labels": index % 3} for index in range(number)]
+
+
+def batch_of(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {"x": torch.stack([row["x"] for row in rows]), "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def make(
+    folder: Path,
+    cls: type[Trainer] = Trainer,
+    *,
+    model: type[Net] = Net,
+    data: Callable[[], Any] = rows,
+    collate: Callable[[], Any] | None = None,
+    **options: Any,
+) -> Trainer:
+    settings = {"train_dataset": data(), "max_steps": 3, "logging_steps": 1, "remove_unused_columns": False, **options}
+    trainer = training.trainer(folder, cls=cls, own=model(), **settings)
+    if collate is not None:
+        trainer.data_collator = collate()
+    return trainer
+
+
+def both(
+    folder: Path, cls: type[Trainer] = Trainer, *, config: dict[str, Any] = CONFIG, **options: Any
+) -> list[OptimizabilityReport]:
+    """Train plainly, with the callback, and with the mixin; check that all end alike; return the two reports."""
+    plain = run(make(folder / "plain", cls, **options))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**config))
+    assert_equal(run(make(folder / "callback", cls, callbacks=[callback], **options)), plain)
+    mixed = type("Mixed", (OptimizabilityTrainerMixin, cls), {})
+    trainer = make(folder / "mixin", mixed, optimizability=OptimizabilityConfig(**config), **options)
+    assert_equal(run(trainer), plain)
+    reports = [callback.report, trainer.optimizability_report()]
+    for name, report in zip(("callback", "mixin"), reports, strict=True):
+        saved = OptimizabilityReport.load(folder / name / "optimizability")
+        assert saved.failures == report.failures and len(saved.measurements) == len(report.measurements)
+    return reports
+
+
+class Batches(Dataset):
+    """Whole batches of unequal sizes."""
+
+    def __init__(self) -> None:
+        held = iter(rows(24))
+        self.batches = [batch_of([next(held) for _ in range(size)]) for size in (4, 2, 4, 3, 4, 2, 4, 1)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.batches[index]
+
+
+class StreamOfBatches(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(Batches().batches)
+
+
+class ByLists(Dataset):
+    """Takes lists of indices alone."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, indices: list[int]) -> dict[str, Tensor]:
+        if not isinstance(indices, list):
+            raise TypeError(f"expected a list of indices, got {indices!r}")
+        return batch_of([rows()[index] for index in indices])
+
+
+class Prebatched(Trainer):
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, ByLists):
+            sampler = BatchSampler(RandomSampler(self.train_dataset), 4, drop_last=False)
+            return DataLoader(self.train_dataset, sampler=sampler, batch_size=None)
+        return DataLoader(self.train_dataset, batch_size=None)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "batches", "examples"), [(Batches, None, None), (StreamOfBatches, 3, 10), (ByLists, 2, 8)]
+)
+def test_items_that_are_whole_batches_are_measured(
+    tmp_path: Path, dataset: type[Dataset], batches: int | None, examples: int | None
+):
+    for report in both(tmp_path, Prebatched, data=dataset):
+        assert [m.step for m in report.measurements] == [0, 2, 3] and not report.failures
+        assert batches is None or report.data["probe_batches"] == batches
+        assert examples is None or report.measurements[0].items == report.data["probe_examples"] == examples
+
+
+class OneLabelABatch(BatchSampler):
+    """Batches that hold one label each, which is what the collator below asks for."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(0)
+        for start in torch.randperm(6, generator=generator).tolist():
+            yield list(range(start % 3, 24, 3))[start // 3 * 4 :][:4]
+
+    def __len__(self) -> int:
+        return 6
+
+
+def one_label_only(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    if len({row["labels"] for row in rows}) > 1:
+        raise KeyError("anchor")
+    return batch_of(rows)
+
+
+class Grouped(Trainer):
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_dataset, batch_sampler=OneLabelABatch(), collate_fn=one_label_only)
+
+
+def test_a_batch_sampler_says_which_rows_share_a_batch(tmp_path: Path):
+    for report in both(tmp_path, Grouped):
+        assert [m.items for m in report.measurements] == [8, 8, 8] and not report.failures
+
+
+def test_a_collator_that_refuses_rows_drawn_at_random(tmp_path: Path):
+    """As with rows of several data sets; training is lucky, as its rows come in order."""
+
+    class InOrder(Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            ordered = sorted(self.train_dataset, key=lambda row: row["labels"])
+            return DataLoader(ordered, batch_size=4, collate_fn=one_label_only)
+
+    for report in both(tmp_path, InOrder):
+        [failure] = report.failures
+        assert not report.measurements and failure.step == 0
+        assert "The collator refused rows drawn at random: KeyError: 'anchor'" in failure.reason
+        assert "batch sampler" in failure.remedy
+
+
+def test_rows_that_collate_alone_only(tmp_path: Path):
+    ragged = [{"x": torch.randn(1 + index % 3, 4), "labels": index % 3} for index in range(24)]
+
+    class Mean(Net):
+        def logits(self, x: Tensor) -> Tensor:
+            return super().logits(x.mean(dim=1))
+
+    for report in both(tmp_path, model=Mean, data=lambda: ragged, per_device_train_batch_size=1):
+        assert [m.items for m in report.measurements] == [8, 8, 8] and report.data["probe_batches"] == 8
+
+
+class Unreadable(Dataset):
+    """Training in order meets the first rows only."""
+
+    def __init__(self, readable: int, number: int):
+        self.readable, self.number = readable, number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= self.readable:
+            raise OSError("broken JPEG")
+        return rows(self.number)[index]
+
+
+def test_rows_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for report in both(tmp_path, data=lambda: Unreadable(16, 24), max_steps=1, train_sampling_strategy="sequential"):
+        assert 2 <= report.measurements[0].items < 8 and not report.failures
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (lambda: rows(1), "only 1 examples, but a probe set needs at least 2"),
+        (lambda: [{**row, "labels": -100} for row in rows()], "All labels of the probe set are -100"),
+        (lambda: Unreadable(2, 240), "rows can't be read: OSError: broken JPEG"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_failure(tmp_path: Path, data: Callable[[], Any], reason: str):
+    config = {**CONFIG, "probe_examples": None}
+    for report in both(tmp_path, data=data, config=config, max_steps=1, **IN_ORDER):
+        assert not report.measurements and reason in report.failures[0].reason
+
+
+def test_without_the_trainer_its_loss_is_named_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("hf_optimizability"), "propagate", True)
+    unlabelled = [{"x": row["x"], "y": row["labels"]} for row in rows()]
+
+    class Own(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return nn.functional.cross_entropy(model(inputs["x"]).logits, inputs["y"])
+
+    callback, mixin = both(tmp_path, Own, data=lambda: unlabelled)
+    assert not callback.measurements and len(mixin.measurements) == 3
+    assert all(HAND_OVER in failure.remedy for failure in callback.failures)
