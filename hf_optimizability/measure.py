@@ -45,6 +45,7 @@ from .memory import in_memory
 from .objective import Batch, LossFunction, Objective
 from .parallel import training_ranks
 from .safety import full_precision, measuring
+from .snapshot_tensors import digest
 from .supported import require_supported
 from .task_split import require_several, split_by_task
 
@@ -262,9 +263,9 @@ def finite_gradient(objective: Objective) -> Gradient:
     Raises:
         MeasurementError: If it is not, or the model does not.
     """
-    versions = [parameter._version for parameter in objective.model.parameters()]
+    before = [digest(parameter) for parameter in objective.parameters]
     point = gradient(objective, ranks=objective.ranks)
-    if versions != [parameter._version for parameter in objective.model.parameters()]:
+    if not all(torch.equal(digest(p), old) for p, old in zip(objective.parameters, before, strict=True)):
         raise MeasurementError(
             "The model changes its own weights in eval mode.",
             "Switch that off; for RWKV by `model.config.rescale_every = 0`.",

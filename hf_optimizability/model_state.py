@@ -95,6 +95,11 @@ class ModelState:
             if lost:
                 self._tell_lost(lost, failing=sys.exc_info()[0] is not None)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the model's state is held now, whoever holds it."""
+        return bool(self._all_held())
+
     def rewind(self) -> None:
         """Undo what passes have changed since the model is held; to be called before each pass.
 
@@ -118,15 +123,16 @@ class ModelState:
     def _rewind(self) -> None:
         if self._before_pass is None:
             self._before_pass = self._snapshot(registries=False)
-        elif lost := self._before_pass.put_back():
+        elif lost := self._before_pass.put_back(thorough=False):
             self._tell_lost(lost, failing=False)
 
     def _snapshot(self, *, registries: bool) -> Snapshot:
         trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        roots = {"model": self._model} | {_name_of(other): other for other in self._others}
+        roots = {"model": self._model} | {type(other).__name__: other for other in self._others}
+        data = [vars(other).get(name) for other in self._others for name in ("train_dataset", "eval_dataset")]
         if registries:
-            return Snapshot(roots, whole=trainable)
-        return Snapshot(roots, ignored=trainable, registries=False)
+            return Snapshot(roots, whole=trainable, ignored=data)
+        return Snapshot(roots, ignored=[*trainable, *data], registries=False)
 
     @contextmanager
     def _without_gradient_hooks(self) -> Iterator[None]:
@@ -213,10 +219,6 @@ def _module_hooks(model: nn.Module) -> Iterator[str]:
 
 def _package_of(hook: Any) -> str:
     return str((hook if "__module__" in dir(hook) else type(hook)).__module__).partition(".")[0]
-
-
-def _name_of(other: object) -> str:
-    return type(other).__name__
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import random
 import sys
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, MutableSet
+from contextlib import contextmanager
 from functools import partial
 from operator import is_
 from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -36,11 +38,17 @@ LEFT_ALONE: tuple[type, ...] = (
 them, or they are too large, or others write to them meanwhile."""
 
 OTHERS_BUSINESS = {
-    "PIL", "accelerate", "aim", "clearml", "comet_ml", "datasets", "deepspeed", "hf_optimizability", "huggingface_hub",
-    "mlflow", "neptune", "numpy", "pandas", "pyarrow", "ray", "swanlab", "tensorboard", "tensorboardX", "tokenizers",
-    "torch", "tqdm", "trackio", "wandb", *sys.stdlib_module_names,
+    "PIL", "accelerate", "aim", "clearml", "comet_ml", "datasets", "deepspeed", "evaluate", "hf_optimizability",
+    "huggingface_hub", "mlflow", "neptune", "numpy", "pandas", "pyarrow", "ray", "swanlab", "tensorboard",
+    "tensorboardX", "tokenizers", "torch", "tqdm", "trackio", "wandb", *sys.stdlib_module_names,
 }  # fmt: skip
 """Packages whose objects are left alone likewise: they have threads, locks and connections of their own."""
+
+MOST_ITEMS = 10_000
+"""Entries of the largest container that is looked into; larger ones are data, and get their entries back only."""
+
+_LARGE_ARRAY = 2**24
+"""Bytes from which on an array is data likewise, and not copied."""
 
 _ATOMS = {
     type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size,
@@ -71,7 +79,7 @@ class Snapshot:
         roots: The objects, by name; the names begin the paths in messages.
         whole: Tensors to copy whatever their size. Others are copied if they are small, or when they are about to be
             written to under `watched_writes`; of large ones a digest is kept.
-        ignored: Tensors whose values may change.
+        ignored: Tensors and other objects that may change.
         registries: Whether submodules, parameters and hooks that are put in the place of others are put back as well.
 
     Example:
@@ -93,29 +101,34 @@ class Snapshot:
         roots: dict[str, object],
         *,
         whole: Iterable[Tensor] = (),
-        ignored: Iterable[Tensor] = (),
+        ignored: Iterable[object] = (),
         registries: bool = True,
     ):
         self._registries = registries
         self._parts: list[Part] = []
-        self._seen: dict[int, object] = {id(tensor): tensor for tensor in ignored}  # which keeps their ids from reuse
+        self._seen: dict[int, object] = {id(value): value for value in ignored}  # which keeps their ids from reuse
         self._waiting: list[tuple[object, str]] = []
         self.tensors = TensorValues(whole)
-        for name, root in roots.items():
-            self._look_into(root, name, root=True)
-            while self._waiting:
-                self._look_into(*self._waiting.pop())
-        self.tensors.group()
+        with _plain_torch():
+            for name, root in roots.items():
+                self._look_into(root, name, root=True)
+                while self._waiting:
+                    self._look_into(*self._waiting.pop())
+            self.tensors.group()
 
-    def put_back(self) -> list[str]:
+    def put_back(self, *, thorough: bool = True) -> list[str]:
         """Put everything back.
 
+        Args:
+            thorough: Whether large tensors are read as well, to see if they were changed unwatched.
+
         Returns:
-            The paths of large tensors that were changed unwatched, so that their values are lost.
+            The paths of those: their values are lost.
         """
-        for part in self._parts:
-            part.put_back()
-        return self.tensors.put_back()
+        with _plain_torch():
+            for part in self._parts:
+                part.put_back()
+            return self.tensors.put_back(thorough=thorough)
 
     def _look_into(self, value: Any, where: str, root: bool = False) -> None:
         if type(value) in _ATOMS or id(value) in self._seen:
@@ -141,7 +154,7 @@ class Snapshot:
 
     def _add_container(self, value: Any, where: str) -> None:
         self._parts.append(_Mapping(value) if isinstance(value, dict) else _Collection(value))
-        if not isinstance(value, bytearray):
+        if not isinstance(value, bytearray) and len(value) <= MOST_ITEMS:
             items = value.items() if isinstance(value, dict) else enumerate(value)
             self._wait((item, f"{where}[{key!r}]") for key, item in items if type(item) not in _ATOMS)
         self._add_attributes(value, where)
@@ -194,6 +207,13 @@ class Snapshot:
                 self._add_attributes(value, where)
 
 
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Let operations of torch be what they are, also where a pass is made inside a transform of `torch.func`."""
+    with torch._C.DisableTorchFunction(), temporarily_clear_interpreter_stack():
+        yield
+
+
 def _package(value: Any) -> str:
     return str(value.__module__).partition(".")[0]
 
@@ -231,7 +251,7 @@ def _state_of(value: Any) -> _State | _Array | None:
         return _State(value.get_state(legacy=False), value.set_state)
     if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         return _State(value.getstate(), value.setstate)
-    if isinstance(value, np.ndarray) and value.flags.writeable and not isinstance(value, np.memmap):
+    if isinstance(value, np.ndarray) and value.flags.writeable and value.nbytes < _LARGE_ARRAY:
         return _Array(value)
     return None
 

@@ -29,6 +29,7 @@ class TensorValue:
         tensor: The tensor itself.
         where: Its path, for messages.
         memory: Where its entries are, whatever is put in their place by `.data`.
+        storage: Address of that memory's storage.
         copy: Its entries; `None` of a large tensor that was not written to under `watched_writes`.
     """
 
@@ -36,14 +37,11 @@ class TensorValue:
         self.tensor = tensor
         self.where = where
         self.memory = tensor.detach()
+        self.storage = tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
         self.copy: Tensor | None = None
-        self.plain = (
-            type(tensor) in (Tensor, nn.Parameter)
-            and tensor.layout is torch.strided
-            and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
-        )
+        self.plain = _is_plain(tensor)
         self._version = tensor._version
-        self._digest: Tensor | None = None
+        self._digest = torch.empty(0)
         if whole or tensor.numel() * tensor.itemsize <= SMALL:
             self.keep()
         elif self.plain:
@@ -61,24 +59,25 @@ class TensorValue:
         now, then = self.tensor, self.memory
         return now.data_ptr() != then.data_ptr() or now.shape != then.shape or now.dtype != then.dtype
 
-    def written(self) -> bool:
-        """Return whether the entries are no longer the same, to the bit."""
+    def written(self, *, thorough: bool) -> bool:
+        """Return whether the entries are no longer the same, to the bit; of large tensors only if `thorough`."""
+        marked = self.tensor._version != self._version
         if not self.plain:
-            return self.tensor._version != self._version
+            return marked
         if self.copy is not None:
             return not torch.equal(as_bytes(self.memory), as_bytes(self.copy))
-        return self._digest is not None and not torch.equal(digest(self.memory), self._digest)
+        return (thorough or marked) and not torch.equal(digest(self.memory), self._digest)
 
-    def put_back(self) -> bool:
+    def put_back(self, *, thorough: bool) -> bool:
         """Put memory and entries back; return whether that was possible."""
         if self.moved():
             self.tensor.data = self.memory
-        if self.written():
+        if self.written(thorough=thorough):
             if self.copy is None:
                 return False
             with torch.no_grad():
                 self.tensor.copy_(self.copy)
-            self._version = self.tensor._version
+        self._version = self.tensor._version
         return True
 
 
@@ -111,16 +110,14 @@ class TensorValues:
         self._single = [value for value in self._values if id(value) not in grouped]
         self._groups = [_Group(list(values)) for _, values in groupby(sorted(small, key=device), device)]
 
-    def put_back(self) -> list[str]:
+    def put_back(self, *, thorough: bool) -> list[str]:
         """Put the values back; return the paths of those that are lost."""
         suspects = self._single + [value for group in self._groups for value in group.suspects()]
-        return [value.where for value in suspects if not value.put_back()]
+        return [value.where for value in suspects if not value.put_back(thorough=thorough)]
 
-    def unkept(self) -> Iterator[tuple[int, TensorValue]]:
-        """Yield the tensors without a copy, each with the place of its storage in memory."""
-        for value in self._values:
-            if value.copy is None and value.plain:
-                yield value.memory.untyped_storage().data_ptr(), value
+    def unkept(self) -> list[TensorValue]:
+        """Return the tensors without a copy."""
+        return [value for value in self._values if value.copy is None and value.plain]
 
 
 class _Group:
@@ -136,6 +133,15 @@ class _Group:
         if torch.equal(torch.cat(self._bytes), self._copy):
             return [value for value in self._values if value.moved()]
         return self._values
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the entries lie in memory as they are."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
 
 
 def _can_be_grouped(value: TensorValue) -> bool:
@@ -170,8 +176,8 @@ def watched_writes(values: Iterable[TensorValues]) -> AbstractContextManager[Any
     """Copy each large tensor before an operation inside writes to it, through whatever alias."""
     watched: dict[int, list[TensorValue]] = {}
     for held in values:
-        for storage, value in held.unkept():
-            watched.setdefault(storage, []).append(value)
+        for value in held.unkept():
+            watched.setdefault(value.storage, []).append(value)
     return _Watch(watched) if watched else nullcontext()
 
 
