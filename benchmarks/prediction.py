@@ -39,10 +39,10 @@ from hf_optimizability.comparing.training import GoOn, Stopwatch, score
 from hf_optimizability.dynamics.convergence_speed import fit_convergence
 from hf_optimizability.files import finite, write_atomically
 from hf_optimizability.measurement import Measurement, MeasurementError
-from hf_optimizability.objective import trainer_loss
 from hf_optimizability.probe import probe_batches, probe_indices
 from hf_optimizability.scoring.checkpoint import NAMES, score_checkpoint
 from hf_optimizability.tasks.fine_tuning import TASKS, FlagParser, load, parse_arguments
+from hf_optimizability.trainer_loss import trainer_loss
 
 
 RESULTS = Path(__file__).parent / "results" / "prediction.json"

@@ -27,7 +27,7 @@ from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure, SeveralTasks, TaskMeasurement
 from .memory import out_of_memory
-from .objective import Objective, trainer_loss
+from .objective import Objective
 from .parallel import RankLostError, training_ranks
 from .privacy import anonymous, in_strings, without_secrets
 from .probe import dataset_of, probe_batches, probe_batches_by_task, tensors_in
@@ -35,6 +35,7 @@ from .report import OptimizabilityReport
 from .safety import pretrained
 from .schedule import affordable
 from .supported import deepspeed_limits, require_supported
+from .trainer_loss import trainer_loss
 
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from .configuration import OptimizabilityConfig
 from .curvature.ranks import ALONE, Ranks
 from .measurement import PREFIX, TaskMeasurement
 from .model_state import eval_mode
-from .objective import Objective, trainer_loss
+from .objective import Objective
 from .probe import LEAST_EXAMPLES, num_examples, probe_batches, probe_indices
 from .safety import measuring, preserved_rng
+from .trainer_loss import trainer_loss
 
 
 if TYPE_CHECKING:

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .objective import Batch, count_items, trainer_loss
+from .objective import Batch
 from .safety import measuring
+from .trainer_loss import trainer_loss
+from .unfused_losses import unfused_losses
 
 
 if TYPE_CHECKING:
@@ -20,42 +26,71 @@ TOLERANCE = 0.01
 
 
 def loss_scale(trainer: Trainer, batch: Batch, *, seed: int) -> float:
-    """How many times the mean over a step's items the Trainer's loss is, and its gradients are.
+    """Return how many times the mean over a step's items the Trainer's loss is, and its gradients are.
 
-    A Trainer tells the model over how many items a step is, summed over accumulation steps and processes. Heads that
-    take `num_items_in_batch` among their keywords but divide by the items of the batch at hand then return a loss that
-    is `gradient_accumulation_steps` times `num_processes` too large (transformers issue 47688; BERT, RoBERTa, ResNet
-    and some 240 others). The loss of one batch is asked for twice: as in a step of as many such batches, and alone.
+    A Trainer counts the items of a step, over accumulation steps and processes, and tells the model. Heads that take
+    `num_items_in_batch` among their keywords but divide by the items of the batch at hand then return a loss that is
+    `gradient_accumulation_steps` times `num_processes` too large (transformers issue 47688; BERT, RoBERTa, ResNet and
+    some 240 others). And where the Trainer counts other items than the loss is over, each step is off by the ratio:
+    for GPT-2 it counts the first label of each row, which nothing predicts. So the Trainer itself counts the items of
+    a step of as many such batches, and the loss by that count is compared with the mean over the batch.
 
     Args:
         trainer: The Trainer, with its model in place.
-        batch: One batch of its training data.
+        batch: One batch of its training data. All processes call this together, with the same one.
         seed: Seed for whatever the model draws.
 
     Returns:
         The factor, 1 for a loss that is the mean.
     """
-    args, model = trainer.args, cast(nn.Module, trainer.model)
-    counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-    items = None
-    if counts and "labels" in batch:
-        processes = trainer.accelerator.num_processes if args.average_tokens_across_devices else 1
-        items = torch.tensor(count_items(model, batch) * args.gradient_accumulation_steps * processes)
-    divided = trainer.loss_is_scaled_for_ga
-    if divided is None:
-        divided = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+    model, steps = cast(nn.Module, trainer.model), trainer.args.gradient_accumulation_steps
+    _, items = trainer.get_batch_samples(iter([batch] * steps), steps, trainer.args.device)
     with measuring(model, seed=seed), torch.no_grad():
-        told = cast(Tensor, trainer.compute_loss(model, dict(batch), num_items_in_batch=items))
-        mean = cast(Tensor, trainer_loss(trainer)(model, batch))
-    factor = float(told) / float(mean) * (args.gradient_accumulation_steps if divided else 1)
+        mean = float(cast(Tensor, trainer_loss(trainer)(model, batch)))
+    with measuring(model, seed=seed), torch.no_grad(), unfused_losses(), _in_a_step(trainer, steps):
+        loss = cast(Tensor, trainer.compute_loss(model, copy(batch), **_step_arguments(trainer, items)))
+    if mean == 0:
+        return 1.0
+    factor = float(loss.mean()) / mean * (steps if _is_scaled(trainer, items) else 1)
     return 1.0 if abs(factor - 1) <= TOLERANCE else factor
 
 
+@contextmanager
+def _in_a_step(trainer: Trainer, steps: int) -> Iterator[None]:
+    """Set the number of accumulation steps under way, which TRL's losses read and a Trainer sets at its first step."""
+    held = vars(trainer).copy()
+    trainer.current_gradient_accumulation_steps = steps
+    try:
+        yield
+    finally:
+        if "current_gradient_accumulation_steps" in held:
+            trainer.current_gradient_accumulation_steps = held["current_gradient_accumulation_steps"]
+        else:
+            del trainer.current_gradient_accumulation_steps
+
+
+def _step_arguments(trainer: Trainer, items: Any) -> dict[str, Any]:
+    """Return the number of items as an argument of `compute_loss`, if it takes one."""
+    arguments = inspect.signature(trainer.compute_loss).parameters.values()
+    takes = any(each.name == "num_items_in_batch" or each.kind is each.VAR_KEYWORD for each in arguments)
+    return {"num_items_in_batch": items} if takes else {}
+
+
+def _is_scaled(trainer: Trainer, items: Any) -> bool:
+    """Return whether the loss is left to divide by the accumulation steps itself, as `training_step` finds out."""
+    if trainer.loss_is_scaled_for_ga is not None:
+        return trainer.loss_is_scaled_for_ga
+    return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+
+
 def explanation(model_class: str, factor: float) -> str:
-    """What a factor does to training, for a warning."""
+    """Return what a factor does to training, for a warning."""
+    cause = "it does not divide by their number over all accumulation steps and processes"
+    if factor < 1:
+        cause = "the Trainer counts more items than the loss is a mean over"
     return (
         f"The loss of {model_class} comes out {factor:.3g} times the mean over a step's items, and its gradients with "
-        "it: it does not divide by their number over all accumulation steps and processes. `max_grad_norm` clips as "
-        f"if it were {1 / factor:.3g} times as large, and SGD learns at {factor:.3g} times its learning rate; Adam "
-        "hardly notices but for the clipping. The optimizability report is about the mean."
+        f"it: {cause}. `max_grad_norm` clips as if it were {1 / factor:.3g} times as large, and SGD learns at "
+        f"{factor:.3g} times its learning rate; Adam hardly notices but for the clipping. The optimizability report "
+        "is about the mean."
     )

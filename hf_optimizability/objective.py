@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -21,9 +20,6 @@ from .curvature.rows import Rows
 from .model_state import ModelState
 from .safety import measuring, pretrained, quantization
 
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 Batch = Any
 LossFunction = Callable[[nn.Module, Batch], "Tensor | tuple[Tensor, int]"]
@@ -295,28 +291,6 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
         f"{type(model).__name__} returned no loss for a batch with the keys {_listed(batch)}. "
         "Use a model with a task head (a `*For…` class), or pass a `loss_fn`."
     )
-
-
-def trainer_loss(trainer: Trainer) -> LossFunction:
-    """The loss that a Trainer minimizes, as the plain mean over each batch.
-
-    Includes label smoothing, `compute_loss_func` and an overridden `compute_loss`; leaves out the factors that
-    gradient accumulation and several processes put on it.
-    """
-
-    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-        inputs = dict(batch)  # `compute_loss` pops the labels
-        loss: Any
-        if trainer.compute_loss_func is None:
-            loss = trainer.compute_loss(model, inputs)
-            return loss
-        # Such functions are promised the number of items; one that divides by it then gives the mean of this batch.
-        items = torch.tensor(count_items(model, batch))
-        loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
-        scaled = trainer.args.average_tokens_across_devices
-        return loss / trainer.accelerator.num_processes if scaled else loss
-
-    return loss_fn
 
 
 def count_items(model: nn.Module, batch: Batch) -> int:

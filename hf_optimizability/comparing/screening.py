@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from scipy.stats import norm
 from transformers import Trainer
 
-from ..objective import trainer_loss
 from ..probe import probe_batches
 from ..scoring.checkpoint import CheckpointScores, score_checkpoint
 from ..scoring.score import Score
+from ..trainer_loss import trainer_loss
 from .ranking import CONFIDENCE
 from .training import Inputs
 

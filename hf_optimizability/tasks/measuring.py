@@ -11,9 +11,9 @@ from transformers import Trainer
 from .. import provenance
 from ..configuration import OptimizabilityConfig
 from ..measurement import Measurement
-from ..objective import trainer_loss
 from ..probe import probe_batches
 from ..report import OptimizabilityReport
+from ..trainer_loss import trainer_loss
 
 
 def measured_by(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, Any]:
