@@ -35,7 +35,7 @@ from .report import OptimizabilityReport
 from .safety import pretrained
 from .schedule import affordable
 from .supported import deepspeed_limits, require_supported
-from .trainer_loss import trainer_loss
+from .trainer_loss import require_measurable_loss, trainer_loss
 
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ class OptimizabilityCallback(TrainerCallback):
             ValueError: If the configuration asks for examples or a column that the data set does not have.
         """
         try:
+            if self._trainer is not None:
+                require_measurable_loss(self._trainer)
             self._probe_set = self._probe(loader, rows)
             objective = self._present_objective()  # raises no ValueError
         except (ValueError, RankLostError):
