@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from transformers.utils import logging
 
 from .curvature.ranks import ALONE, Ranks
+from .data_state import DataState, preserved_data
 from .measurement import MeasurementError
 from .objective import batch_size as examples_in
 from .privacy import without_secrets
@@ -139,21 +140,36 @@ def _drawn_for_all(
     with ranks.agreed():
         found = []
         if ranks.index == 0:
-            with preserved_rng(seed):
-                found = _drawn(dataloader, examples, batch_size, seed, required, split)
+            with preserved_rng(seed), _preserved(dataloader) as state:
+                found = _drawn(dataloader, examples, batch_size, seed, required, split, state)
     return ranks.gather(found)
 
 
+def _preserved(dataloader: Any) -> AbstractContextManager[DataState]:
+    """Return what puts back all that is read through a data loader."""
+    dataset = dataset_of(dataloader)
+    stream = num_examples(dataset) is None
+    if dataset is None:
+        return preserved_data(dataloader, stream=stream)
+    return preserved_data(dataset, dataloader.collate_fn, dataloader.sampler, dataloader.batch_sampler, stream=stream)
+
+
 def _drawn(
-    dataloader: DataLoader, examples: int, batch_size: int, seed: int, required: bool, split: Split | None
+    dataloader: DataLoader,
+    examples: int,
+    batch_size: int,
+    seed: int,
+    required: bool,
+    split: Split | None,
+    state: DataState,
 ) -> list[tuple[Any, str]]:
     dataset = dataset_of(dataloader)
     total = num_examples(dataset)
-    whole = _whole_batches(dataloader, dataset, total, seed, by_task=split is not None)
+    whole = _whole_batches(dataloader, dataset, total, seed, state, by_task=split is not None)
     if whole is not None:
         return [(batch, "") for batch in _enough(whole, examples, required)]
     if total is None:
-        rows = _first_rows(dataset, examples)
+        rows = list(islice(_rows(dataset, state), examples))
         indices = list(range(len(rows)))
         _require_enough(len(rows), examples, required)
     else:
@@ -167,14 +183,14 @@ def _drawn(
 
 
 def _whole_batches(
-    dataloader: DataLoader, dataset: Any, total: int | None, seed: int, *, by_task: bool
+    dataloader: DataLoader, dataset: Any, total: int | None, seed: int, state: DataState, *, by_task: bool
 ) -> Iterator[Any] | None:
     """Return the batches, one by one, where they are not made of any rows: `None` where they are."""
     if dataset is None:
-        return iter(dataloader)
+        return _rows(dataloader, state)
     collate = dataloader.collate_fn
     if total is None:
-        return map(collate, dataset) if dataloader.batch_size is None else None
+        return map(collate, _rows(dataset, state)) if dataloader.batch_size is None else None
     if dataloader.batch_sampler is not None:
         sampler: Any = dataloader.batch_sampler
         sampler = sampler.batch_sampler if isinstance(sampler, BatchSamplerShard) else sampler
@@ -211,15 +227,17 @@ def _enough(batches: Iterator[Any], examples: int, required: bool) -> list[Any]:
     return found
 
 
-def _first_rows(stream: Any, number: int) -> list[Any]:
+def _rows(stream: Any, state: DataState) -> Iterator[Any]:
+    """Yield the rows of a stream, or its batches."""
     with _explained("The training set can't be read", "Check its first rows."):
-        if iter(stream) is iter(stream):
+        rows = iter(stream)
+        if rows is iter(stream) and not state.knows(rows):
             raise MeasurementError(
                 "The training set is a stream that can be read once only: measuring would take its first examples "
                 "away from training.",
                 "Pass one whose `__iter__` starts from the beginning, as `datasets.IterableDataset` does.",
             )
-        return list(islice(stream, number))
+        yield from rows
 
 
 def _readable_rows(dataset: Any, indices: Sequence[int]) -> tuple[list[int], list[Any]]:

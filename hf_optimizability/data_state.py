@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of collator, data set and sampler, which drawing the probe set leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import io
+import logging
+import multiprocessing.connection
+import queue
+import random
+import socket
+import sys
+import sysconfig
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import CodeType, FunctionType, GeneratorType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .measurement import MeasurementError
+
+
+MANY = 1000
+"""Entries above which a container holds data: it comes back with the same entries, but those are not looked into."""
+
+LARGE, ALL_COPIES = 1 << 16, 1 << 24
+"""Entries above which an array is data, and not copied; entries of all copies together."""
+
+MOST_OBJECTS = 100_000
+"""Objects that are looked at; what is found after them is data."""
+
+_OPAQUE = (
+    str, bytes, int, float, complex, bool, type(None), range, slice, ModuleType, CodeType, threading.Thread,
+    logging.Logger, logging.Handler, torch.nn.Parameter, torch.dtype, torch.device, np.dtype,
+)  # fmt: skip
+"""Types without a state that reading data changes, or with one that is not ours to look at."""
+
+_CHANNELS = (socket.socket, multiprocessing.connection.Connection, queue.SimpleQueue)
+"""What is read once only."""
+
+_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A stream that can be set back by itself, as torchdata has it."""
+
+    def state_dict(self) -> Any:
+        """Return its position."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Continue from a position."""
+
+
+@contextmanager
+def preserved_data(dataset: Any, *others: Any, stream: bool = False) -> Iterator[DataState]:
+    """Put back, at exit, what reading data changes: counters, caches, queues, random generators, positions.
+
+    Covers what the arguments lead to: attributes of objects and of the user's own classes, entries of containers,
+    closures, and the globals that the user's own functions name. Small values are copied; large containers keep their
+    entries; large arrays count as data. In place of an iterator a copy of it is read inside.
+
+    Args:
+        dataset: The data set.
+        others: Collator, sampler.
+        stream: Whether the data set is read from its start on, so that all that it reads from has to be set back.
+
+    Raises:
+        MeasurementError: If something can't be set back: an open generator, or a pipe, socket or cursor of a stream.
+
+    Example:
+        >>> rng = random.Random(0)
+        >>> with preserved_data(lambda rows: rng.random()):
+        ...     first = rng.random()
+        >>> first == rng.random()
+        True
+    """
+    state = DataState(dataset, *others, stream=stream)
+    try:
+        state.look()
+        yield state
+    finally:
+        state.restore()
+
+
+class DataState:
+    """What `preserved_data` has found, and how to put it back.
+
+    Args:
+        dataset: As above.
+        others: As above.
+        stream: As above.
+    """
+
+    def __init__(self, dataset: Any, *others: Any, stream: bool):
+        self._dataset, self._roots, self._stream = dataset, (dataset, *others), stream
+        self._seen: dict[int, Any] = {}  # holds what it names, so that no other object gets the same id
+        self._forks: dict[int, Any] = {}
+        self._copied = 0
+        self._restores: list[Callable[[], Any]] = []
+
+    def look(self) -> None:
+        """Note the state of the roots and of what they lead to.
+
+        Raises:
+            MeasurementError: If something can't be set back.
+        """
+        waiting = deque((type(root).__name__, root) for root in self._roots)
+        while waiting and len(self._seen) < MOST_OBJECTS:
+            place, value = waiting.popleft()
+            if isinstance(value, _OPAQUE) or id(value) in self._seen:
+                continue
+            self._seen[id(value)] = value
+            waiting.extend((f"{place}{name}", held) for name, held in self._note(place, value))
+
+    def knows(self, iterator: Any) -> bool:
+        """Return whether the state of an iterator is put back."""
+        return id(iterator) in self._seen or any(iterator is fork for fork in self._forks.values())
+
+    def restore(self) -> None:
+        """Put everything back, last found first.
+
+        Raises:
+            MeasurementError: If an object does not let its state be set. The others are put back.
+        """
+        failures = []
+        while self._restores:
+            try:
+                self._restores.pop()()
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise MeasurementError(
+                f"Collator or data set could not be set back after the probe set was drawn: {failures[0]!r}.",
+                "Train without measuring.",
+            ) from failures[0]
+
+    def _note(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
+        """Note how one object is put back; yield what it leads to."""
+        if (restore := _random_state(value)) is not None:
+            self._restores.append(restore)
+        elif isinstance(value, (Tensor, np.ndarray)):
+            self._note_array(value)
+        elif isinstance(value, io.IOBase):
+            self._note_file(place, value)
+        elif any(value is fork for fork in self._forks.values()):
+            yield from (("", part) for part in _parts(value))
+        elif isinstance(value, _CHANNELS) or _is_native_iterator(value):
+            self._refuse(place, value)  # an iterator in a place where no copy could be put
+        else:
+            yield from self._note_entries(place, value)
+            yield from self._note_attributes(place, value)
+            yield from self._note_code(place, value)
+
+    def _note_entries(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            yield from self._note_mapping(place, value)
+        elif isinstance(value, (list, deque)):
+            before = list(value)
+            self._restores.append(partial(_refill_sequence, value, before))
+            if len(before) <= MANY:
+                for index, item in enumerate(before):
+                    inside = self._inside(f"{place}[{index}]", item)
+                    if inside is not item:
+                        value[index] = inside
+                    yield f"[{index}]", inside
+        elif isinstance(value, set):
+            self._restores.append(partial(_refill_set, value, set(value)))
+        elif isinstance(value, (tuple, frozenset)) and len(value) <= MANY:
+            yield from (("[…]", item) for item in value)
+
+    def _note_mapping(self, place: str, held: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+        """Note a dict's entries, or an object's attributes."""
+        before = dict(held)
+        self._restores.append(partial(_refill_mapping, held, before))
+        if len(before) <= MANY:
+            for name, item in before.items():
+                inside = self._inside(f"{place}.{name}", item)
+                if inside is not item:
+                    held[name] = inside
+                yield f".{name}", inside
+
+    def _note_attributes(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
+        """Note an object's attributes, and those of its class."""
+        if isinstance(value, type):
+            if _is_the_users(value.__module__):
+                yield from self._note_class(place, value)
+            return
+        attributes = _attributes(value)
+        if attributes is not None:
+            yield from self._note_mapping(place, attributes)
+        for kind in type(value).__mro__:
+            yield "", kind
+            for name, slot in vars(kind).items():
+                if isinstance(slot, MemberDescriptorType) and "__slots__" in vars(kind):
+                    with suppress(AttributeError):  # those not set
+                        held = slot.__get__(value)
+                        self._restores.append(partial(slot.__set__, value, held))
+                        yield f".{name}", held
+
+    def _note_class(self, place: str, kind: type) -> Iterator[tuple[str, Any]]:
+        before = {name: held for name, held in vars(kind).items() if not name.startswith("__")}
+        self._restores.append(partial(_refill_class, kind, before))
+        for name, held in vars(kind).items():
+            inside = held.__func__ if isinstance(held, (staticmethod, classmethod)) else held
+            inside = held.fget if isinstance(held, property) else inside
+            yield f".{name}", inside
+
+    def _note_code(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
+        """Note what a function reads besides its arguments."""
+        if isinstance(value, MethodType):
+            yield from (("", value.__self__), ("", value.__func__))
+        elif isinstance(value, partial):
+            yield from (("", value.func), ("", value.args), ("", value.keywords))
+        elif isinstance(value, FunctionType):
+            yield from (("", value.__defaults__), ("", value.__kwdefaults__))
+            for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+                with suppress(ValueError):  # a cell that is empty yet
+                    held = cell.cell_contents
+                    self._restores.append(partial(setattr, cell, "cell_contents", held))
+                    cell.cell_contents = inside = self._inside(f"{place}.{name}", held)
+                    yield f".{name}", inside
+            if _is_the_users(value.__module__):
+                yield from self._note_globals(place, value.__globals__, set(_names(value.__code__)))
+
+    def _note_globals(self, place: str, held: dict[str, Any], names: set[str]) -> Iterator[tuple[str, Any]]:
+        for name in names & held.keys():
+            self._restores.append(partial(held.__setitem__, name, held[name]))
+            held[name] = inside = self._inside(f"{place}.{name}", held[name])
+            yield f".{name}", inside
+
+    def _note_array(self, value: Tensor | np.ndarray) -> None:
+        """Copy a small array; a large one is data."""
+        if isinstance(value, np.ndarray):
+            size, plain = value.size, value.flags.writeable and not value.dtype.hasobject
+        else:
+            size = value.numel()
+            plain = type(value) is Tensor and value.layout is torch.strided and not (value.is_nested or value.is_meta)
+        if plain and size <= LARGE and self._copied + size <= ALL_COPIES:
+            self._copied += size
+            self._restores.append(partial(_refill_array, value, _copy(value)))
+
+    def _note_file(self, place: str, file: io.IOBase) -> None:
+        """Note a file's position."""
+        if file.closed or not file.readable():
+            return
+        try:
+            self._restores.append(partial(file.seek, file.tell()))
+        except OSError:  # a pipe, or a text file that is being read line by line
+            self._refuse(place, file)
+
+    def _inside(self, place: str, value: Any) -> Any:
+        """Return what is read in place of a value: a copy of an iterator, anything else as it is."""
+        if not _is_native_iterator(value):
+            return value
+        if id(value) not in self._forks:
+            try:
+                self._forks[id(value)] = _fork(value)
+            except TypeError:
+                self._refuse(place, value)
+                return value
+            self._seen[id(value)] = value
+        return self._forks[id(value)]
+
+    def _refuse(self, place: str, value: Any) -> None:
+        """Raise if what is read from an object would be missing in training."""
+        if not (self._stream or isinstance(value, GeneratorType)):
+            return  # a cursor or a connection of a data set with an index: each row is asked for by its number
+        stream = self._dataset
+        # That of Datasets counts rows, and reads on from where its source is.
+        if not isinstance(stream, Resumable) or type(stream).__module__.startswith("datasets."):
+            raise MeasurementError(
+                f"Reading the probe set would take rows away from training: the position of {place} "
+                f"({type(value).__name__}) can't be set back.",
+                "Pass a data set that opens its source in `__iter__`, as `datasets.IterableDataset` does with files, "
+                "or one with `state_dict` and `load_state_dict`.",
+            )
+        self._restores.insert(0, partial(stream.load_state_dict, copy.deepcopy(stream.state_dict())))
+
+
+def _random_state(value: Any) -> Callable[[], Any] | None:
+    """Return what sets a random generator, or a number shared by processes, back; `None` for anything else."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.random.BitGenerator):
+        return partial(setattr, value, "state", value.state)
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, ctypes._SimpleCData):
+        return partial(setattr, value, "value", value.value)
+    return None
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    try:
+        return vars(value)
+    except TypeError:  # an object with slots, or one that is not written in Python
+        return None
+
+
+def _is_native_iterator(value: Any) -> bool:
+    """Return whether an iterator is not written in Python: one that is has its state in attributes."""
+    if not isinstance(value, Iterator) or isinstance(value, io.IOBase):
+        return False
+    step = next(vars(kind)["__next__"] for kind in type(value).__mro__ if "__next__" in vars(kind))
+    return not isinstance(step, FunctionType)
+
+
+def _fork(value: Any) -> Any:
+    """Return a copy of an iterator that goes over the same objects.
+
+    Raises:
+        TypeError: If it can't be copied.
+    """
+    if not _is_native_iterator(value):
+        return value
+    kind, arguments, *state = _reduced(value)
+    forked = kind(*map(_fork, arguments))
+    if state and state[0] is not None:
+        forked.__setstate__(tuple(map(_fork_state, state[0])) if isinstance(state[0], tuple) else state[0])
+    return forked
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield what a copied iterator reads from."""
+    if not _is_native_iterator(value):
+        yield value
+        return
+    _, arguments, *state = _reduced(value)
+    for part in (*arguments, *(state[0] if state and isinstance(state[0], tuple) else ())):
+        yield from _parts(part)
+
+
+def _reduced(value: Any) -> tuple[Any, ...]:
+    if type(value).__reduce__ is object.__reduce__:
+        raise TypeError(f"{type(value).__name__} can't be copied")
+    return value.__reduce__()
+
+
+def _fork_state(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else _fork(value)  # `cycle` adds to its own list
+
+
+def _is_the_users(module: str | None) -> bool:
+    """Return whether a module is the user's own, and not of a library."""
+    if module is None or module not in sys.modules:
+        return False
+    file = vars(sys.modules[module]).get("__file__")
+    if file is None:
+        return module == "__main__"
+    return not file.startswith(_LIBRARIES) and module.split(".")[0] != __package__
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names that a function and those inside it use."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _same(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    return all(x is y for x, y in zip(a, b, strict=False))
+
+
+def _refill_mapping(held: dict[Any, Any], before: dict[Any, Any]) -> None:
+    if list(held) == list(before):
+        for name, value in before.items():
+            if held[name] is not value:
+                held[name] = value
+    else:
+        kind = OrderedDict if isinstance(held, OrderedDict) else dict
+        kind.clear(held)
+        kind.update(held, before)
+
+
+def _refill_sequence(held: list[Any] | deque[Any], before: list[Any]) -> None:
+    if len(held) != len(before) or not _same(held, before):
+        held.clear()
+        held.extend(before)
+
+
+def _refill_set(held: set[Any], before: set[Any]) -> None:
+    if held != before:
+        held.clear()
+        held.update(before)
+
+
+def _refill_class(kind: type, before: dict[str, Any]) -> None:
+    for name in [name for name in vars(kind) if not name.startswith("__") and name not in before]:
+        delattr(kind, name)
+    for name, value in before.items():
+        if vars(kind).get(name) is not value:
+            setattr(kind, name, value)
+
+
+def _copy(value: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    return value.detach().clone() if isinstance(value, Tensor) else value.copy()
+
+
+def _refill_array(held: Tensor | np.ndarray, before: Tensor | np.ndarray) -> None:
+    if isinstance(held, Tensor) and isinstance(before, Tensor):
+        if not torch.equal(held, before):
+            with torch.no_grad():
+                held.copy_(before)
+    elif isinstance(held, np.ndarray) and isinstance(before, np.ndarray) and held.tobytes() != before.tobytes():
+        held[...] = before
