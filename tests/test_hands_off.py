@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stateful_models
 import torch
 import training
 from transformers import PreTrainedModel, Trainer
@@ -133,6 +134,21 @@ def test_training_is_the_same_where_the_gap_is_measured_without_evaluations(tmp_
     trainer = training.trainer(tmp_path, cls=OptimizabilityTrainer, **options)
     assert_equal(run(trainer), plain)
     assert "optimizability/eval_one" in trainer.state.log_history[-1] and all(plain["modes"])
+
+
+@pytest.mark.parametrize("kind", ["queue", "nested dict", "numpy generator", "merging"])
+def test_training_is_the_same_where_the_model_keeps_state(tmp_path: Path, kind: str):
+    """State that each forward pass changes, in eval mode too, and weights that `eval()` changes."""
+    rows = [{"x": x, "labels": y} for x, y in zip(*stateful_models.batch(24).values(), strict=True)]
+
+    def trainer(**options: Any) -> Trainer:
+        model: Any = stateful_models.merging() if kind == "merging" else stateful_models.stateful(kind)
+        return training.trainer(tmp_path, own=model, train_dataset=rows, max_steps=3, **options)
+
+    plain = run(trainer())
+    callback = OptimizabilityCallback(OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no"}))
+    assert_equal(run(trainer(callbacks=[callback])), plain)
+    assert len(callback.report.measurements) == 2 and not callback.report.failures
 
 
 def test_training_is_the_same_when_measurements_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

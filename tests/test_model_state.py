@@ -4,261 +4,36 @@
 from __future__ import annotations
 
 import copy
-import random
 import threading
-from collections import Counter, OrderedDict, UserDict, deque
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import training
+from stateful_models import KINDS, Stateful, Tracker, add_submodule, batch, merging, stateful, unchanged
 from torch import Tensor, nn
-from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Trainer
+from torch.func import functional_call
+from transformers import (
+    LevitConfig,
+    LevitForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+    Trainer,
+)
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure, snapshot_tensors
-from hf_optimizability.model_state import ModelState, settle
+from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
+from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
+from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
+from hf_optimizability.model_state import ModelState, eval_mode, settle
+from hf_optimizability.objective import Objective
 from hf_optimizability.safety import measuring
 from hf_optimizability.snapshot import MOST_ITEMS, Snapshot
-
-
-@dataclass
-class Tracker:
-    calls: float = 0.0
-    history: list[float] = field(default_factory=list)
-
-
-class Slotted:
-    __slots__ = ("calls", "unset")
-
-    def __init__(self) -> None:
-        self.calls = 0.0
-
-
-class Attributes(dict):
-    """A dict subclass with attributes, as configs and outputs often are."""
-
-
-class Stateful(nn.Module):
-    """Two linear layers; what comes between them depends on a state that each pass changes."""
-
-    def __init__(self, make: Callable[[nn.Module], object], use: Callable[[nn.Module, Tensor], Any]):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
-        made = make(self)
-        if not isinstance(made, (nn.Module, nn.Parameter)):
-            self.state = made
-        self.use = use
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        hidden = torch.tanh(self.first(x))
-        logits = self.last(hidden * (1 + self.use(self, hidden)))
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-def _buffer(model: nn.Module, value: Tensor, **options: Any) -> nn.Module:
-    model.register_buffer("buffer", value, **options)
-    return model
-
-
-def _counted(add: Callable[[nn.Module], object], read: Callable[[nn.Module], Any]) -> Any:
-    def use(model: nn.Module, hidden: Tensor) -> Any:
-        add(model)
-        return 0.1 * read(model)
-
-    return use
-
-
-def _add_by_data(model: nn.Module) -> None:
-    model.buffer.data.add_(1)
-
-
-def _add_by_numpy(model: nn.Module) -> None:
-    model.buffer.numpy()[:] += 1
-
-
-def _read(model: nn.Module) -> Tensor:
-    return model.buffer.clone()
-
-
-def _observer(model: nn.Module) -> nn.Module:
-    observer = FakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
-    return _submodule(model, "quantize", observer)
-
-
-def _noise(model: nn.Module, hidden: Tensor) -> Tensor:
-    return torch.rand(hidden.shape, generator=model.state)
-
-
-def _add_in_place(model: nn.Module, hidden: Tensor) -> Tensor:
-    return 0.1 * model.buffer.add_(1).clone()
-
-
-def _reassign(model: nn.Module) -> None:
-    model.buffer = model.buffer + 1
-
-
-def _enqueue(model: nn.Module, hidden: Tensor) -> Tensor:
-    mean = model.buffer.mean()
-    with torch.no_grad():
-        start = int(model.pointer)
-        model.buffer[(torch.arange(len(hidden)) + start) % 5] = hidden.detach()
-        model.pointer[0] = (start + len(hidden)) % 5
-    return mean
-
-
-def _queue(model: nn.Module) -> nn.Module:
-    model.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
-    return _buffer(model, torch.rand(5, 6))
-
-
-def _codebook(model: nn.Module, hidden: Tensor) -> Tensor:
-    nearest = torch.cdist(hidden, model.buffer).argmin(1)
-    quantized = model.buffer[nearest] - hidden
-    with torch.no_grad():
-        for code in nearest.unique():
-            model.buffer[code] = 0.9 * model.buffer[code] + 0.1 * hidden[nearest == code].mean(0)
-    return quantized.detach()
-
-
-def _submodule(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    model.add_module(name, module)
-    return model
-
-
-def _always_training(model: nn.Module) -> nn.Module:
-    norm = nn.BatchNorm1d(6)
-    norm.train = lambda mode=True: nn.Module.train(norm, True)  # type: ignore[method-assign]
-    return _submodule(model, "norm", norm)
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    model.average = nn.Parameter(torch.zeros(6), requires_grad=False)
-    return model
-
-
-def _average_in_place(model: nn.Module, hidden: Tensor) -> Tensor:
-    model.average.data.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
-    return model.average.clone()
-
-
-def _average_reassigned(model: nn.Module, hidden: Tensor) -> Tensor:
-    model.average.data = model.average.data * 0.9 + 0.1 * hidden.detach().mean(0)
-    return model.average.clone()
-
-
-def _hooked(model: nn.Module, register: str, hook: Callable[[Counter, Any], Any]) -> nn.Module:
-    seen: Counter = Counter()
-    getattr(model.first, register)(lambda module, _, last: hook(seen, last))
-    return model
-
-
-def _activations(seen: Counter, output: Tensor) -> Tensor:
-    seen["calls"] += 1
-    return output + 0.1 * seen["calls"]
-
-
-def _config(kind: type) -> Callable[[nn.Module], Any]:
-    return lambda model: kind(calls=0)
-
-
-def _increment(path: str) -> Any:
-    """Counts calls in an attribute of the model's state, and uses the count."""
-    return lambda model, hidden: _add(model.state, path)
-
-
-def _add(owner: Any, name: str) -> Any:
-    setattr(owner, name, getattr(owner, name) + 1)
-    return 0.1 * getattr(owner, name)
-
-
-def _count(model: nn.Module, hidden: Tensor, *keys: str) -> float:
-    held = model.state
-    for key in keys[:-1]:
-        held = held[key]
-    held[keys[-1]] += 1
-    return 0.1 * held[keys[-1]]
-
-
-def _append(model: nn.Module, hidden: Tensor) -> float:
-    model.state.append(float(hidden.detach().mean()))
-    return sum(model.state)
-
-
-def _array(model: nn.Module, hidden: Tensor) -> float:
-    model.state += 1
-    return 0.1 * float(model.state[0])
-
-
-def _tracked(model: nn.Module, hidden: Tensor) -> float:
-    model.state[0].calls += 1
-    model.state[0].history.append(model.state[0].calls)
-    return 0.1 * sum(model.state[0].history)
-
-
-def _set(model: nn.Module, hidden: Tensor) -> float:
-    model.state.add(len(model.state))
-    return 0.1 * len(model.state)
-
-
-def none(model: nn.Module, hidden: Tensor) -> float:
-    return 0.0
-
-
-KINDS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module, Tensor], Any]]] = {
-    "buffer in place": (lambda m: _buffer(m, torch.zeros(())), _add_in_place),
-    "buffer reassigned": (lambda m: _buffer(m, torch.zeros(())), _counted(_reassign, _read)),
-    "buffer by .data": (lambda m: _buffer(m, torch.zeros(())), _counted(_add_by_data, _read)),
-    "buffer through numpy": (lambda m: _buffer(m, torch.zeros(1)), _counted(_add_by_numpy, _read)),
-    "buffer not saved": (lambda m: _buffer(m, torch.zeros(()), persistent=False), _add_in_place),
-    "queue": (_queue, _enqueue),
-    "codebook": (lambda m: _buffer(m, torch.rand(5, 6)), _codebook),
-    "observer": (_observer, lambda m, h: m.quantize(h)),
-    "batch norm in train mode": (_always_training, lambda m, h: m.norm(h)),
-    "frozen parameter by .data": (_frozen, _average_in_place),
-    "frozen parameter with other .data": (_frozen, _average_reassigned),
-    "tensor attribute": (lambda m: torch.zeros(()), lambda m, h: 0.1 * m.state.add_(1).clone()),
-    "tensor in a tuple in a list": (lambda m: [(torch.zeros(()),)], lambda m, h: 0.1 * m.state[0][0].add_(1).clone()),
-    "array": (lambda m: np.zeros(2), _array),
-    "number": (lambda m: 0, lambda m, h: _add(m, "state")),
-    "list": (lambda m: [], _append),
-    "deque": (lambda m: deque([0.5], maxlen=3), _append),
-    "set": (lambda m: {0}, _set),
-    "dict": (lambda m: {"calls": 0}, lambda m, h: _count(m, h, "calls")),
-    "ordered dict": (lambda m: OrderedDict(calls=0), lambda m, h: _count(m, h, "calls")),
-    "nested dict": (lambda m: {"a": {"calls": 0}}, lambda m, h: _count(m, h, "a", "calls")),
-    "user dict": (lambda m: UserDict(calls=0), lambda m, h: _count(m, h, "calls")),
-    "attribute of a dict": (lambda m: vars(d := Attributes()).update(calls=0) or d, _increment("calls")),
-    "dataclass in a list": (lambda m: [Tracker()], _tracked),
-    "slots": (lambda m: Slotted(), _increment("calls")),
-    "namespace": (lambda m: SimpleNamespace(calls=0), _increment("calls")),
-    "config": (_config(PreTrainedConfig), _increment("calls")),
-    "generation config": (_config(GenerationConfig), _increment("calls")),
-    "torch generator": (lambda m: torch.Generator().manual_seed(5), _noise),
-    "numpy generator": (lambda m: {"rng": np.random.default_rng(5)}, lambda m, h: m.state["rng"].random()),
-    "numpy random state": (lambda m: [np.random.RandomState(5)], lambda m, h: m.state[0].rand()),
-    "python generator": (lambda m: SimpleNamespace(rng=random.Random(5)), lambda m, h: m.state.rng.random()),
-    "forward hook": (lambda m: _hooked(m, "register_forward_hook", _activations), none),
-}  # fmt: skip
-
-
-def batch(rows: int = 3) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(rows)
-    return {"x": torch.randn(rows, 4, generator=generator), "labels": torch.arange(rows) % 3}
-
-
-def stateful(kind: str) -> Stateful:
-    model = Stateful(*KINDS[kind])
-    for _ in range(2):  # so that there is a state to lose
-        model(**batch())
-    return model
 
 
 def contents(model: nn.Module) -> list[Any]:
@@ -288,9 +63,7 @@ def test_what_passes_change_comes_back(kind: str, fails: bool):
         if fails:
             raise KeyboardInterrupt
     assert model.training
-    assert all(
-        a is b for a, b in zip([*vars(model).values(), *model.parameters(), *model.buffers()], objects, strict=True)
-    )
+    assert all(now is then for now, then in zip(contents(model), objects, strict=True))
     assert all(same(gradient(model), gradient(twin)) for _ in range(3))
 
 
@@ -307,6 +80,103 @@ def test_each_pass_starts_from_the_state_that_was_handed_over(kind: str):
             gradient(model, **batch(5))
     assert same(found[0], found[1]) and same(found[0], found[2])
     assert first is None or same(found[0], first)
+
+
+def test_each_module_gets_its_own_mode_back():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout()).train()
+    model[1].eval()
+    with pytest.raises(RuntimeError), eval_mode(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
+def levit() -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
+    """A model that caches biases in eval mode, with the graph by which they depend on its parameters."""
+    torch.manual_seed(0)
+    config = LevitConfig(
+        image_size=32, num_channels=1, hidden_sizes=[8, 8, 8], num_attention_heads=[1, 1, 1], depths=[1, 1, 1],
+        key_dim=[4, 4, 4], down_ops=[["Subsample", 4, 2, 2, 2, 2]] * 2, num_labels=3,
+    )  # fmt: skip
+    model = LevitForImageClassification(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    images = torch.randn(4, 1, 32, 32, dtype=torch.float64)
+    return model, [{"pixel_values": images[i : i + 2], "labels": torch.tensor([i, 1])} for i in (0, 2)]
+
+
+def caches(model: nn.Module) -> list[dict[str, Tensor]]:
+    return [
+        vars(module)["attention_bias_cache"] for module in model.modules() if "attention_bias_cache" in vars(module)
+    ]
+
+
+@pytest.mark.parametrize("evaluated", [False, True], ids=["trained", "evaluated"])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [(HessianOperator, 1e-10), (ForwardOverReverseHessian, 1e-10), (CentralDifferenceHessian, 1e-5)],
+)
+def test_cached_biases_are_computed_in_each_pass_and_the_cache_is_left_as_it_was(
+    kind: type[ObjectiveOperator], tolerance: float, evaluated: bool
+):
+    model, batches = levit()
+    if evaluated:
+        with torch.no_grad():
+            model.eval()(**batches[0])
+    before = [(cache, dict(cache)) for cache in caches(model)]
+    assert all(len(cache) == evaluated for cache in caches(model))
+    operator = kind(Objective(model, batches))
+    vector = torch.randn(operator.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with eval_mode(model):
+        product = operator.matvec(vector)
+    assert all(now is then and now == held for now, (then, held) in zip(caches(model), before, strict=True))
+    assert model.training != evaluated
+
+    twin, _ = levit()
+    for module in twin.eval().modules():
+        module.training = "attention_bias_cache" in vars(module)  # biases are not cached; nothing else differs
+    named = {name: parameter.detach() for name, parameter in twin.named_parameters()}
+
+    def loss(*tensors: Tensor) -> Tensor:
+        parameters = dict(zip(named, tensors, strict=True))
+        return sum(functional_call(twin, parameters, kwargs=batch).loss for batch in batches) / 2
+
+    pieces = vector.split([parameter.numel() for parameter in named.values()])
+    vectors = tuple(piece.view_as(p) for piece, p in zip(pieces, named.values(), strict=True))
+    _, rows = torch.autograd.functional.hvp(loss, tuple(named.values()), vectors)
+    expected = torch.cat([row.flatten() for row in rows])
+    assert (product - expected).norm() <= tolerance * expected.norm()
+
+
+def rwkv() -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A model that divides weights of its later layers by two when it is first run in eval mode."""
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(
+        RwkvConfig(vocab_size=9, hidden_size=4, intermediate_size=6, num_hidden_layers=2, rescale_every=1)
+    )
+    tokens = torch.arange(10).reshape(2, 5) % 9
+    return model, {"input_ids": tokens, "labels": tokens}
+
+
+def test_weights_that_the_model_changes_come_back_with_the_note_of_it():
+    model, batch = rwkv()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(MeasurementError, match="changes its own weights"):
+        measure(model, [batch], OptimizabilityConfig(max_hvps=16))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not model.rwkv.layers_are_rescaled and model.training
+
+
+def test_frozen_weights_that_the_model_changes_come_back_with_the_note_of_it():
+    model, batch = rwkv()
+    model.rwkv.requires_grad_(False)
+    expected = model(**batch).logits
+    with eval_mode(model):
+        model(**batch, use_cache=False)
+        assert model.rwkv.layers_are_rescaled
+    assert not model.rwkv.layers_are_rescaled and model.training
+    assert torch.equal(model(**batch).logits, expected)
 
 
 def test_annealing_by_calls_has_the_curvature_of_the_next_call():
@@ -353,37 +223,14 @@ def test_llama_trains_on_with_the_frequencies_it_had():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-class Merging(nn.Linear):
-    """As microsoft/LoRA does: `eval()` adds the product to the frozen weight, `train()` takes it out again."""
-
-    def __init__(self) -> None:
-        super().__init__(4, 6)
-        self.merged = False
-        self.a, self.b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(6, 2))
-        self.weight.requires_grad = False
-
-    def train(self, mode: bool = True) -> Merging:
-        super().train(mode)
-        if mode and self.merged:
-            self.weight.data -= self.b @ self.a
-        elif not mode and not self.merged:
-            self.weight.data += self.b @ self.a
-        self.merged = not mode
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.merged else super().forward(x) + x @ self.a.T @ self.b.T
-
-
 @pytest.mark.parametrize("merged", [False, True], ids=["in train mode", "in eval mode"])
 @pytest.mark.parametrize("small", [2**20, 0], ids=["copied", "copied when written"])
 def test_layers_that_merge_are_measured_apart_and_left_as_they_were(
     small: int, merged: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(snapshot_tensors, "SMALL", small)
-    torch.manual_seed(0)
-    layer = Merging()
-    model = Stateful(lambda model: _submodule(model, "first", layer), none)
+    model = merging()
+    layer: Any = model.first
     expected = gradient(copy.deepcopy(model))  # dropout is not there: that of train mode
     model.train(not merged)
     before, modes = layer.weight.clone(), [module.training for module in model.modules()]
@@ -435,7 +282,7 @@ def test_trainable_weights_that_a_pass_writes_are_refused_and_come_back():
 
 
 def test_gradient_hooks_on_parameters_are_set_aside_and_come_back_in_order():
-    model = Stateful(lambda model: 0, none)
+    model = Stateful(lambda model: 0, unchanged)
     calls: list[str] = []
     handles = [p.register_hook(lambda g, n=n: calls.append(n) or g * 0.5) for n, p in model.named_parameters()]
     weight = model.last.weight
@@ -443,7 +290,7 @@ def test_gradient_hooks_on_parameters_are_set_aside_and_come_back_in_order():
     weight.register_post_accumulate_grad_hook(lambda parameter: calls.append("accumulated"))
     state = ModelState(model)
     with state.held():
-        assert same(gradient(model), gradient(Stateful(lambda model: 0, none)))
+        assert same(gradient(model), gradient(Stateful(lambda model: 0, unchanged)))
         model(**batch())["loss"].backward()
     assert not calls and all(parameter.grad is None for parameter in model.parameters())
     assert state.set_aside == tuple(dict(model.named_parameters()))
@@ -462,7 +309,7 @@ def test_with_gradient_hooks_the_numbers_are_those_of_the_loss(outputs: int):
 
     def model(hooked: bool) -> nn.Module:
         torch.manual_seed(0)
-        net = Stateful(lambda model: _submodule(model, "last", nn.Linear(6, outputs)), none)
+        net = Stateful(lambda model: add_submodule(model, "last", nn.Linear(6, outputs)), unchanged)
         for parameter in net.parameters() if hooked else ():
             parameter.register_hook(lambda gradient: gradient * 0.5)
         return net
@@ -475,7 +322,7 @@ def test_with_gradient_hooks_the_numbers_are_those_of_the_loss(outputs: int):
 
 
 def test_module_hooks_of_the_user_are_named():
-    model = Stateful(lambda model: 0, none)
+    model = Stateful(lambda model: 0, unchanged)
     model.first.register_forward_hook(lambda *call: None)
     nn.utils.spectral_norm(model.last)  # by a hook of torch's
     state = ModelState(model)
@@ -485,7 +332,7 @@ def test_module_hooks_of_the_user_are_named():
 
 
 def test_a_backward_hook_with_a_state_gets_it_back():
-    model = Stateful(lambda model: 0, none)
+    model = Stateful(lambda model: 0, unchanged)
     seen: list[int] = []
 
     def scale(module: nn.Module, inputs: Any, outputs: Any) -> Any:
@@ -502,7 +349,7 @@ def test_a_backward_hook_with_a_state_gets_it_back():
 
 
 def test_a_gradient_that_was_there_stays_the_same_tensor():
-    model = Stateful(lambda model: 0, none)
+    model = Stateful(lambda model: 0, unchanged)
     model(**batch())["loss"].backward()
     before = [(p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
     with ModelState(model).held():
@@ -532,7 +379,7 @@ def test_changes_on_purpose_stand_until_they_are_taken_back():
 
 def test_what_others_use_is_left_alone(tmp_path: Path):
     """Also where it can't be copied, is huge, or is not a state at all."""
-    model = Stateful(lambda model: 0, none)
+    model = Stateful(lambda model: 0, unchanged)
     lock, rows = threading.Lock(), [[0.0]] * (MOST_ITEMS + 1)
     with (tmp_path / "log").open("w") as file:
         model.things = {"lock": lock, "file": file, "rows": rows, "function": len, "class": Tracker, "self": model}

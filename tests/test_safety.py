@@ -17,26 +17,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
-from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AttentionInterface,
-    LevitConfig,
-    LevitForImageClassification,
     PreTrainedModel,
-    RwkvConfig,
-    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
-from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
-from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
-from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
-from hf_optimizability.model_state import eval_mode
-from hf_optimizability.objective import Objective
 from hf_optimizability.probe import probe_batches
 from hf_optimizability.safety import (
     eager_attention,
@@ -73,103 +63,6 @@ def test_rng_is_seeded_inside():
     with preserved_rng(7):
         again = draw()
     assert first == again
-
-
-def test_each_module_gets_its_own_mode_back():
-    model = nn.Sequential(nn.Dropout(), nn.Dropout()).train()
-    model[1].eval()
-    with pytest.raises(RuntimeError), eval_mode(model):
-        assert not any(module.training for module in model.modules())
-        raise RuntimeError
-    assert [module.training for module in model.modules()] == [True, True, False]
-
-
-def levit() -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
-    """A model that caches biases in eval mode, with the graph by which they depend on its parameters."""
-    torch.manual_seed(0)
-    config = LevitConfig(
-        image_size=32, num_channels=1, hidden_sizes=[8, 8, 8], num_attention_heads=[1, 1, 1], depths=[1, 1, 1],
-        key_dim=[4, 4, 4], down_ops=[["Subsample", 4, 2, 2, 2, 2]] * 2, num_labels=3,
-    )  # fmt: skip
-    model = LevitForImageClassification(config).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-    images = torch.randn(4, 1, 32, 32, dtype=torch.float64)
-    return model, [{"pixel_values": images[i : i + 2], "labels": torch.tensor([i, 1])} for i in (0, 2)]
-
-
-def caches(model: nn.Module) -> list[dict[str, Tensor]]:
-    return [
-        vars(module)["attention_bias_cache"] for module in model.modules() if "attention_bias_cache" in vars(module)
-    ]
-
-
-@pytest.mark.parametrize("evaluated", [False, True], ids=["trained", "evaluated"])
-@pytest.mark.parametrize(
-    ("kind", "tolerance"),
-    [(HessianOperator, 1e-10), (ForwardOverReverseHessian, 1e-10), (CentralDifferenceHessian, 1e-5)],
-)
-def test_cached_biases_are_computed_in_each_pass_and_the_cache_is_left_as_it_was(
-    kind: type[ObjectiveOperator], tolerance: float, evaluated: bool
-):
-    model, batches = levit()
-    if evaluated:
-        with torch.no_grad():
-            model.eval()(**batches[0])
-    before = [(cache, dict(cache)) for cache in caches(model)]
-    assert all(len(cache) == evaluated for cache in caches(model))
-    operator = kind(Objective(model, batches))
-    vector = torch.randn(operator.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with eval_mode(model):
-        product = operator.matvec(vector)
-    assert all(now is then and now == held for now, (then, held) in zip(caches(model), before, strict=True))
-    assert model.training != evaluated
-
-    twin, _ = levit()
-    for module in twin.eval().modules():
-        module.training = "attention_bias_cache" in vars(module)  # biases are not cached; nothing else differs
-    named = {name: parameter.detach() for name, parameter in twin.named_parameters()}
-
-    def loss(*tensors: Tensor) -> Tensor:
-        parameters = dict(zip(named, tensors, strict=True))
-        return sum(functional_call(twin, parameters, kwargs=batch).loss for batch in batches) / 2
-
-    pieces = vector.split([parameter.numel() for parameter in named.values()])
-    vectors = tuple(piece.view_as(p) for piece, p in zip(pieces, named.values(), strict=True))
-    _, rows = torch.autograd.functional.hvp(loss, tuple(named.values()), vectors)
-    expected = torch.cat([row.flatten() for row in rows])
-    assert (product - expected).norm() <= tolerance * expected.norm()
-
-
-def rwkv() -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """A model that divides weights of its later layers by two when it is first run in eval mode."""
-    torch.manual_seed(0)
-    model = RwkvForCausalLM(
-        RwkvConfig(vocab_size=9, hidden_size=4, intermediate_size=6, num_hidden_layers=2, rescale_every=1)
-    )
-    tokens = torch.arange(10).reshape(2, 5) % 9
-    return model, {"input_ids": tokens, "labels": tokens}
-
-
-def test_weights_that_the_model_changes_come_back_with_the_note_of_it():
-    model, batch = rwkv()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(MeasurementError, match="changes its own weights"):
-        measure(model, [batch], OptimizabilityConfig(max_hvps=16))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert not model.rwkv.layers_are_rescaled and model.training
-
-
-def test_frozen_weights_that_the_model_changes_come_back_with_the_note_of_it():
-    model, batch = rwkv()
-    model.rwkv.requires_grad_(False)
-    expected = model(**batch).logits
-    with eval_mode(model):
-        model(**batch, use_cache=False)
-        assert model.rwkv.layers_are_rescaled
-    assert not model.rwkv.layers_are_rescaled and model.training
-    assert torch.equal(model(**batch).logits, expected)
 
 
 @pytest.fixture
