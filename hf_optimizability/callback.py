@@ -191,10 +191,17 @@ class OptimizabilityCallback(TrainerCallback):
     def _tried_objective(self, batches: list[Any], tasks: list[str] | None) -> Objective:
         loss_fn = None if self._trainer is None else trainer_loss(self._trainer)
         try:
-            objective = Objective(self._model, batches, loss_fn=loss_fn, tasks=tasks).shared(self._ranks)
+            objective = Objective(
+                self._model,
+                batches,
+                loss_fn=loss_fn,
+                tasks=tasks,
+                seed=self.config.probe_seed,
+                preserved=() if self._trainer is None else (self._trainer,),
+            ).shared(self._ranks)
             self.report.data |= provenance.describe_probe_set(batches, self._model)
             try:
-                objective.check(seed=self.config.probe_seed)
+                objective.check()
             except Exception as error:
                 if not out_of_memory(error):  # for that, a measurement cuts the batches into smaller ones
                     raise

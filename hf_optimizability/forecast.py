@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .batches import Batch, batch_size
 from .configuration import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.decoupled import DecoupledHessian
@@ -30,7 +30,7 @@ from .engines import Way, first_that_works
 from .fsdp import measurable, reshard
 from .measure import block_indices, checked, finite_gradient
 from .memory import in_memory
-from .objective import Batch, LossFunction, Objective, batch_size, count_items, cut_batch
+from .objective import LossFunction, Objective
 from .safety import full_precision, measuring
 from .stages import Price, Prices, Products, count_products, list_stages
 
@@ -144,7 +144,7 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
     in_optimizer, before = objective.parameters, set(map(id, _tensors(objective.model)))
     preconditions = False
     with (
-        measuring(objective.model, seed=config.probe_seed),
+        measuring(objective.model, seed=config.probe_seed, state=objective.state),
         measurable(objective, config) as (objective, of_parameters),
         full_precision(objective.model),
     ):
@@ -188,7 +188,7 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
 def _prices(way: Way, objective: Objective, config: OptimizabilityConfig) -> Prices:
     exact = way.exact and config.curvature == "hessian"
     with used_rows(objective) as left_out:
-        part, share = _largest_part(objective)
+        part, share = objective.largest()
         calls = 2 if objective.parts > 1 else 3  # the graph of an only part is kept, from the second product on
 
         def matrix() -> ObjectiveOperator:
@@ -216,33 +216,15 @@ def _prices(way: Way, objective: Objective, config: OptimizabilityConfig) -> Pri
 
 def _known_part_seconds(objective: Objective) -> float:
     """What the trace of the Gauss-Newton part takes, from that of one example; 0 where it is not taken."""
-    example = copy(objective)
     everything = [[slice(0, sum(parameter.numel() for parameter in objective.parameters))]]
     seconds = 0.0
     with suppress(ValueError):
-        example.batches = cut_batch(objective.batches[0], 1)[:1]
+        example = objective.first_example()
         for _ in range(2):  # the first warms up
             started = time.perf_counter()
             gauss_newton_trace(example, everything, max_outputs=MAX_SPLIT_OUTPUTS)
             seconds = time.perf_counter() - started
     return seconds * sum(batch_size(batch) for batch in objective.batches)
-
-
-def _largest_part(objective: Objective) -> tuple[Objective, float]:
-    """The objective on its largest batch alone, and how many times as large all its batches are."""
-    sizes = {
-        index: sum(value.numel() for value in _values(batch) if isinstance(value, Tensor))
-        for index, batch in enumerate(objective.batches)
-        if count_items(objective.model, batch)
-    }
-    largest = max(sizes, key=lambda index: sizes[index])
-    part = copy(objective)
-    part.batches = [objective.batches[largest]]
-    return part, sum(sizes.values()) / sizes[largest]
-
-
-def _values(batch: Batch) -> Iterable[Any]:
-    return batch.values() if isinstance(batch, Mapping) else batch
 
 
 def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) -> Price:

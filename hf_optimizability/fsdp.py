@@ -15,6 +15,7 @@ from torch.distributed import Work, all_reduce
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 
+from .batches import batch_size
 from .configuration import OptimizabilityConfig
 from .curvature.lanczos import free_memory
 from .curvature.preconditioner import Held
@@ -23,7 +24,7 @@ from .curvature.rows import Rows
 from .gradients import norm_of
 from .measurement import MeasurementError
 from .model_state import settle
-from .objective import Batch, Objective, batch_size, count_items, cut_batch
+from .objective import Objective, ProbeBatch
 from .stages import Price, Prices, count_products, list_stages
 
 
@@ -225,8 +226,10 @@ class ShardedObjective(Objective):
         return self._rows
 
     def losses(self) -> Iterator[tuple[Tensor, int]]:
-        """Yields each batch's sum of losses over all ranks, with its gradient by the shards, and its items."""
-        for batch in self._counted(self.batches):
+        """Yield each batch's sum of losses over all ranks, with its gradient by the shards, and its items."""
+        for batch in self._local:
+            if not batch.items:
+                continue
             loss, items = self._share(batch)
             gradients = self._backward(loss) if torch.is_grad_enabled() else []
             reshard(self.model)  # what stays unsharded would not see that the shards are moved
@@ -234,19 +237,19 @@ class ShardedObjective(Objective):
             total = both[0].to(loss)
             yield (_Known.apply(total, gradients, *self._shards) if gradients else total), int(both[1])
 
-    def _share(self, batch: Batch) -> tuple[Tensor, int]:
+    def _share(self, batch: ProbeBatch) -> tuple[Tensor, int]:
         """The loss of this rank's examples of a batch; of others and times 0 where it has none that count."""
-        pieces = self._pieces(batch)
+        pieces = self._pieces_for_ranks(batch)
         mine = pieces[self.rows.ranks.index : self.rows.ranks.index + 1]
-        if mine and count_items(self.model, mine[0]):
-            return self._sum_of_losses(self.model, mine[0])
-        other = next(piece for piece in pieces if count_items(self.model, piece))
-        return 0 * self._sum_of_losses(self.model, other)[0], 0
+        if mine and mine[0].items:
+            return self._pass(mine[0])
+        other = next(piece for piece in pieces if piece.items)
+        return 0 * self._pass(other)[0], 0
 
-    def _pieces(self, batch: Batch) -> list[Batch]:
+    def _pieces_for_ranks(self, batch: ProbeBatch) -> list[ProbeBatch]:
         """At most one piece for each rank; a batch that can't be cut is the first rank's."""
         try:
-            return cut_batch(batch, math.ceil(batch_size(batch) / self.rows.ranks.number))
+            return self.pieces(batch, math.ceil(batch_size(batch.inputs) / self.rows.ranks.number))
         except ValueError:
             return [batch]
 

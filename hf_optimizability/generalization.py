@@ -105,7 +105,9 @@ def _mean_loss(
     batch_size = min(config.probe_batch_size, -(-examples // LEAST_BATCHES))
     batches = probe_batches(loader, examples=examples, batch_size=batch_size, seed=config.probe_seed, ranks=ranks)
     model = cast(nn.Module, trainer.model)
-    objective = Objective(model, batches, loss_fn=trainer_loss(trainer)).shared(ranks)
+    objective = Objective(
+        model, batches, loss_fn=trainer_loss(trainer), seed=config.probe_seed, preserved=(trainer,)
+    ).shared(ranks)
     with measuring(model, seed=config.probe_seed), torch.no_grad():
         found = ranks.gather([(float(loss), count) for loss, count in objective.losses()])
     sums, items = np.array(found).T

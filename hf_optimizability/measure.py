@@ -45,6 +45,7 @@ from .memory import in_memory
 from .objective import Batch, LossFunction, Objective
 from .parallel import training_ranks
 from .safety import full_precision, measuring
+from .self_check import check_objective
 from .snapshot_tensors import digest
 from .supported import require_supported
 from .task_split import require_several, split_by_task
@@ -135,11 +136,11 @@ def checked(
     if config.task_column is not None:
         batches, tasks = split_by_task(model, batches, config.task_column, drop=loss_fn is None)
         require_several(tasks, config.task_column)
-    objective = Objective(model, batches, loss_fn=loss_fn, tasks=tasks)
+    objective = Objective(model, batches, loss_fn=loss_fn, tasks=tasks, seed=config.probe_seed)
     if is_sharded(model):
         objective = objective.shared(training_ranks(objective.parameters[0].device))
     block_indices(objective.names, config)
-    objective.check(seed=config.probe_seed)
+    objective.check()
     return objective, optimizer
 
 
@@ -192,7 +193,8 @@ def measure_objective(
     found, objective = in_memory(objective, lambda objective: _found(objective, config, optimizer, count))
     seconds = time.perf_counter() - started
     measurement = Measurement(step=step, epoch=epoch, hvps=sum(spent), seconds=seconds, **found)
-    return measurement, objective
+    assert measurement.self_check is not None
+    return measurement, objective.checked(measurement.self_check)
 
 
 def _found(
@@ -205,13 +207,17 @@ def _found(
     reshard(objective.model)
     in_optimizer = objective.parameters  # others may be put in their place
     with (
-        measuring(objective.model, seed=config.probe_seed),
+        measuring(objective.model, seed=config.probe_seed, state=objective.state),
         measurable(objective, config) as (objective, held),
         full_precision(objective.model),
     ):
         if isinstance(objective, ShardedObjective) and isinstance(optimizer, Adafactor):
             optimizer = None  # what it makes of a part of a gradient is no part of what it makes of the whole
         point = finite_gradient(objective)
+        if objective.self_check is None:
+            objective = objective.checked(check_objective(objective, point))
+            if objective.unit != "items":
+                point = finite_gradient(objective)
         preconditioner, next_update = None, None
         if optimizer is not None:
             preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors, held=held)
@@ -254,6 +260,7 @@ def _found(
             "dtype": str(point.tensors[0].dtype).removeprefix("torch."),
             "batch_size": objective.batch_size,
             "left_out": curvature.left_out,
+            "self_check": objective.self_check,
         }
 
 

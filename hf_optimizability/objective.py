@@ -4,34 +4,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import find_labels
 
+from .batches import (
+    IGNORED_LABEL,
+    Batch,
+    batch_elements,
+    batch_size,
+    copy_batch,
+    count_items,
+    count_units,
+    cut_batch,
+    listed,
+)
 from .curvature.ranks import ALONE, Ranks
 from .curvature.rows import Rows
+from .measurement import MeasurementInterruptedError, SelfCheck, Unit
 from .model_state import ModelState
-from .safety import measuring, pretrained, quantization
+from .safety import measuring, pretrained, quantization, rng_state, seed_all
 
 
-Batch = Any
 LossFunction = Callable[[nn.Module, Batch], "Tensor | tuple[Tensor, int]"]
 
-IGNORED_LABEL = -100
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """A batch of the probe set, or a piece of one.
+
+    Attributes:
+        inputs: What the loss function takes.
+        items: What its mean loss is over, unless the loss function says.
+        index: The place of the batch among those drawn, which seeds whatever the model draws in a pass.
+        task: The task of its examples, where there are several.
+    """
+
+    inputs: Batch
+    items: int
+    index: int
+    task: str | None = None
 
 
 class Objective:
     """A mean loss over probe batches, as a function of the model's trainable parameters.
 
     Each batch's mean is weighted by the number of items it is over (examples, or labels other than -100), so that the
-    objective is one mean over all items, however they are cut into batches.
+    objective is one mean over all items, however they are cut into batches. Each pass of a batch is given a copy of
+    it, the model as it was handed over, and the same random state, so that it has the same loss each time.
 
     Args:
         model: The model; its parameters with `requires_grad` are the variables.
@@ -39,13 +67,18 @@ class Objective:
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
         tasks: The task of each batch, where there are several.
+        seed: Seed of whatever the model or its loss draws.
+        preserved: Objects besides the model whose state a pass may change, for example the Trainer.
+        should_stop: Asked before each batch's pass; where it returns `True`, the pass raises `MeasurementInterruptedError`.
 
     Attributes:
         ranks: The processes that share the batches; one alone, unless `shared` made it.
-        batches: Those of this rank.
+        state: What comes back after a measurement.
+        unit: What the mean losses of the batches are over.
+        self_check: The outcome of the self-check, once there is one.
 
     Raises:
-        ValueError: If there is nothing to differentiate by, no batch, or no item that counts.
+        ValueError: If there is nothing to differentiate by, or no batch.
     """
 
     def __init__(
@@ -55,18 +88,34 @@ class Objective:
         *,
         loss_fn: LossFunction | None = None,
         tasks: Sequence[str] | None = None,
+        seed: int = 0,
+        preserved: Sequence[object] = (),
+        should_stop: Callable[[], bool] | None = None,
     ):
         named = trainable_parameters(model)
         self.model = model
         self.names = list(named)
-        self.batches = [send_to_device(batch, self.parameters[0].device) for batch in batches]
+        self.state = ModelState(model, others=preserved)
+        self.unit: Unit = "items"
+        self.self_check: SelfCheck | None = None
         self.ranks = ALONE
-        self.state = ModelState(model)
-        self._whole = self.batches
-        self._tasks = None if tasks is None else list(tasks)
+        moved = [send_to_device(batch, self.parameters[0].device) for batch in batches]
+        self._all = [
+            ProbeBatch(batch, count_items(model, batch), index, None if tasks is None else tasks[index])
+            for index, batch in enumerate(moved)
+        ]
+        self._local = self._all
         self._loss_fn = loss_fn or model_loss
-        if not self.batches:
+        self._seed = seed
+        self._watched: set[int] = set()  # batches whose first pass was watched for writes, by index
+        self._should_stop = should_stop
+        if not moved:
             raise ValueError("`batches` is empty, so there is nothing to measure on. Pass at least one batch.")
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The batches of this rank."""
+        return [batch.inputs for batch in self._local]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -95,92 +144,129 @@ class Objective:
         )
 
     @property
+    def local_batches(self) -> list[ProbeBatch]:
+        """The batches of this rank that have an item that counts."""
+        return _counted(self._local)
+
+    @property
     def batch_size(self) -> int:
         """The most examples in one batch, of all ranks'."""
-        return max(batch_size(batch) for batch in self._whole)
+        return max(batch_size(batch.inputs) for batch in self._all)
 
     @property
     def parts(self) -> int:
         """The number of batches with an item that counts, of all ranks'."""
-        return len(self._counted(self._whole))
+        return len(_counted(self._all))
 
     @property
     def part_tasks(self) -> list[str] | None:
-        """The task of each batch with an item that counts, of all ranks'; `None` where tasks are not told apart."""
-        if self._tasks is None:
-            return None
-        pairs = zip(self._whole, self._tasks, strict=True)
-        return [task for batch, task in pairs if count_items(self.model, batch)]
+        """The task of each batch with an item that counts, of all ranks'; `None` where there are no tasks."""
+        tasks = [batch.task for batch in _counted(self._all) if batch.task is not None]
+        return tasks or None
 
     def of_task(self, task: str) -> Objective:
-        """The mean loss of one task, shared by the same ranks."""
-        assert self._tasks is not None
-        objective = copy(self)
-        objective._whole = [batch for batch, own in zip(self._whole, self._tasks, strict=True) if own == task]
-        objective._tasks = [task] * len(objective._whole)
-        objective.batches = objective._counted(objective._whole)[self.ranks.index :: self.ranks.number]
-        return objective
+        """Return the mean loss of one task, shared by the same ranks."""
+        return self._with([batch for batch in self._all if batch.task == task]).shared(self.ranks)
 
     def shared(self, ranks: Ranks) -> Objective:
-        """The share of this rank, where all have the same batches: those that count are dealt to them in turn."""
+        """Return the share of this rank, where all have the same batches: those that count are dealt in turn."""
         objective = copy(self)
         objective.ranks = ranks
-        objective.batches = self._counted(self._whole)[ranks.index :: ranks.number]
+        objective._local = _counted(self._all)[ranks.index :: ranks.number]
         return objective
 
     def whole(self) -> Objective:
-        """The objective of all ranks, for one alone."""
+        """Return the objective of all ranks, for one alone."""
         objective = copy(self)
-        objective.ranks, objective.batches = ALONE, self._whole
+        objective.ranks, objective._local = ALONE, self._all
         return objective
 
+    def over(self, batches: Sequence[ProbeBatch]) -> Objective:
+        """Return the objective over other local batches."""
+        objective = copy(self)
+        objective._local = list(batches)
+        return objective
+
+    @torch.no_grad()
+    def draws(self) -> bool:
+        """Return whether a pass of the first local batch takes random numbers; inside `measuring`."""
+        for batch in self.local_batches[:1]:
+            self._pass(batch)
+            after = rng_state()
+            seed_all(self._seed + batch.index)
+            return after != rng_state()
+        return False
+
+    def checked(self, check: SelfCheck) -> Objective:
+        """Return the objective with the outcome of its self-check, weighted by the unit that it found."""
+        objective = copy(self)
+        objective.self_check, objective.unit = check, check.unit
+
+        def counted(batch: ProbeBatch) -> ProbeBatch:
+            return replace(batch, items=count_units(self.model, batch.inputs, check.unit) or 0)
+
+        objective._all = [counted(batch) for batch in self._all]
+        objective._local = [counted(batch) for batch in self._local]
+        return objective
+
+    def largest(self) -> tuple[Objective, float]:
+        """Return the objective on its largest local batch alone, and how many times as large all of them are."""
+        sizes = [batch.items and batch_elements(batch.inputs) for batch in self._local]
+        largest = max(range(len(sizes)), key=lambda index: sizes[index])
+        return self.over([self._local[largest]]), sum(sizes) / sizes[largest]
+
+    def first_example(self) -> Objective:
+        """Return the objective on the first example of its first local batch.
+
+        Raises:
+            ValueError: If the batch can't be cut.
+        """
+        return self.over(self.pieces(self._local[0], 1)[:1])
+
     def losses(self) -> Iterator[tuple[Tensor, int]]:
-        """Yields each batch's sum of losses, with its graph, and the number of items it sums over."""
-        for batch in self._counted(self.batches):
-            self.state.rewind()
-            with self.state.watched():
-                found = self._sum_of_losses(self.model, batch)
-            yield found
+        """Yield each batch's sum of losses, with its graph, and the number of items it sums over."""
+        for batch in _counted(self._local):
+            yield self._pass(batch)
 
     def functional_losses(self) -> Iterator[Callable[[Sequence[Tensor]], tuple[Tensor, int]]]:
-        """Yields, for each batch, what `losses` gives as a function of tensors in the place of the parameters."""
-        module = _Functional(self.model, self._sum_of_losses)
+        """Yield, for each batch, what `losses` gives as a function of tensors in the place of the parameters."""
+        module = _Functional(self.model, self._pass)
         names = [f"model.{name}" for name in self.names]
 
-        def loss_at(batch: Batch, tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
+        def loss_at(batch: ProbeBatch, tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
             return functional_call(module, dict(zip(names, tensors, strict=True)), (batch,))
 
-        for batch in self._counted(self.batches):
-            self.state.rewind()
+        for batch in _counted(self._local):
             yield partial(loss_at, batch)
 
     def outputs_and_losses(self) -> Iterator[tuple[list[Tensor], Tensor, int]]:
-        """Yields the model's outputs (its logits) on each batch, and what `losses` gives, in one graph.
+        """Yield the model's outputs (its logits) on each batch, and what `losses` gives, in one graph.
 
         Raises:
             ValueError: If the model returns neither a tensor nor an output with logits, or the loss does not call it.
         """
-        for batch in self._counted(self.batches):
+        for batch in _counted(self._local):
             outputs: list[Tensor] = []
-            self.state.rewind()
             with self.model.register_forward_hook(lambda *call, outputs=outputs: outputs.extend(_logits(call[-1]))):
-                loss, items = self._sum_of_losses(self.model, batch)
+                loss, items = self._pass(batch)
             if not outputs:
                 raise ValueError("`loss_fn` does not call the model it is given, so that its outputs are not known.")
             yield outputs, loss, items
 
     def cut(self, size: int) -> Objective:
-        """The same objective, in batches of at most `size` examples.
+        """Return the same objective, in batches of at most `size` examples.
 
         Raises:
-            ValueError: If the batches can't be cut, because their tensors differ in their first dimension.
+            ValueError: If the batches can't be cut: their values differ in length, or their loss is no mean over what
+                can be counted.
         """
-        objective = copy(self)
-        objective.batches = [piece for batch in self.batches for piece in cut_batch(batch, size)]
-        pieces = [cut_batch(batch, size) for batch in self._whole]
-        objective._whole = [piece for batch in pieces for piece in batch]
-        if self._tasks is not None:
-            objective._tasks = [task for task, batch in zip(self._tasks, pieces, strict=True) for _ in batch]
+        if self.self_check is not None and not self.self_check.can_cut:
+            raise ValueError(
+                "Batches must stay as they were collated: the loss draws random numbers in eval mode, or is no mean over "
+                "what can be counted. Collate fewer examples at a time (`probe_batch_size`)."
+            )
+        objective = self._with([piece for batch in self._all for piece in self.pieces(batch, size)])
+        objective._local = [piece for batch in self._local for piece in self.pieces(batch, size)]
         return objective
 
     def block(self, names: Collection[str]) -> Objective:
@@ -193,34 +279,51 @@ class Objective:
         unknown = wanted - set(self.names)
         if unknown or not wanted:
             raise ValueError(
-                f"{_listed(sorted(unknown)) or 'Nothing'} is no block of trainable parameters. Their names are "
-                f"{_listed(self.names[:3])}, …: see `Objective.names`."
+                f"{listed(sorted(unknown)) or 'Nothing'} is no block of trainable parameters. Their names are "
+                f"{listed(self.names[:3])}, …: see `Objective.names`."
             )
         block = copy(self)
         block.names = [name for name in self.names if name in wanted]
         return block
 
-    def _counted(self, batches: list[Batch]) -> list[Batch]:
-        """The batches with an item that counts: the mean of nothing is NaN."""
-        return [batch for batch in batches if count_items(self.model, batch)]
+    def _with(self, batches: list[ProbeBatch]) -> Objective:
+        """Return the objective over other batches, for one process."""
+        objective = copy(self)
+        objective._all = objective._local = batches
+        return objective
 
-    def _sum_of_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        loss = self._loss_fn(model, batch)
+    def pieces(self, batch: ProbeBatch, size: int, *, unit: Unit | None = None) -> list[ProbeBatch]:
+        """Return a batch in pieces of at most `size` units, counted in that unit; they keep its index.
+
+        Raises:
+            ValueError: If it can't be cut.
+        """
+        unit = unit or self.unit
+        pieces = cut_batch(batch.inputs, size, unit=unit)
+        return [replace(batch, inputs=piece, items=count_units(self.model, piece, unit) or 0) for piece in pieces]
+
+    def _pass(self, batch: ProbeBatch) -> tuple[Tensor, int]:
+        """Return the sum of a batch's losses, from the state that the measurement began with, and its items."""
+        if self._should_stop is not None and self._should_stop():
+            raise MeasurementInterruptedError
+        if self.state.is_held:
+            self.state.rewind()
+            seed_all(self._seed + batch.index)
+        first = batch.index not in self._watched
+        self._watched.add(batch.index)
+        with self.state.watched() if first else nullcontext():
+            loss = self._loss_fn(self.model, copy_batch(batch.inputs))
         if isinstance(loss, tuple):
             return loss[0], int(loss[1])
-        items = count_items(model, batch)
-        return loss * items, items
+        return loss * batch.items, batch.items
 
-    def check(self, *, seed: int) -> None:
-        """Tries the loss on one batch, so that a wrong argument shows before any training.
-
-        Args:
-            seed: Seed for whatever the model draws.
+    def check(self) -> None:
+        """Try the loss on one batch, so that a wrong argument shows before any training.
 
         Raises:
             ValueError: If labels are missing, no item counts, or the loss is no scalar that depends on the parameters.
         """
-        with measuring(self.model, seed=seed):
+        with measuring(self.model, seed=self._seed, state=self.state):
             loss, _ = next(self.whole().losses(), (None, 0))
         if loss is None:
             raise ValueError(
@@ -242,13 +345,18 @@ class Objective:
 class _Functional(nn.Module):
     """A loss as a module, so that `functional_call` can put other tensors in the place of the model's parameters."""
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[[nn.Module, Batch], tuple[Tensor, int]]):
+    def __init__(self, model: nn.Module, loss_of: Callable[[ProbeBatch], tuple[Tensor, int]]):
         super().__init__()
         self.model = model
-        self._loss_fn = loss_fn
+        self._loss_of = loss_of
 
-    def forward(self, batch: Batch) -> tuple[Tensor, int]:
-        return self._loss_fn(self.model, batch)
+    def forward(self, batch: ProbeBatch) -> tuple[Tensor, int]:
+        return self._loss_of(batch)
+
+
+def _counted(batches: list[ProbeBatch]) -> list[ProbeBatch]:
+    """Return the batches with an item that counts: the mean of nothing is NaN."""
+    return [batch for batch in batches if batch.items]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -284,71 +392,17 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     labels = find_labels(type(pretrained(model) or model))
     if labels and not any(name in batch for name in labels):
         raise ValueError(
-            f"The batch has no labels: its keys are {_listed(batch)}, but {type(model).__name__} computes a loss only "
-            f"from {_listed(labels)}. Add the labels to the data set, or pass a `loss_fn`."
+            f"The batch has no labels: its keys are {listed(batch)}, but {type(model).__name__} computes a loss only "
+            f"from {listed(labels)}. Add the labels to the data set, or pass a `loss_fn`."
         )
     raise ValueError(
-        f"{type(model).__name__} returned no loss for a batch with the keys {_listed(batch)}. "
+        f"{type(model).__name__} returned no loss for a batch with the keys {listed(batch)}. "
         "Use a model with a task head (a `*For…` class), or pass a `loss_fn`."
     )
 
 
-def count_items(model: nn.Module, batch: Batch) -> int:
-    """What a batch's mean loss is over: labels other than -100 (after the shift of a causal LM), else examples."""
-    if not isinstance(batch, Mapping):
-        return batch_size(batch)
-    if "shift_labels" in batch:
-        return int((batch["shift_labels"] != IGNORED_LABEL).sum())
-    if "labels" in batch:
-        labels = batch["labels"][..., 1:] if _shifts_labels(model) else batch["labels"]
-        return int((labels != IGNORED_LABEL).sum())
-    return batch_size(batch)
-
-
-def batch_size(batch: Batch) -> int:
-    """Number of examples in a batch: its length if it is a tensor, else that of its first one."""
-    if isinstance(batch, Tensor):
-        return len(batch)
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    return len(next(value for value in values if isinstance(value, Tensor)))
-
-
-def cut_batch(batch: Batch, size: int) -> list[Batch]:
-    """A batch in pieces of at most `size` examples, each of the batch's own type.
-
-    Tensors and lists with one entry per example are sliced; values without a length (`None`, numbers, switches, 0-d
-    tensors) and strings go into each piece as they are.
-
-    Raises:
-        ValueError: If the values have different lengths.
-
-    Example:
-        >>> cut_batch({"x": torch.arange(3), "return_dict": True}, 2)
-        [{'x': tensor([0, 1]), 'return_dict': True}, {'x': tensor([2]), 'return_dict': True}]
-    """
-    if isinstance(batch, Tensor):
-        return list(batch.split(size))
-    named = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
-    lengths = {name: len(value) for name, value in named.items() if _has_examples(value)}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(
-            f"A batch can't be cut into smaller ones, because its values have the lengths {lengths}. "
-            "The first dimension of each tensor must be the batch."
-        )
-    kind: Any = type(batch)
-    pieces = []
-    for start in range(0, next(iter(lengths.values())), size):
-        piece = {name: value[start : start + size] if name in lengths else value for name, value in named.items()}
-        pieces.append(kind(piece if isinstance(batch, Mapping) else piece.values()))
-    return pieces
-
-
-def _has_examples(value: Any) -> bool:
-    return value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, (list, tuple))
-
-
 def _logits(output: Any) -> list[Tensor]:
-    """What the loss is a function of: a tensor that the model returns, or the logits in its output."""
+    """Return what the loss is a function of: a tensor that the model returns, or the logits in its output."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -360,17 +414,3 @@ def _logits(output: Any) -> list[Tensor]:
         f"The Gauss-Newton matrix needs the outputs that the loss is a function of, but the model returned a "
         f"{type(output).__name__} without logits. Return a tensor, or a `ModelOutput` with `logits`."
     )
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether the model predicts each label from the tokens before it, so that the first label is not used."""
-    inner = pretrained(model)
-    if inner is None or inner.config.is_encoder_decoder:
-        return False
-    # `fully_shard` puts a class of its own before the model's.
-    causal = any(kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for kind in type(inner).__mro__)
-    return causal or LOSS_MAPPING.get(inner.loss_type) is ForCausalLMLoss
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

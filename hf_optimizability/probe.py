@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from transformers.utils import logging
 
+from .batches import batch_size as examples_in
 from .curvature.ranks import ALONE, Ranks
 from .data_state import DataState, preserved_data
 from .measurement import MeasurementError
-from .objective import batch_size as examples_in
 from .privacy import without_secrets
 from .safety import preserved_rng
 from .task_split import require_several, smaller_batches, tasks_of_rows

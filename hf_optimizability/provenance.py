@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from .batches import batch_size, count_items
 from .configuration import OptimizabilityConfig
 from .fsdp import class_name
-from .objective import batch_size, count_items
 from .probe import fingerprint, num_examples
 from .safety import pretrained
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,21 @@ from .float32_precision import ieee_float32
 from .model_state import ModelState, settle
 
 
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices); hold `preserved_rng` around it."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> tuple[Any, ...]:
+    """Return the states of the generators that `seed_all` seeds, to compare with others."""
+    numpy_state = np.random.get_state()
+    devices = [torch.cuda.get_rng_state(device) for device in range(torch.cuda.device_count())]
+    tensors = [state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)]
+    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], *tensors  # type: ignore[index, union-attr]
+
+
 @contextmanager
 def preserved_rng(seed: int) -> Iterator[None]:
     """Seeds Python, NumPy and torch (all devices) inside, and gives them their old states back after."""
@@ -25,9 +41,7 @@ def preserved_rng(seed: int) -> Iterator[None]:
     numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
+            seed_all(seed)
             yield
         finally:
             random.setstate(python_state)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .batches import Batch, count_items
 from .measurement import MeasurementError
-from .objective import Batch, LossFunction, count_items
+from .objective import LossFunction
 from .unfused_losses import unfused_losses
 
 

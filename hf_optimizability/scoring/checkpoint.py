@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from ..batches import cut_batch
 from ..configuration import OptimizabilityConfig
 from ..engines import Way, first_that_works
 from ..measurement import MeasurementError
-from ..objective import LossFunction, Objective, cut_batch
+from ..objective import LossFunction, Objective
 from ..safety import full_precision, measuring
 from .features import head_features
 from .gradients import gradient_scores

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches in whatever containers a collator makes: their examples, what their mean loss is over, copies and pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_CTC_MAPPING_NAMES,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+)
+
+from .measurement import Unit
+from .safety import pretrained
+
+
+Batch = Any
+
+IGNORED_LABEL = -100
+
+
+def batch_size(batch: Batch) -> int:
+    """Return the number of examples: the length of the first tensor, at any depth, else of the first list; else 1.
+
+    Example:
+        >>> batch_size({"query": {"input_ids": torch.ones(3, 5)}, "labels": [{}, {}, {}]}), batch_size({"text": "one"})
+        (3, 1)
+    """
+    for value in _leaves(batch):
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value.shape[0]
+    containers = [batch, *(batch.values() if isinstance(batch, Mapping) else ())]
+    return next((len(value) for value in containers if isinstance(value, (list, tuple))), 1)
+
+
+def batch_elements(batch: Batch) -> int:
+    """Return the number of entries of all tensors of a batch, at any depth."""
+    return sum(value.numel() for value in _leaves(batch) if isinstance(value, Tensor))
+
+
+def count_items(model: nn.Module, batch: Batch) -> int:
+    """Return what the mean loss of a batch is over, as far as its labels say.
+
+    Those are integer labels other than -100 (after the shift of a causal language model; the index that a semantic
+    segmentation ignores), entries of real labels, or examples where labels are no tensor or the loss is CTC's, which
+    is a mean over examples.
+    """
+    labels = _labels(batch)
+    if not isinstance(labels, Tensor) or _is_any_of(model, MODEL_FOR_CTC_MAPPING_NAMES):
+        return batch_size(batch)
+    if labels.is_floating_point():
+        return labels.numel()
+    if "shift_labels" not in batch and _shifts_labels(model):
+        labels = labels[..., 1:]
+    return int((labels != _ignored_label(model)).sum())
+
+
+def count_units(model: nn.Module, batch: Batch, unit: Unit) -> int | None:
+    """Return how many units the mean loss of a batch is over, or `None` where the batch does not say."""
+    if unit == "items":
+        return count_items(model, batch)
+    if unit == "attended tokens":
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        return int(mask.sum()) if isinstance(mask, Tensor) else None
+    if unit == "pairs":
+        return None if batch_size(batch) % 2 else batch_size(batch) // 2
+    return batch_size(batch)
+
+
+def copy_batch(batch: Batch) -> Batch:
+    """Return the batch with its tensors cloned and its containers new, so that a forward pass may write to it.
+
+    Example:
+        >>> batch = {"x": torch.zeros(1)}
+        >>> copy_batch(batch)["x"].add_(1), batch["x"]
+        (tensor([1.]), tensor([0.]))
+    """
+    return _map(batch, lambda tensor: tensor.clone())
+
+
+def cut_batch(batch: Batch, size: int, *, unit: Unit = "items") -> list[Batch]:
+    """Return a batch in pieces of at most `size` examples, each of the batch's own type.
+
+    Tensors and lists with one entry per example are sliced, at any depth; values without a length (`None`, numbers,
+    switches, 0-d tensors) and strings go into each piece as they are.
+
+    Args:
+        batch: The batch.
+        size: Most examples in a piece.
+        unit: `"pairs"` keeps the second half of each pair with its first, and counts a pair as one example.
+
+    Raises:
+        ValueError: If the values have different lengths, or `unit` is `"batches"`.
+
+    Example:
+        >>> cut_batch({"x": torch.arange(3), "return_dict": True}, 2)
+        [{'x': tensor([0, 1]), 'return_dict': True}, {'x': tensor([2]), 'return_dict': True}]
+        >>> cut_batch({"chosen_then_rejected": torch.arange(4)}, 1, unit="pairs")
+        [{'chosen_then_rejected': tensor([0, 2])}, {'chosen_then_rejected': tensor([1, 3])}]
+    """
+    if unit == "batches":
+        raise ValueError("A batch can't be cut, because its loss is no mean over what can be counted.")
+    length = _common_length(batch)
+    number = length // 2 if unit == "pairs" else length
+
+    def piece(start: int) -> Batch:
+        chosen = list(range(start, min(start + size, number)))
+        if unit == "pairs":
+            chosen += [index + number for index in chosen]
+        return _slice(batch, partial(_take, chosen), length)
+
+    return [piece(start) for start in range(0, number, size)]
+
+
+def _labels(batch: Batch) -> Any:
+    if not isinstance(batch, Mapping):
+        return None
+    return batch["shift_labels"] if "shift_labels" in batch else batch.get("labels")
+
+
+def _common_length(batch: Batch) -> int:
+    """Return the number of examples that all values of a batch agree on."""
+    lengths = dict(_lengths(batch, ""))
+    if len(set(lengths.values())) != 1:
+        raise ValueError(
+            f"A batch can't be cut into smaller ones, because its values have the lengths {lengths}. "
+            "The first dimension of each tensor must be the batch."
+        )
+    return next(iter(lengths.values()))
+
+
+def _lengths(value: Any, name: str) -> Iterator[tuple[str, int]]:
+    """Yield the length of each value that holds examples, by its place."""
+    if isinstance(value, Tensor):
+        if value.ndim > 0:
+            yield name, value.shape[0]
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _lengths(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        if name:
+            yield name, len(value)
+        else:  # the batch itself: a container of values, not of examples
+            for index, inner in enumerate(value):
+                yield from _lengths(inner, str(index))
+
+
+def _slice(value: Any, take: Callable[[Any], Any], length: int, *, top: bool = True) -> Any:
+    if isinstance(value, Tensor):
+        return take(value) if value.ndim > 0 else value
+    if isinstance(value, Mapping):
+        return _like(value, {key: _slice(inner, take, length, top=False) for key, inner in value.items()})
+    if isinstance(value, (list, tuple)):
+        if not top:
+            return _like(value, take(value))
+        return _like(value, [_slice(inner, take, length, top=False) for inner in value])
+    return value
+
+
+def _take(indices: Sequence[int], values: Any) -> Any:
+    if not isinstance(values, Tensor):
+        return [values[index] for index in indices]
+    if list(indices) == list(range(indices[0], indices[-1] + 1)):
+        return values[indices[0] : indices[-1] + 1]  # a view; nested and sparse tensors know no other index
+    return values[torch.tensor(indices, device=values.device)]
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return _like(value, {key: _map(inner, change) for key, inner in value.items()})
+    if isinstance(value, (list, tuple)):
+        return _like(value, [_map(inner, change) for inner in value])
+    return value
+
+
+def _like(container: Any, content: Any) -> Any:
+    """Return a container of the same type with other content."""
+    kind: Any = type(container)
+    return kind(*content) if "_fields" in vars(kind) else kind(content)  # a named tuple takes its fields one by one
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _ignored_label(model: nn.Module) -> int:
+    inner = pretrained(model)
+    if inner is None or not _is_any_of(model, MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES):
+        return IGNORED_LABEL
+    return inner.config.to_dict().get("semantic_loss_ignore_index", IGNORED_LABEL)
+
+
+def _is_any_of(model: nn.Module, names: Mapping[str, Any]) -> bool:
+    """Return whether the Transformers model inside `model` is of a class that an auto mapping names."""
+    inner = pretrained(model)
+    listed = {name for entry in names.values() for name in ([entry] if isinstance(entry, str) else entry)}
+    # `fully_shard` puts a class of its own before the model's.
+    return inner is not None and any(kind.__name__ in listed for kind in type(inner).__mro__)
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Return whether the model predicts each label from the tokens before it, so that the first label is not used."""
+    inner = pretrained(model)
+    if inner is None or inner.config.is_encoder_decoder:
+        return False
+    causal = _is_any_of(model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return causal or LOSS_MAPPING.get(inner.loss_type) is ForCausalLMLoss
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names in backticks, for a message."""
+    return ", ".join(f"`{name}`" for name in names)
