@@ -69,7 +69,7 @@ class Objective:
         tasks: The task of each batch, where there are several.
         seed: Seed of whatever the model or its loss draws.
         preserved: Objects besides the model whose state a pass may change, for example the Trainer.
-        should_stop: Asked before each batch's pass; where it returns `True`, the pass raises `MeasurementInterruptedError`.
+        should_stop: Asked before each batch's pass, which raises `MeasurementInterruptedError` where it is true.
 
     Attributes:
         ranks: The processes that share the batches; one alone, unless `shared` made it.
@@ -262,8 +262,8 @@ class Objective:
         """
         if self.self_check is not None and not self.self_check.can_cut:
             raise ValueError(
-                "Batches must stay as they were collated: the loss draws random numbers in eval mode, or is no mean over "
-                "what can be counted. Collate fewer examples at a time (`probe_batch_size`)."
+                "Batches must stay as they were collated: the loss draws random numbers in eval mode, or is no mean "
+                "over what can be counted. Collate fewer examples at a time (`probe_batch_size`)."
             )
         objective = self._with([piece for batch in self._all for piece in self.pieces(batch, size)])
         objective._local = [piece for batch in self._local for piece in self.pieces(batch, size)]

@@ -21,6 +21,7 @@ from hf_optimizability.measurement import (
     Conflict,
     Measurement,
     MeasurementFailure,
+    SelfCheck,
     SeveralTasks,
     StepMeasurement,
     TaskBlock,
@@ -156,6 +157,7 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
         left_out=0,
         hvps=56,
         seconds=7.31,
+        self_check=SelfCheck(False, "items", True, 1.2e-7, (2e-5, None), ("layer.0.weight",), ("layer.0", "layer.1")),
     )
 
 

@@ -24,6 +24,7 @@ from hf_optimizability.measurement import (
     Conflict,
     Measurement,
     MeasurementFailure,
+    SelfCheck,
     SeveralTasks,
     StepMeasurement,
     TaskBlock,
@@ -94,6 +95,7 @@ class TestSchema:
             ("task_block", TaskBlock),
             ("conflict", Conflict),
             ("several", SeveralTasks),
+            ("self_check", SelfCheck),
             ("measurement", Measurement),
             ("failure", MeasurementFailure),
             ("finding", Finding),
@@ -144,14 +146,16 @@ class TestOlderVersions:
         assert [measurement.landscape for measurement in report.measurements] == [None] * 2
         data = json.loads(json.dumps(report.to_dict()))
         for measurement, old in zip(data["measurements"], written["measurements"], strict=True):
-            assert measurement == {**old, "landscape": None, "several": None}
+            assert measurement == {**old, "landscape": None, "several": None, "self_check": None}
 
     def test_version_3_loads_with_its_numbers(self):
         written = json.loads(OLDER[2].read_bytes())
         report = OptimizabilityReport.load(OLDER[2])
         assert written["schema_version"] == 3
         data = json.loads(json.dumps(report.to_dict()))
-        assert data["measurements"] == [{**old, "several": None} for old in written["measurements"]]
+        assert data["measurements"] == [
+            {**old, "several": None, "self_check": None} for old in written["measurements"]
+        ]
         assert data["measurements"][-1]["landscape"]["update"] is not None
 
     @pytest.mark.parametrize("file", OLDER, ids=lambda file: file.stem)
