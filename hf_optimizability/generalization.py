@@ -108,7 +108,7 @@ def _mean_loss(
     objective = Objective(
         model, batches, loss_fn=trainer_loss(trainer), seed=config.probe_seed, preserved=(trainer,)
     ).shared(ranks)
-    with measuring(model, seed=config.probe_seed), torch.no_grad():
+    with measuring(model, seed=config.probe_seed, state=objective.state), torch.no_grad():
         found = ranks.gather([(float(loss), count) for loss, count in objective.losses()])
     sums, items = np.array(found).T
     number, mean = len(sums), sums.sum() / items.sum()

@@ -33,10 +33,10 @@ class Quadratic:
         yield 3 * (self.parameters[0] @ self.matrix @ self.parameters[0] / 2 + 1), 3
 
 
-def tanh_network() -> Objective:
+def tanh_network(dtype: torch.dtype = torch.float32) -> Objective:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    inputs = torch.randn(20, 4)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+    inputs = torch.randn(20, 4).to(dtype)
 
     def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
         return (model(x) - x.sum(1, keepdim=True)).square().mean()
@@ -57,9 +57,7 @@ def first_rise(loss: Callable[[float], float], *, upto: float) -> float:
 
 
 def test_quadratic_model_is_that_of_the_dense_hessian():
-    objective = tanh_network()
-    objective.model.double()
-    objective.batches = [batch.double() for batch in objective.batches]
+    objective = tanh_network(torch.float64)
     g = torch.cat([tensor.reshape(-1) for tensor in gradient(objective).tensors])
     model = quadratic_model(g, HessianOperator(objective).matvec(g))
     eye = torch.eye(len(g), dtype=torch.float64)
