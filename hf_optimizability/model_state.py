@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,12 @@ logger = logging.get_logger(__name__)
 
 _OWN_HOOKS = ("accelerate", "hf_optimizability", "torch", "transformers")
 """Packages whose hooks on modules belong to the machinery of training, and are not named."""
+
+_ALONE = ("train_dataset", "eval_dataset", "optimizer", "lr_scheduler")
+"""Attributes of a Trainer that its loss has no business with."""
+
+_WATCHED = 16
+"""Passes in which writes to large frozen tensors are looked for: whoever writes to them does so in each pass."""
 
 _held: list[ModelState] = []
 
@@ -56,6 +62,7 @@ class ModelState:
         self._others = tuple(others)
         self._entry: Snapshot | None = None
         self._before_pass: Snapshot | None = None
+        self._passes = 0
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -66,7 +73,7 @@ class ModelState:
                 seen coming, so that they are lost.
         """
         outer = self._entry, self._before_pass
-        self._entry, self._before_pass = self._snapshot(registries=True), None
+        self._entry, self._before_pass, self._passes = self._snapshot(registries=True), None, 0
         modes = [(module, module.training) for module in self._model.modules()]
         gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
         lost: list[str] = []
@@ -111,8 +118,11 @@ class ModelState:
     def watched(self) -> AbstractContextManager[None]:
         """Copy large frozen tensors before the model writes to them; to be held around a forward pass.
 
-        Every operation is looked at, so the first pass of each batch will do.
+        Every operation is looked at, which takes time: in the first passes only.
         """
+        self._passes += 1
+        if self._passes > _WATCHED:
+            return nullcontext()
         snapshots = [snapshot for state in self._all_held() for snapshot in (state._entry, state._before_pass)]
         return watched_writes(snapshot.tensors for snapshot in snapshots if snapshot is not None)
 
@@ -129,10 +139,10 @@ class ModelState:
     def _snapshot(self, *, registries: bool) -> Snapshot:
         trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         roots = {"model": self._model} | {type(other).__name__: other for other in self._others}
-        data = [vars(other).get(name) for other in self._others for name in ("train_dataset", "eval_dataset")]
+        alone = [vars(other).get(name) for other in self._others for name in _ALONE]
         if registries:
-            return Snapshot(roots, whole=trainable, ignored=data)
-        return Snapshot(roots, ignored=[*trainable, *data], registries=False)
+            return Snapshot(roots, whole=trainable, ignored=alone)
+        return Snapshot(roots, ignored=[*trainable, *alone], registries=False, digests=False)
 
     @contextmanager
     def _without_gradient_hooks(self) -> Iterator[None]:

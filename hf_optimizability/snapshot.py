@@ -20,10 +20,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainerControl
 from transformers.trainer_callback import CallbackHandler
 
 from .snapshot_tensors import TensorValues
@@ -31,8 +30,8 @@ from .snapshot_tensors import TensorValues
 
 LEFT_ALONE: tuple[type, ...] = (
     type, ModuleType, logging.Logger, io.IOBase,
-    Dataset, DataLoader, Sampler, Optimizer, LRScheduler,
-    CallbackHandler, TrainerCallback, PreTrainedTokenizerBase, ProcessorMixin,
+    Dataset, DataLoader, Sampler, LRScheduler,
+    CallbackHandler, TrainerCallback, TrainerControl, PreTrainedTokenizerBase, ProcessorMixin,
 )  # fmt: skip
 """Objects that are not looked into (unless they are what a snapshot is taken of): a forward pass has no business with
 them, or they are too large, or others write to them meanwhile."""
@@ -44,6 +43,11 @@ OTHERS_BUSINESS = {
 }  # fmt: skip
 """Packages whose objects are left alone likewise: they have threads, locks and connections of their own."""
 
+LIBRARIES = {"peft", "sentence_transformers", "transformers", "trl"}
+"""Packages of which objects are looked into, but neither classes nor functions: these hold no state of a training."""
+
+_WITHOUT_STATE = OTHERS_BUSINESS | LIBRARIES
+
 MOST_ITEMS = 10_000
 """Entries of the largest container that is looked into; larger ones are data, and get their entries back only."""
 
@@ -54,7 +58,9 @@ _ATOMS = {
     type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size,
 }  # fmt: skip
 
-_HOOKS = {name for name, held in vars(nn.Module()).items() if "_hooks" in name and isinstance(held, dict)}
+_BUILT_IN = {dict, list, set, deque, bytearray, OrderedDict}
+
+_HOOKS = [name for name, held in vars(nn.Module()).items() if "_hooks" in name and isinstance(held, dict)]
 """Names of the registries of hooks in a module."""
 
 
@@ -80,6 +86,7 @@ class Snapshot:
         whole: Tensors to copy whatever their size. Others are copied if they are small, or when they are about to be
             written to under `watched_writes`; of large ones a digest is kept.
         ignored: Tensors and other objects that may change.
+        digests: Whether large tensors are read, so that unwatched changes of them can be seen.
         registries: Whether submodules, parameters and hooks that are put in the place of others are put back as well.
 
     Example:
@@ -103,12 +110,13 @@ class Snapshot:
         whole: Iterable[Tensor] = (),
         ignored: Iterable[object] = (),
         registries: bool = True,
+        digests: bool = True,
     ):
         self._registries = registries
         self._parts: list[Part] = []
         self._seen: dict[int, object] = {id(value): value for value in ignored}  # which keeps their ids from reuse
         self._waiting: list[tuple[object, str]] = []
-        self.tensors = TensorValues(whole)
+        self.tensors = TensorValues(whole, digests=digests)
         with _plain_torch():
             for name, root in roots.items():
                 self._look_into(root, name, root=True)
@@ -157,24 +165,27 @@ class Snapshot:
         if not isinstance(value, bytearray) and len(value) <= MOST_ITEMS:
             items = value.items() if isinstance(value, dict) else enumerate(value)
             self._wait((item, f"{where}[{key!r}]") for key, item in items if type(item) not in _ATOMS)
-        self._add_attributes(value, where)
+        if type(value) not in _BUILT_IN:
+            self._add_attributes(value, where)
 
     def _add_module(self, module: nn.Module, where: str) -> None:
         held = vars(module)
         own = [name for name in held if name not in _HOOKS and name not in ("_parameters", "_modules")]
         self._parts.append(_Mapping(held))
+        self._add_classes(module, where)
         self._wait((held[name], f"{where}.{name}") for name in own if name != "_buffers")
         for name in ("_parameters", "_buffers", "_modules"):
             members = held[name]
             self._wait((member, f"{where}.{key}") for key, member in members.items())
             if name == "_buffers" or self._registries:
                 self._parts.append(_Members(members))
-        for name in _HOOKS & held.keys():
-            self._wait((hook, f"{where}.{name}") for hook in held[name].values())
-            if self._registries:
-                self._parts.append(_Mapping(held[name]))
+        hooks = [held[name] for name in _HOOKS]
+        self._wait((hook, f"{where}.hooks") for registry in hooks for hook in registry.values())
+        if self._registries:
+            self._parts.append(_Hooks(hooks))
 
     def _add_attributes(self, value: Any, where: str) -> None:
+        self._add_classes(value, where)
         for name, slot in _slots(type(value)):
             if (content := _slot_content(slot, value)) is not None:
                 self._parts.append(_Slot(slot, value, content))
@@ -186,6 +197,17 @@ class Snapshot:
         self._seen[id(held)] = held
         self._parts.append(_Mapping(held))
         self._wait((item, f"{where}.{name}") for name, item in held.items())
+
+    def _add_classes(self, value: Any, where: str) -> None:
+        if id(type(value)) in self._seen:
+            return
+        for kind in type(value).__mro__:
+            known = id(kind) in self._seen
+            self._seen[id(kind)] = kind
+            if not known and _package(kind) not in _WITHOUT_STATE:
+                attributes = _ClassAttributes(kind)
+                self._parts.append(attributes)
+                self._wait((content, f"{where}.{name}") for name, content in attributes.held.items())
 
     def _add_function(self, value: Any, where: str) -> None:
         if isinstance(value, MethodType):
@@ -199,7 +221,7 @@ class Snapshot:
                 return
             self._parts.append(_Cell(value, content))
             self._wait([(content, where)])
-        elif _package(value) not in OTHERS_BUSINESS | {"transformers"}:
+        elif _package(value) not in _WITHOUT_STATE:
             self._wait((cell, where) for cell in value.__closure__ or ())
             self._wait((default, where) for default in value.__defaults__ or ())
             self._wait([(value.__kwdefaults__, where)])
@@ -221,14 +243,22 @@ def _package(value: Any) -> str:
 def _has_own_state(value: object) -> bool:
     if isinstance(value, LEFT_ALONE):
         return False
-    return isinstance(value, (SimpleNamespace, UserDict, UserList)) or _package(type(value)) not in OTHERS_BUSINESS
+    known = isinstance(value, (SimpleNamespace, UserDict, UserList)) or type(value).__module__.startswith(
+        "torch.optim."
+    )
+    return known or _package(type(value)) not in OTHERS_BUSINESS
+
+
+def _is_descriptor(value: object) -> bool:
+    """Whether it makes something else of an access by its name, as methods and properties do."""
+    return any("__get__" in vars(base) for base in type(value).__mro__)
 
 
 def _slots(kind: type) -> Iterator[tuple[str, Any]]:
     for base in kind.__mro__:
         names = vars(base).get("__slots__", ())
         for name in (names,) if isinstance(names, str) else names:
-            if name in vars(base) and _package(base) not in OTHERS_BUSINESS:
+            if name in vars(base) and not name.startswith("__") and _package(base) not in OTHERS_BUSINESS:
                 yield name, vars(base)[name]
 
 
@@ -265,17 +295,22 @@ class _Mapping:
 
     def put_back(self) -> bool:
         held = self._held
-        if len(held) == len(self._keys) and all(map(is_, held.values(), self._values)) and list(held) == self._keys:
+        if self._is_same():
             return False
         kind: Any = OrderedDict if isinstance(held, OrderedDict) else dict
         for key in held.keys() - set(self._keys):
             kind.__delitem__(held, key)
         for key, value in zip(self._keys, self._values, strict=True):
             kind.__setitem__(held, key, value)
-        if list(held) != self._keys:  # in another order
+        if not self._is_same():  # in another order
             kind.clear(held)
             kind.update(held, zip(self._keys, self._values, strict=True))
         return True
+
+    def _is_same(self) -> bool:
+        held = self._held
+        same = len(held) == len(self._keys) and all(map(is_, held.values(), self._values))
+        return same and all(map(is_, held, self._keys))
 
 
 class _Members(_Mapping):
@@ -285,6 +320,21 @@ class _Members(_Mapping):
         if any(isinstance(value, DTensor) for value in (*self._held.values(), *self._values)):
             return False
         return super().put_back()
+
+
+class _Hooks:
+    """The registries of hooks of a module, most of them empty."""
+
+    def __init__(self, registries: list[dict[int, Any]]):
+        self._registries = registries
+        self._filled = {index: _Mapping(registry) for index, registry in enumerate(registries) if registry}
+
+    def put_back(self) -> bool:
+        changed = [self._filled[index].put_back() for index in self._filled]
+        added = [held for index, held in enumerate(self._registries) if held and index not in self._filled]
+        for held in added:
+            held.clear()
+        return any(changed) or bool(added)
 
 
 class _Collection:
@@ -334,6 +384,27 @@ class _Slot:
         if changed:
             self._slot.__set__(self._owner, self._content)
         return changed
+
+
+class _ClassAttributes:
+    """What a class holds but for methods, properties and the like."""
+
+    def __init__(self, kind: type):
+        self._kind = kind
+        self.held = self._now()
+
+    def put_back(self) -> bool:
+        now = self._now()
+        for name in now.keys() - self.held.keys():
+            delattr(self._kind, name)
+        changed = [name for name, content in self.held.items() if now.get(name, self) is not content]
+        for name in changed:
+            setattr(self._kind, name, self.held[name])
+        return bool(changed)
+
+    def _now(self) -> dict[str, Any]:
+        found = vars(self._kind).items()
+        return {name: held for name, held in found if not (name.startswith(("__", "_abc_")) or _is_descriptor(held))}
 
 
 class _State:

@@ -33,7 +33,7 @@ class TensorValue:
         copy: Its entries; `None` of a large tensor that was not written to under `watched_writes`.
     """
 
-    def __init__(self, tensor: Tensor, where: str, *, whole: bool):
+    def __init__(self, tensor: Tensor, where: str, *, whole: bool, digests: bool):
         self.tensor = tensor
         self.where = where
         self.memory = tensor.detach()
@@ -41,10 +41,10 @@ class TensorValue:
         self.copy: Tensor | None = None
         self.plain = _is_plain(tensor)
         self._version = tensor._version
-        self._digest = torch.empty(0)
+        self._digest: Tensor | None = None
         if whole or tensor.numel() * tensor.itemsize <= SMALL:
             self.keep()
-        elif self.plain:
+        elif self.plain and digests:
             self._digest = digest(self.memory)
 
     def keep(self) -> None:
@@ -66,6 +66,8 @@ class TensorValue:
             return marked
         if self.copy is not None:
             return not torch.equal(as_bytes(self.memory), as_bytes(self.copy))
+        if self._digest is None:
+            return marked
         return (thorough or marked) and not torch.equal(digest(self.memory), self._digest)
 
     def put_back(self, *, thorough: bool) -> bool:
@@ -86,9 +88,11 @@ class TensorValues:
 
     Args:
         whole: Tensors to copy whatever their size.
+        digests: Whether to keep digests of large ones.
     """
 
-    def __init__(self, whole: Iterable[Tensor]):
+    def __init__(self, whole: Iterable[Tensor], *, digests: bool):
+        self._digests = digests
         self._whole = {id(tensor) for tensor in whole}
         self._values: list[TensorValue] = []
         self._single: list[TensorValue] = []
@@ -97,7 +101,7 @@ class TensorValues:
     def add(self, tensor: Tensor, where: str) -> None:
         """Keep the value of a tensor; not of one without entries, or that can't be written to."""
         if not (tensor.is_meta or tensor.is_inference()) and tensor.numel():
-            self._values.append(TensorValue(tensor, where, whole=id(tensor) in self._whole))
+            self._values.append(TensorValue(tensor, where, whole=id(tensor) in self._whole, digests=self._digests))
 
     def group(self) -> None:
         """Lay small tensors together, so that all of a device are compared at once."""

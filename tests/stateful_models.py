@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict, UserDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -75,6 +75,19 @@ def _add_by_numpy(model: nn.Module) -> None:
 
 def _read(model: nn.Module) -> Tensor:
     return model.buffer.clone()
+
+
+def _class_counter(model: nn.Module) -> nn.Module:
+    class Counting(nn.Identity):
+        calls = 0
+        seen: ClassVar[list[int]] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            self.seen.append(1)
+            return x * 0.1 * (self.calls + len(self.seen))
+
+    return add_submodule(model, "counting", Counting())
 
 
 def _observer(model: nn.Module) -> nn.Module:
@@ -234,6 +247,7 @@ KINDS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module, Tensor],
     "numpy generator": (lambda m: {"rng": np.random.default_rng(5)}, lambda m, h: m.state["rng"].random()),
     "numpy random state": (lambda m: [np.random.RandomState(5)], lambda m, h: m.state[0].rand()),
     "python generator": (lambda m: SimpleNamespace(rng=random.Random(5)), lambda m, h: m.state.rng.random()),
+    "counters of a class": (_class_counter, lambda m, h: m.counting(h)),
     "forward hook": (lambda m: _hooked(m, "register_forward_hook", _activations), unchanged),
 }  # fmt: skip
 
