@@ -6,12 +6,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .batches import copy_batch
+from .model_state import ModelState
 from .objective import Batch
 from .safety import measuring
 from .trainer_loss import trainer_loss
@@ -45,10 +46,11 @@ def loss_scale(trainer: Trainer, batch: Batch, *, seed: int) -> float:
     """
     model, steps = cast(nn.Module, trainer.model), trainer.args.gradient_accumulation_steps
     _, items = trainer.get_batch_samples(iter([batch] * steps), steps, trainer.args.device)
-    with measuring(model, seed=seed), torch.no_grad():
-        mean = float(cast(Tensor, trainer_loss(trainer)(model, batch)))
-    with measuring(model, seed=seed), torch.no_grad(), unfused_losses(), _in_a_step(trainer, steps):
-        loss = cast(Tensor, trainer.compute_loss(model, copy(batch), **_step_arguments(trainer, items)))
+    state = ModelState(model, others=[trainer])
+    with measuring(model, seed=seed, state=state), torch.no_grad():
+        mean = float(cast(Tensor, trainer_loss(trainer)(model, copy_batch(batch))))
+    with measuring(model, seed=seed, state=state), torch.no_grad(), unfused_losses(), _in_a_step(trainer, steps):
+        loss = cast(Tensor, trainer.compute_loss(model, copy_batch(batch), **_step_arguments(trainer, items)))
     if mean == 0:
         return 1.0
     factor = float(loss.mean()) / mean * (steps if _is_scaled(trainer, items) else 1)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,7 +106,6 @@ class Objective:
         self._local = self._all
         self._loss_fn = loss_fn or model_loss
         self._seed = seed
-        self._watched: set[int] = set()  # batches whose first pass was watched for writes, by index
         self._should_stop = should_stop
         if not moved:
             raise ValueError("`batches` is empty, so there is nothing to measure on. Pass at least one batch.")
@@ -309,9 +307,7 @@ class Objective:
         if self.state.is_held:
             self.state.rewind()
             seed_all(self._seed + batch.index)
-        first = batch.index not in self._watched
-        self._watched.add(batch.index)
-        with self.state.watched() if first else nullcontext():
+        with self.state.watched():
             loss = self._loss_fn(self.model, copy_batch(batch.inputs))
         if isinstance(loss, tuple):
             return loss[0], int(loss[1])

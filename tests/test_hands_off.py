@@ -16,7 +16,12 @@ import torch
 import training
 from transformers import PreTrainedModel, Trainer
 
-from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer
+from hf_optimizability import (
+    OptimizabilityCallback,
+    OptimizabilityConfig,
+    OptimizabilityTrainer,
+    OptimizabilityTrainerMixin,
+)
 from hf_optimizability.objective import Objective
 
 
@@ -149,6 +154,43 @@ def test_training_is_the_same_where_the_model_keeps_state(tmp_path: Path, kind: 
     callback = OptimizabilityCallback(OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no"}))
     assert_equal(run(trainer(callbacks=[callback])), plain)
     assert len(callback.report.measurements) == 2 and not callback.report.failures
+
+
+class Remembering(Trainer):
+    """Counts calls, keeps a mean and metrics of them, and logs in its loss, which depends on them."""
+
+    calls = 0
+    mean: torch.Tensor | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.losses: dict[str, list[float]] = {"train": []}
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.mean = loss.detach() if self.mean is None else 0.9 * self.mean + 0.1 * loss.detach()
+        self.losses["train"].append(float(self.mean))
+        self.log({"part": float(self.mean)})
+        return loss * min(1.0, self.calls / 5)
+
+
+class MeasuredRemembering(OptimizabilityTrainerMixin, Remembering):
+    pass
+
+
+def test_training_is_the_same_where_the_loss_keeps_state_on_the_trainer(tmp_path: Path):
+    plain = training.trainer(tmp_path, cls=Remembering, max_steps=3)
+    expected = run(plain)
+    config = OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no"})
+    trainer = training.trainer(tmp_path, cls=MeasuredRemembering, max_steps=3, optimizability=config)
+    assert_equal(run(trainer), expected)
+    for kept in ("calls", "losses", "mean"):
+        assert_equal(vars(trainer)[kept], vars(plain)[kept], kept)
+    parts = [[entry for entry in t.state.log_history if "part" in entry] for t in (trainer, plain)]
+    assert parts[0] == parts[1] and len(parts[0]) == 3
+    report = trainer.optimizability_report()
+    assert len(report.measurements) == 2 and not report.failures
 
 
 def test_training_is_the_same_when_measurements_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -30,6 +30,7 @@ from hf_optimizability import MeasurementError, OptimizabilityConfig, measure, s
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
+from hf_optimizability.measure import measure_objective
 from hf_optimizability.model_state import ModelState, eval_mode, settle
 from hf_optimizability.objective import Objective
 from hf_optimizability.safety import measuring
@@ -254,6 +255,15 @@ def test_large_frozen_tensors_are_copied_when_they_are_written_to(monkeypatch: p
             with state.watched():
                 found.append(gradient(model))
     assert same(found[0], found[1]) and same(found[0], found[2])
+    assert same(gradient(model), gradient(twin))
+
+
+def test_large_frozen_tensors_come_back_from_one_measurement_after_another(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(snapshot_tensors, "SMALL", 0)
+    model, twin = stateful("frozen parameter by .data"), stateful("frozen parameter by .data")
+    objective, config = Objective(model, [batch()]), OptimizabilityConfig(max_hvps=16)
+    first, second = (measure_objective(objective, config)[0] for _ in range(2))
+    assert first.hessian.lambda_max.value == second.hessian.lambda_max.value
     assert same(gradient(model), gradient(twin))
 
 
