@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .configuration import OptimizabilityConfig
 from .curvature.central_difference import RELATIVE_STEP, CentralDifferenceHessian
+from .curvature.custom_functions import require_second_derivatives
 from .curvature.fisher import EmpiricalFisherOperator
 from .curvature.forward_over_reverse import ForwardOverReverseHessian
 from .curvature.gauss_newton import GaussNewtonOperator
@@ -110,6 +111,8 @@ def first_that_works(
             raise MeasurementError(objective.quantized, "Set `engine='central_difference'`, or leave it at 'auto'.")
         try:
             with objective.ranks.agreed(), way.held(objective.model):
+                if way.exact:
+                    require_second_derivatives(objective)
                 found = found_by(way)
         except (torch.OutOfMemoryError, FloatingPointError, MeasurementError):
             raise
@@ -187,6 +190,7 @@ def _difference_error(objective: Objective, config: OptimizabilityConfig, on_pro
         with objective.ranks.agreed(), math_attention(), CheapSecondDerivatives():
             if objective.quantized is not None:
                 raise RuntimeError(objective.quantized)
+            require_second_derivatives(objective)
             reference = HessianOperator(objective, **options).matvec(probe)
     except torch.OutOfMemoryError:
         raise

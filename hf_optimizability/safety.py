@@ -13,8 +13,9 @@ import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from .float8 import full_precision_linears
 from .float32_precision import ieee_float32
 from .model_state import ModelState, settle
 
@@ -97,6 +98,8 @@ def measuring(model: nn.Module, *, seed: int, state: ModelState | None = None) -
         stack.enter_context((state or ModelState(model)).held())
         stack.enter_context(without_cache(model))
         stack.enter_context(unpatched_forward(model))
+        stack.enter_context(plain_attention(model))
+        stack.enter_context(full_precision_linears(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(ieee_float32())
         stack.enter_context(torch.enable_grad())
@@ -119,17 +122,47 @@ def pretrained(model: nn.Module) -> PreTrainedModel | None:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Switches a model to eager attention, whose operations are all twice differentiable, and back."""
-    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    """Switch a model to eager attention, whose operations are all twice differentiable, and back."""
+    with _own_attention(model):
+        model.set_attn_implementation("eager")
+        yield
+
+
+@contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """Switch a model from kernels that can't be measured with to SDPA, or to eager attention, and back.
+
+    Those are FlashAttention, which takes half precision alone, and FlexAttention, which has no second derivative.
+    """
+    inner = pretrained(model)
+    held = [] if inner is None else [str(config._attn_implementation) for config in _configs(inner)]
+    if inner is None or not any(name in implementation for implementation in held for name in ("flash", "flex")):
+        yield
+        return
+    with _own_attention(inner):
+        try:
+            inner.set_attn_implementation("sdpa")
+        except ValueError:  # the model has none
+            inner.set_attn_implementation("eager")
+        yield
+
+
+@contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Give a model the attention implementation that it has now back after."""
+    before = [(config, config._attn_implementation) for config in _configs(model)]
     settle()
     try:
-        model.set_attn_implementation("eager")
         yield
     finally:
         settle()
         for config, implementation in before:
             config._attn_implementation = implementation
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return list({id(module.config): module.config for module in modules}.values())
 
 
 @contextmanager

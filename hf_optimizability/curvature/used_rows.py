@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..model_state import settle
 from .operators import SumOfLosses
 from .ranks import ALONE, Ranks
 
@@ -150,6 +151,7 @@ def _compact(embedding: nn.Embedding, rows: Tensor) -> Iterator[None]:
             )
         return (translated,), {}
 
+    settle()  # or the padding index would be put back before each pass
     hook = embedding.register_forward_pre_hook(translate, with_kwargs=True)
     try:
         embedding.weight = nn.Parameter(weight.detach()[rows])
@@ -157,6 +159,7 @@ def _compact(embedding: nn.Embedding, rows: Tensor) -> Iterator[None]:
         embedding.padding_idx = None if place < 0 else place
         yield
     finally:
+        settle()
         embedding.weight, embedding.padding_idx = weight, padding
         hook.remove()
 
