@@ -52,7 +52,7 @@ class Case:
 def model() -> LlamaForCausalLM:
     """A tiny Llama with weights large enough that its Hessian is not near zero."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     made = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=1, pad_token_id=2, **sizes))
     with torch.no_grad():
         for parameter in made.parameters():

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .float8 import full_precision_linears
 from .float32_precision import ieee_float32
 from .model_state import ModelState, settle
+from .plain_layers import plain_layers
 
 
 def seed_all(seed: int) -> None:
@@ -99,7 +99,7 @@ def measuring(model: nn.Module, *, seed: int, state: ModelState | None = None) -
         stack.enter_context(without_cache(model))
         stack.enter_context(unpatched_forward(model))
         stack.enter_context(plain_attention(model))
-        stack.enter_context(full_precision_linears(model))
+        stack.enter_context(plain_layers(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(ieee_float32())
         stack.enter_context(torch.enable_grad())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_optimizability import MeasurementError
-from hf_optimizability.float8 import full_precision_linears
+from hf_optimizability.plain_layers import plain_layers
 from hf_optimizability.safety import measuring
 
 
@@ -51,7 +51,7 @@ def test_eight_bit_layers_multiply_in_full_precision_inside_alone():
     x = torch.randn(3, 8)
     trained = rounded(x)
     assert not torch.equal(trained, plain(x))
-    with pytest.raises(ZeroDivisionError), full_precision_linears(model):
+    with pytest.raises(ZeroDivisionError), plain_layers(model):
         assert torch.equal(rounded(x), plain(x))
         raise ZeroDivisionError
     assert torch.equal(rounded(x), trained) and "forward" not in vars(rounded)
