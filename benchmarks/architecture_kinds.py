@@ -291,8 +291,12 @@ def pictures(case: Case, model: PreTrainedModel) -> Batch:
             size *= values["pooling_kernel_size"] ** 2
         where = torch.cartesian_prod(torch.arange(4), torch.arange(4)).repeat(2, 1, 1)
         shapes = torch.tensor([[4, 4], [4, 4]])
-        batch = {"pixel_values": torch.rand(2, 16, size), "image_position_ids": where, "spatial_shapes": shapes}
-        return batch | {"pixel_attention_mask": torch.ones(2, 16, dtype=torch.long)}
+        return {
+            "pixel_values": torch.rand(2, 16, size),
+            "image_position_ids": where,
+            "spatial_shapes": shapes,
+            "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+        }
     pixels = images(model)
     if case.model_type == "florence2":
         pixels = pixels[..., :32, :32]

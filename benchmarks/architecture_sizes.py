@@ -178,37 +178,37 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """Options that the small values do not fit, by the model type of the configuration."""
 
 
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[str, Any] = {
     "conv_dim": [8, 8], "conv_kernel": [8, 4], "conv_stride": [8, 2], "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 16,
     "mask_time_length": 2,
 }  # fmt: skip
 """A frame for every 16 samples."""
-STAGES = {
+STAGES: dict[str, Any] = {
     "num_labels": 3, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "embedding_size": 8,
     "out_features": ["stage2", "stage3", "stage4"],
 }  # fmt: skip
-HIGH_PERFORMANCE_STAGES = {
+HIGH_PERFORMANCE_STAGES: dict[str, Any] = {
     **STAGES, "stem_channels": [3, 8, 8], "stage_in_channels": [8, 8, 8, 8], "stage_mid_channels": [8, 8, 8, 8],
     "stage_out_channels": [8, 8, 8, 8], "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [2, 2, 2, 2],
 }  # fmt: skip
 RESNET = ResNetConfig(**STAGES)
-WINDOWS = {
+WINDOWS: dict[str, Any] = {
     "image_size": 64, "patch_size": 4, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
     "window_size": 2,
 }  # fmt: skip
-SWIN = SwinConfig(**WINDOWS, out_features=["stage1", "stage2", "stage3", "stage4"])
-SWIN_TAIL = SwinConfig(**WINDOWS, out_features=["stage2", "stage3", "stage4"])
-QUERIES = {
+SWIN = SwinConfig(**{**WINDOWS, "out_features": ["stage1", "stage2", "stage3", "stage4"]})
+SWIN_TAIL = SwinConfig(**{**WINDOWS, "out_features": ["stage2", "stage3", "stage4"]})
+QUERIES: dict[str, Any] = {
     "d_model": 32, "num_queries": 6, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 24,
     "decoder_ffn_dim": 24, "encoder_attention_heads": 8, "decoder_attention_heads": 8,
 }  # fmt: skip
-REAL_TIME = {
+REAL_TIME: dict[str, Any] = {
     **QUERIES, "backbone_config": HIGH_PERFORMANCE_STAGES, "encoder_in_channels": [8, 8, 8], "encoder_hidden_dim": 32,
     "decoder_in_channels": [32, 32, 32], "num_denoising": 2, "hidden_expansion": 0.5, "image_size": 64,
     "mask_feature_channels": [8, 8], "num_prototypes": 4,
 }  # fmt: skip
-FORECAST = {
+FORECAST: dict[str, Any] = {
     "prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1, "d_model": 16,
     "moving_average": 3, "label_length": 4,
 }  # fmt: skip

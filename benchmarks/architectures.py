@@ -72,6 +72,7 @@ FLOOR = 1e-3
 
 
 DRAWS = {torch.rand, torch.randn, torch.rand_like, torch.randn_like}
+SAMPLERS = {torch._sample_dirichlet, torch._standard_gamma, torch.bernoulli}
 
 
 class DoublePrecision(TorchFunctionMode):
@@ -84,6 +85,8 @@ class DoublePrecision(TorchFunctionMode):
         """Calls the function at the higher precision."""
         if func in DRAWS:
             return func(*args, **{**(kwargs or {}), "dtype": torch.float32}).double()
+        if func in SAMPLERS:
+            return func(*(arg.float() if isinstance(arg, Tensor) else arg for arg in args), **(kwargs or {})).double()
         func = Tensor.double if func is Tensor.float else func
         args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in (kwargs or {}).items()}
@@ -466,8 +469,9 @@ def examine(case: Case, library: str = OURS, say: Callable[[str], object] = id) 
     twin.load_state_dict(model.state_dict())  # training has moved running statistics
     truth = Truth(twin, batch)
     if measured is not None and measured.engine != EXACT:
-        outcome, reason, error = judge_differences(measured, model, batch, truth, changed)
-        return Row(*dataclasses.astuple(case), outcome, reason, count, attention, float32_error=error)
+        outcome, reason, off = judge_differences(measured, model, batch, truth, changed)
+        row = Row(case.task, case.model_type, case.class_name, outcome, reason, count, attention)
+        return dataclasses.replace(row, float32_error=off)
     with double_precision():
         vectors = torch.randn(2, count, generator=torch.Generator().manual_seed(SEED)) * truth.variables()
         products = our_products(truth.model, truth.batch, vectors)
@@ -500,9 +504,11 @@ def judge_differences(
     measured: Measurement, model: PreTrainedModel, batch: Batch, truth: Truth, changed: Sequence[str]
 ) -> tuple[Outcome, str, float]:
     """Return outcome, reason and the error of a product, for a measurement by central differences in float32."""
+    vector = torch.randn(sum(truth.sizes), generator=torch.Generator().manual_seed(SEED))
     with double_precision():
-        vector = torch.randn(sum(truth.sizes), generator=torch.Generator().manual_seed(SEED)) * truth.variables()
-        found = difference_products(model, batch, vector.float()[None])[0].double()
+        vector = vector.double() * truth.variables()
+    found = difference_products(model, batch, vector.float()[None])[0].double()
+    with double_precision():
         error = truth.product_error(vector, found)
         largest = truth.largest_eigenvalue()
     estimate = measured.hessian.lambda_max
@@ -631,7 +637,8 @@ def save(results: dict[str, list[Row]], path: Path) -> None:
 
 def to_markdown(results: dict[str, list[Row]]) -> str:
     """All tables: totals, what does not work, what is excluded, and every architecture."""
-    ours = results.get(OURS, [])
+    every = results.get(OURS, [])
+    ours, others = ([row for row in every if row.task in tasks] for tasks in (TASKS, KINDS))
     trained = [row for row in ours if row.outcome != "excluded"]
     errors = [row.error for row in trained if row.outcome == "works" and row.error is not None]
     lines = [
@@ -646,22 +653,35 @@ def to_markdown(results: dict[str, list[Row]]) -> str:
         "",
         *totals(results),
         "",
+        "Other kinds of input and of loss, tried with this package alone (by differences: torch has no second",
+        f"derivative of the loss; products and largest eigenvalue agree with float64 to {DIFFERENCE_TOLERANCE:.0%}):",
+        "",
+        *totals_by_kind(others),
+        "",
         "## What does not work",
         "",
         "| library | task | model type | class | outcome | reason |",
         "|---|---|---|---|---|---|",
     ]
-    for row in trained:
-        if row.outcome != "works":
+    for row in [*trained, *others]:
+        if row.outcome not in (*RIGHT, "excluded"):
             lines.append(cells(OURS, row.task, row.model_type, row.class_name, SIGNS[row.outcome], row.reason))
     for library, rows in results.items():
         if library != OURS:
             lines += [cells(library, *reason, f"{number} ×") for reason, number in common_reasons(rows)]
     lines += ["", "## What can't be built or trained", ""]
     lines += ["| task | model type | class | reason |", "|---|---|---|---|"]
-    excluded = (row for row in ours if row.outcome == "excluded")
+    excluded = (row for row in every if row.outcome == "excluded")
     lines += [cells(row.task, row.model_type, row.class_name, row.reason) for row in excluded]
-    lines += ["", "## Every architecture", "", *matrix(ours), ""]
+    lines += ["", "## Every architecture", "", *matrix(ours), "", "## Every architecture of the other kinds", ""]
+    lines += ["| kind | model type | class | outcome | parameters | error |", "|---|---|---|---|---|---|"]
+    for row in others:
+        if row.outcome != "excluded":
+            error = row.float32_error if row.error is None else row.error
+            found = "" if error is None else f"{error:.0e}"
+            sign = SIGNS[row.outcome]
+            lines.append(cells(row.task, row.model_type, row.class_name, sign, f"{row.parameters:,}", found))
+    lines.append("")
     return "\n".join(lines)
 
 
@@ -676,11 +696,27 @@ def totals(results: dict[str, list[Row]]) -> list[str]:
     for library, rows in results.items():
         counts = []
         for task in [*TASKS, None]:
-            outcomes = [row.outcome for row in rows if task in (row.task, None) and row.outcome != "excluded"]
+            counted = [row for row in rows if row.task in TASKS and row.outcome != "excluded"]
+            outcomes = [row.outcome for row in counted if task in (row.task, None)]
             works = outcomes.count("works")
             share = f" = {works / len(outcomes):.1%}" if task is None and outcomes else ""
             counts.append(f"{works} of {len(outcomes)}{share}")
         lines.append(cells(library, *counts))
+    return lines
+
+
+def totals_by_kind(rows: Sequence[Row]) -> list[str]:
+    """Return a table of what became of each kind, and of all."""
+    lines = ["| kind | tried | right | of these by differences | refused | wrong | can't be built or trained |"]
+    lines.append("|---" * 7 + "|")
+    for kind in [*KINDS, None]:
+        counts = Counter[str](row.outcome for row in rows if kind in (row.task, None))
+        excluded = counts.pop("excluded", 0)
+        tried, refused = sum(counts.values()), counts["raises"]
+        right = sum(counts[outcome] for outcome in RIGHT)
+        share = f" = {right / tried:.1%}" if kind is None and tried else ""
+        numbers = [tried, f"{right}{share}", counts["differences"], refused, tried - right - refused, excluded]
+        lines.append(cells(kind or "all", *map(str, numbers)))
     return lines
 
 

@@ -66,9 +66,40 @@ def test_product_is_the_derivative_of_the_gradient_and_leaves_no_trace(task: str
     assert row.error < 1e-6 and row.float32_error < 1e-3 and 1000 < row.parameters < 500_000
 
 
+OTHER_KINDS = [
+    ("CTC", "Wav2Vec2ForCTC", "differences"),
+    ("object detection", "YolosForObjectDetection", "works"),  # labels are a list of dicts
+    ("masked image modeling", "ViTMAEForPreTraining", "works"),  # draws its masks in eval mode as well
+    ("MoE with router loss", "MixtralForCausalLM", "works"),  # its router's outputs are tuples
+    ("image-text contrast", "CLIPModel", "works"),  # couples the examples of a batch
+    pytest.param("instance segmentation", "MaskFormerForInstanceSegmentation", "works", marks=pytest.mark.slow),
+    pytest.param("speech seq2seq", "WhisperForConditionalGeneration", "works", marks=pytest.mark.slow),
+    pytest.param("image-text to text", "Qwen2VLForConditionalGeneration", "works", marks=pytest.mark.slow),
+    pytest.param("time series", "TimeSeriesTransformerForPrediction", "works", marks=pytest.mark.slow),
+    pytest.param("multiple choice", "BertForMultipleChoice", "works", marks=pytest.mark.slow),
+    pytest.param("semantic segmentation", "SegformerForSemanticSegmentation", "works", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "class_name", "outcome"), OTHER_KINDS)
+def test_other_kinds_of_input_and_loss_are_measured(kind: str, class_name: str, outcome: str):
+    [case] = [case for case in architectures.all_cases() if (case.task, case.class_name) == (kind, class_name)]
+    row = architectures.examine(case)
+    assert row.outcome == outcome, row.reason
+    assert row.float32_error < (1e-3 if outcome == "works" else 0.05)
+
+
+def test_wrong_numbers_of_a_measurement_are_seen(monkeypatch: pytest.MonkeyPatch):
+    right = architectures.measure_once
+    spoilt = {"grad_norm": 2.0}
+    monkeypatch.setattr(architectures, "measure_once", lambda *batch: replace(right(*batch), **spoilt))
+    row = architectures.examine(BERT)
+    assert row.outcome == "wrong" and "in a measurement" in row.reason
+
+
 def test_list_is_that_of_the_auto_classes():
     cases = list(architectures.all_cases())
-    assert len(cases) > 500 and len(set(cases)) == len(cases)
+    assert len(cases) > 850 and len(set(cases)) == len(cases)
     for auto in ("AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForImageClassification"):
         listed = {config.model_type for config in getattr(transformers, auto)._model_mapping}
         assert listed <= {case.model_type for case in cases}
@@ -117,10 +148,31 @@ def test_wrong_matrix_for_the_trace_is_seen(monkeypatch: pytest.MonkeyPatch):
 
 def test_differences_are_not_counted_as_exact(monkeypatch: pytest.MonkeyPatch):
     right = architectures.measure_once
-    fallen_back = {"engine": "central_difference"}
+    fallen_back = {"engine": "central_difference", "fallback": "no second derivative"}
     monkeypatch.setattr(architectures, "measure_once", lambda *batch: replace(right(*batch), **fallen_back))
     row = architectures.examine(BERT)
-    assert (row.outcome, row.reason) == ("raises", "measured by central_difference, and says so")
+    assert (row.outcome, row.reason) == ("differences", "no second derivative")
+
+
+def test_wrong_differences_are_seen(monkeypatch: pytest.MonkeyPatch):
+    right, products = architectures.measure_once, architectures.difference_products
+    fallen_back = {"engine": "central_difference"}
+    monkeypatch.setattr(architectures, "measure_once", lambda *batch: replace(right(*batch), **fallen_back))
+    monkeypatch.setattr(architectures, "difference_products", lambda *all: 1.1 * products(*all))
+    assert architectures.examine(BERT).reason == "by central differences, and off by 1e-01"
+
+
+def test_wrong_eigenvalue_by_differences_is_seen(monkeypatch: pytest.MonkeyPatch):
+    right = architectures.measure_once
+
+    def spoilt(*batch: Any) -> Any:
+        measured = right(*batch)
+        lambda_max = replace(measured.hessian.lambda_max, value=1.2 * measured.hessian.lambda_max.value)
+        hessian = replace(measured.hessian, lambda_max=lambda_max)
+        return replace(measured, engine="central_difference", hessian=hessian)
+
+    monkeypatch.setattr(architectures, "measure_once", spoilt)
+    assert "λ_max is" in architectures.examine(BERT).reason
 
 
 YOSO = architectures.Case("masked LM", "yoso", "YosoForMaskedLM")
@@ -241,10 +293,15 @@ def test_results_are_read_back_and_told(tmp_path: Path):
         architectures.Row("causal LM", "dinat", "Dinat", "excluded", "build: ImportError: natten"),
     ]
     results = {architectures.OURS: rows, "pyhessian": [architectures.Row(*case, "raises", "no second derivative")]}
+    other = ("CTC", "wav2vec2", "Wav2Vec2ForCTC")
+    rows.append(architectures.Row(*other, "differences", "no second derivative", float32_error=2e-3))
+    rows.append(architectures.Row("object detection", "owlvit", "Owl", "excluded", "train: no loss"))
     path = tmp_path / "architectures.json"
     architectures.save(results, path)
     assert architectures.load(path) == results
     text = path.with_suffix(".md").read_text()
     assert "| hf_optimizability | 0 of 0 | 0 of 0 | 0 of 1 | 1 of 1 |" in text and "| 1 of 2 = 50.0% |" in text
     assert "RwkvForCausalLM | **crashes** | measure: RuntimeError: a\\|b |" in text
+    assert "| CTC | 1 | 1 | 1 | 0 | 0 | 0 |" in text and "| object detection | 0 | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| all | 1 | 1 = 100.0% | 1 | 0 | 0 | 1 |" in text
     assert "| bert |  |  |  | ✓ |  |  |  |" in text and "2e-09" in text
