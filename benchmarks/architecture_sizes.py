@@ -363,6 +363,8 @@ KIND_OVERRIDES: dict[str, dict[str, Any]] = {
         "image_size": 16, "patch_size": 8, "num_frames": 2, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1,
         "decoder_num_attention_heads": 2, "decoder_intermediate_size": 24,
     },
+    # Experts in one layer of two.
+    "flint": {"mlp_only_layers": [0]},
     # Series.
     "autoformer": FORECAST,    "informer": FORECAST,
     "time_series_transformer": FORECAST,

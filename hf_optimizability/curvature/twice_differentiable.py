@@ -6,7 +6,7 @@ derivative is made of the same three maps as the first: B itself and its two adj
 convolutions apart, group by group (a depthwise one has hundreds), and differentiates a batch normalization as if its
 statistics came from the batch. And the gradients by w and b, whose values a second derivative does not need, can be
 left out. The second derivative of GELU is the same for all vectors that a graph is multiplied with; torch computes it
-for each. Layer normalization has a file of its own.
+for each. Layer normalization, and CTC (which torch differentiates only once), have files of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .ctc import ctc_loss
 from .differentiate import Blank, Mask, blank, is_asked, is_variable
 from .layer_norm import layer_norm
 
@@ -362,5 +363,6 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.batch_norm: _normalize,
     F.layer_norm: _normalize_examples,
     F.gelu: _gelu,
+    F.ctc_loss: ctc_loss,
     Tensor.view: _view,
 }
