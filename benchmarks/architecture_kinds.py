@@ -373,16 +373,19 @@ def number_of_features(model: PreTrainedModel, batch: Batch, kind: str) -> list[
     names = set(inspect.signature(get).parameters)
     if "kwargs" in names and len(names) < 3:  # passes all on
         names = set(inspect.signature(getattr(model.base_model, name)).parameters)
-    with torch.no_grad():
-        found = get(**{name: value for name, value in batch.items() if name in names and value is not None})
+    given = {name: value for name, value in batch.items() if name in names and value is not None}
+    if any(len(value) != 2 for value in given.values()):  # patches of both images in one row
+        return [count_of(get(**given)) // 2] * 2
+    return [count_of(get(**{name: value[i : i + 1] for name, value in given.items()})) for i in range(2)]
+
+
+def count_of(found: Any) -> int:
+    """Return the number of features, of any number of images."""
     features = found
     if not isinstance(found, (Tensor, list, tuple)):
         features = found.last_hidden_state if found.pooler_output is None else found.pooler_output
-    if isinstance(features, Tensor):
-        features = features.flatten(0, -2)
-        return [len(features) - len(features) // 2, len(features) // 2]
-    counts = [feature.numel() // feature.shape[-1] for feature in features]
-    return [sum(counts[: len(counts) // 2]), sum(counts[len(counts) // 2 :])]
+    pieces = [features] if isinstance(features, Tensor) else features
+    return sum(piece.numel() // piece.shape[-1] for piece in pieces)
 
 
 KIND_BATCHES: dict[str, Callable[[Case, PreTrainedModel], Batch]] = {
