@@ -206,7 +206,7 @@ QUERIES: dict[str, Any] = {
 REAL_TIME: dict[str, Any] = {
     **QUERIES, "backbone_config": HIGH_PERFORMANCE_STAGES, "encoder_in_channels": [8, 8, 8], "encoder_hidden_dim": 32,
     "decoder_in_channels": [32, 32, 32], "num_denoising": 2, "hidden_expansion": 0.5, "image_size": 64,
-    "mask_feature_channels": [8, 8], "num_prototypes": 4,
+    "mask_feature_channels": [8, 8], "num_prototypes": 4, "initializer_range": 0.15,
 }  # fmt: skip
 FORECAST: dict[str, Any] = {
     "prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1, "d_model": 16,

@@ -67,26 +67,27 @@ def test_product_is_the_derivative_of_the_gradient_and_leaves_no_trace(task: str
 
 
 OTHER_KINDS = [
-    ("CTC", "Wav2Vec2ForCTC", "differences"),
-    ("object detection", "YolosForObjectDetection", "works"),  # labels are a list of dicts
-    ("masked image modeling", "ViTMAEForPreTraining", "works"),  # draws its masks in eval mode as well
-    ("MoE with router loss", "MixtralForCausalLM", "works"),  # its router's outputs are tuples
-    ("image-text contrast", "CLIPModel", "works"),  # couples the examples of a batch
-    pytest.param("instance segmentation", "MaskFormerForInstanceSegmentation", "works", marks=pytest.mark.slow),
-    pytest.param("speech seq2seq", "WhisperForConditionalGeneration", "works", marks=pytest.mark.slow),
-    pytest.param("image-text to text", "Qwen2VLForConditionalGeneration", "works", marks=pytest.mark.slow),
-    pytest.param("time series", "TimeSeriesTransformerForPrediction", "works", marks=pytest.mark.slow),
-    pytest.param("multiple choice", "BertForMultipleChoice", "works", marks=pytest.mark.slow),
-    pytest.param("semantic segmentation", "SegformerForSemanticSegmentation", "works", marks=pytest.mark.slow),
+    ("CTC", "Data2VecAudioForCTC"),  # torch differentiates its kernel only once
+    ("object detection", "YolosForObjectDetection"),  # labels are a list of dicts
+    ("masked image modeling", "ViTMAEForPreTraining"),  # draws its masks in eval mode as well
+    ("MoE with router loss", "MixtralForCausalLM"),  # its router's outputs are tuples
+    ("image-text contrast", "CLIPModel"),  # couples the examples of a batch
+    pytest.param("object detection", "DabDetrForObjectDetection", marks=pytest.mark.slow),  # detaches its boxes
+    pytest.param("instance segmentation", "MaskFormerForInstanceSegmentation", marks=pytest.mark.slow),
+    pytest.param("speech seq2seq", "WhisperForConditionalGeneration", marks=pytest.mark.slow),
+    pytest.param("image-text to text", "Qwen2VLForConditionalGeneration", marks=pytest.mark.slow),
+    pytest.param("time series", "TimeSeriesTransformerForPrediction", marks=pytest.mark.slow),
+    pytest.param("multiple choice", "BertForMultipleChoice", marks=pytest.mark.slow),
+    pytest.param("semantic segmentation", "SegformerForSemanticSegmentation", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("kind", "class_name", "outcome"), OTHER_KINDS)
-def test_other_kinds_of_input_and_loss_are_measured(kind: str, class_name: str, outcome: str):
+@pytest.mark.parametrize(("kind", "class_name"), OTHER_KINDS)
+def test_other_kinds_of_input_and_loss_are_measured(kind: str, class_name: str):
     [case] = [case for case in architectures.all_cases() if (case.task, case.class_name) == (kind, class_name)]
     row = architectures.examine(case)
-    assert row.outcome == outcome, row.reason
-    assert row.float32_error < (1e-3 if outcome == "works" else 0.05)
+    assert row.outcome == "works", row.reason
+    assert row.error < 1e-6 and row.float32_error < 1e-3
 
 
 def test_wrong_numbers_of_a_measurement_are_seen(monkeypatch: pytest.MonkeyPatch):
