@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from .curvature.preconditioner import unwrapped
 from .curvature.ranks import Ranks
 from .files import keep_aside, require_writable
 from .fsdp import class_name
-from .history import record, restore, without_records
+from .history import merged_log, record, restore
 from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure, SeveralTasks, TaskMeasurement
@@ -50,9 +51,12 @@ _DECISIONS = 100
 class OptimizabilityCallback(TrainerCallback):
     """Measures gradient and curvature while a Trainer trains, and writes the optimizability report.
 
-    Works in any `Trainer`. Without a `trainer` it measures the model's own loss, and its numbers reach
-    `state.log_history` only; with one, it measures the Trainer's loss (label smoothing, `compute_loss_func`, an
-    overridden `compute_loss`) and logs through it, so that TensorBoard, W&B and Trackio get them too.
+    Works in any `Trainer`. Without a `trainer` it measures the model's own loss; with one, it measures the Trainer's
+    loss (label smoothing, `compute_loss_func`, an overridden `compute_loss`), and TensorBoard, W&B, Trackio and all
+    other callbacks get its numbers by `on_log`.
+
+    `state.log_history` stays the Trainer's own, entry by entry. `report.log_history` has an entry for each measurement
+    as well, with its seconds: they are part of the Trainer's `train_runtime` (`OptimizabilityTrainer` takes them out).
 
     Args:
         config: What to measure and when.
@@ -74,14 +78,20 @@ class OptimizabilityCallback(TrainerCallback):
     _objective: Objective | None
     _optimizer: Optimizer | None
     _folder: Path
-    _clock: Clock
 
     def __init__(self, config: OptimizabilityConfig | None = None, *, trainer: Trainer | None = None):
         self.config = config or OptimizabilityConfig()
         self.report = OptimizabilityReport()
         self._trainer = trainer
+        self._clock = Clock()
+        self._in_order: list[TrainerCallback] | None = None
         if self.config.report_dir is not None:
             require_writable(Path(self.config.report_dir), "report_dir")
+
+    @property
+    def borrowed_seconds(self) -> float:
+        """Seconds of the present, or last, training that went into measurements and what prepares them."""
+        return self._clock.borrowed
 
     def set_trainer(self, trainer: Trainer) -> None:
         """Binds the callback to the Trainer whose loss it measures and through which it logs."""
@@ -109,6 +119,9 @@ class OptimizabilityCallback(TrainerCallback):
         self._require_blocks(model)
         self._model, self._ranks = model, training_ranks(next(model.parameters()).device)
         history = restore(state, config=provenance.describe_config(self.config))
+        self._pending: list[dict[str, float]] = []
+        self._gap: list[dict[str, Any]] = []
+        self._begun = False
         self._clock = Clock(trained=history.train_seconds, measured=history.measured_seconds)
         self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
         with self._ranks.agreed():
@@ -133,7 +146,22 @@ class OptimizabilityCallback(TrainerCallback):
         self._draw(loader, dataset if trainer is None else trainer.train_dataset, state)
         if not history.steps or self._ends_an_epoch(state):
             self._measure(args, state, control)
-        self._clock.go_on()
+        self._clock.begin()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Send the first measurement to the trackers: now all of them have begun."""
+        self._log_pending()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Come first at the end of training, which follows the Trainer's last log: before the trackers end."""
+        last = {"train_runtime", "train_loss"} <= kwargs["logs"].keys()
+        if self._trainer is not None and last:
+            handler = self._trainer.callback_handler
+            self._in_order = handler.callbacks
+            # A new list: the handler is going through the present one.
+            handler.callbacks = [self, *(callback for callback in self._in_order if callback is not self)]
 
     def _require_blocks(self, model: nn.Module) -> None:
         """Raise if `blocks` fits no trainable parameter; if there is none at all, that is for training to meet."""
@@ -250,6 +278,10 @@ class OptimizabilityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measures the final weights, adds the training dynamics and writes the whole report."""
+        self._begun = self._in_order is not None  # else there was no last log, and the trackers may have ended
+        if self._trainer is not None and self._in_order is not None:
+            self._trainer.callback_handler.callbacks, self._in_order = self._in_order, None
+            self._log_pending()
         best_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         step = state.best_global_step if best_loaded else state.global_step
         self._measure(args, state, control, step=step)
@@ -267,7 +299,8 @@ class OptimizabilityCallback(TrainerCallback):
             with self._clock.paused():
                 gap = self._guarded("measuring the generalization gap", measured_gap)
             if gap:
-                self._log(gap, state, control)
+                self._gap = [{**gap, "epoch": state.epoch, "step": step}]
+                self._log(gap, state)
         if state.is_world_process_zero:
             self._guarded("writing the report", lambda: self._finish(state))
 
@@ -310,7 +343,7 @@ class OptimizabilityCallback(TrainerCallback):
         else:
             self.report.measurements.append(measurement)
             self._record(measurement, state)
-            self._log(log_entry(measurement), state, control)
+            self._log(log_entry(measurement), state)
         if state.is_world_process_zero:
             self._guarded("writing the report", lambda: self._stamp().save_json(self._folder))
 
@@ -337,19 +370,28 @@ class OptimizabilityCallback(TrainerCallback):
         if factor != 1:
             logger.warning_once(explanation(class_name(pretrained(self._model) or self._model), factor))
 
-    def _log(self, logs: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
-        if self._trainer is None:
-            state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
-            return
-        # `Trainer.log` clears `should_log`, which would swallow the loss that the Trainer is about to log.
-        should_log = control.should_log
-        self._trainer.log(logs)
-        control.should_log = should_log
+    def _log(self, logs: dict[str, float], state: TrainerState) -> None:
+        """Send numbers to the trackers; those measured before training begins once all have begun."""
+        self._pending.append({**logs, "epoch": state.epoch})
+        if self._begun:
+            self._log_pending()
+
+    def _log_pending(self) -> None:
+        """Send what is pending by `on_log`, past `Trainer.log`.
+
+        That is overridden to count and to clear metrics, and would leave an entry among the Trainer's own.
+        """
+        pending, self._pending, self._begun = self._pending, [], True
+        trainer = self._trainer
+        if trainer is not None:
+            for logs in pending:
+                self._guarded("logging a measurement", partial(_tell_callbacks, trainer, logs))
 
     def _finish(self, state: TrainerState) -> None:
         from .dynamics import compute_dynamics
 
-        self.report.log_history = in_strings(without_records(state.log_history), anonymous)
+        entries = [{**log_entry(m), "epoch": m.epoch, "step": m.step} for m in self.report.measurements]
+        self.report.log_history = in_strings(merged_log(state.log_history, [*entries, *self._gap]), anonymous)
         last = self.report.measurements[-1].several if self.report.measurements else None
         tasks = [] if last is None else list(last.tasks)
         self.report.dynamics = compute_dynamics(self.report.log_history, tasks=tasks, seed=self.config.probe_seed)
@@ -401,6 +443,20 @@ def _readable(optimizer: Optimizer) -> Optimizer | None:
     except TypeError as error:
         logger.info(f"How far the optimizer may step is not measured. {error}")
         return None
+
+
+def _tell_callbacks(trainer: Trainer, logs: dict[str, float]) -> None:
+    """Call `on_log` of all callbacks as if the Trainer had logged, with its log and its switches as before."""
+    state, control = trainer.state, trainer.control
+    switches = control.should_log, control.should_evaluate, control.should_save
+    entry = {**logs, "step": state.global_step}
+    state.log_history.append(entry)
+    try:
+        control = trainer.callback_handler.on_log(trainer.args, state, control, logs)
+    finally:
+        state.log_history[:] = [held for held in state.log_history if held is not entry]
+        control.should_log, control.should_evaluate, control.should_save = switches
+        trainer.control = control
 
 
 def log_entry(measurement: Measurement) -> dict[str, float]:

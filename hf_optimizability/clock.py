@@ -15,7 +15,9 @@ RECENT_STEPS = 255
 
 
 class Clock:
-    """Times training without what is measured in between.
+    """Time training without what is measured in between.
+
+    Make one where preparing the measurements starts, and call `begin` where training does.
 
     Args:
         trained: Seconds that the run had trained before this process took it up.
@@ -23,14 +25,22 @@ class Clock:
 
     Attributes:
         measured: Seconds of each measurement so far, those that failed included.
+        borrowed: Seconds that this process has spent on measurements and on preparing them.
     """
 
     def __init__(self, *, trained: float = 0.0, measured: Iterable[float] = ()):
         self.measured = list(measured)
-        # As if all had been done by now.
-        self._begun = time.perf_counter() - trained - sum(self.measured)
-        self._step_begun = time.perf_counter()
+        self.borrowed = 0.0
+        self._trained = trained
+        self._made = self._since = self._step_begun = time.perf_counter()
+        self._earlier = sum(self.measured)
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
+
+    def begin(self) -> None:
+        """Training begins now: what was done since the clock was made, measurements included, prepared it."""
+        self._since = self._step_begun = time.perf_counter()
+        self._earlier = sum(self.measured)
+        self.borrowed = self._since - self._made
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -39,7 +49,9 @@ class Clock:
         try:
             yield
         finally:
-            self.measured.append(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.measured.append(seconds)
+            self.borrowed += seconds
 
     def step_ended(self) -> None:
         """A step has ended, and the next one begins."""
@@ -59,7 +71,7 @@ class Clock:
     @property
     def train_seconds(self) -> float:
         """Time of training so far."""
-        return time.perf_counter() - self._begun - sum(self.measured)
+        return self._trained + time.perf_counter() - self._since - (sum(self.measured) - self._earlier)
 
     @property
     def overhead(self) -> float:

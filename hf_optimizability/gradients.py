@@ -51,7 +51,9 @@ def gradient_sum(objective: SumOfLosses) -> tuple[list[Tensor], float, int]:
 
 
 def norm_of(tensors: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
-    """2-norm of all entries of all tensors, at least in float32, on the first one's device: reading it synchronizes.
+    """Return the 2-norm of all entries of all tensors, at least in float32, on the first one's device.
+
+    Reading it synchronizes. Tensors may be of several types, complex or sparse.
 
     Args:
         tensors: What is here of them.
@@ -61,7 +63,9 @@ def norm_of(tensors: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
         >>> norm_of([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(5.)
     """
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    norms = [torch.linalg.vector_norm(tensor, dtype=dtype).to(tensors[0].device) for tensor in tensors]
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    entries = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
+    types = [torch.promote_types(tensor.dtype, torch.float32) for tensor in entries]
+    norms = [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in zip(entries, types, strict=True)]
+    finest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+    total = torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device, finest) for norm in norms]))
     return total if ranks is ALONE else ranks.sum(total.square()).sqrt()

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run has measured so far, kept in the Trainer's log, which lives in every checkpoint."""
+"""What a run has measured so far, kept in the Trainer's state, which lives in every checkpoint.
+
+`TrainerState.stateful_callbacks` is written with each checkpoint, in one file with the rest of the state, and read
+back before training begins. A Trainer takes up what bears the name of a callback's class there, and nothing else.
+`log_history` stays the Trainer's: callbacks, trackers and tests read its entries by their place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from transformers import TrainerState
 from transformers.utils import logging
@@ -17,8 +23,14 @@ from .measurement import PREFIX, Measurement, MeasurementFailure
 
 logger = logging.get_logger(__name__)
 
+RECORDS = f"{PREFIX}records"
+"""Key of `stateful_callbacks` under which the records of all callbacks are, in the order in which they were made."""
+
 RECORD = f"{PREFIX}record"
-"""Key of the entries of `log_history` that hold a measurement, or why there is none."""
+"""Key, in a record, of the measurement, or of why there is none."""
+
+_ENTRY = f"{PREFIX}hvps"
+"""Key that each entry for a measurement has, and no other entry."""
 
 
 _WHEN = ("profile", "measure_strategy", "measure_steps", "overhead_budget")
@@ -49,12 +61,12 @@ class History(NamedTuple):
 def record(
     state: TrainerState, found: Measurement | MeasurementFailure, *, config: dict[str, Any], clock: Clock
 ) -> None:
-    """Adds a measurement, or a failure, to the log that goes into the next checkpoint; no tracker gets to see it.
+    """Add a measurement, or a failure, to the state that goes into the next checkpoint.
 
     Args:
         state: The Trainer's state.
         found: What was measured, or why nothing was.
-        config: The options it was measured with: several callbacks may share a log.
+        config: The options it was measured with: several callbacks may share a state.
         clock: The run's, with this as the last thing that it measured.
     """
     kind = "measurement" if isinstance(found, Measurement) else "failure"
@@ -63,20 +75,23 @@ def record(
     if isinstance(found, Measurement):
         held["blocks"] = list(found.blocks)  # the Trainer sorts all keys
     entry: dict[str, Any] = {RECORD: held, "epoch": state.epoch, "step": found.step}
-    state.log_history.append(entry)
+    _records(state).append(entry)
 
 
 def restore(state: TrainerState, *, config: dict[str, Any]) -> History:
-    """What the log of a resumed run says was measured with these options; nothing in a run that begins.
+    """Return what a resumed run has measured with these options; nothing in a run that begins.
 
-    Options that say when to measure may change on the way. With others changed, the run is measured anew from the
+    Options that say when to measure may change on the way. With others changed, the run is measured from the
     checkpoint on, as by a callback that is new to it: a report is about one probe set and one precision, and several
-    callbacks may share a log. Nothing leaves the log, and a warning tells what is not taken up.
+    callbacks may share a state. No record is lost, and a warning says what is not taken up.
+
+    Version 0.1 kept its records, and an entry for each, in `log_history`. They are moved out of there.
 
     Args:
         state: The Trainer's state, as a checkpoint left it.
         config: The options to measure with.
     """
+    _move_out_of_log(state)
     history = History([], [], [], 0.0)
     others: list[dict[str, Any]] = []
     for held in _readable(state):
@@ -105,15 +120,13 @@ class _Record(NamedTuple):
 
 
 def _readable(state: TrainerState) -> Iterator[_Record]:
-    """The records in the log; one that is damaged is told of and left where it is."""
-    for entry in state.log_history:
-        if RECORD not in entry:
-            continue
+    """Yield the records in the state; one that is damaged is named in a warning and left where it is."""
+    for entry in _records(state):
         try:
             yield _read(entry[RECORD])
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             logger.warning(
-                f"The measurement at step {entry.get('step')} in the checkpoint's log can't be read "
+                f"The measurement at step {entry.get('step')} in the checkpoint can't be read "
                 f"({type(error).__name__}: {error}). It stays in `trainer_state.json`; the report goes on without it."
             )
 
@@ -146,6 +159,23 @@ def _what(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in _WHEN}
 
 
-def without_records(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The log as it is without the measurements in full: numbers by name."""
-    return [entry for entry in log_history if RECORD not in entry]
+def merged_log(log_history: list[dict[str, Any]], entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the Trainer's log with the entries of measurements in it, before the Trainer's of the same step.
+
+    Args:
+        log_history: The Trainer's.
+        entries: One for each measurement, in the order of the steps.
+    """
+    return list(heapq.merge(entries, log_history, key=lambda entry: entry.get("step") or 0))
+
+
+def _records(state: TrainerState) -> list[Any]:
+    """Return the list of records in the state, to which may be added."""
+    held = cast("dict[str, list[Any]]", state.stateful_callbacks)
+    return held.setdefault(RECORDS, [])
+
+
+def _move_out_of_log(state: TrainerState) -> None:
+    log = state.log_history
+    _records(state)[:0] = [entry for entry in log if RECORD in entry]
+    log[:] = [entry for entry in log if RECORD not in entry and _ENTRY not in entry]

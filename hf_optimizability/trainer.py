@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,7 +43,7 @@ class OptimizabilityTrainerMixin(_Base):
         optimizability: What to measure and when.
 
     Raises:
-        ValueError: If the model has no trainable parameter, or the configuration's blocks or folder can't work.
+        ValueError: If the configuration's blocks or folder can't work.
 
     Example:
         >>> from transformers import Seq2SeqTrainer
@@ -55,26 +57,42 @@ class OptimizabilityTrainerMixin(_Base):
         self.optimizability_callback = OptimizabilityCallback(optimizability, trainer=self)
         self.add_callback(self.optimizability_callback)
         self._blocks: dict[str, list[str]] = {}
-        self._blocks_model: nn.Module | None = None
+        self._trained_names: list[str] = []
         self._train_grad_norms: dict[str, Tensor] = {}
-        self._block_names()
+        if any(parameter.requires_grad for parameter in cast(nn.Module, self.model).parameters()):
+            self._block_names()  # else it can't be trained, but evaluated
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        above = next(base for base in cls.__mro__ if "__init__" in vars(base))
+        if above is OptimizabilityTrainerMixin:
+            cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
 
     def optimizability_report(self) -> OptimizabilityReport:
         """The report so far; complete after `train()`."""
         return self.optimizability_callback.report
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Trains on one batch; where that completes an optimizer step, takes the norms before they are clipped."""
+        """Train on one batch; where that completes an optimizer step, take the norms before they are clipped."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients:
             self._train_grad_norms = {}
-        if self.accelerator.sync_gradients and self._is_logged():
-            gradients = {
-                block: [p.grad for p in map(cast(nn.Module, self.model).get_parameter, names) if p.grad is not None]
-                for block, names in self._block_names().items()
-            }
-            self._train_grad_norms = norms_over_ranks({block: held for block, held in gradients.items() if held})
+            if self._is_logged():
+                try:
+                    self._train_grad_norms = self._grad_norms()
+                except Exception as error:  # whatever it is, the step that is logged counts more
+                    reason = without_secrets(f"{type(error).__name__}: {error}")
+                    logger.warning_once(f"The gradient norms by block are not logged. {reason} Training goes on.")
         return loss
+
+    def _grad_norms(self) -> dict[str, Tensor]:
+        """Return the norm of each block's gradient as it is now, of blocks that have one."""
+        parameters = dict(cast(nn.Module, self.model).named_parameters())
+        gradients = {
+            block: [grad for name in names if (grad := parameters[name].grad) is not None]
+            for block, names in self._block_names().items()
+        }
+        return norms_over_ranks({block: held for block, held in gradients.items() if held})
 
     def _is_logged(self) -> bool:
         """Whether the present step will be logged, as the arguments have it: only then do norms cost any time."""
@@ -86,14 +104,18 @@ class OptimizabilityTrainerMixin(_Base):
         ends = step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
         return args.logging_strategy == "epoch" and ends
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs; the gradient norms by block join the training loss."""
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the Trainer does: times without what measuring took, training losses with the norms by block."""
+        if self.is_in_train and (borrowed := self.optimizability_callback.borrowed_seconds):
+            if {"train_runtime", "train_loss"} <= logs.keys():
+                _take_out(borrowed, logs)
+            start_time = None if start_time is None else start_time + borrowed
         if "loss" in logs:
             scaler = self.accelerator.scaler
             scale = 1.0 if scaler is None else scaler.get_scale()
             norms = {name: float(norm) / scale for name, norm in self._train_grad_norms.items()}
             logs = {**logs, **{f"{PREFIX}train_grad_norm/{name}": norm for name, norm in norms.items()}}
-        super().log(logs, *args, **kwargs)
+        super().log(logs, *([] if start_time is None else [start_time]))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the model card as the Trainer does, and puts the report into it; its files go beside the model.
@@ -133,13 +155,40 @@ class OptimizabilityTrainerMixin(_Base):
             return super().push_to_hub(*args, **kwargs)
 
     def _block_names(self) -> dict[str, list[str]]:
-        """Names of the trainable parameters by block, of the model that the Trainer has now (see `model_init`)."""
-        if self._blocks_model is not self.model:
-            names = list(trainable_parameters(cast(nn.Module, self.model)))
+        """Return the names of the parameters that are trained now by block: they may change, as may the model."""
+        names = list(trainable_parameters(cast(nn.Module, self.model)))
+        if names != self._trained_names:
             blocks = block_indices(names, self.optimizability_callback.config)
             self._blocks = {block: [names[index] for index in indices] for block, indices in blocks.items()}
-            self._blocks_model = self.model
+            self._trained_names = names
         return self._blocks
+
+
+def _constructor(cls: type[OptimizabilityTrainerMixin]) -> Callable[..., None]:
+    """Return an `__init__` that says what it takes: what the class after the mixin does, and `optimizability`."""
+    following = cls.__mro__[cls.__mro__.index(OptimizabilityTrainerMixin) + 1 :]
+    base = next(held for held in following if "__init__" in vars(held))
+    signature = inspect.signature(base.__init__)  # type: ignore[misc]
+    parameters = list(signature.parameters.values())
+    own = inspect.signature(OptimizabilityTrainerMixin.__init__).parameters["optimizability"]
+    last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+
+    def construct(self: OptimizabilityTrainerMixin, *args: Any, **kwargs: Any) -> None:
+        super(cls, self).__init__(*args, **kwargs)
+
+    construct.__name__, construct.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
+    construct.__signature__ = signature.replace(parameters=[*parameters[:last], own, *parameters[last:]])  # type: ignore[attr-defined]
+    return construct
+
+
+def _take_out(seconds: float, logs: dict[str, float]) -> None:
+    """Take seconds that were no training out of what the Trainer logs at the end, which `train()` returns as well."""
+    whole = logs["train_runtime"]
+    trained = max(whole - seconds, 1e-4)  # to which the Trainer rounds
+    logs["train_runtime"] = round(trained, 4)
+    for name in logs:
+        if name.startswith("train_") and name.endswith("_per_second"):
+            logs[name] = round(logs[name] * whole / trained, 3)
 
 
 class OptimizabilityTrainer(OptimizabilityTrainerMixin, Trainer):

@@ -29,7 +29,7 @@ from hf_optimizability import (
     OptimizabilityTrainer,
 )
 from hf_optimizability.clock import Clock
-from hf_optimizability.history import RECORD, record, restore
+from hf_optimizability.history import RECORD, RECORDS, record, restore
 from hf_optimizability.measurement import MeasurementFailure
 from hf_optimizability.provenance import describe_config
 
@@ -79,6 +79,11 @@ def run(
     except StoppedError:
         return None
     return OptimizabilityReport.load(folder / "optimizability") if measured else None
+
+
+def records(checkpoint: Path) -> list[dict[str, Any]]:
+    """What a checkpoint holds of measurements."""
+    return json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"][RECORDS]
 
 
 def numbers(report: OptimizabilityReport) -> dict[str, Any]:
@@ -182,8 +187,7 @@ def test_with_other_options_the_report_begins_anew_and_nothing_is_lost(
     earlier = OptimizabilityReport.load(tmp_path / "optimizability" / "report-1.json")
     assert [measurement.step for measurement in earlier.measurements] == [0, 2]
     [checkpoint] = tmp_path.glob("checkpoint-*")
-    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in log if RECORD in entry] == [0, 2, 2, 4, 6]
+    assert [held["step"] for held in records(checkpoint)] == [0, 2, 2, 4, 6]
 
 
 def test_several_callbacks_take_up_each_what_it_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -219,21 +223,20 @@ def test_a_callback_that_is_new_to_the_checkpoint_begins_there(tmp_path: Path):
 def test_what_is_measured_lives_in_the_last_checkpoint_alone(tmp_path: Path):
     run(tmp_path, config=STEPS)
     [checkpoint] = tmp_path.glob("checkpoint-*")
-    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in log if RECORD in entry] == [0, 2, 4, 6]
+    assert [held["step"] for held in records(checkpoint)] == [0, 2, 4, 6]
 
 
 def test_a_record_that_cannot_be_read_is_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run(tmp_path, config=STEPS, stop_before=5)
     [checkpoint] = tmp_path.glob("checkpoint-*")
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    broken = next(entry for entry in state["log_history"] if RECORD in entry and entry["step"] == 2)
+    broken = next(held for held in state["stateful_callbacks"][RECORDS] if held["step"] == 2)
     del broken[RECORD]["measurement"]["hessian"]
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     logging.getLogger("transformers").propagate = True
     with caplog.at_level(logging.WARNING):
         resumed = run(tmp_path, config=STEPS, resume=True)
-    assert "The measurement at step 2 in the checkpoint's log can't be read" in caplog.text
+    assert "The measurement at step 2 in the checkpoint can't be read" in caplog.text
     assert [measurement.step for measurement in resumed.measurements] == [0, 4, 6]
 
 
@@ -251,8 +254,9 @@ def test_a_damaged_record_never_raises_and_is_never_changed(tmp_path: Path, capl
     trainer = training.trainer(tmp_path, callbacks=[callback], max_steps=1)
     trainer.train()
     config = describe_config(callback.config)
-    records = json.dumps([entry for entry in trainer.state.log_history if RECORD in entry])
-    assert len(restore(TrainerState(log_history=json.loads(records)), config=config).measurements) == 2
+    records = json.dumps(trainer.state.stateful_callbacks[RECORDS])
+    state = TrainerState(stateful_callbacks={RECORDS: json.loads(records)})
+    assert len(restore(state, config=config).measurements) == 2
     logging.getLogger("transformers").propagate = True
     for number, damage in product(range(sum(1 for _ in places(json.loads(records)[0]))), (None, "torn", [], 7, ...)):
         log = json.loads(records)
@@ -264,21 +268,21 @@ def test_a_damaged_record_never_raises_and_is_never_changed(tmp_path: Path, capl
             container[key] = damage
         before = deepcopy(log)
         caplog.clear()
-        history = restore(TrainerState(log_history=log), config=config)
+        history = restore(TrainerState(stateful_callbacks={RECORDS: log}), config=config)
         assert log == before and len(history.measurements) >= 1
         if needed and damage is ...:
-            told = f"The measurement at step {log[0]['step']} in the checkpoint's log can't be read"
+            told = f"The measurement at step {log[0]['step']} in the checkpoint can't be read"
             assert len(history.measurements) == 1 and told in caplog.text
 
 
 def test_a_resumed_clock_knows_what_was_measured_and_what_failed():
-    state, clock = TrainerState(log_history=[]), Clock(trained=100.0)
+    state, clock = TrainerState(), Clock(trained=100.0)
     for step in (0, 2):
         with suppress(StoppedError), clock.paused():
             raise StoppedError
         failure = MeasurementFailure(step=step, epoch=None, reason="Broken.", remedy="Mend it.")
         record(state, failure, config={"max_hvps": 16}, clock=clock)
-    state.log_history = json.loads(json.dumps(state.log_history))
+    state.stateful_callbacks = json.loads(json.dumps(state.stateful_callbacks))
     history = restore(state, config={"max_hvps": 16, "measure_steps": 5})
     assert history.steps == [0, 2] and history.measured_seconds == clock.measured
     assert history.train_seconds == pytest.approx(100.0, abs=1.0)

@@ -16,7 +16,6 @@ import training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
-from hf_optimizability.history import RECORD
 from hf_optimizability.measurement import PREFIX
 
 
@@ -28,8 +27,7 @@ def trained(folder: Path, tracker: str) -> dict[tuple[int, str], float]:
     trainer.train()
     logged = {
         (entry["step"], name): value
-        for entry in trainer.state.log_history
-        if RECORD not in entry
+        for entry in trainer.optimizability_report().log_history
         for name, value in entry.items()
         if name.startswith(PREFIX)
     }

@@ -24,7 +24,6 @@ from .. import provenance
 from ..configuration import OptimizabilityConfig
 from ..dynamics import compute_dynamics
 from ..generalization import GAP_EXAMPLES
-from ..history import without_records
 from ..measurement import PREFIX
 from ..privacy import anonymous, in_strings
 from ..probe import probe_indices
@@ -252,7 +251,7 @@ def _report(trainer: Trainer, scores: Scores, config: OptimizabilityConfig) -> O
     state, optimizer, model = trainer.state, trainer.optimizer, trainer.model
     assert optimizer is not None and isinstance(model, torch.nn.Module)
     state.log_history.append({**_gap(trainer, scores, config), "step": state.global_step})
-    log = in_strings(without_records(state.log_history), anonymous)
+    log = in_strings(state.log_history, anonymous)
     train: Any = trainer.train_dataset
     evaluation: Any = trainer.eval_dataset
     return OptimizabilityReport(
