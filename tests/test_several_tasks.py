@@ -299,7 +299,7 @@ class TestTrainer:
         several = report.measurements[-1].several
         assert list(several.tasks) == [HOSTILE, "plain"] and next(iter(several.conflicts[0].blocks)) == "embeddings"
         assert {f"optimizability/task/plain/{name}" for name in ("loss", "grad_norm", "hessian_trace")} <= {
-            key for entry in trainer.state.log_history for key in entry
+            key for entry in report.log_history for key in entry
         }
         gap = report.dynamics["tasks"]["plain"]["loss_gap"]
         assert gap["loss_gap"] is not None and gap["std_error"] > 0
