@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .configuration import OptimizabilityConfig
 from .curvature.ranks import ALONE, Ranks
 from .measurement import PREFIX, TaskMeasurement
 from .model_state import eval_mode
 from .objective import Objective
-from .probe import LEAST_EXAMPLES, num_examples, probe_batches, probe_indices
-from .safety import measuring, preserved_rng
+from .probe import LEAST_EXAMPLES, num_examples, probe_batches
+from .provenance import describe_task
+from .safety import measuring, preserved_rng, pretrained
 from .trainer_loss import trainer_loss
 
 
@@ -31,26 +32,28 @@ GAP_EXAMPLES = 512
 LEAST_BATCHES = 8
 """Batches to cut a small sample into: the standard error comes from the spread between them."""
 
-_NO_METRICS = ("_loss", "_runtime", "_per_second", "_preparation_time")
-"""Endings of what `Trainer.predict` adds to the metrics."""
+_ONE_LABEL_EACH = ("text-classification", "image-classification")
+"""Tasks whose accuracy is that of the logits: one label to an example."""
 
 
 def measure_gap(trainer: Trainer, config: OptimizabilityConfig, *, ranks: Ranks = ALONE) -> dict[str, float]:
-    """Loss, and the metrics of `compute_metrics`, on equally many training and evaluation examples, both in eval mode.
+    """Return the loss on equally many training and evaluation examples, both in eval mode.
+
+    The user's `compute_metrics`, `prediction_step` and `predict` are not called: what they compute is in the Trainer's
+    own evaluations, and may cost many times the loss (`predict_with_generate`).
 
     Args:
-        trainer: Its data, loss and metrics are used.
+        trainer: Its data and loss are used.
         config: Seed and batch size.
         ranks: Processes that train together: they share the examples.
 
     Returns:
-        What to log: `train_loss`, `eval_loss`, each with `_std_error` (over batches), `gap_examples`, and
-        `train_<metric>`, `eval_<metric>`, all behind the common prefix. Empty where no equal samples can be drawn: if
-        a data set is streamed, or if there is not exactly one evaluation set.
+        What to log: `train_loss`, `eval_loss`, each with `_std_error` (over batches), `gap_examples`, and for models
+        that classify texts or images `train_accuracy` and `eval_accuracy`, all behind the common prefix. Empty where
+        no equal samples can be drawn: if a data set is streamed, or if there is not exactly one evaluation set.
     """
     if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
         return {}
-    # `predict` leaves the model in eval mode.
     with preserved_rng(config.probe_seed), eval_mode(cast(nn.Module, trainer.model)):
         loaders = {"train": trainer.get_train_dataloader(), "eval": trainer.get_eval_dataloader()}
         sizes = {split: num_examples(loader.dataset) or 0 for split, loader in loaders.items()}
@@ -60,10 +63,6 @@ def measure_gap(trainer: Trainer, config: OptimizabilityConfig, *, ranks: Ranks 
         numbers: dict[str, float] = {f"{PREFIX}gap_examples": examples}
         for split, loader in loaders.items():
             numbers |= _mean_loss(trainer, split, loader, examples, config, ranks)
-            if trainer.compute_metrics is not None:
-                sample = Subset(loader.dataset, probe_indices(sizes[split], examples, seed=config.probe_seed))
-                metrics = trainer.predict(sample, metric_key_prefix=PREFIX + split).metrics or {}
-                numbers |= {key: value for key, value in metrics.items() if not key.endswith(_NO_METRICS)}
     return numbers
 
 
@@ -109,11 +108,35 @@ def _mean_loss(
         model, batches, loss_fn=trainer_loss(trainer), seed=config.probe_seed, preserved=(trainer,)
     ).shared(ranks)
     with measuring(model, seed=config.probe_seed, state=objective.state), torch.no_grad():
-        found = ranks.gather([(float(loss), count) for loss, count in objective.losses()])
-    sums, items = np.array(found).T
+        sums, items, right = np.array(ranks.gather(_passes(objective))).T
     number, mean = len(sums), sums.sum() / items.sum()
     numbers = {f"{PREFIX}{split}_loss": float(mean)}
     if number > 1:
         spread = np.sum((sums - mean * items) ** 2) * number / (number - 1)
         numbers[f"{PREFIX}{split}_loss_std_error"] = math.sqrt(spread) / float(items.sum())
+    if np.isfinite(right).all():
+        numbers[f"{PREFIX}{split}_accuracy"] = float(right.sum() / items.sum())
     return numbers
+
+
+def _passes(objective: Objective) -> list[tuple[float, int, float]]:
+    """Return each batch's sum of losses, the number of its items, and how many are classified right; else NaN."""
+    if not _is_classified(objective):
+        return [(float(loss), count, math.nan) for loss, count in objective.losses()]
+    passes = zip(objective.batches, objective.outputs_and_losses(), strict=True)
+    return [
+        (float(loss), count, float((outputs[0].argmax(-1) == batch["labels"]).sum()))
+        for batch, (outputs, loss, count) in passes
+    ]
+
+
+def _is_classified(objective: Objective) -> bool:
+    """Whether the accuracy can be read off the logits: each example of the sample has a label, one of the model's."""
+    known = pretrained(objective.model)
+    if known is None or describe_task(known, own_loss=True)["task"] not in _ONE_LABEL_EACH:
+        return False
+    labels = [batch.get("labels") for batch in objective.whole().batches if isinstance(batch, Mapping)]
+    return (known.config.num_labels or 0) > 1 and all(
+        isinstance(held, Tensor) and held.ndim == 1 and not held.is_floating_point() and bool((held >= 0).all())
+        for held in labels
+    )

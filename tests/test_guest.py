@@ -15,6 +15,7 @@ import torch
 import training
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import EvalPrediction
 
 from hf_optimizability import (
     OptimizabilityCallback,
@@ -272,3 +273,34 @@ class TestNormsOfTheTrainingBatch:
         trainer.train()
         assert trainer.state.global_step == 6
         assert not any(OURS[0] in key for entry in trainer.state.log_history for key in entry)
+
+
+class Predicting(Trainer):
+    """Counts what a user may have made expensive, as `predict_with_generate` does."""
+
+    calls = 0
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().prediction_step(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().predict(*args, **kwargs)
+
+
+def test_the_gap_calls_nothing_of_the_users_but_the_loss(tmp_path: Path):
+    metrics = {"accuracy": 0}
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        metrics["accuracy"] += 1
+        return {"accuracy": 0.5}
+
+    options = {"eval_dataset": rows(8), "compute_metrics": compute_metrics, "eval_strategy": "steps", "eval_steps": 3}
+    plain, trainer = (make(tmp_path, kind, Predicting, **options) for kind in ("plain", "mixin"))
+    plain.train()
+    called = dict(metrics)
+    trainer.train()
+    assert trainer.calls == plain.calls > 0 and metrics["accuracy"] == 2 * called["accuracy"] == 4
+    gap = trainer.optimizability_report().dynamics["generalization_gap"]
+    assert gap["measured_alike"] and gap["examples"] == 8 and gap["metric_gaps"] == {}
