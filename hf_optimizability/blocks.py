@@ -64,18 +64,19 @@ def name_blocks(names: Sequence[str]) -> dict[str, list[int]]:
     return blocks
 
 
-def match_blocks(names: Sequence[str], patterns: Sequence[str]) -> dict[str, list[int]]:
+def match_blocks(names: Sequence[str], patterns: Sequence[str], *, strict: bool = True) -> dict[str, list[int]]:
     """Groups parameters by glob patterns of their names; the first pattern that fits counts, the rest is `other`.
 
     Args:
         names: Parameter names.
         patterns: Patterns such as `"*.layer.0.*"`; each becomes the name of its block.
+        strict: Whether each pattern has to fit a parameter; otherwise one that fits none makes no block.
 
     Returns:
         Indices into `names` by pattern.
 
     Raises:
-        ValueError: If a pattern fits no parameter that an earlier one has not taken.
+        ValueError: If, under `strict`, a pattern fits no parameter that an earlier one has not taken.
 
     Example:
         >>> match_blocks(["a.weight", "a.bias", "b.weight"], ["a.*"])
@@ -86,7 +87,7 @@ def match_blocks(names: Sequence[str], patterns: Sequence[str]) -> dict[str, lis
         pattern = next((pattern for pattern in patterns if fnmatchcase(_bare(name), pattern)), OTHER)
         blocks[pattern].append(index)
     for pattern in patterns:
-        if not blocks[pattern]:
+        if strict and not blocks[pattern]:
             some = ", ".join(repr(_bare(name)) for name in names[:3])
             raise ValueError(
                 f"The pattern {pattern!r} in `blocks` fits no trainable parameter that an earlier pattern has not "

@@ -26,7 +26,15 @@ from .fsdp import class_name
 from .history import merged_log, record, restore
 from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar
-from .measurement import PREFIX, Measurement, MeasurementError, MeasurementFailure, SeveralTasks, TaskMeasurement
+from .measurement import (
+    PREFIX,
+    Measurement,
+    MeasurementError,
+    MeasurementFailure,
+    MeasurementInterruptedError,
+    SeveralTasks,
+    TaskMeasurement,
+)  # fmt: skip
 from .memory import out_of_memory
 from .objective import Objective
 from .parallel import RankLostError, training_ranks
@@ -35,6 +43,7 @@ from .probe import dataset_of, probe_batches, probe_batches_by_task, tensors_in
 from .report import OptimizabilityReport
 from .safety import pretrained
 from .schedule import affordable
+from .stopping import StopRequests
 from .supported import deepspeed_limits, require_supported
 from .trainer_loss import require_measurable_loss, trainer_loss
 
@@ -78,6 +87,8 @@ class OptimizabilityCallback(TrainerCallback):
     _objective: Objective | None
     _optimizer: Optimizer | None
     _folder: Path
+    _stops: StopRequests
+    _asked_to_stop: Callable[[], bool]
 
     def __init__(self, config: OptimizabilityConfig | None = None, *, trainer: Trainer | None = None):
         self.config = config or OptimizabilityConfig()
@@ -143,6 +154,8 @@ class OptimizabilityCallback(TrainerCallback):
             failures=history.failures,
         )
         self._objective, self._probe_set = None, None
+        self._stops = StopRequests(args)
+        self._asked_to_stop = self._stops.during(control)
         self._draw(loader, dataset if trainer is None else trainer.train_dataset, state)
         if not history.steps or self._ends_an_epoch(state):
             self._measure(args, state, control)
@@ -165,7 +178,7 @@ class OptimizabilityCallback(TrainerCallback):
 
     def _require_blocks(self, model: nn.Module) -> None:
         """Raise if `blocks` fits no trainable parameter; if there is none at all, that is for training to meet."""
-        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        names = _trained(model)
         if names:
             block_indices(names, self.config)
 
@@ -204,11 +217,13 @@ class OptimizabilityCallback(TrainerCallback):
         return probe_batches_by_task(loader, rows, self.config.task_column, **drawn)
 
     def _present_objective(self) -> Objective:
-        """Return the loss on the probe set, once it is known to be one.
+        """Return the loss on the probe set, by the parameters that are trained now, once it is known to be one.
 
         Raises:
             MeasurementError: If the probe set can't be counted, or has no loss with a gradient.
         """
+        if self._objective is not None and self._objective.names != _trained(self._model):  # frozen or unfrozen since
+            self._objective = None
         if self._objective is None:
             assert self._probe_set is not None
             batches, tasks = self._probe_set
@@ -226,13 +241,17 @@ class OptimizabilityCallback(TrainerCallback):
                 tasks=tasks,
                 seed=self.config.probe_seed,
                 preserved=() if self._trainer is None else (self._trainer,),
+                should_stop=lambda: self._asked_to_stop(),
             ).shared(self._ranks)
             self.report.data |= provenance.describe_probe_set(batches, self._model)
+            self.report.model = provenance.describe_model(self._model)
             try:
                 objective.check()
             except Exception as error:
                 if not out_of_memory(error):  # for that, a measurement cuts the batches into smaller ones
                     raise
+        except MeasurementInterruptedError:
+            raise
         except Exception as error:
             raise _no_loss(error, batches, own_loss=loss_fn is None) from error
         return objective
@@ -246,6 +265,7 @@ class OptimizabilityCallback(TrainerCallback):
     ) -> None:
         """Measures every `measure_steps` steps, or when there is time for it."""
         self._clock.step_ended()
+        self._stops.step_ended(state, control)
         if self._due(state):
             self._measure(args, state, control)
             self._clock.go_on()
@@ -267,6 +287,12 @@ class OptimizabilityCallback(TrainerCallback):
         )
         return ranks.gather([due])[0]  # by one clock
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the evaluation: training that stops early after one may take its time."""
+        self._stops.evaluated(state)
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -277,11 +303,18 @@ class OptimizabilityCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures the final weights, adds the training dynamics and writes the whole report."""
+        """Measure the final weights, add the training dynamics and write the whole report.
+
+        Where training was asked to stop, only what is there is written: the exit does not wait.
+        """
         self._begun = self._in_order is not None  # else there was no last log, and the trackers may have ended
         if self._trainer is not None and self._in_order is not None:
             self._trainer.callback_handler.callbacks, self._in_order = self._in_order, None
             self._log_pending()
+        self._stops.train_ended(state)
+        if self._stopping(control):
+            self._measure(args, state, control)
+            return
         best_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         step = state.best_global_step if best_loaded else state.global_step
         self._measure(args, state, control, step=step)
@@ -328,6 +361,8 @@ class OptimizabilityCallback(TrainerCallback):
         hidden = args.disable_tqdm or not state.is_world_process_zero
         try:
             with self._clock.paused(), measuring_bar(self.config, disable=hidden) as bar:
+                if self._stopping(control):
+                    raise MeasurementInterruptedError
                 measurement, self._objective = measure_objective(
                     self._present_objective(),
                     self.config,
@@ -339,6 +374,7 @@ class OptimizabilityCallback(TrainerCallback):
         except RankLostError:
             raise
         except Exception as error:
+            self._stops.seen |= isinstance(error, MeasurementInterruptedError)  # on whichever rank it was
             self._record_failure(error, step, state)
         else:
             self.report.measurements.append(measurement)
@@ -346,6 +382,11 @@ class OptimizabilityCallback(TrainerCallback):
             self._log(log_entry(measurement), state)
         if state.is_world_process_zero:
             self._guarded("writing the report", lambda: self._stamp().save_json(self._folder))
+
+    def _stopping(self, control: TrainerControl) -> bool:
+        """Return whether training, on any rank, has been asked to stop; from now on it may be."""
+        self._asked_to_stop = self._stops.during(control)
+        return any(self._ranks.gather([self._asked_to_stop()]))
 
     def _record_failure(self, error: Exception, step: int, state: TrainerState) -> None:
         if isinstance(error, MeasurementError):
@@ -356,7 +397,8 @@ class OptimizabilityCallback(TrainerCallback):
         failure = MeasurementFailure(step=step, epoch=state.epoch, reason=anonymous(reason), remedy=remedy)
         if failure.reason not in [earlier.reason for earlier in self.report.failures]:  # once is enough to know
             reason = without_secrets(reason)
-            logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy} Training goes on.")
+            goes_on = "" if isinstance(error, MeasurementInterruptedError) else " Training goes on."
+            logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy}{goes_on}")
         self.report.failures.append(failure)
         self._record(failure, state)
 
@@ -412,6 +454,11 @@ class OptimizabilityCallback(TrainerCallback):
         except Exception as error:
             reason = without_secrets(f"{type(error).__name__}: {error}")
             logger.warning(f"Failed at {what}: {reason}. Training goes on.")
+
+
+def _trained(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that are trained now."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _no_loss(error: Exception, batches: list[Any], *, own_loss: bool) -> MeasurementError:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -216,6 +217,8 @@ class OptimizabilityConfig:
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"`{name}` is {value}; it must lie between 0 and 1, for example 0.05 for 5 %.")
         self._require_options_that_fit()
+        if self.report_dir is not None:
+            self.report_dir = os.path.expanduser(self.report_dir)  # as `TrainingArguments` does with `output_dir`
         if self.blocks is not None and not self.blocks:
             raise ValueError("`blocks` is empty; pass at least one pattern, or leave it unset for automatic blocks.")
 

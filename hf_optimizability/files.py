@@ -55,12 +55,23 @@ def keep_aside(path: Path) -> Path | None:
     """Gives a file that is about to be written anew a name of its own, such as `report-1.json`.
 
     Returns:
-        Where it is now; `None` if there was none.
+        Where it is now; `None` if there was none, or if another process has moved it meanwhile.
+
+    Raises:
+        ValueError: If it can't be renamed: in a folder such as `/tmp`, that of another user can't.
     """
     if not path.exists():
         return None
     free = next(place for n in count(1) if not (place := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
-    return path.rename(free)
+    try:
+        return path.rename(free)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(
+            f"{str(path)!r} is there already, the report of an earlier run or of another user, and can't be renamed "
+            f"({error.strerror}). Remove it, or pass another folder as `report_dir`."
+        ) from error
 
 
 def finite(value: Any) -> Any:

@@ -150,9 +150,15 @@ def measuring_bar(config: OptimizabilityConfig, *, disable: bool) -> tqdm:
     return tqdm(total=total, desc="Measuring curvature", unit="hvp", leave=False, dynamic_ncols=True, disable=disable)
 
 
-def block_indices(names: list[str], config: OptimizabilityConfig) -> dict[str, list[int]]:
-    """The blocks to report on: the configured patterns, or embeddings, layers and head."""
-    return name_blocks(names) if config.blocks is None else match_blocks(names, config.blocks)
+def block_indices(names: list[str], config: OptimizabilityConfig, *, strict: bool = True) -> dict[str, list[int]]:
+    """Return the blocks to report on: the configured patterns, or embeddings, layers and head.
+
+    Args:
+        names: Names of the trainable parameters.
+        config: Its `blocks`.
+        strict: Whether each pattern has to fit a parameter: one that did may not, once layers are frozen in mid-run.
+    """
+    return name_blocks(names) if config.blocks is None else match_blocks(names, config.blocks, strict=strict)
 
 
 def measure_objective(
@@ -220,8 +226,11 @@ def _found(
                 point = finite_gradient(objective)
         preconditioner, next_update = None, None
         if optimizer is not None:
-            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors, held=held)
-            next_update = partial(optimizer_update, optimizer, in_optimizer, point.tensors, held=held)
+            try:
+                preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors, held=held)
+                next_update = partial(optimizer_update, optimizer, in_optimizer, point.tensors, held=held)
+            except ValueError as error:
+                logger.warning_once(f"How far the optimizer may step is not measured. {error}")
 
         def curvature_by(way: Way) -> _Curvature:
             return _curvature(way, objective, config, point, preconditioner, next_update, count)
@@ -234,7 +243,7 @@ def _found(
             if curvature.along_update is not None:
                 line = _line(objective, point, update, curvature.along_update, step_size)
         landscape = Landscape(line, _plane(objective, curvature.sketch)) if config.landscape else None
-        indices = block_indices(objective.names, config)
+        indices = block_indices(objective.names, config, strict=False)
         blocks = _blocks(objective, indices, point, curvature)
         noise = None
         if objective.parts >= MIN_PARTS:
@@ -328,7 +337,7 @@ def _curvature(
     along_gradient, along_update, along_parts = _along(matrix(), point, update, config, exact=way.exact)
     del update
     with used_rows(objective, ranks=objective.ranks) as left_out:
-        blocks = list(block_indices(objective.names, config).values())
+        blocks = list(block_indices(objective.names, config, strict=False).values())
         segments = _segments(objective, blocks)
         found = sketch(
             matrix,

@@ -349,6 +349,11 @@ class Measurement:
         """Whether trace and eigenvalues reached their tolerances (traces of single blocks may be wider)."""
         return self.hessian.converged
 
+    @property
+    def trainable_parameters(self) -> int:
+        """Entries of all parameters that were trained when this was measured, and are differentiated by."""
+        return sum(block.parameters for block in self.blocks.values())
+
     def to_dict(self) -> dict[str, Any]:
         """The measurement as plain numbers, strings, lists and dicts."""
         return {**asdict(self), "converged": self.converged}

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch import Tensor
@@ -196,7 +197,7 @@ def _whole_batches(
         sampler = sampler.batch_sampler if isinstance(sampler, BatchSamplerShard) else sampler
         if type(sampler) is BatchSampler or by_task:
             return None
-        return (collate([dataset[index] for index in indices]) for indices in sampler)
+        return (collate(_own([dataset[index] for index in indices])) for indices in sampler)
     if by_task:
         raise ValueError(
             "The items of the training set are whole batches; `task_column` needs rows. Leave it unset, or collate "
@@ -266,7 +267,7 @@ def _collated(dataloader: DataLoader, rows: list[Any], size: int) -> list[Any]:
     """Return the rows in batches of `size`, or of training's size where the collator takes no others."""
 
     def batches(size: int) -> list[Any]:
-        return [dataloader.collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return [dataloader.collate_fn(_own(rows[start : start + size])) for start in range(0, len(rows), size)]
 
     sampler = dataloader.batch_sampler
     training_size = sampler.batch_size if isinstance(sampler, BatchSampler) else dataloader.batch_size or size
@@ -278,6 +279,17 @@ def _collated(dataloader: DataLoader, rows: list[Any], size: int) -> list[Any]:
                 raise
     with _refused_rows():
         return batches(training_size)
+
+
+def _own(value: Any) -> Any:
+    """Return rows in containers of their own, with arrays of their own: a collator may change those it is given."""
+    if type(value) is dict:
+        return {key: _own(item) for key, item in value.items()}
+    if type(value) is list:
+        return [_own(item) for item in value]
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        return value.clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _require_enough(number: int, examples: int, required: bool) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,27 @@ def test_folder_that_cannot_be_written(tmp_path: Path):
     output.mkdir()
     (output / "optimizability").write_text("not a folder either")
     refused(output, r"`report_dir` is .*output/optimizability")
+
+
+def test_folder_of_reports_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    callback = OptimizabilityCallback(OptimizabilityConfig(report_dir="~/reports"))
+    assert callback.config.report_dir == str(tmp_path / "reports") and (tmp_path / "reports").is_dir()
+
+
+def test_earlier_report_that_cannot_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As in a folder with the sticky bit, where it belongs to another user."""
+    (tmp_path / "report.json").write_text("{}")
+
+    def rename(self: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    refused(
+        tmp_path / "out",
+        r"report.json' is there already.*\(Operation not permitted\).*another folder as `report_dir`",
+        config={"report_dir": str(tmp_path)},
+    )
 
 
 def test_more_probe_examples_than_the_data_set_has(tmp_path: Path):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import training
 from test_hands_off import assert_equal, run
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_optimizability import (
@@ -22,6 +23,7 @@ from hf_optimizability import (
     OptimizabilityConfig,
     OptimizabilityReport,
     OptimizabilityTrainerMixin,
+    measure,
 )
 
 
@@ -155,10 +157,11 @@ class OneLabelABatch(BatchSampler):
     """Batches that hold one label each, which is what the collator below asks for."""
 
     def __init__(self) -> None:
-        pass
+        self.epoch = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(self.epoch)
+        self.epoch += 1
         for start in torch.randperm(6, generator=generator).tolist():
             yield list(range(start % 3, 24, 3))[start // 3 * 4 :][:4]
 
@@ -255,3 +258,178 @@ def test_without_the_trainer_its_loss_is_named_and_training_goes_on(
     callback, mixin = both(tmp_path, Own, data=lambda: unlabelled)
     assert not callback.measurements and len(mixin.measurements) == 3
     assert all(HAND_OVER in failure.remedy for failure in callback.failures)
+
+
+class Parts(Trainer):
+    """An optimizer over some of the parameters."""
+
+    optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        self.optimizer = self.optimizer_class(self.model.classifier.parameters(), lr=1e-2)
+        return self.optimizer
+
+
+def test_an_optimizer_over_some_of_the_parameters(tmp_path: Path):
+    """The sharpness is that of the part that moves; here that of a model whose other part is frozen."""
+    for report in both(tmp_path, Parts):
+        frozen = Net()
+        frozen.hidden.requires_grad_(False)
+        batches = [batch_of(rows()[:12]), batch_of(rows()[12:])]
+        options = {"config": OptimizabilityConfig(profile="full")}
+        part = measure(
+            frozen, batches, optimizer=torch.optim.AdamW(frozen.classifier.parameters(), lr=1e-2), **options
+        )
+        whole = Net()
+        optimizer = torch.optim.AdamW(whole.classifier.parameters(), lr=1e-2)
+        found = measure(whole, batches, optimizer=optimizer, **options)
+        assert found.step_size.sharpness.value == pytest.approx(part.step_size.sharpness.value, rel=1e-3)
+        assert found.step_size.critical.value == pytest.approx(part.step_size.critical.value, rel=1e-3)
+        assert all(m.step_size is not None and m.trainable_parameters == 51 for m in report.measurements)
+
+
+class Thaw(TrainerCallback):
+    """Trains the head alone at first, all of the network from the second step on, the body alone at last."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Net, **kwargs: Any) -> None:
+        model.hidden.requires_grad_(state.global_step >= 1)
+        model.classifier.requires_grad_(state.global_step < 2)
+
+
+class Frozen(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden.requires_grad_(False)
+
+
+class AllParameters(Trainer):
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        return self.optimizer
+
+
+@pytest.mark.parametrize("cls", [AllParameters, Parts])
+def test_parameters_frozen_and_unfrozen_in_mid_run(tmp_path: Path, cls: type[Trainer]):
+    config = {**CONFIG, "measure_steps": 1, "blocks": ["classifier.*"]}
+    plain = run(make(tmp_path / "plain", cls, model=Frozen, callbacks=[Thaw()]))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**config))
+    assert_equal(run(make(tmp_path / "callback", cls, model=Frozen, callbacks=[Thaw(), callback])), plain)
+    report = OptimizabilityReport.load(tmp_path / "callback" / "optimizability")
+    assert [m.trainable_parameters for m in report.measurements] == [21, 21, 51, 30] and not report.failures
+    assert [list(m.blocks) for m in report.measurements] == [["classifier.*"]] * 2 + [
+        ["classifier.*", "other"],
+        ["other"],
+    ]
+    assert report.model["trainable_parameters"] == 30
+    assert all((m.step_size is None) == (cls is Parts and m.step == 3) for m in report.measurements)
+
+
+def test_a_model_that_is_all_frozen_at_first(tmp_path: Path):
+    class AllFrozen(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.requires_grad_(False)
+
+    options = {"cls": AllParameters, "model": AllFrozen, "callbacks": [Thaw()]}
+    plain = run(make(tmp_path / "plain", **options))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG))
+    assert_equal(run(make(tmp_path / "callback", **{**options, "callbacks": [Thaw(), callback]})), plain)
+    assert [failure.step for failure in callback.report.failures] == [0]
+    assert "no trainable parameter" in callback.report.failures[0].reason
+    assert [m.step for m in callback.report.measurements] == [2, 3]
+
+
+class StopWhileMeasuring(TrainerCallback):
+    """As a signal handler or a thread does: stops training at the n-th pass of a measurement."""
+
+    def __init__(self, step: int, how: Callable[[TrainerControl], None]):
+        self.step, self.how, self.passes = step, how, 0
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, model: Net, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.hook = model.register_forward_hook(lambda *call: self.count(control))
+
+    def count(self, control: TrainerControl) -> None:
+        self.passes += 1
+        if self.passes == 2:
+            self.how(control)
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.passes:
+            self.hook.remove()
+
+    on_train_end = on_step_begin
+
+
+def flag(control: TrainerControl) -> None:
+    control.should_training_stop = True
+
+
+def terminate(control: TrainerControl) -> None:
+    """What the timer of Transformers' handler does, three seconds after SIGTERM."""
+    signal.getsignal(signal.SIGTERM).__self__._enable_checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [(flag, {}), (terminate, {"enable_jit_checkpoint": True})],
+    ids=["flag", "checkpoint on SIGTERM"],
+)
+@pytest.mark.parametrize("by", ["callback", "mixin"])
+def test_a_measurement_lets_go_where_training_is_to_stop(
+    tmp_path: Path, how: Callable[[TrainerControl], None], options: dict[str, Any], by: str
+):
+    stop, config = StopWhileMeasuring(2, how), OptimizabilityConfig(**{**CONFIG, "probe_batch_size": 4})
+    own = {"callbacks": [stop], "max_steps": 6, **options}
+    if by == "mixin":
+        mixed = type("Mixed", (OptimizabilityTrainerMixin, Trainer), {})
+        trainer = make(tmp_path, mixed, optimizability=config, **own)
+        callback = trainer.optimizability_callback
+    else:
+        callback = OptimizabilityCallback(config)
+        trainer = make(tmp_path, **{**own, "callbacks": [stop, callback]})
+    trainer.train()
+    # The checkpoint is made when the next step begins, which is then finished.
+    assert trainer.state.global_step == (3 if how is terminate else 2) and stop.passes == 2
+    assert [m.step for m in callback.report.measurements] == [0]
+    failures = OptimizabilityReport.load(tmp_path / "optimizability").failures
+    assert [failure.step for failure in failures] == ([2, 3] if how is terminate else [2])
+    assert all("interrupted" in failure.reason for failure in failures)
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists() == (how is terminate)
+    assert not (tmp_path / "optimizability" / "report.html").exists()
+
+
+def test_no_last_measurement_after_a_checkpoint_on_sigterm(tmp_path: Path):
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                terminate(control)
+
+    callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG))
+    make(tmp_path, callbacks=[Terminate(), callback], max_steps=6, enable_jit_checkpoint=True).train()
+    assert [m.step for m in callback.report.measurements] == [0]
+    assert [(f.step, "interrupted" in f.reason) for f in callback.report.failures] == [(2, True)]
+
+
+def test_training_that_stops_early_after_an_evaluation_is_measured_last(tmp_path: Path):
+    class Early(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+            control.should_training_stop = True
+
+    callback = OptimizabilityCallback(OptimizabilityConfig(**{**CONFIG, "measure_strategy": "no"}))
+    options = {"eval_dataset": rows(8), "eval_strategy": "steps", "eval_steps": 1, "enable_jit_checkpoint": True}
+    make(tmp_path, callbacks=[Early(), callback], **options).train()
+    assert [m.step for m in callback.report.measurements] == [0, 1] and not callback.report.failures
+
+
+def test_a_collator_that_changes_the_rows_it_is_given(tmp_path: Path):
+    class Popping(Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            return DataLoader(self.train_dataset, batch_size=4, collate_fn=take_labels)
+
+    def take_labels(given: list[dict[str, Any]]) -> dict[str, Tensor]:
+        labels = [row.pop("labels", 0) for row in given]
+        return {"x": torch.stack([row["x"].mul_(2) for row in given]), "labels": torch.tensor(labels)}
+
+    for report in both(tmp_path, Popping, data=lambda: rows(1200)):  # more than are looked into
+        assert not report.failures

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class Preconditioner:
     """An optimizer as preconditioned gradient descent, θ ← θ − η P⁻¹m, where m is a moving average of the gradient.
 
     Attributes:
-        diagonal: The diagonal of P, of shape (n,), in the order of the parameters. Infinite for a parameter whose
-            learning rate is 0 while others move.
+        diagonal: The diagonal of P, of shape (n,), in the order of the parameters. Infinite for a parameter that stays
+            where it is: its learning rate is 0 while others move, or the optimizer does not hold it.
         name: Class of the optimizer.
         learning_rate: η, the largest learning rate among the parameters' groups. A smaller one is folded into P: a
             group at η/10 has 10 times the P.
@@ -78,7 +79,7 @@ def read_preconditioner(
 
     Raises:
         TypeError: If the optimizer is not supported.
-        ValueError: If a parameter is not in the optimizer, the groups differ in momentum, or state and gradients are
+        ValueError: If no parameter is in the optimizer, the groups differ in momentum, or state and gradients are
             both missing.
 
     Example:
@@ -91,11 +92,14 @@ def read_preconditioner(
     optimizer = unwrapped(optimizer)
     groups = _groups_of(optimizer, parameters)
     present, relative = _learning_rates(groups)
-    limits = {stability_limit(present, **_momentum(optimizer, group)) for group in groups}
+    limits = {stability_limit(present, **_momentum(optimizer, group)) for group in groups if group is not None}
     if len(limits) > 1:
         raise ValueError("The parameter groups differ in momentum, so there is no one stability limit.")
     pieces = []
     for index, (parameter, group, rate) in enumerate(zip(parameters, groups, relative, strict=True)):
+        if group is None:
+            pieces.append(torch.full_like(held(parameter.detach()), math.inf, dtype=torch.float32))
+            continue
         state = optimizer.state.get(parameter, {})
         if not state and not isinstance(optimizer, SGD):
             if gradients is None:
@@ -133,7 +137,7 @@ def optimizer_update(
 
     Raises:
         TypeError: If the optimizer is not supported.
-        ValueError: If a parameter is not in the optimizer.
+        ValueError: If no parameter is in the optimizer.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -148,6 +152,9 @@ def optimizer_update(
     pieces = []
     for parameter, gradient, group, rate in zip(parameters, gradients, groups, relative, strict=True):
         before, state = held(parameter.detach()), _held(optimizer.state.get(parameter, {}), held)
+        if group is None:
+            pieces.append(torch.zeros_like(before))
+            continue
         after, _ = _lone_step(optimizer, before, state, gradient, {**group, "lr": rate * reference})
         pieces.append((before.double() - after) / reference)
     return _joined(pieces, parameters)
@@ -209,22 +216,22 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     return inner
 
 
-def _groups_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Group]:
-    """The parameter group of each parameter."""
+def _groups_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Group | None]:
+    """Return the parameter group of each parameter; `None` for one that the optimizer does not hold."""
     owners = {id(member): group for group in optimizer.param_groups for member in group["params"]}
-    missing = [index for index, parameter in enumerate(parameters) if id(parameter) not in owners]
-    if missing:
-        raise ValueError(f"The optimizer does not hold the parameters at positions {missing} of {len(parameters)}.")
-    return [owners[id(parameter)] for parameter in parameters]
+    groups = [owners.get(id(parameter)) for parameter in parameters]
+    if all(group is None for group in groups):
+        raise ValueError("The optimizer holds none of the parameters.")
+    return groups
 
 
-def _learning_rates(groups: Sequence[Group]) -> tuple[float, list[float]]:
-    """The largest learning rate now, and each parameter's relative to it (by `initial_lr` where all are 0).
+def _learning_rates(groups: Sequence[Group | None]) -> tuple[float, list[float]]:
+    """Return the largest learning rate now, and each parameter's relative to it (by `initial_lr` where all are 0).
 
-    Where those are 0 too, nothing is trained, and all parameters count alike.
+    Where those are 0 too, nothing is trained, and all parameters count alike. A parameter without a group has 0.
     """
-    present = [float(group["lr"]) for group in groups]
-    initial = [float(group.get("initial_lr", 0.0)) for group in groups]
+    present = [0.0 if group is None else float(group["lr"]) for group in groups]
+    initial = [0.0 if group is None else float(group.get("initial_lr", 0.0)) for group in groups]
     rates = next((rates for rates in (present, initial) if max(rates) > 0), [1.0] * len(groups))
     return max(present), [rate / max(rates) for rate in rates]
 

@@ -250,7 +250,7 @@ def plot_ritz_values(report: OptimizabilityReport) -> Figure | None:
     if not report.measurements or not report.measurements[-1].hessian.ritz_values:
         return None
     measurement = report.measurements[-1]
-    hessian, parameters = measurement.hessian, report.model.get("trainable_parameters")
+    hessian, parameters = measurement.hessian, measurement.trainable_parameters
     weights = np.array(hessian.ritz_weights)
     floor = 0.1 * max(weights[weights > 0].min(), 1e-12)
     heights = np.maximum(weights, floor).tolist()

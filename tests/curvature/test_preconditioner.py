@@ -242,14 +242,27 @@ def test_accelerates_wrapper_is_seen_through():
     assert torch.equal(found.diagonal, read_preconditioner(optimizer, parameters, gradients=gradients).diagonal)
 
 
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_parameters_that_the_optimizer_does_not_hold_stay_where_they_are(kind: type[Optimizer]):
+    parameters = make_parameters()
+    optimizer, gradients = kind(parameters[1:3], lr=0.1), random_like(parameters, 0)
+    ends = [sum(parameter.numel() for parameter in parameters[:index]) for index in (1, 3)]
+    held = read_preconditioner(optimizer, parameters[1:3], gradients=gradients[1:3]).diagonal
+    found = read_preconditioner(optimizer, parameters, gradients=gradients).diagonal
+    assert torch.equal(found[ends[0] : ends[1]], held) and found.isinf().sum() == len(found) - len(held)
+    update = optimizer_update(optimizer, parameters, gradients)
+    assert torch.equal(update[ends[0] : ends[1]], optimizer_update(optimizer, parameters[1:3], gradients[1:3]))
+    assert (update[: ends[0]] == 0).all() and (update[ends[1] :] == 0).all()
+
+
 def test_what_can_not_be_read_is_refused():
     parameters = make_parameters()
     with pytest.raises(TypeError, match=r"RMSprop .* supported are SGD, Adam, AdamW, Adafactor"):
         read_preconditioner(RMSprop(parameters), parameters)
     with pytest.raises(TypeError, match="relative_step=False"):
         optimizer_update(Adafactor(parameters), parameters, random_like(parameters, 0))
-    with pytest.raises(ValueError, match=r"positions \[0, 3\] of 4"):
-        read_preconditioner(SGD(parameters[1:3]), parameters)
+    with pytest.raises(ValueError, match="holds none of the parameters"):
+        read_preconditioner(SGD(parameters[1:3]), [parameters[0], parameters[3]])
     with pytest.raises(ValueError, match=r"position 0.*Pass `gradients`"):
         read_preconditioner(Adam(parameters), parameters)
     with pytest.raises(ValueError, match="differ in momentum"):
