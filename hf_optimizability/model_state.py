@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -76,7 +75,7 @@ class ModelState:
         self._entry, self._before_pass, self._passes = self._snapshot(registries=True), None, 0
         modes = [(module, module.training) for module in self._model.modules()]
         gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
-        lost: list[str] = []
+        failing = True
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._without_gradient_hooks())
@@ -85,22 +84,23 @@ class ModelState:
                 self.module_hooks = tuple(_module_hooks(self._model))
                 for parameter, _ in gradients:
                     parameter.grad = None
-                with watched_writes([self._entry.tensors]):
-                    _to_eval(self._model)
                 _held.append(self)
                 stack.callback(_held.remove, self)
+                with self.watched():
+                    _to_eval(self._model)
                 yield
+            failing = False
         finally:
-            lost = self._entry.put_back()
+            entry = self._entry
             self._entry, self._before_pass = outer
-            for module, mode in modes:
-                if module.training != mode:  # of TorchScript, which keeps its attributes elsewhere
-                    module.training = mode
             for parameter, gradient in gradients:
                 if parameter.grad is not gradient:
                     parameter.grad = gradient
-            if lost:
-                self._tell_lost(lost, failing=sys.exc_info()[0] is not None)
+            for module, mode in modes:
+                if module.training != mode:  # of TorchScript too, which keeps its attributes elsewhere
+                    module.training = mode
+            if lost := entry.put_back():
+                self._tell_lost(lost, failing=failing)
 
     @property
     def is_held(self) -> bool:

@@ -132,11 +132,21 @@ class Snapshot:
 
         Returns:
             The paths of those: their values are lost.
+
+        Raises:
+            Exception: What an object raised that refuses its old content; all others have theirs by then.
         """
+        errors: list[Exception] = []
         with _plain_torch():
             for part in self._parts:
-                part.put_back()
-            return self.tensors.put_back(thorough=thorough)
+                try:
+                    part.put_back()
+                except Exception as error:
+                    errors.append(error)
+            lost = self.tensors.put_back(thorough=thorough)
+        if errors:
+            raise errors[0]
+        return lost
 
     def _look_into(self, value: Any, where: str, root: bool = False) -> None:
         if type(value) in _ATOMS or id(value) in self._seen:

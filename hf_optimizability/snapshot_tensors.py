@@ -30,6 +30,7 @@ class TensorValue:
         where: Its path, for messages.
         memory: Where its entries are, whatever is put in their place by `.data`.
         storage: Address of that memory's storage.
+        grouped: Whether a group of small tensors has the copy.
         copy: Its entries; `None` of a large tensor that was not written to under `watched_writes`.
     """
 
@@ -42,9 +43,11 @@ class TensorValue:
         self.plain = _is_plain(tensor)
         self._version = tensor._version
         self._digest: Tensor | None = None
-        if whole or tensor.numel() * tensor.itemsize <= SMALL:
+        small = tensor.numel() * tensor.itemsize <= SMALL
+        self.grouped = small and self.plain and tensor.is_contiguous()
+        if not self.grouped and (whole or small):
             self.keep()
-        elif self.plain and digests:
+        elif not self.grouped and self.plain and digests:
             self._digest = digest(self.memory)
 
     def keep(self) -> None:
@@ -74,6 +77,8 @@ class TensorValue:
         """Put memory and entries back; return whether that was possible."""
         if self.moved():
             self.tensor.data = self.memory
+        if self.grouped and self.copy is None:  # its group is the same
+            return True
         if self.written(thorough=thorough):
             if self.copy is None:
                 return False
@@ -104,15 +109,14 @@ class TensorValues:
             self._values.append(TensorValue(tensor, where, whole=id(tensor) in self._whole, digests=self._digests))
 
     def group(self) -> None:
-        """Lay small tensors together, so that all of a device are compared at once."""
+        """Lay small tensors together, so that all of a device are copied and compared at once."""
 
         def device(value: TensorValue) -> str:
             return str(value.tensor.device)
 
-        small = [value for value in self._values if _can_be_grouped(value)]
-        grouped = {id(value) for value in small}
-        self._single = [value for value in self._values if id(value) not in grouped]
-        self._groups = [_Group(list(values)) for _, values in groupby(sorted(small, key=device), device)]
+        small = sorted((value for value in self._values if value.grouped), key=device)
+        self._single = [value for value in self._values if not value.grouped]
+        self._groups = [_Group(list(values)) for _, values in groupby(small, device)]
 
     def put_back(self, *, thorough: bool) -> list[str]:
         """Put the values back; return the paths of those that are lost."""
@@ -121,7 +125,7 @@ class TensorValues:
 
     def unkept(self) -> list[TensorValue]:
         """Return the tensors without a copy."""
-        return [value for value in self._values if value.copy is None and value.plain]
+        return [value for value in self._single if value.copy is None and value.plain]
 
 
 class _Group:
@@ -136,6 +140,9 @@ class _Group:
         """Return the tensors that may have changed: all of them, or those that have other memory."""
         if torch.equal(torch.cat(self._bytes), self._copy):
             return [value for value in self._values if value.moved()]
+        pieces = self._copy.split([len(held) for held in self._bytes])
+        for value, piece in zip(self._values, pieces, strict=True):
+            value.copy = piece.clone().view(value.memory.dtype).view(value.memory.shape)
         return self._values
 
 
@@ -146,10 +153,6 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     )
-
-
-def _can_be_grouped(value: TensorValue) -> bool:
-    return value.plain and value.memory.is_contiguous() and value.memory.numel() * value.memory.itemsize <= SMALL
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
