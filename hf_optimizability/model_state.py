@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .measurement import MeasurementError
-from .snapshot import Snapshot
+from .snapshot import Snapshot, is_trainer
 from .snapshot_tensors import watched_writes
 
 
@@ -139,7 +139,7 @@ class ModelState:
     def _snapshot(self, *, registries: bool) -> Snapshot:
         trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         roots = {"model": self._model} | {type(other).__name__: other for other in self._others}
-        alone = [vars(other).get(name) for other in self._others for name in _ALONE]
+        alone = [vars(other).get(name) for other in self._others if is_trainer(other) for name in _ALONE]
         if registries:
             return Snapshot(roots, whole=trainable, ignored=alone)
         return Snapshot(roots, ignored=[*trainable, *alone], registries=False, digests=False)
@@ -234,12 +234,10 @@ def _package_of(hook: Any) -> str:
 @contextmanager
 def _silent(other: object) -> Iterator[None]:
     """Let what a Trainer logs go nowhere; which other Trainers of its class do not notice."""
-    from transformers import Trainer  # which loads data sets and more: not for `measure` alone
-
-    if not isinstance(other, Trainer):
+    if not is_trainer(other):
         yield
         return
-    loggers = [other, other.accelerator]
+    loggers = [other, vars(other)["accelerator"]]
     before = [{name: held for name, held in vars(owner).items() if name == "log"} for owner in loggers]
     try:
         for owner in loggers:

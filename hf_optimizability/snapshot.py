@@ -251,12 +251,16 @@ def _package(value: Any) -> str:
 
 
 def _has_own_state(value: object) -> bool:
-    if isinstance(value, LEFT_ALONE):
+    kind = type(value)
+    if isinstance(value, LEFT_ALONE) or is_trainer(value):
         return False
-    known = isinstance(value, (SimpleNamespace, UserDict, UserList)) or type(value).__module__.startswith(
-        "torch.optim."
-    )
-    return known or _package(type(value)) not in OTHERS_BUSINESS
+    known = isinstance(value, (SimpleNamespace, UserDict, UserList)) or kind.__module__.startswith("torch.optim.")
+    return known or _package(kind) not in OTHERS_BUSINESS
+
+
+def is_trainer(value: object) -> bool:
+    """Return whether an object is a Transformers Trainer, whose import loads data sets and more."""
+    return any((base.__module__, base.__name__) == ("transformers.trainer", "Trainer") for base in type(value).__mro__)
 
 
 def _is_descriptor(value: object) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -105,7 +106,7 @@ class TensorValues:
 
     def add(self, tensor: Tensor, where: str) -> None:
         """Keep the value of a tensor; not of one without entries, or that can't be written to."""
-        if not (tensor.is_meta or tensor.is_inference()) and tensor.numel():
+        if not (tensor.is_meta or tensor.is_inference() or tensor.is_nested) and tensor.numel():
             self._values.append(TensorValue(tensor, where, whole=id(tensor) in self._whole, digests=self._digests))
 
     def group(self) -> None:
@@ -189,13 +190,15 @@ def watched_writes(values: Iterable[TensorValues]) -> AbstractContextManager[Any
 
 
 class _Watch(TorchDispatchMode):
+    supports_higher_order_operators = True  # which run as they are
+
     def __init__(self, watched: Mapping[int, list[TensorValue]]):
         super().__init__()
         self._watched = watched
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if isinstance(func, OpOverload) and func._schema.is_mutable:
             for tensor in _written(func._schema, args, kwargs):
                 for value in self._watched.get(tensor.untyped_storage().data_ptr(), ()):
                     value.keep()

@@ -452,6 +452,14 @@ def test_a_trainer_gets_back_what_its_loss_kept_and_logs_nothing_meanwhile(tmp_p
     assert "log" not in vars(trainer)
 
 
+def test_a_trainer_that_a_model_holds_is_not_looked_into(tmp_path: Path):
+    trainer = training.trainer(tmp_path, "bert")
+    trainer.model.owner = trainer
+    with ModelState(trainer.model).held():
+        trainer.state.log_history.append({"step": 1})
+    assert trainer.state.log_history == [{"step": 1}] and trainer.model.owner is trainer
+
+
 def test_measuring_holds_the_state_that_it_is_given():
     model, counter = stateful("number"), Tracker()
     with measuring(model, seed=0, state=ModelState(model, others=[counter])):
