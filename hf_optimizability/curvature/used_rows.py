@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..model_state import settle
 from .operators import SumOfLosses
@@ -82,9 +84,11 @@ def _looked_up(objective: LossesOfAModel, ranks: Ranks) -> dict[nn.Embedding, Te
     def record(module: nn.Embedding, args: Any, kwargs: Any, output: Tensor) -> None:
         lookups.setdefault(module, []).append((_ids(args, kwargs), output.grad_fn))
 
+    reads = _Reads(embedding.weight for embedding in used)
     with ExitStack() as stack:
         for embedding in used:
             stack.enter_context(embedding.register_forward_hook(record, with_kwargs=True))
+        stack.enter_context(reads)
         for loss, _ in objective.losses():
             users = _users(loss, [embedding.weight for embedding in used])
             for embedding, times in used.items():
@@ -95,8 +99,41 @@ def _looked_up(objective: LossesOfAModel, ranks: Ranks) -> dict[nn.Embedding, Te
                     times += 1
                 for ids, _ in found:
                     times[ids.unique()] += 1
+    for embedding, times in used.items():
+        if embedding.weight in reads.found:
+            times += 1
     ranks.sum_each(list(used.values()))
     return {embedding: times.nonzero()[:, 0] for embedding, times in used.items() if times.any() and not times.all()}
+
+
+_METADATA = {
+    getattr(Tensor, name).__get__
+    for name in ("device", "dtype", "is_leaf", "layout", "ndim", "requires_grad", "shape")
+} | {Tensor.dim, Tensor.is_floating_point, Tensor.numel, Tensor.size}
+_LOOKUPS_AND_METADATA = {F.embedding, *_METADATA}
+
+
+class _Reads(TorchFunctionMode):
+    """Finds the weights that anything but a lookup of rows reads, also where no graph tells of it.
+
+    A codebook's nearest row, found without gradients, is another one among fewer rows.
+
+    Attributes:
+        found: These weights.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]):
+        super().__init__()
+        self.found: set[Tensor] = set()
+        self._weights = set(weights)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func not in _LOOKUPS_AND_METADATA:
+            values = [*args, *(kwargs or {}).values()]
+            self.found |= {value for value in values if isinstance(value, nn.Parameter) and value in self._weights}
+        return func(*args, **(kwargs or {}))
 
 
 def _candidates(objective: LossesOfAModel) -> Iterator[nn.Embedding]:

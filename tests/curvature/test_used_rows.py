@@ -253,3 +253,25 @@ def test_a_row_that_the_first_pass_did_not_see_is_refused():
     model = Words()
     with used_rows(objective_of(model)), pytest.raises(RuntimeError, match="looked up"):
         model(torch.tensor([1, 5]))
+
+
+class Codebook(nn.Module):
+    """Takes each input for the nearest row of a codebook, and learns the row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(6, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            nearest = torch.cdist(x, self.rows.weight).argmin(1)
+        return (self.rows(nearest).sin() - x).square().mean()
+
+
+def test_rows_that_are_compared_without_gradients_stay():
+    torch.manual_seed(0)
+    objective = Objective(Codebook(), [torch.randn(3, 2, dtype=torch.float64)], loss_fn=lambda model, x: model(x))
+    full = dense(HessianOperator(objective))
+    with used_rows(objective) as left_out:
+        assert left_out == 0
+        assert torch.equal(dense(HessianOperator(objective)), full)
