@@ -247,8 +247,13 @@ class Objective:
             outputs: list[Tensor] = []
             with self.model.register_forward_hook(lambda *call, outputs=outputs: outputs.extend(_logits(call[-1]))):
                 loss, items = self._pass(batch)
+            if torch.is_grad_enabled():  # a loss may call the model without, too, or return logits for its metrics
+                outputs = [output for output in outputs if output.requires_grad]
             if not outputs:
-                raise ValueError("`loss_fn` does not call the model it is given, so that its outputs are not known.")
+                raise ValueError(
+                    "`loss_fn` does not call the model it is given, or not for outputs with a gradient, so that what "
+                    "the loss is a function of is not known."
+                )
             yield outputs, loss, items
 
     def cut(self, size: int) -> Objective:

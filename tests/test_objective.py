@@ -126,6 +126,27 @@ def test_losses_as_functions_of_the_parameters_and_with_outputs_are_the_losses(n
     assert numbers(objective.losses()) == expected
 
 
+def test_outputs_without_a_gradient_are_left_out():
+    """As where a loss subtracts what the model said before, or a trainer wants logits for its metrics."""
+    model, x = nn.Linear(2, 1), torch.ones(3, 2)
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            baseline = model(batch).mean()
+        return (model(batch) - baseline).square().mean()
+
+    [(outputs, _, _)] = Objective(model, [x], loss_fn=loss_fn).outputs_and_losses()
+    assert [output.requires_grad for output in outputs] == [True]
+
+    def detached(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            model(batch)
+        return model.weight.square().sum()
+
+    with pytest.raises(ValueError, match="not for outputs with a gradient"):
+        next(Objective(model, [x], loss_fn=detached).outputs_and_losses())
+
+
 def test_quantized_weights_are_told():
     model = tiny_models.make("bert")
     objective = Objective(model, tiny_models.cut(tiny_models.examples("bert", 2), 2))

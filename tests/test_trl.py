@@ -148,6 +148,17 @@ def test_sft_is_measured_as_the_model_itself(tmp_path: Path):
     assert found.hessian.lambda_max.value == pytest.approx(expected.hessian.lambda_max.value, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_dpo_is_measured_exactly(tmp_path: Path, loss_type: str):
+    """Its head gives mean logits without a gradient, for the metrics."""
+    made = tiny.trainer(
+        tmp_path, DPOTrainer, DPOConfig, tiny.PAIRS, tiny.language_model(),
+        ref_model=tiny.language_model(1), loss_type=loss_type,
+    )  # fmt: skip
+    found = measure(made.model, [tiny.first_batch(made)], CONFIG, loss_fn=trainer_loss(made))
+    assert (found.engine, found.fallback, found.items) == ("double_backward", None, len(tiny.PAIRS))
+
+
 def test_another_layout_of_trl_falls_back_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     known = trl_utils._ChunkedLogProbFunction
 
