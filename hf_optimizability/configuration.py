@@ -28,7 +28,7 @@ class Budget:
     block_eigenvalues: bool
     task_eigenvalues: bool
 
-    def shares(self, *, sharpness: bool, blocks: bool, tasks: bool) -> Shares:
+    def shares(self, *, sharpness: bool, blocks: bool, tasks: bool, differences: bool) -> Shares:
         """What each part of a measurement may spend.
 
         Args:
@@ -36,17 +36,26 @@ class Budget:
             blocks: Whether the eigenvalues of the blocks do.
             tasks: Whether those of the tasks do. A product with each task's own Hessian counts as one: each goes over
                 its own batches.
+            differences: Whether eigenvalues are checked along their vectors, by one product where all is well.
         """
         each = self.max_hvps // 5
-        taken = Shares(0, along_gradient=2, sharpness=each * sharpness, blocks=each * blocks, tasks=each * tasks)
+        taken = Shares(
+            sketch=0,
+            along_gradient=2,
+            along_eigenvectors=int(differences),
+            sharpness=each * sharpness,
+            blocks=each * blocks,
+            tasks=each * tasks,
+        )
         return taken._replace(sketch=self.max_hvps - sum(taken))
 
 
 class Shares(NamedTuple):
-    """Products for the ends, density and trace; along the gradient; for the sharpness; the blocks; the tasks."""
+    """Products for the ends, density and trace; along the gradient and eigenvectors; the sharpness; blocks; tasks."""
 
     sketch: int
     along_gradient: int
+    along_eigenvectors: int
     sharpness: int
     blocks: int
     tasks: int

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration import OptimizabilityConfig
-from .curvature.central_difference import RELATIVE_STEP, CentralDifferenceHessian
+from .curvature.central_difference import CentralDifferenceHessian, usual_step
 from .curvature.custom_functions import require_second_derivatives
 from .curvature.fisher import EmpiricalFisherOperator
 from .curvature.forward_over_reverse import ForwardOverReverseHessian
@@ -22,7 +22,7 @@ from .curvature.gauss_newton import GaussNewtonOperator
 from .curvature.operators import HessianOperator, ObjectiveOperator
 from .curvature.twice_differentiable import CheapSecondDerivatives
 from .curvature.vectors import norm
-from .measurement import MeasurementError
+from .measurement import MeasurementError, WrongDerivativeError
 from .objective import Objective
 from .privacy import anonymous, without_secrets
 from .safety import eager_attention, math_attention, pretrained
@@ -32,6 +32,19 @@ logger = logging.get_logger(__name__)
 
 LARGEST_DIFFERENCE_ERROR = 0.1
 """Relative error of central differences above which `engine="auto"` does not take them for a product."""
+
+_CAUSES = {
+    "torch.utils.checkpoint: ": "The model checkpoints activations in its own forward pass (`torch.utils.checkpoint`) "
+    "and recomputes others in the backward pass.",
+    "Checkpointing is not compatible with .grad()": "The model checkpoints activations in its own forward pass with "
+    "`use_reentrant=True`, which can be differentiated by `.backward()` alone. Set `use_reentrant=False`.",
+    "use_reentrant=True": "The model checkpoints activations in its own forward pass with `use_reentrant=True`, which "
+    "can be differentiated by `.backward()` alone. Set `use_reentrant=False`.",
+}
+"""What torch's errors mean, by what they contain."""
+
+_LONGEST_REASON = 300
+"""Characters of an error that are kept."""
 
 Found = TypeVar("Found")
 OnProducts = Callable[[int], object]
@@ -50,6 +63,9 @@ class Way:
         engine: How products are made.
         attention: `"math"` where SDPA runs its twice differentiable kernel, `"eager"` where the model is switched,
             `"unchanged"` where no second derivative is needed.
+        cheap: Whether layers get second derivatives of our own, cheap ones, and for the trace decoupled ones.
+            Activation checkpointing inside a model's forward pass may refuse them: it recomputes in the backward pass,
+            where they are not held.
         fallback: Why this is not the first choice; `None` if it is.
         error: Relative error of one product by central differences: against the exact product where that can be had,
             else against half the step; `None` from exact engines. Kinks (ReLU) make it large.
@@ -57,6 +73,7 @@ class Way:
 
     engine: str
     attention: str
+    cheap: bool = True
     fallback: str | None = None
     error: float | None = None
 
@@ -83,7 +100,7 @@ class Way:
         """What must be held around the construction of operators and around their products."""
         with ExitStack() as stack:
             stack.enter_context(_attention(model, self.attention))
-            if self.exact:
+            if self.exact and self.cheap:
                 stack.enter_context(CheapSecondDerivatives())
             yield
 
@@ -110,10 +127,15 @@ def first_that_works(
         if config.curvature != "empirical_fisher" and way.exact and objective.quantized is not None:
             raise MeasurementError(objective.quantized, "Set `engine='central_difference'`, or leave it at 'auto'.")
         try:
-            with objective.ranks.agreed(), way.held(objective.model):
-                if way.exact:
-                    require_second_derivatives(objective)
-                found = found_by(way)
+            with objective.ranks.agreed():
+                way = _judged(_reasoned(way, objective, config, refusals), objective, config, refusals, on_products)
+                with way.held(objective.model):
+                    if way.exact:
+                        require_second_derivatives(objective)
+                    found = found_by(way)
+        except WrongDerivativeError as error:
+            refusals.append(error)
+            continue
         except (torch.OutOfMemoryError, FloatingPointError, MeasurementError):
             raise
         except RuntimeError as error:  # that is what autograd raises; NotImplementedError is one
@@ -121,10 +143,19 @@ def first_that_works(
                 raise
             refusals.append(error)
             continue
-        return found, _judged(way, objective, config, refusals, on_products)
+        if way.fallback is not None:
+            logger.warning_once(
+                f"Hessian-vector products are made by {way.engine} under {way.attention} attention, because of this: "
+                f"{without_secrets(_explained(refusals[0]) if refusals else way.fallback)}"
+            )
+        return found, way
+    if isinstance(refusals[0], WrongDerivativeError):
+        raise refusals[0]
     raise MeasurementError(
-        f"The loss can't be differentiated twice: {refusals[0]}",
-        "Use `attn_implementation='eager'`, and replace custom autograd functions by differentiable operations.",
+        f"The loss can't be differentiated twice: {_explained(refusals[0])}",
+        "Leave `engine` at 'auto' or set it to 'central_difference', which need no second derivative where there is "
+        "none; or use `attn_implementation='eager'`, and replace custom autograd functions by differentiable "
+        "operations.",
     ) from refusals[0]
 
 
@@ -133,13 +164,14 @@ def _ways(objective: Objective, config: OptimizabilityConfig) -> list[Way]:
     differences = Way("central_difference", "unchanged")
     if config.curvature == "empirical_fisher":
         return [Way("single_backward", "unchanged")]
-    if config.curvature == "gauss_newton":
-        return [Way("double_backward", kernel) for kernel in kernels]
-    if config.engine == "central_difference" or (config.engine == "auto" and objective.quantized is not None):
+    if config.engine == "central_difference" and config.curvature == "hessian":
         return [differences]
-    exact = "double_backward" if config.engine == "auto" else config.engine
-    ways = [Way(exact, kernel) for kernel in kernels]
-    return [*ways, differences] if config.engine == "auto" else ways
+    if config.curvature == "hessian" and config.engine == "auto" and objective.quantized is not None:
+        return [differences]
+    exact = "double_backward" if config.engine == "auto" or config.curvature == "gauss_newton" else config.engine
+    plain = [False] if exact == "double_backward" else []
+    ways = [Way(exact, kernel, cheap=cheap) for cheap in [True, *plain] for kernel in kernels]
+    return [*ways, differences] if config.engine == "auto" and config.curvature == "hessian" else ways
 
 
 def _attention(model: nn.Module, kernel: str) -> AbstractContextManager[None]:
@@ -149,37 +181,59 @@ def _attention(model: nn.Module, kernel: str) -> AbstractContextManager[None]:
     return math_attention() if kernel == "math" else nullcontext()
 
 
+def _reasoned(way: Way, objective: Objective, config: OptimizabilityConfig, refusals: Sequence[RuntimeError]) -> Way:
+    """The way with why it was taken, where it was not asked for."""
+    if config.engine != "auto" or config.curvature == "empirical_fisher":
+        return way
+    if refusals:
+        return replace(way, fallback=anonymous(_explained(refusals[0])))
+    return replace(way, fallback=objective.quantized) if way.engine == "central_difference" else way
+
+
 def _judged(
     way: Way,
     objective: Objective,
     config: OptimizabilityConfig,
-    refusals: list[RuntimeError],
+    refusals: Sequence[RuntimeError],
     on_products: OnProducts,
 ) -> Way:
-    """The way with its error and why it was taken; refuses differences that are no derivative."""
-    if way.engine == "central_difference":
-        way = replace(way, error=_difference_error(objective, config, on_products))
-    reason = str(refusals[0]) if refusals else objective.quantized if way.engine == "central_difference" else None
-    if config.engine != "auto" or reason is None:
+    """The way with its error; refuses differences that are no derivative, unless they were asked for."""
+    if way.engine != "central_difference":
         return way
-    if way.error is not None and way.error > LARGEST_DIFFERENCE_ERROR:
+    exact = not any(isinstance(refusal, WrongDerivativeError) for refusal in refusals)
+    error = _difference_error(objective, config, on_products, exact=exact)
+    if way.fallback is not None and error > LARGEST_DIFFERENCE_ERROR:
         raise MeasurementError(
-            f"The loss can't be differentiated twice: {reason.rstrip('.')}. Central differences of its gradient are "
-            f"off by {way.error:.0%}, as kinks (ReLU) make them.",
+            f"The loss can't be differentiated twice: {way.fallback.rstrip('.')}. Central differences of its gradient "
+            f"are off by {error:.0%}, as kinks (ReLU), routing and low precision make them.",
             "Replace the operation that has no second derivative.",
         )
-    logger.warning_once(
-        f"Hessian-vector products are made by {way.engine} under {way.attention} attention, because of this: "
-        f"{without_secrets(reason)}"
-    )
-    return replace(way, fallback=anonymous(reason))
+    return replace(way, error=error)
 
 
-def _difference_error(objective: Objective, config: OptimizabilityConfig, on_products: OnProducts) -> float:
+def _explained(error: RuntimeError) -> str:
+    """Why a way does not work, in a sentence or two: torch's own text may take 30 lines."""
+    text = error.reason if isinstance(error, MeasurementError) else str(error)
+    for sign, meaning in _CAUSES.items():
+        if sign in text:
+            return meaning
+    first = text.strip().partition("\n")[0]
+    return first if len(first) <= _LONGEST_REASON else f"{first[:_LONGEST_REASON]} …"
+
+
+def _difference_error(
+    objective: Objective, config: OptimizabilityConfig, on_products: OnProducts, *, exact: bool
+) -> float:
     """Relative error of a product by central differences, along random signs.
 
     Against the exact product where there is one, else against the product with half the step: where that changes it
     by much, the gradient has kinks within the step (ReLU), or drowns in rounding.
+
+    Args:
+        objective: What to differentiate.
+        config: Its seed.
+        on_products: Called with the number of products just made.
+        exact: Whether exact products, where there are any, can be trusted.
     """
     options: dict[str, Any] = {"ranks": objective.ranks, "on_products": on_products}
     differences = CentralDifferenceHessian(objective, rows=objective.rows, **options)
@@ -188,14 +242,14 @@ def _difference_error(objective: Objective, config: OptimizabilityConfig, on_pro
     product = differences.matvec(probe)
     try:
         with objective.ranks.agreed(), math_attention(), CheapSecondDerivatives():
-            if objective.quantized is not None:
-                raise RuntimeError(objective.quantized)
+            if objective.quantized is not None or not exact:
+                raise RuntimeError("There is no exact product.")
             require_second_derivatives(objective)
             reference = HessianOperator(objective, **options).matvec(probe)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
-        half = RELATIVE_STEP[differences.dtype] / 2
+        half = usual_step(objective.parameters) / 2
         reference = CentralDifferenceHessian(objective, relative_step=half, rows=objective.rows, **options).matvec(
             probe
         )

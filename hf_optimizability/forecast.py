@@ -47,7 +47,8 @@ class Forecast:
     """What one measurement takes at most; one that converges early takes less time, and hardly less memory.
 
     How many products convergence will take can't be known beforehand, so there is no expected time. Not foreseen are
-    batches that must be cut into halves because the device runs out of memory on the way.
+    batches that must be cut into halves because the device runs out of memory on the way, and up to two products more
+    where differences along an eigenvector do not agree at first (ReLU).
 
     Attributes:
         parameters: n, the number of trainable parameters.
@@ -195,12 +196,13 @@ def _prices(way: Way, objective: Objective, config: OptimizabilityConfig) -> Pri
             return way.operator(part, curvature=config.curvature, on_products=lambda products: None)
 
         one = _price(matrix(), 1, calls, share)
-        lockstep = _price(DecoupledHessian(part) if exact else matrix(), LOCKSTEP, calls, share)
+        lockstep = _price(DecoupledHessian(part) if exact and way.cheap else matrix(), LOCKSTEP, calls, share)
         block = None
         if exact and config.budget.block_eigenvalues:
             blocks = list(block_indices(objective.names, config).values())
             block = _price(BlockDiagonalHessian(part, blocks), 1, calls, share)
-        known_part = _known_part_seconds(objective) if exact and config.trace_method == "hutchinson" else 0.0
+        split = exact and way.cheap and config.trace_method == "hutchinson"
+        known_part = _known_part_seconds(objective) if split else 0.0
         operator = matrix()
     itemsize = operator.dtype.itemsize
     return Prices(

@@ -131,7 +131,7 @@ def norms_over_ranks(tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tenso
 
     Example:
         >>> norms_over_ranks({"layer": [torch.tensor([3.0]), torch.tensor([[4.0]])]})
-        {'layer': tensor(5.)}
+        {'layer': tensor(5., dtype=torch.float64)}
     """
     norms = {name: norm_of([local_tensor(tensor) for tensor in held]) for name, held in tensors.items()}
     some = next((tensor for held in tensors.values() for tensor in held if isinstance(tensor, DTensor)), None)

@@ -51,9 +51,10 @@ def gradient_sum(objective: SumOfLosses) -> tuple[list[Tensor], float, int]:
 
 
 def norm_of(tensors: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
-    """Return the 2-norm of all entries of all tensors, at least in float32, on the first one's device.
+    """Return the 2-norm of all entries of all tensors, on the first one's device: reading it synchronizes.
 
-    Reading it synchronizes. Tensors may be of several types, complex or sparse.
+    In float64 where the device has it: squares of float32 numbers overflow, and vanish below 1e-23. Tensors may be of
+    several types, complex or sparse.
 
     Args:
         tensors: What is here of them.
@@ -61,11 +62,12 @@ def norm_of(tensors: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
 
     Example:
         >>> norm_of([torch.tensor([3.0]), torch.tensor([[4.0]])])
-        tensor(5.)
+        tensor(5., dtype=torch.float64)
     """
+    device = tensors[0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
     entries = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
-    types = [torch.promote_types(tensor.dtype, torch.float32) for tensor in entries]
-    norms = [torch.linalg.vector_norm(tensor, dtype=dtype) for tensor, dtype in zip(entries, types, strict=True)]
-    finest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
-    total = torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device, finest) for norm in norms]))
+    real = [torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor for tensor in entries]
+    norms = [torch.linalg.vector_norm(tensor, dtype=dtype).to(device) for tensor in real]
+    total = torch.linalg.vector_norm(torch.stack(norms))
     return total if ranks is ALONE else ranks.sum(total.square()).sqrt()

@@ -24,6 +24,7 @@ from .by_task import TaskCurvature, eigenvalues_by_task, means_by_task, several_
 from .configuration import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.decoupled import DecoupledHessian
+from .curvature.eigenvalue_check import EigenvalueCheck
 from .curvature.estimates import Estimate, Spectrum
 from .curvature.gauss_newton import split_trace
 from .curvature.lanczos import lanczos, lanczos_by_segment
@@ -38,10 +39,11 @@ from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .curvature.vectors import dot, norm
 from .engines import OnProducts, Way, first_that_works
+from .found_eigenvalues import check_along_eigenvectors, engine_error, require_symmetric
 from .fsdp import ShardedObjective, is_sharded, measurable, reshard
 from .gradients import Gradient, gradient, norm_of
 from .measurement import BlockMeasurement, Measurement, MeasurementError, StepMeasurement
-from .memory import in_memory
+from .memory import in_memory, out_of_memory
 from .objective import Batch, LossFunction, Objective
 from .parallel import training_ranks
 from .safety import full_precision, measuring
@@ -52,14 +54,6 @@ from .task_split import require_several, split_by_task
 
 
 logger = logging.get_logger(__name__)
-
-LARGEST_ASYMMETRY = 1e-4
-"""`|uᵀHv − vᵀHu| / (‖u‖‖Hv‖)` above which a backward pass is not the derivative of its loss: rounding makes 1e-6,
-unless the loss is nearly 0. There `p − y`, and with it all that follows, is a small difference of numbers near 1."""
-
-CANCELLATION = 0.5
-"""Of the machine epsilon over the loss: what that rounding is allowed to be. A classifier that has learnt its examples
-by heart stays below 0.15, over losses from 1e-3 to 3e-7."""
 
 _GRAPH, _PRODUCT = 1.5, 2.0
 """Gradients that the graph of a part takes, and each product made from it."""
@@ -140,7 +134,11 @@ def checked(
     if is_sharded(model):
         objective = objective.shared(training_ranks(objective.parameters[0].device))
     block_indices(objective.names, config)
-    objective.check()
+    try:
+        objective.check()
+    except Exception as error:  # whatever the model's code raises
+        if not out_of_memory(error):  # then the measurement will go on with smaller batches
+            raise
     return objective, optimizer
 
 
@@ -265,7 +263,8 @@ def _found(
             "engine": way.engine,
             "attention": way.attention,
             "fallback": way.fallback,
-            "engine_error": way.error,
+            "engine_error": engine_error(way, curvature.checks),
+            "eigenvalue_checks": curvature.checks,
             "dtype": str(point.tensors[0].dtype).removeprefix("torch."),
             "batch_size": objective.batch_size,
             "left_out": curvature.left_out,
@@ -310,6 +309,7 @@ class _Curvature:
     along_update: float | None
     sharpness: Estimate | None
     tasks: TaskCurvature
+    checks: tuple[EigenvalueCheck, ...]
 
 
 def _curvature(
@@ -328,13 +328,14 @@ def _curvature(
         sharpness=preconditions,
         blocks=twice and config.budget.block_eigenvalues,
         tasks=by_task and config.budget.task_eigenvalues,
+        differences=config.curvature == "hessian",
     )
     options: dict[str, Any] = {"tolerance": config.budget.eigen_tolerance, "seed": config.probe_seed}
     shared: dict[str, Any] = {"ranks": objective.ranks, "on_products": count}
     matrix = partial(way.operator, objective, curvature=config.curvature, on_products=count)
     update = next_update() if config.landscape and next_update is not None else None
     # First, since it finds what is no Hessian.
-    along_gradient, along_update, along_parts = _along(matrix(), point, update, config, exact=way.exact)
+    along_gradient, along_update, along_parts = _along(matrix(), objective, point, update, config, way, count)
     del update
     with used_rows(objective, ranks=objective.ranks) as left_out:
         blocks = list(block_indices(objective.names, config, strict=False).values())
@@ -343,7 +344,7 @@ def _curvature(
             matrix,
             segments,
             trace_matrix=_trace_matrix(objective, way, config, count),
-            split_trace=partial(split_trace, objective, segments, **shared) if twice else None,
+            split_trace=partial(split_trace, objective, segments, **shared) if twice and way.cheap else None,
             eigen_tolerance=config.budget.eigen_tolerance,
             trace_tolerance=config.budget.trace_tolerance,
             max_hvps=shares.sketch,
@@ -354,6 +355,7 @@ def _curvature(
             left_out=left_out,
             deflate=not by_task,
         )
+        checks = check_along_eigenvectors(found, objective, way, config, count)
         lambda_max = {}
         if shares.tasks:
             lambda_max = eigenvalues_by_task(objective, way, config, max_hvps=shares.tasks, on_products=count)
@@ -367,13 +369,12 @@ def _curvature(
         if preconditions:
             preconditioned = PreconditionedOperator(matrix(), preconditioner.diagonal)
             sharpness = lanczos(preconditioned, max_hvps=shares.sharpness, **options).lambda_max
-    if not config.landscape:
-        found = replace(found, eigenvectors=None)
+    found = replace(found, eigenvectors=found.eigenvectors if config.landscape else None, extremal=())
     tasks = TaskCurvature({}, {}, {})
     if by_task:
         traces = traces_by_task(objective, found, tolerance=config.budget.trace_tolerance)
         tasks = TaskCurvature(means_by_task(objective, *along_parts), lambda_max, traces)
-    return _Curvature(found, left_out, by_block, along_gradient, along_update, sharpness, tasks)
+    return _Curvature(found, left_out, by_block, along_gradient, along_update, sharpness, tasks, checks)
 
 
 def _trace_matrix(
@@ -386,7 +387,7 @@ def _trace_matrix(
     """
 
     def whole(objective: Objective, **options: Any) -> ObjectiveOperator:
-        if way.exact and config.curvature == "hessian":
+        if way.exact and way.cheap and config.curvature == "hessian":
             return DecoupledHessian(objective, ranks=objective.ranks, **options)
         return way.operator(objective, curvature=config.curvature, **options)
 
@@ -410,44 +411,31 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _along(
-    operator: ObjectiveOperator, point: Gradient, update: Tensor | None, config: OptimizabilityConfig, *, exact: bool
+    operator: ObjectiveOperator,
+    objective: Objective,
+    point: Gradient,
+    update: Tensor | None,
+    config: OptimizabilityConfig,
+    way: Way,
+    count: OnProducts,
 ) -> tuple[QuadraticModel, float | None, tuple[np.ndarray, list[int]]]:
     """The quadratic model along −g, the curvature uᵀHu along an update, and gᵀHg and the items of each part.
 
-    A further product in lockstep tells whether the matrix is symmetric at all.
+    A further product in lockstep tells whether the matrix is symmetric at all. The gradient is multiplied as a vector
+    of norm 1: where the loss is scaled down, products of small numbers would vanish.
     """
+    ranks = operator.rows.ranks
     flat = _flat(point.tensors).to(operator.device, operator.dtype)
+    length = norm(flat, ranks) or 1.0
+    direction = flat / length
     generator = torch.Generator().manual_seed(config.probe_seed)
     probe = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
-    columns = [flat, probe] if update is None else [flat, probe, update.to(operator.device, operator.dtype)]
+    columns = [direction, probe] if update is None else [direction, probe, update.to(operator.device, operator.dtype)]
     products, forms, items = operator.matmat_by_part(torch.stack(columns, dim=1), [[slice(0, len(flat))]])
     along, other, *along_update = products.T
-    ranks = operator.rows.ranks
-    asymmetry = abs(dot(flat, other, ranks) - dot(probe, along, ranks)) / (
-        (norm(flat, ranks) * norm(other, ranks)) or 1.0
-    )
-    if exact and asymmetry > LARGEST_ASYMMETRY:
-        _require_rounding_alone(asymmetry, loss=point.loss, dtype=operator.dtype)
+    require_symmetric((direction, along), (probe, other), objective, point, way, count)
     bend = dot(columns[2], along_update[0], ranks) if along_update else None
-    return quadratic_model(flat, along, ranks), bend, (forms[:, 0, 0], items)
-
-
-def _require_rounding_alone(asymmetry: float, *, loss: float, dtype: torch.dtype) -> None:
-    """Refuses a matrix that is less symmetric than rounding makes it, or of which rounding leaves nothing."""
-    rounding = CANCELLATION * torch.finfo(dtype).eps / abs(loss) if loss else math.inf
-    if rounding >= 1:
-        raise MeasurementError(
-            f"The loss on the probe set is {loss:.0e}, so near 0 that rounding in {dtype} leaves nothing of its "
-            "curvature.",
-            "There is nothing left to learn from these examples; measure on others.",
-        )
-    if asymmetry > rounding:
-        raise MeasurementError(
-            f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
-            "derivative of its forward pass.",
-            "Look for custom autograd functions (straight-through estimators, approximate attention); where weights "
-            "have diverged, rounding does this as well.",
-        )
+    return quadratic_model(flat, along * length, ranks), bend, (forms[:, 0, 0] * length**2, items)
 
 
 def _step_size(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .curvature.conflict import SAME
+from .curvature.eigenvalue_check import EigenvalueCheck
 from .curvature.estimates import Estimate
 from .curvature.landscape import Landscape
 from .curvature.sketch import HessianEstimates
@@ -40,6 +41,10 @@ class MeasurementError(RuntimeError):
 
     def __str__(self) -> str:
         return f"{self.reason} {self.remedy}"
+
+
+class WrongDerivativeError(MeasurementError):
+    """Second derivatives that are not those of the loss: another way to multiply may do without them."""
 
 
 class MeasurementInterruptedError(MeasurementError):
@@ -309,8 +314,9 @@ class Measurement:
         attention: `"math"` where SDPA ran its twice differentiable kernel, `"eager"` where the model was switched,
             `"unchanged"` where no second derivative was needed.
         fallback: Why the engine or the attention is not the first choice; `None` if it is.
-        engine_error: Relative error of one product by central differences: against the exact product where that can be
-            had, else against half the step; `None` from exact engines. Kinks (ReLU) make it large.
+        engine_error: Relative error of central differences, the larger one along a random vector and along those of
+            the eigenvalues: against the exact product where that can be had, else against half the step; `None` from
+            exact engines. Kinks (ReLU) make it large.
         dtype: Precision of the products, for example `"float32"`.
         batch_size: Most examples in one graph; less than asked for where memory did not suffice.
         left_out: Embedding parameters that no token of the probe set looks up: their rows of the matrix are zero, and
@@ -318,6 +324,7 @@ class Measurement:
         hvps: Hessian-vector products spent.
         seconds: Wall-clock time spent.
         self_check: What the numbers can be trusted with; `None` in older reports.
+        eigenvalue_checks: What differences of the gradient along their own vectors say of λ_max and λ_min.
     """
 
     step: int
@@ -343,6 +350,7 @@ class Measurement:
     hvps: int
     seconds: float
     self_check: SelfCheck | None = None
+    eigenvalue_checks: tuple[EigenvalueCheck, ...] = ()
 
     @property
     def converged(self) -> bool:
@@ -370,6 +378,7 @@ class Measurement:
             "landscape": _rebuilt(data["landscape"], Landscape.from_dict),
             "several": _rebuilt(data["several"], SeveralTasks.from_dict),
             "self_check": _rebuilt(data.get("self_check"), SelfCheck.from_dict),
+            "eigenvalue_checks": tuple(map(EigenvalueCheck.from_dict, data.get("eigenvalue_checks", ()))),
         }
         return cls(**{key: value for key, value in {**data, **rebuilt}.items() if key != "converged"})
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .float32_precision import ieee_float32
 from .model_state import ModelState, settle
+from .plain_forward import nonreentrant_checkpoints, without_autocast
 from .plain_layers import plain_layers
 
 
@@ -101,6 +102,8 @@ def measuring(model: nn.Module, *, seed: int, state: ModelState | None = None) -
         stack.enter_context(plain_attention(model))
         stack.enter_context(plain_layers(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(without_autocast())
+        stack.enter_context(nonreentrant_checkpoints())
         stack.enter_context(ieee_float32())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -11,6 +11,10 @@ from .curvature.sketch import DEFLATED
 from .curvature.trace import LOCKSTEP
 
 
+_CHECK = 6
+"""Vectors that a check along eigenvectors takes: of λ_min, their sum, saved parameters, two gradients, a product."""
+
+
 class Price(NamedTuple):
     """What one product takes: seconds over all batches, and bytes for the largest one."""
 
@@ -49,7 +53,7 @@ class Products(NamedTuple):
     blocks: int
     tasks: int
     sharpness: int
-    checks: int  # along the gradient, another with it and along the update; those that judge central differences
+    checks: int  # along the gradient, another with it, along the update, along eigenvectors; of central differences
 
     @property
     def number(self) -> int:
@@ -70,7 +74,10 @@ def count_products(
         judged: Whether products by central differences are compared with others.
     """
     tasks = config.task_column is not None and config.budget.task_eigenvalues
-    shares = config.budget.shares(sharpness=preconditions, blocks=prices.block is not None, tasks=tasks)
+    differences = config.curvature == "hessian"
+    shares = config.budget.shares(
+        sharpness=preconditions, blocks=prices.block is not None, tasks=tasks, differences=differences
+    )
     ends = shares.sketch // 2
     return Products(
         ends=ends,
@@ -78,7 +85,7 @@ def count_products(
         blocks=shares.blocks,
         tasks=shares.tasks,
         sharpness=shares.sharpness,
-        checks=shares.along_gradient + update + 2 * judged,
+        checks=shares.along_gradient + shares.along_eigenvectors + update + 2 * judged,
     )
 
 
@@ -105,7 +112,8 @@ def list_stages(config: OptimizabilityConfig, products: Products, prices: Prices
     counts = [
         (ends + 1, prices.vector_bytes, prices.one.memory),
         (ends + ritz, prices.vector_bytes, 0),
-        (ritz + trace + 1, prices.vector_bytes, prices.lockstep.memory),
+        (ritz + trace + 2, prices.vector_bytes, prices.lockstep.memory),  # that of λ_min as well
+        (ritz + _CHECK, prices.vector_bytes, prices.one.memory),
     ]
     if prices.block is not None:
         counts.append((ritz + _basis(products.blocks, prices.size) + 2, prices.vector_bytes, prices.block.memory))

@@ -25,6 +25,11 @@ measured on a small pretrained BERT; this one is off by 2e-3 to 3e-3 along both.
 and leaves room for losses that a model computes in float32."""
 
 
+def usual_step(parameters: Sequence[Tensor]) -> float:
+    """Return the default step for parameters, the least precise of which decides."""
+    return max(RELATIVE_STEP[parameter.dtype] for parameter in parameters)
+
+
 class CentralDifferenceHessian(ObjectiveOperator):
     """The Hessian of a mean loss, by `Hv ≈ (∇L(θ + εv) − ∇L(θ − εv)) / 2ε`.
 
@@ -82,7 +87,7 @@ class CentralDifferenceHessian(ObjectiveOperator):
                 "Hold `full_precision(model)` around the measurement."
             )
         self._objective = objective
-        self._relative_step = RELATIVE_STEP[self.dtype] if relative_step is None else relative_step
+        self._relative_step = usual_step(objective.parameters) if relative_step is None else relative_step
 
     @property
     def rows(self) -> Rows:
@@ -116,14 +121,15 @@ class CentralDifferenceHessian(ObjectiveOperator):
 
 @contextmanager
 def _moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Iterator[None]:
-    """Adds `step` times `direction` to the parameters, and puts the saved ones back after."""
+    """Adds `step` times `direction` to the parameters, and puts the saved ones back after.
+
+    By `.data`, which leaves their version counters alone: a graph that a caller holds can still be differentiated.
+    """
     saved = [parameter.detach().clone() for parameter in parameters]
     try:
-        with torch.no_grad():
-            for parameter, piece in zip(parameters, direction, strict=True):
-                parameter.add_(piece, alpha=step)
+        for parameter, piece in zip(parameters, direction, strict=True):
+            parameter.data.add_(piece, alpha=step)
         yield
     finally:
-        with torch.no_grad():
-            for parameter, original in zip(parameters, saved, strict=True):
-                parameter.copy_(original)
+        for parameter, original in zip(parameters, saved, strict=True):
+            parameter.data.copy_(original)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from .estimates import Estimate
 from .operators import SymmetricOperator
@@ -35,13 +36,20 @@ def power_iteration(operator: SymmetricOperator, *, tolerance: float, max_hvps: 
         >>> round(power_iteration(DenseOperator(matrix), tolerance=1e-3, max_hvps=100, seed=0).value, 2)
         4.0
     """
-    value, residual, hvps = _dominant(operator, shift=0.0, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
+    return leading_eigenpair(operator, tolerance=tolerance, max_hvps=max_hvps, seed=seed)[0]
+
+
+def leading_eigenpair(
+    operator: SymmetricOperator, *, tolerance: float, max_hvps: int, seed: int
+) -> tuple[Estimate, Tensor]:
+    """Return what `power_iteration` does, and the approximate eigenvector, of norm 1."""
+    value, residual, hvps, vector = _dominant(operator, shift=0.0, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
     if value < 0 and hvps < max_hvps:
-        value, residual, more = _dominant(
+        value, residual, more, vector = _dominant(
             operator, shift=value, tolerance=tolerance, max_hvps=max_hvps - hvps, seed=seed
         )
         hvps += more
-    return Estimate(
+    estimate = Estimate(
         value=value,
         low=value - residual,
         high=value + residual,
@@ -50,12 +58,13 @@ def power_iteration(operator: SymmetricOperator, *, tolerance: float, max_hvps: 
         converged=residual <= tolerance * abs(value),
         residual=residual,
     )
+    return estimate, vector
 
 
 def _dominant(
     operator: SymmetricOperator, *, shift: float, tolerance: float, max_hvps: int, seed: int
-) -> tuple[float, float, int]:
-    """Eigenvalue of A whose distance from `shift` is largest, its residual, and the products spent."""
+) -> tuple[float, float, int, Tensor]:
+    """Eigenvalue of A whose distance from `shift` is largest, its residual, the products spent, its eigenvector."""
     generator = torch.Generator().manual_seed(seed)
     ranks = operator.rows.ranks
     vector = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
@@ -67,6 +76,6 @@ def _dominant(
         value = dot(vector, product, ranks)
         residual = norm(product - value * vector, ranks)
         if residual <= tolerance * abs(value) or hvps == max_hvps:
-            return value, residual, hvps
+            return value, residual, hvps, vector
         product = product - shift * vector
         vector = product / norm(product, ranks)

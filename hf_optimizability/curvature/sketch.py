@@ -14,7 +14,7 @@ from .density import Density, density
 from .estimates import Estimate, Spectrum
 from .lanczos import lanczos
 from .operators import SymmetricOperator
-from .power_iteration import power_iteration
+from .power_iteration import leading_eigenpair
 from .trace import MIN_PROBES, Deflation, PartTraces, Segments, TraceResult, exact_trace, hutchinson, hutchplusplus
 from .vectors import as_rows
 from .xtrace import xtrace
@@ -67,6 +67,7 @@ class Sketch:
         eigenvalues: The largest, whether so many were asked for or not; none from power iteration.
         eigenvectors: Approximate ones of `eigenvalues`, as rows; `None` from power iteration.
         parts: What the probes of the trace tell of the parts that the matrix is the mean of; `None` from XTrace.
+        extremal: Approximate eigenvectors of λ_max and, unless from power iteration, of λ_min.
     """
 
     estimates: HessianEstimates
@@ -75,6 +76,7 @@ class Sketch:
     eigenvalues: tuple[Estimate, ...] = ()
     eigenvectors: Tensor | None = field(default=None, compare=False, repr=False)
     parts: PartTraces | None = field(default=None, compare=False, repr=False)
+    extremal: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
 
 def sketch(
@@ -126,7 +128,7 @@ def sketch(
         >>> round(found.estimates.lambda_max.value, 3), round(found.estimates.trace.value, 3)
         (5.0, 6.0)
     """
-    spectrum, found, eigenvalues, eigenvectors = _ends(
+    spectrum, found, eigenvalues, eigenvectors, extremal = _ends(
         matrix(),
         method=eigen_method,
         number=num_eigenvalues,
@@ -147,7 +149,7 @@ def sketch(
         seed=seed + 1,
     )
     estimates = HessianEstimates(trace=trace.total, density=found, **vars(spectrum))
-    return Sketch(estimates, trace.segments, trace.diagonal, eigenvalues, eigenvectors, trace.parts)
+    return Sketch(estimates, trace.segments, trace.diagonal, eigenvalues, eigenvectors, trace.parts, extremal)
 
 
 def _ends(
@@ -159,11 +161,11 @@ def _ends(
     tolerance: float,
     max_hvps: int,
     seed: int,
-) -> tuple[Spectrum, Density | None, tuple[Estimate, ...], Tensor | None]:
-    """Both ends, the density, and the largest eigenvalues with their Ritz vectors."""
+) -> tuple[Spectrum, Density | None, tuple[Estimate, ...], Tensor | None, tuple[Tensor, ...]]:
+    """Both ends, the density, the largest eigenvalues with their Ritz vectors, and those of both ends."""
     if method == "power_iteration":
-        top = power_iteration(matrix, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
-        return Spectrum(lambda_max=top), None, (), None
+        top, vector = leading_eigenpair(matrix, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
+        return Spectrum(lambda_max=top), None, (), None, (vector,)
     run = lanczos(matrix, tolerance=tolerance, max_hvps=max_hvps, seed=seed, num_eigenvalues=number)
     found = None
     if len(run.nodes) > 2:  # fewer tell nothing
@@ -177,8 +179,10 @@ def _ends(
             tolerance=tolerance,
         )
     largest = run.top(DEFLATED, tolerance=tolerance)
-    vectors = run.ritz_vectors([-1 - index for index in range(len(largest))])
-    return run.spectrum, found, largest, vectors.to(matrix.device)  # the basis may be on the CPU
+    indices = [-1 - index for index in range(len(largest))]
+    vectors = run.ritz_vectors([*indices, 0]).to(matrix.device)  # the basis may be on the CPU
+    extremal = (vectors[0], vectors[-1]) if len(run.nodes) > 1 else (vectors[0],)
+    return run.spectrum, found, largest, vectors[:-1], extremal
 
 
 def _trace(

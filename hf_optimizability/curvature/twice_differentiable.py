@@ -35,7 +35,8 @@ class CheapSecondDerivatives(TorchFunctionMode):
 
     They run the kernels that they run outside, forward and in the first backward pass, so values and gradients stay
     what they are, to rounding: on a CPU, images are kept in the channels-last format, where depthwise kernels are
-    several times as fast. Derivatives of any order are right. To be held around the forward pass; what was recorded
+    several times as fast. Derivatives of any order are right, those of weight normalization as well, where torch's own
+    are wrong. To be held around the forward pass; what was recorded
     inside keeps its cheap second derivative outside. Everything else, such as transposed convolutions, other norms,
     calls under autocast and on tensor subclasses, runs as it is.
 
@@ -338,6 +339,11 @@ def _normalize_examples(
     return layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def _normalize_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`torch._weight_norm`, whose own second derivative is wrong up to torch 2.13 at least, of other operations."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor | None:
     """`Tensor.view` for images that are channels-last in here alone: a copy where their memory can't be viewed so."""
     if named or isinstance(shape[0], torch.dtype):
@@ -364,5 +370,6 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.layer_norm: _normalize_examples,
     F.gelu: _gelu,
     F.ctc_loss: ctc_loss,
+    torch._weight_norm: _normalize_weight,
     Tensor.view: _view,
 }

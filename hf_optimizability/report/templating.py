@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..curvature.estimates import Estimate
 from ..curvature.step import CriticalLearningRate
 from ..measurement import Measurement, SeveralTasks
@@ -42,7 +43,7 @@ def environment(text: Callable[[Any], Markup]) -> Environment:
         keep_trailing_newline=True,
     )
     made.filters.update(at=_at, estimate=format_estimate, percent=format_percent, number=format_number)
-    made.filters.update(range=_range)
+    made.filters.update(range=_range, checks=checks_along_vectors)
     made.globals.update(with_error=format_with_error, interval=format_interval)
     made.globals.update(cosine_map=cosine_map, block_cosines=block_cosines)
     return made
@@ -59,6 +60,21 @@ def _at(value: Any, path: str) -> Any:
 def _range(value: Estimate | CriticalLearningRate | None) -> str:
     """A value and its interval."""
     return MISSING if value is None else format_interval(value.value, value.low, value.high)
+
+
+def checks_along_vectors(checks: Sequence[EigenvalueCheck]) -> str:
+    """What differences along their own vectors say of the eigenvalues, in one line.
+
+    Example:
+        >>> checks_along_vectors([EigenvalueCheck("lambda_max", 2.0, (3.0, 2.0), (0.2, 0.1), "agrees")])
+        'λ_max: 2.000, by differences 2.000 (agrees)'
+    """
+    names = {"lambda_max": "λ_max", "lambda_min": "λ_min"}
+    return "; ".join(
+        f"{names[check.end]}: {format_number(check.value)}, by differences {format_number(check.differences[-1])} "
+        f"({check.verdict})"
+        for check in checks
+    )
 
 
 def text_without_strings(value: Any) -> Markup | None:

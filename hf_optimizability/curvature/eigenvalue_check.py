@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eigenvalues checked along their own vectors, by differences of the gradient there.
+
+A check along a random vector shows little: along an eigenvector the same step may switch units (ReLU), route tokens to
+other experts, or reach higher derivatives, and a wrong backward pass may leave most directions as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .operators import SymmetricOperator
+from .vectors import dot
+
+
+Verdict = Literal["agrees", "moves with the step", "not checked", "disagrees"]
+
+STEPS = (0.2, 0.1, 0.05)
+"""Steps along eigenvectors, as shares of the usual one. The usual one suits random directions; along the steepest
+eigenvectors of a MiniLM-L6 in float32 it is off by 3 %, and these by 0.1 %, 0.03 % and 0.01 %."""
+
+AGREEMENT = 0.01
+"""Relative difference up to which differences agree with an exact eigenvalue."""
+
+_SETTLED = 0.1
+"""Spread of differences over the steps, as a share of their distance to the eigenvalue, up to which they have settled.
+Across kinks they have not: a jump of the gradient counts twice as much in half the step."""
+
+_FLOOR = 0.01
+"""Share of the largest eigenvalue found, in size, below which rounding may be all that a difference shows."""
+
+
+@dataclass(frozen=True)
+class EigenvalueCheck:
+    """What differences of the gradient along its own vector say of an eigenvalue.
+
+    Attributes:
+        end: `"lambda_max"` or `"lambda_min"`.
+        value: The eigenvalue, as the engine has it.
+        differences: The same by differences, at each step that was tried.
+        steps: The steps, relative to the parameters.
+        verdict: `"agrees"`; `"moves with the step"` where differences do not settle, as across kinks (ReLU) or in
+            rounding, which leaves the exact value as it is; `"not checked"` where differences can't decide;
+            `"disagrees"` where they settle on another value.
+        reason: Why differences do not decide; `None` where they do.
+    """
+
+    end: str
+    value: float
+    differences: tuple[float, ...]
+    steps: tuple[float, ...]
+    verdict: Verdict
+    reason: str | None = None
+
+    @property
+    def error(self) -> float:
+        """The least relative error of the differences tried, against the eigenvalue."""
+        return min(abs(difference - self.value) for difference in self.differences) / (abs(self.value) or 1.0)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EigenvalueCheck:
+        """Rebuilds it from `dataclasses.asdict`."""
+        return cls(**{**data, "differences": tuple(data["differences"]), "steps": tuple(data["steps"])})
+
+
+def check_eigenvalues(
+    values: Sequence[float],
+    vectors: Sequence[Tensor],
+    differences: Callable[[float], SymmetricOperator],
+    *,
+    steps: Sequence[float],
+    tolerance: float = AGREEMENT,
+) -> tuple[EigenvalueCheck, ...]:
+    """Check eigenvalues along their vectors, at as few steps as it takes.
+
+    Each product serves all vectors that are not done: of orthonormal Ritz vectors q and r, `qᵀA(q + r) = qᵀAq`.
+
+    Args:
+        values: `λ_max`, and `λ_min` where there is one.
+        vectors: Their Ritz vectors.
+        differences: `differences(step)` builds the matrix by differences with that step.
+        steps: The steps to try, one after the other.
+        tolerance: Relative difference up to which they agree.
+
+    Returns:
+        A check for each value.
+
+    Example:
+        >>> from hf_optimizability.curvature.operators import DenseOperator
+        >>> matrix = DenseOperator(torch.diag(torch.tensor([-1.0, 2.0])))
+        >>> vectors = torch.eye(2).flip(0)
+        >>> [check.verdict for check in check_eigenvalues([2.0, -3.0], vectors, lambda step: matrix, steps=[1e-5])]
+        ['agrees', 'disagrees']
+    """
+    scale = max(map(abs, values))
+    found: list[list[float]] = [[] for _ in values]
+    waiting = list(range(len(values)))
+    for step in steps:
+        operator = differences(step)
+        product = operator.matvec(torch.stack([vectors[index] for index in waiting]).sum(dim=0))
+        for index in waiting:
+            found[index].append(dot(vectors[index], product, operator.rows.ranks))
+        waiting = [
+            index for index in waiting if abs(found[index][-1] - values[index]) > tolerance * abs(values[index])
+        ]
+        if not waiting:
+            break
+    return tuple(
+        EigenvalueCheck(
+            end=end,
+            value=value,
+            differences=tuple(tried),
+            steps=tuple(steps[: len(tried)]),
+            **{"verdict": "agrees"} if index not in waiting else _verdict(value, tried, scale),
+        )
+        for index, (end, value, tried) in enumerate(zip(("lambda_max", "lambda_min"), values, found, strict=False))
+    )
+
+
+def _verdict(value: float, differences: Sequence[float], scale: float) -> dict[str, Any]:
+    """What differences say that agree with the eigenvalue at no step."""
+    distance = min(abs(difference - value) for difference in differences)
+    if distance <= _FLOOR * scale:
+        return {"verdict": "not checked", "reason": "Beside the other end it is too small to be told from rounding."}
+    if max(differences) - min(differences) > _SETTLED * distance:
+        return {"verdict": "moves with the step", "reason": "Kinks (ReLU), routing or rounding lie within the steps."}
+    return {"verdict": "disagrees"}

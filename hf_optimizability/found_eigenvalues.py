@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether products with the curvature matrix are those of the loss: symmetry, and eigenvalues along their vectors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .configuration import OptimizabilityConfig
+from .curvature.central_difference import CentralDifferenceHessian, usual_step
+from .curvature.eigenvalue_check import AGREEMENT, STEPS, EigenvalueCheck, check_eigenvalues
+from .curvature.graph import doubtful_operations, has_kinks
+from .curvature.sketch import Sketch
+from .curvature.vectors import dot, norm
+from .engines import LARGEST_DIFFERENCE_ERROR, OnProducts, Way
+from .gradients import Gradient
+from .measurement import MeasurementError, WrongDerivativeError
+from .objective import Objective
+
+
+LARGEST_ASYMMETRY = 1e-4
+"""`|uᵀHv − vᵀHu| / (‖u‖‖Hv‖)` above which a backward pass is not the derivative of its loss: rounding makes 1e-6,
+unless the loss is nearly 0. There `p − y`, and with it all that follows, is a small difference of numbers near 1."""
+
+LARGEST_ASYMMETRY_OF_DIFFERENCES = 0.03
+"""The same of central differences, which are off by 0.3 % or so."""
+
+CANCELLATION = 0.5
+"""Of the machine epsilon over the loss: what that rounding is allowed to be. A classifier that has learnt its examples
+by heart stays below 0.15, over losses from 1e-3 to 3e-7."""
+
+_OFF = 0.01
+"""Relative error of a parameter's part of a product that is worth a name."""
+
+_MOST_NAMED = 4
+
+_KINKS = "The loss has kinks (ReLU), so many that differences settle on a value with their jumps."
+
+_REMEDY = (
+    "Set `engine='central_difference'`, which needs first derivatives alone. Or take out what has no right second "
+    "derivative: weight normalization (`remove_weight_norm`, `remove_parametrizations`), custom autograd functions "
+    "(straight-through estimators, gradient reversal, approximate attention) whose backward pass is not made of "
+    "differentiable operations; where weights have diverged, rounding does this as well."
+)
+
+_REMEDY_OF_DIFFERENCES = (
+    "Leave `engine` at 'auto', which makes exact products wherever it can; where it can't, replace the operation that "
+    "has no second derivative, and custom autograd functions that are not differentiable."
+)
+
+
+def require_symmetric(
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    objective: Objective,
+    point: Gradient,
+    way: Way,
+    count: OnProducts,
+) -> None:
+    """Refuse a matrix that is less symmetric than rounding makes it, or of which rounding leaves nothing.
+
+    Args:
+        first: A vector u and its product.
+        second: A vector v and its product.
+        objective: What is differentiated.
+        point: Loss and gradient.
+        way: How the products were made.
+        count: Called with the number of products just made.
+
+    Raises:
+        WrongDerivativeError: If it is not symmetric, and the products are exact.
+        MeasurementError: If it is not symmetric otherwise, or rounding leaves nothing of it.
+    """
+    (u, along_u), (v, along_v) = first, second
+    ranks = objective.rows.ranks
+    asymmetry = abs(dot(u, along_v, ranks) - dot(v, along_u, ranks)) / ((norm(u, ranks) * norm(along_v, ranks)) or 1.0)
+    if way.engine == "central_difference":
+        if asymmetry > LARGEST_ASYMMETRY_OF_DIFFERENCES:
+            raise MeasurementError(
+                f"Central differences of the gradient are not symmetric (by {asymmetry:.0e}): kinks (ReLU) or routing "
+                f"lie within their steps, or a backward pass is not that of its loss.{_because(way)}",
+                _REMEDY_OF_DIFFERENCES,
+            )
+        return
+    if not way.exact or asymmetry <= LARGEST_ASYMMETRY:
+        return
+    rounding = CANCELLATION * torch.finfo(u.dtype).eps / abs(point.loss) if point.loss else math.inf
+    if rounding >= 1:
+        raise MeasurementError(
+            f"The loss on the probe set is {point.loss:.0e}, so near 0 that rounding in {u.dtype} leaves nothing of "
+            "its curvature.",
+            "If all examples are learnt by heart, there is nothing left to learn from them: measure on others. If the "
+            "loss is multiplied by a small number, measure it without.",
+        )
+    if asymmetry > rounding:
+        raise WrongDerivativeError(
+            f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
+            f"derivative of its forward pass.{_suspects(objective, v, along_v, count)}",
+            _REMEDY,
+        )
+
+
+def check_along_eigenvectors(
+    found: Sketch, objective: Objective, way: Way, config: OptimizabilityConfig, count: OnProducts
+) -> tuple[EigenvalueCheck, ...]:
+    """Check λ_max and λ_min along their Ritz vectors; of the Hessian alone, since differences have no other matrix.
+
+    Differences are compared with those of half the step; exact products with differences at up to three steps.
+
+    Raises:
+        MeasurementError: If an eigenvalue is none of the loss.
+    """
+    if config.curvature != "hessian":
+        return ()
+    ends = [found.estimates.lambda_max, found.estimates.lambda_min]
+    by_differences = way.engine == "central_difference"
+    usual = usual_step(objective.parameters)
+    differences = partial(CentralDifferenceHessian, objective, ranks=objective.ranks, rows=objective.rows)
+    checks = check_eigenvalues(
+        [end.value for end in ends[: len(found.extremal)] if end is not None],
+        found.extremal,
+        lambda step: differences(relative_step=step, on_products=count),
+        steps=[usual / 2] if by_differences else [share * usual for share in STEPS],
+        tolerance=LARGEST_DIFFERENCE_ERROR if by_differences else AGREEMENT,
+    )
+    wrong = next((check for check in checks if check.verdict == "disagrees"), None)
+    if wrong is None:
+        return checks
+    if by_differences or not any(objective.ranks.gather([has_kinks(objective)])):
+        raise _no_eigenvalue(wrong, objective, way)
+    return tuple(replace(c, verdict="not checked", reason=_KINKS) if c.verdict == "disagrees" else c for c in checks)
+
+
+def engine_error(way: Way, checks: tuple[EigenvalueCheck, ...]) -> float | None:
+    """Relative error of central differences, the largest along a random vector and eigenvectors; `None` if exact."""
+    if way.error is None:
+        return None
+    return max(way.error, *(check.error for check in checks if check.verdict != "not checked"), 0.0)
+
+
+def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, way: Way) -> MeasurementError:
+    there = ", ".join(f"{difference:.4g}" for difference in check.differences)
+    if way.engine == "central_difference":
+        return MeasurementError(
+            f"Central differences give {check.end} as {check.value:.4g}, and along its own vector with half the step "
+            f"as {there}, a change of {check.error:.0%}: that is no eigenvalue, as kinks (ReLU) and routing (mixtures "
+            f"of experts) make it.{_because(way)}",
+            _REMEDY_OF_DIFFERENCES,
+        )
+    return MeasurementError(
+        f"{check.end} is {check.value:.4g} by second derivatives, and {there} by differences of the gradient along "
+        f"its own vector: a backward pass is differentiated wrongly.{_named(doubtful_operations(objective))}",
+        _REMEDY,
+    )
+
+
+def _because(way: Way) -> str:
+    return "" if way.fallback is None else f" There is no exact product: {way.fallback}"
+
+
+def _suspects(objective: Objective, vector: Tensor, product: Tensor, count: OnProducts) -> str:
+    """Name the parameters whose part of a product is off, and the operations that may be why."""
+    differences = CentralDifferenceHessian(objective, ranks=objective.ranks, rows=objective.rows, on_products=count)
+    sizes = [parameter.numel() for parameter in objective.parameters]
+    pairs = zip(objective.names, product.split(sizes), differences.matvec(vector).split(sizes), strict=True)
+    errors = {name: norm(a - b) / (norm(b) or 1.0) for name, a, b in pairs}
+    off = sorted((name for name, error in errors.items() if error > _OFF), key=lambda name: -errors[name])
+    where = ""
+    if 0 < len(off) < len(errors):
+        names = ", ".join(f"`{name}`" for name in off[:_MOST_NAMED])
+        where = f" Off are the derivatives by {names}{' and others' if len(off) > _MOST_NAMED else ''}."
+    return where + _named(doubtful_operations(objective))
+
+
+def _named(operations: list[str]) -> str:
+    return f" In its graph are {', '.join(f'`{name}`' for name in operations)}." if operations else ""
