@@ -33,6 +33,7 @@ def doubtful_operations(objective: SumOfLosses) -> list[str]:
     Example:
         >>> import torch
         >>> class Reversal(torch.autograd.Function):
+        ...     __module__ = "somebody_else"
         ...     @staticmethod
         ...     def forward(ctx, x):
         ...         return x.clone()
