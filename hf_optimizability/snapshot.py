@@ -158,6 +158,8 @@ class Snapshot:
             self._add_container(value, where)
         elif isinstance(value, (tuple, frozenset)):
             self._wait((item, f"{where}[{index}]") for index, item in enumerate(value))
+        elif isinstance(value, torch.jit.ScriptModule):  # whose attributes lie elsewhere
+            self._wait((tensor, f"{where}.{name}") for name, tensor in value.state_dict(keep_vars=True).items())
         elif isinstance(value, nn.Module):
             self._add_module(value, where)
         elif (state := _state_of(value)) is not None:

@@ -397,6 +397,30 @@ def test_what_a_pass_adds_is_taken_away():
     assert (set(vars(model)), set(model._buffers), set(model._modules), len(model._forward_hooks)) == before
 
 
+def test_tensors_of_every_layout_and_modules_of_torchscript_are_given_back():
+    model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.BatchNorm1d(2)))
+    tensors = {
+        "sparse": torch.eye(3).to_sparse(), "view": torch.zeros(9)[1:4], "transposed": torch.rand(2, 3).T,
+        "flags": torch.zeros(3, dtype=torch.bool), "complex": torch.ones(2, dtype=torch.complex64).conj(),
+        "nan": torch.tensor([float("nan"), 0.0]), "half": torch.zeros(3, dtype=torch.bfloat16),
+    }  # fmt: skip
+    vars(model).update(tensors)
+    model.expanded, model.empty, model.meta = torch.zeros(1).expand(5), torch.empty(0), torch.empty(3, device="meta")
+    model.nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    state = ModelState(model)
+    with state.held():
+        for _ in range(2):
+            state.rewind()
+            for tensor in tensors.values():
+                tensor.mul_(0) if tensor.is_sparse else tensor.fill_(1)
+            model[1].running_mean.add_(1)
+            assert not model[1].training
+    assert model[1].training and torch.equal(model[1].running_mean, torch.zeros(2))
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor.to_dense().nan_to_num(7.0), before[name].to_dense().nan_to_num(7.0)), name
+
+
 def test_what_others_use_is_left_alone(tmp_path: Path):
     """Also where it can't be copied, is huge, or is not a state at all."""
     model = Stateful(lambda model: 0, unchanged)
