@@ -34,7 +34,7 @@ def batch_size(batch: Batch) -> int:
     """
     for value in _leaves(batch):
         if isinstance(value, Tensor) and value.ndim > 0:
-            return value.shape[0]
+            return value.size(0)  # ragged tensors have no shape
     containers = [batch, *(batch.values() if isinstance(batch, Mapping) else ())]
     return next((len(value) for value in containers if isinstance(value, (list, tuple))), 1)
 
@@ -139,7 +139,7 @@ def _lengths(value: Any, name: str) -> Iterator[tuple[str, int]]:
     """Yield the length of each value that holds examples, by its place."""
     if isinstance(value, Tensor):
         if value.ndim > 0:
-            yield name, value.shape[0]
+            yield name, value.size(0)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _lengths(inner, f"{name}.{key}".lstrip("."))
@@ -166,8 +166,12 @@ def _slice(value: Any, take: Callable[[Any], Any], length: int, *, top: bool = T
 def _take(indices: Sequence[int], values: Any) -> Any:
     if not isinstance(values, Tensor):
         return [values[index] for index in indices]
+    if values.is_sparse:
+        return values.index_select(0, torch.tensor(indices, device=values.device))
+    if values.is_nested:
+        return torch.nested.nested_tensor([values[index] for index in indices], layout=values.layout)
     if list(indices) == list(range(indices[0], indices[-1] + 1)):
-        return values[indices[0] : indices[-1] + 1]  # a view; nested and sparse tensors know no other index
+        return values[indices[0] : indices[-1] + 1]  # a view
     return values[torch.tensor(indices, device=values.device)]
 
 

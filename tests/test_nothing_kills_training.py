@@ -25,6 +25,7 @@ from hf_optimizability import (
     OptimizabilityTrainerMixin,
     measure,
 )
+from hf_optimizability.probe import fingerprint
 
 
 CONFIG = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}
@@ -433,3 +434,30 @@ def test_a_collator_that_changes_the_rows_it_is_given(tmp_path: Path):
 
     for report in both(tmp_path, Popping, data=lambda: rows(1200)):  # more than are looked into
         assert not report.failures
+
+
+class Dense(Net):
+    """Takes sparse and ragged inputs as well."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        x = torch.stack([row.sum(0) for row in x.unbind()]) if x.is_nested else x
+        return super().logits(x.to_dense() if x.is_sparse else x)
+
+
+def ragged(given: list[dict[str, Any]]) -> dict[str, Tensor]:
+    values = [row["x"].repeat(1 + row["labels"], 1) / (1 + row["labels"]) for row in given]
+    return {**batch_of(given), "x": torch.nested.nested_tensor(values)}
+
+
+def sparse(given: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {**batch_of(given), "x": batch_of(given)["x"].to_sparse()}
+
+
+@pytest.mark.parametrize("collate", [sparse, ragged])
+def test_sparse_and_ragged_inputs_are_measured(collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]):
+    config = OptimizabilityConfig(profile="light")
+    found, dense = (measure(Dense(), [made(rows(8)), made(rows(8))], config) for made in (collate, batch_of))
+    assert found.loss == pytest.approx(dense.loss) and found.items == 16
+    assert found.hessian.lambda_max.value == pytest.approx(dense.hessian.lambda_max.value, rel=1e-3)
+    assert found.hessian.trace.value == pytest.approx(dense.hessian.trace.value, rel=1e-2)
+    assert fingerprint([collate(rows(8))]) == fingerprint([collate(rows(8))]) != fingerprint([collate(rows(9))])
