@@ -295,3 +295,41 @@ def test_names_are_looked_up_in_proportion_to_their_number(monkeypatch: pytest.M
         )
         per_product.append(calls / found.hvps)
     assert per_product[1] < 6 * per_product[0]
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e-10, 1e10])
+def test_a_loss_that_is_scaled_scales_the_numbers(factor: float):
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(**batch)["loss"] * factor
+
+    batch = {"x": torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), "labels": torch.arange(6) % 3}
+    config = OptimizabilityConfig(profile="light")
+    expected = measure(ManyTensors(2), [batch], config)
+    found = measure(ManyTensors(2), [batch], config, loss_fn=loss_fn)
+    assert found.grad_norm == pytest.approx(factor * expected.grad_norm, rel=1e-5)
+    assert found.hessian.lambda_max.value == pytest.approx(factor * expected.hessian.lambda_max.value, rel=1e-4)
+    assert found.along_gradient.curvature == pytest.approx(factor**3 * expected.along_gradient.curvature, rel=1e-4)
+    assert [check.verdict for check in found.eigenvalue_checks] == ["agrees", "agrees"]
+
+
+def test_parameters_of_several_dtypes_in_one_block():
+    batch = {"x": torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), "labels": torch.arange(6) % 3}
+    config = OptimizabilityConfig(profile="light", blocks=["*"])
+    expected = measure(ManyTensors(3), [batch], config)
+    mixed = ManyTensors(3)
+    mixed.tensors[1] = nn.Parameter(mixed.tensors[1].detach().double())
+    found = measure(mixed, [batch], config, loss_fn=mixed_loss)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    assert found.hessian.lambda_max.value == pytest.approx(expected.hessian.lambda_max.value, rel=1e-3)
+
+
+def mixed_loss(model: ManyTensors, batch: dict[str, Tensor]) -> Tensor:
+    shift = torch.stack([tensor.float() for tensor in model.tensors]).sin().sum(0)
+    return nn.functional.cross_entropy(model.head(torch.tanh(batch["x"] + shift)), batch["labels"])
+
+
+def test_memory_that_does_not_suffice_for_the_first_pass():
+    objective_of_one = measure(bert(), rows(2), OptimizabilityConfig(profile="light"), loss_fn=out_of_memory_above(1))
+    assert objective_of_one.batch_size == 1
+    with pytest.raises(MeasurementError, match="a single example"):
+        measure(bert(), rows(2), OptimizabilityConfig(profile="light"), loss_fn=out_of_memory_above(0))

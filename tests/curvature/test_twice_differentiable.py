@@ -454,3 +454,27 @@ def test_strided_vectors_are_read_right():
             [products[name]] = double_backward(model(images).square().sum(), parameters, [vector])
     for strided, contiguous in zip(products["strided"], products["contiguous"], strict=True):
         assert torch.allclose(strided, contiguous, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 2, None])
+def test_weight_normalization_has_its_second_derivative(dim: int | None):
+    """Torch's own is wrong in 2.13: `torch._weight_norm` fails `gradgradcheck`."""
+    torch.manual_seed(0)
+    layer = nn.Conv1d(2, 3, 2).double()
+    torch.nn.utils.parametrizations.weight_norm(layer, dim=dim)
+    x = torch.randn(4, 2, 5, dtype=torch.float64)
+    parameters = list(layer.parameters())
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+    def loss(*tensors: torch.Tensor) -> torch.Tensor:
+        with CheapSecondDerivatives():
+            named = dict(zip(dict(layer.named_parameters()), tensors, strict=True))
+            return torch.func.functional_call(layer, named, (x,)).tanh().square().sum()
+
+    plain = layer(x)
+    with CheapSecondDerivatives():
+        assert torch.allclose(layer(x), plain)
+    inputs = tuple(parameter.detach().requires_grad_() for parameter in parameters)
+    assert torch.autograd.gradgradcheck(loss, inputs)
