@@ -93,7 +93,7 @@ def cut_batch(batch: Batch, size: int, *, unit: Unit = "items") -> list[Batch]:
     Args:
         batch: The batch.
         size: Most examples in a piece.
-        unit: `"pairs"` keeps the second half of each pair with its first, and counts a pair as one example.
+        unit: `"pairs"` keeps the second half of each pair with its first; a piece has one pair at least.
 
     Raises:
         ValueError: If the values have different lengths, or `unit` is `"batches"`.
@@ -101,21 +101,22 @@ def cut_batch(batch: Batch, size: int, *, unit: Unit = "items") -> list[Batch]:
     Example:
         >>> cut_batch({"x": torch.arange(3), "return_dict": True}, 2)
         [{'x': tensor([0, 1]), 'return_dict': True}, {'x': tensor([2]), 'return_dict': True}]
-        >>> cut_batch({"chosen_then_rejected": torch.arange(4)}, 1, unit="pairs")
+        >>> cut_batch({"chosen_then_rejected": torch.arange(4)}, 2, unit="pairs")
         [{'chosen_then_rejected': tensor([0, 2])}, {'chosen_then_rejected': tensor([1, 3])}]
     """
     if unit == "batches":
         raise ValueError("A batch can't be cut, because its loss is no mean over what can be counted.")
     length = _common_length(batch)
     number = length // 2 if unit == "pairs" else length
+    step = max(1, size // 2) if unit == "pairs" else size
 
     def piece(start: int) -> Batch:
-        chosen = list(range(start, min(start + size, number)))
+        chosen = list(range(start, min(start + step, number)))
         if unit == "pairs":
             chosen += [index + number for index in chosen]
         return _slice(batch, partial(_take, chosen), length)
 
-    return [piece(start) for start in range(0, number, size)]
+    return [piece(start) for start in range(0, number, step)]
 
 
 def _labels(batch: Batch) -> Any:

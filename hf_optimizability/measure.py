@@ -42,12 +42,13 @@ from .engines import OnProducts, Way, first_that_works
 from .found_eigenvalues import check_along_eigenvectors, engine_error, require_symmetric
 from .fsdp import ShardedObjective, is_sharded, measurable, reshard
 from .gradients import Gradient, gradient, norm_of
-from .measurement import BlockMeasurement, Measurement, MeasurementError, StepMeasurement
+from .mean_check import check_mean
+from .measurement import BlockMeasurement, Measurement, MeasurementError, SelfCheck, StepMeasurement
 from .memory import in_memory, out_of_memory
 from .objective import Batch, LossFunction, Objective
 from .parallel import training_ranks
 from .safety import full_precision, measuring
-from .self_check import check_objective
+from .slope_check import slope_errors
 from .snapshot_tensors import digest
 from .supported import require_supported
 from .task_split import require_several, split_by_task
@@ -194,11 +195,41 @@ def measure_objective(
         spent.append(products)
         on_products(products)
 
+    if objective.self_check is None:
+        objective = _with_known_mean(objective, config)
     found, objective = in_memory(objective, lambda objective: _found(objective, config, optimizer, count))
     seconds = time.perf_counter() - started
     measurement = Measurement(step=step, epoch=epoch, hvps=sum(spent), seconds=seconds, **found)
     assert measurement.self_check is not None
     return measurement, objective.checked(measurement.self_check)
+
+
+def _with_known_mean(objective: Objective, config: OptimizabilityConfig) -> Objective:
+    """Return the objective in batches of which a forward pass fits into memory, weighted by what its mean is over.
+
+    Raises:
+        MeasurementError: If the loss is not the same in each pass, or batches don't fit and can't be cut.
+    """
+
+    def check(objective: Objective) -> SelfCheck:
+        reshard(objective.model)
+        with (
+            measuring(objective.model, seed=config.probe_seed, state=objective.state),
+            measurable(objective, config) as (objective, _),
+            full_precision(objective.model),
+        ):
+            return check_mean(objective)
+
+    size = objective.batch_size
+    found, objective = in_memory(objective, check)
+    # Whole batches were not seen. If halves of the smaller ones have the same mean, these are halves of that kind too.
+    if objective.batch_size < size and (found.mean_error is None or found.unit == "pairs"):
+        raise MeasurementError(
+            f"The device ran out of memory in a forward pass of a batch of {size} examples, and smaller batches are "
+            "not known to have the same mean loss.",
+            "Collate fewer examples at a time (`probe_batch_size`), or free memory on the device.",
+        )
+    return objective.checked(found)
 
 
 def _found(
@@ -218,10 +249,10 @@ def _found(
         if isinstance(objective, ShardedObjective) and isinstance(optimizer, Adafactor):
             optimizer = None  # what it makes of a part of a gradient is no part of what it makes of the whole
         point = finite_gradient(objective)
-        if objective.self_check is None:
-            objective = objective.checked(check_objective(objective, point))
-            if objective.unit != "items":
-                point = finite_gradient(objective)
+        check = objective.self_check
+        assert check is not None
+        if check.slope_errors is None:
+            check = replace(check, slope_errors=slope_errors(objective, point))
         preconditioner, next_update = None, None
         if optimizer is not None:
             try:
@@ -268,7 +299,7 @@ def _found(
             "dtype": str(point.tensors[0].dtype).removeprefix("torch."),
             "batch_size": objective.batch_size,
             "left_out": curvature.left_out,
-            "self_check": objective.self_check,
+            "self_check": check,
         }
 
 

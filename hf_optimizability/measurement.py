@@ -67,10 +67,11 @@ class SelfCheck:
             the same in all passes.
         unit: What the mean losses of the batches are over.
         can_cut: Whether smaller batches give the same mean; batches are kept as they were collated if not.
-        mean_error: Largest relative difference between a batch's mean loss and that of its halves, in this unit;
-            `None` where they could not be compared.
+        mean_error: Largest difference between a batch's mean loss and that of its halves, in this unit, relative to
+            the difference between the halves; `None` where they could not be compared.
         slope_errors: Difference between g·v and differences of the loss, relative to ‖g‖‖v‖: along the gradient, and
             along the gradient with a random sign for each tensor; `None` where the loss moves with the step.
+            None at all where the gradient is 0.
         hooks_set_aside: Parameters whose gradient hooks did not run.
         module_hooks: Modules whose hooks ran.
     """
@@ -79,7 +80,7 @@ class SelfCheck:
     unit: Unit
     can_cut: bool
     mean_error: float | None
-    slope_errors: tuple[float | None, ...]
+    slope_errors: tuple[float | None, ...] | None
     hooks_set_aside: tuple[str, ...] = ()
     module_hooks: tuple[str, ...] = ()
 
@@ -88,13 +89,13 @@ class SelfCheck:
 
     def _mean(self) -> str:
         if self.mean_error is not None:
-            return f"the mean over {self.unit} of a batch is that of its halves (to {self.mean_error:.0e})"
+            return f"the mean over {self.unit} of a batch is that of its halves"
         if self.unit == "batches":
             return "the loss is no mean over what can be counted, so batches are kept as collated"
         return "batches were not compared with their halves"
 
     def _slope(self) -> str:
-        errors = [error for error in self.slope_errors if error is not None]
+        errors = [error for error in self.slope_errors or () if error is not None]
         if errors:
             return f"the gradient is the slope of the loss (to {max(errors):.0e})"
         return "the gradient could not be compared with differences of the loss"
@@ -110,7 +111,7 @@ class SelfCheck:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SelfCheck:
         """Rebuild it from `dataclasses.asdict`."""
-        lists = {name: tuple(data[name]) for name in ("slope_errors", "hooks_set_aside", "module_hooks")}
+        lists = {name: tuple(data[name] or ()) for name in ("slope_errors", "hooks_set_aside", "module_hooks")}
         return cls(**{**data, **lists})
 
 

@@ -41,7 +41,7 @@ def in_memory(objective: Objective, attempt: Callable[[Objective], Found]) -> tu
         except (MeasurementError, RankLostError):
             raise
         except Exception as error:  # whatever the model's code raises
-            if not out_of_memory(error) or objective.batch_size == 1:
+            if not out_of_memory(error) or objective.batch_size <= (2 if objective.unit == "pairs" else 1):
                 raise _explained(error) from error
         objective = _halved(objective)
 

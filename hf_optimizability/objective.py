@@ -296,7 +296,7 @@ class Objective:
         return objective
 
     def pieces(self, batch: ProbeBatch, size: int, *, unit: Unit | None = None) -> list[ProbeBatch]:
-        """Return a batch in pieces of at most `size` units, counted in that unit; they keep its index.
+        """Return a batch in pieces of at most `size` examples, counted in that unit; they keep its index.
 
         Raises:
             ValueError: If it can't be cut.

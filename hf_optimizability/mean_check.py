@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The self-check's first part: is a loss one function of the parameters, and which mean is it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .batches import Unit, batch_size, count_units
+from .curvature.displacement import displaced
+from .measurement import MeasurementError, SelfCheck
+from .memory import out_of_memory
+from .objective import Objective, ProbeBatch
+
+
+MAX_REPEAT_ERROR = 1e-6
+"""Relative difference of a loss evaluated twice on a GPU, whose sums may come in any order. On CPUs there is none."""
+
+MAX_MEAN_ERROR = 0.02
+"""Difference between a batch's mean loss and that of its halves, relative to the difference between the halves: other
+weights show in that, however alike the losses are."""
+
+LEAST_SPREAD = 1e-4
+"""Difference between the halves, relative to the loss, below which it counts as this large: rounding in float32 makes
+1e-6 of the loss."""
+
+FAR = 0.05
+"""Length of the way to the second point where batches and halves are compared, relative to each tensor: losses that
+happen to be equal at the first one (a head of zeros) are not equal there."""
+
+_UNITS: tuple[Unit, ...] = ("items", "examples", "attended tokens")
+
+
+def check_mean(objective: Objective) -> SelfCheck:
+    """Check that the loss of a batch is the same in each pass, and find what it is a mean over.
+
+    To be called inside `measuring` and in the precision of the measurement, by all ranks together. Takes five forward
+    passes over the probe set where all is well.
+
+    Args:
+        objective: What will be measured.
+
+    Returns:
+        What is known of it, but for the slopes.
+
+    Raises:
+        MeasurementError: If the loss of a batch differs between two passes.
+    """
+    draws = any(objective.ranks.gather([objective.draws()]))
+    _require_repeatable(objective)
+    unit, mean_error = ("items", None) if draws else _find_unit(objective)
+    return SelfCheck(
+        draws=draws,
+        unit=unit,
+        can_cut=not draws and unit != "batches",
+        mean_error=mean_error,
+        slope_errors=None,
+        hooks_set_aside=tuple(objective.state.set_aside),
+        module_hooks=tuple(objective.state.module_hooks),
+    )
+
+
+def _require_repeatable(objective: Objective) -> None:
+    first, second = (_means(objective, objective.local_batches)[0] for _ in range(2))
+    tolerance = 0.0 if objective.parameters[0].device.type == "cpu" else MAX_REPEAT_ERROR
+    errors = np.abs(first - second) / np.maximum(np.abs(first), torch.finfo(torch.float32).tiny)
+    error = max(objective.ranks.gather(errors.tolist()), default=0.0)
+    if error > tolerance:
+        raise MeasurementError(
+            f"The loss of the same batch differs by {error:.1e} between two passes in eval mode, although random "
+            "numbers, buffers and attributes were put back before each.",
+            "Look for state or random numbers outside of the model (a global counter, a generator that the loss "
+            "holds); keep them in the model, or make the loss deterministic.",
+        )
+
+
+def mean_loss(objective: Objective) -> float:
+    """Return the mean loss over all batches of all ranks, without a graph."""
+    means, items = _means(objective, objective.local_batches)
+    pairs = objective.ranks.gather(list(zip(means.tolist(), items.tolist(), strict=True)))
+    return math.fsum(mean * count for mean, count in pairs) / math.fsum(count for _, count in pairs)
+
+
+@torch.no_grad()
+def _means(objective: Objective, batches: Sequence[ProbeBatch]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean loss of each batch, and what it is over."""
+    found = [(float(loss), items) for loss, items in objective.over(batches).losses()]
+    sums, items = np.array(found, dtype=np.float64).reshape(-1, 2).T
+    return sums / items, items
+
+
+def _find_unit(objective: Objective) -> tuple[Unit, float | None]:
+    """Return the first unit in which the mean losses of batches are those of their halves, and the difference."""
+    halves = _Halves(objective, "items")
+    if objective.rows.ranks.number > 1 or not any(objective.ranks.gather([bool(halves.batches)])):
+        return "items", None  # shards lie over ranks, which cut each batch
+    means = halves.means_near_and_far()
+    for unit in _UNITS:
+        if (error := halves.error(means, unit)) <= MAX_MEAN_ERROR:
+            return unit, error
+    pairs = _Halves(objective, "pairs")
+    if all(objective.ranks.gather([len(pairs.batches) == len(halves.batches)])):
+        error = pairs.error(pairs.means_near_and_far(), "pairs")
+        if error <= MAX_MEAN_ERROR:
+            return "pairs", error
+    return "batches", None
+
+
+class _Means(NamedTuple):
+    """Mean losses of batches, those of their halves, of shape (batches, 2), and what these are over by `loss_fn`."""
+
+    whole: np.ndarray
+    halves: np.ndarray
+    items: np.ndarray
+
+
+class _Halves:
+    """The local batches that can be cut in two, and their halves.
+
+    Args:
+        objective: The objective.
+        unit: `"pairs"` keeps pairs together.
+    """
+
+    def __init__(self, objective: Objective, unit: Unit):
+        self._objective = objective
+        self.batches: list[ProbeBatch] = []
+        self._halves: list[ProbeBatch] = []
+        for batch in objective.local_batches:
+            examples = batch_size(batch.inputs)
+            half = 2 * -(-examples // 4) if unit == "pairs" else -(-examples // 2)
+            try:
+                halves = objective.pieces(batch, half, unit=unit)
+            except ValueError:
+                continue
+            if len(halves) == 2:
+                self.batches.append(batch)
+                self._halves += halves
+
+    def means_near_and_far(self) -> list[_Means]:
+        """Return mean losses at the present parameters, and at a second point unless the loss is not finite there."""
+        near = self._means()
+        with _moved(self._objective):
+            far = self._means()
+        finite = all(self._objective.ranks.gather([bool(np.isfinite(far.whole).all())]))
+        return [near, far] if finite else [near]
+
+    def _means(self) -> _Means:
+        whole, _ = _means(self._objective, self.batches)
+        # Halves in which nothing counts have weight 0; they are evaluated all the same, so that each batch has two.
+        try:
+            halves, items = _means(self._objective, [replace(half, items=half.items or 1) for half in self._halves])
+        except Exception as error:
+            if out_of_memory(error) or isinstance(error, MeasurementError):
+                raise
+            halves = items = np.full(len(self._halves), math.nan)  # a loss that has no halves
+        items[[half.items == 0 for half in self._halves]] = 0
+        return _Means(whole, halves.reshape(-1, 2), items.reshape(-1, 2))
+
+    def error(self, means: Sequence[_Means], unit: Unit) -> float:
+        """Return the largest difference between a batch's mean and its halves' mean in a unit, over all ranks."""
+        errors = [0.0]
+        for whole, halves, items in means:
+            weights = items if unit == "items" else self._weights(unit)
+            halves = np.where(weights == 0, 0.0, halves)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                mean = (weights * halves).sum(1) / weights.sum(1)
+                counted = np.where(weights == 0, mean[:, None], halves)
+                spread = np.maximum(np.ptp(counted, axis=1), LEAST_SPREAD * np.abs(counted).max(1))
+                difference = np.where(mean == whole, 0.0, np.abs(mean - whole) / spread)
+            errors += np.nan_to_num(difference, nan=math.inf).tolist()
+        return max(self._objective.ranks.gather(errors))
+
+    def _weights(self, unit: Unit) -> np.ndarray:
+        counts = [count_units(self._objective.model, half.inputs, unit) for half in self._halves]
+        return np.array([math.nan if count is None else count for count in counts]).reshape(-1, 2)
+
+
+def _moved(objective: Objective) -> AbstractContextManager[None]:
+    """Move each parameter by `FAR` of its size, with random signs; one that is 0 by the size of all."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [parameter.detach() for parameter in objective.parameters]
+    signs = [2.0 * torch.randint(2, p.shape, generator=generator) - 1 for p in parameters]
+    sizes = [float(p.double().square().mean().sqrt()) for p in parameters]
+    typical = sorted(sizes)[len(sizes) // 2] or FAR
+    directions = [sign.to(p) for sign, p in zip(signs, parameters, strict=True)]
+    return displaced(objective.parameters, directions, [FAR * (size or typical) for size in sizes])

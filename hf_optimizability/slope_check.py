@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The self-check's second part: is the gradient of an objective the slope of its loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .batches import listed
+from .curvature.displacement import displaced
+from .curvature.vectors import dot
+from .gradients import Gradient, norm_of
+from .mean_check import mean_loss
+from .measurement import MeasurementError
+from .objective import Objective
+
+
+MAX_SLOPE_ERROR = 0.02
+"""Difference between g·v and the slope of the loss along v, relative to ‖g‖‖v‖. Truncation and rounding stay below
+1e-3 on smooth losses; kinks make more."""
+
+SETTLED = 0.1
+"""Relative difference below which the slopes at two steps, a factor of 8 apart, are the same slope."""
+
+RELATIVE_CHANGE = 1e-3
+"""Change of the loss that a step aims at, relative to the loss, and its longest length, relative to the parameters."""
+
+STEPS = (1.0, 1 / 8, 8.0)
+"""Steps to try, in this order, as multiples of the one that aims at `RELATIVE_CHANGE`."""
+
+
+def slope_errors(objective: Objective, point: Gradient) -> tuple[float | None, ...]:
+    """Compare the gradient with differences of the loss, along it and along it with a random sign for each tensor.
+
+    To be called inside `measuring` and in the precision of the measurement, by all ranks together. Takes four forward
+    passes over the probe set where all is well.
+
+    Args:
+        objective: What will be measured.
+        point: Its gradient at the present parameters.
+
+    Returns:
+        The difference of both slopes, relative to `‖g‖‖v‖`, or `None` where the loss moves with the step. Nothing
+        where the gradient is 0.
+
+    Raises:
+        MeasurementError: If the loss has another slope than its gradient says.
+    """
+    return _Slopes(objective, point).check()
+
+
+class _Slopes:
+    """Compares g·v with the slope of the loss along v, for directions that are the gradient with a sign per tensor."""
+
+    def __init__(self, objective: Objective, point: Gradient):
+        self._objective = objective
+        self._gradient = point.tensors
+        self._loss = abs(point.loss)
+        self._parameter_ranks = objective.rows.ranks
+        self._squares = [dot(g.flatten(), g.flatten(), self._parameter_ranks) for g in point.tensors]
+        self._square = math.fsum(self._squares)
+        self._size = float(norm_of([p.detach() for p in objective.parameters], self._parameter_ranks)) or 1.0
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randint(2, (len(point.tensors),), generator=generator).tolist()
+        self._signs = [2.0 * draw - 1 for draw in draws]
+
+    def _step(self, change: float) -> float:
+        """Return the step along the gradient that changes the loss by `change`, as far as the gradient says."""
+        if not self._square:
+            return 0.0
+        norm = math.sqrt(self._square)
+        return min(change * self._loss / self._square, change * self._size / norm)
+
+    def check(self) -> tuple[float | None, ...]:
+        """Return the errors along the gradient, and along the gradient with random signs.
+
+        Raises:
+            MeasurementError: If the slope of the loss is another one.
+        """
+        if not self._square:
+            self._require_flat(range(len(self._gradient)))
+            return ()
+        errors = tuple(self._error(signs) for signs in ([1.0] * len(self._signs), self._signs))
+        if any(error is not None and error > MAX_SLOPE_ERROR for error in errors):
+            raise MeasurementError(
+                f"The gradient of the loss is not its slope: they differ by {max(e for e in errors if e):.0%} of the "
+                f"gradient's norm, by {self._culprits()}.",
+                "Measure a loss whose backward pass is its derivative: look for parts that are detached, gradient "
+                "reversal, straight-through estimators, losses that run a backward pass of their own (GradCache), and "
+                "hooks that change gradients.",
+            )
+        without = [index for index, square in enumerate(self._squares) if not square]
+        if without:
+            self._require_flat(without)
+        return errors
+
+    def _error(self, signs: Sequence[float]) -> float | None:
+        """Return the error along one direction at the first step that agrees, or where the steps settle on another."""
+        expected = math.fsum(sign * square for sign, square in zip(signs, self._squares, strict=True)) / self._square
+        found: list[float] = []
+        for factor in STEPS:
+            step = factor * self._step(RELATIVE_CHANGE)
+            ahead, behind = (self._loss_at([way * step * sign for sign in signs]) for way in (1, -1))
+            scale = 2 * step * self._square
+            rounding = 4 * torch.finfo(torch.float32).eps * max(abs(ahead), abs(behind)) / scale
+            slope = (ahead - behind) / scale
+            if not math.isfinite(slope) or rounding > SETTLED:
+                continue
+            if abs(slope - expected) <= MAX_SLOPE_ERROR + rounding:
+                return abs(slope - expected)
+            found.append(slope)
+        return self._settled(found, expected)
+
+    @staticmethod
+    def _settled(found: Sequence[float], expected: float) -> float | None:
+        """Return how far off a slope is that two steps agree on; `None` where they don't."""
+        pairs = [(a, b) for a, b in pairwise(sorted(found)) if abs(a - b) <= SETTLED * max(abs(a), abs(b), SETTLED)]
+        return min((abs((a + b) / 2 - expected) for a, b in pairs), default=None)
+
+    def _culprits(self) -> str:
+        """Return the names of the tensors along which the slope is another one, alone."""
+        names = []
+        for index in sorted(range(len(self._squares)), key=lambda index: -self._squares[index])[:16]:
+            error = self._error([float(other == index) for other in range(len(self._squares))])
+            if error is not None and error > MAX_SLOPE_ERROR * self._squares[index] / self._square:
+                names.append(self._objective.names[index])
+        return f"{listed(names[:4])}{', …' if len(names) > 4 else ''}" if names else "all parameters together"
+
+    def _require_flat(self, indices: Sequence[int]) -> None:
+        """Refuse a gradient of exactly zero where the loss has a slope."""
+        generator = torch.Generator().manual_seed(1)
+        directions = [torch.zeros((), dtype=g.dtype).expand(g.shape) for g in self._gradient]
+        parameters = self._objective.parameters
+        for index in indices:
+            signs = 2.0 * torch.randint(2, self._gradient[index].shape, generator=generator) - 1
+            scale = float(parameters[index].detach().square().mean().sqrt()) or RELATIVE_CHANGE
+            directions[index] = (scale * signs).to(self._gradient[index])
+        odd = []
+        for step in (RELATIVE_CHANGE, 8 * RELATIVE_CHANGE):
+            ahead, behind = (self._loss_at([way * step] * len(directions), directions) for way in (1, -1))
+            rounding = 100 * torch.finfo(torch.float32).eps * max(abs(ahead), abs(behind))
+            odd.append((ahead - behind) / 2 if abs(ahead - behind) / 2 > rounding else 0.0)
+        slopes = odd[0] / RELATIVE_CHANGE, odd[1] / (8 * RELATIVE_CHANGE)
+        if not all(map(math.isfinite, slopes)) or abs(slopes[0] - slopes[1]) > SETTLED * abs(slopes[1]):
+            return  # no slope, or one that moves with the step
+        if slopes[0]:
+            everywhere = len(indices) == len(self._gradient)
+            names = "everywhere" if everywhere else f"by {listed([self._objective.names[i] for i in indices][:4])}"
+            raise MeasurementError(
+                f"The gradient is exactly 0 {names}, but the loss depends on the weights there.",
+                "The loss is detached from them: a `detach`, a `no_grad`, weights merged in eval mode, or a loss that "
+                "runs a backward pass of its own (GradCache, as in the `Cached…` losses of sentence-transformers). "
+                "Measure a loss that autograd can follow, for instance the one without the cache.",
+            )
+
+    def _loss_at(self, steps: Sequence[float], directions: Sequence[Tensor] | None = None) -> float:
+        objective = self._objective
+        with displaced(objective.parameters, directions or self._gradient, steps):
+            return mean_loss(objective)
