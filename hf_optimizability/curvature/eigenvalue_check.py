@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,10 @@ AGREEMENT = 0.01
 _SETTLED = 0.1
 """Spread of differences over the steps, as a share of their distance to the eigenvalue, up to which they have settled.
 Across kinks they have not: a jump of the gradient counts twice as much in half the step."""
+
+_GROWTH = 1.5
+"""Factor by which differences that grow at each halving of the step have not settled, however far the value is: where
+the gradient turns within the step (a LayerNorm of zeros), they grow by 4."""
 
 _FLOOR = 0.01
 """Share of the largest eigenvalue found, in size, below which rounding may be all that a difference shows."""
@@ -127,6 +132,8 @@ def _verdict(value: float, differences: Sequence[float], scale: float) -> dict[s
     distance = min(abs(difference - value) for difference in differences)
     if distance <= _FLOOR * scale:
         return {"verdict": "not checked", "reason": "Beside the other end it is too small to be told from rounding."}
-    if max(differences) - min(differences) > _SETTLED * distance:
+    spread = max(differences) - min(differences)
+    growing = [abs(b) > _GROWTH * abs(a) for a, b in pairwise(differences)]
+    if spread > _SETTLED * distance or (growing and all(growing)):
         return {"verdict": "moves with the step", "reason": "Kinks (ReLU), routing or rounding lie within the steps."}
     return {"verdict": "disagrees"}

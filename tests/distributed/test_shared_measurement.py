@@ -73,6 +73,9 @@ def _drop_rounding(measurement: dict[str, Any]) -> dict[str, Any]:
     """Leave out the numbers that are rounding errors."""
     for name in ("mean_error", "slope_errors"):
         del measurement["self_check"][name]
+    for check in measurement["eigenvalue_checks"]:
+        del check["differences"]
+    measurement["engine_error"] = measurement["engine_error"] and round(measurement["engine_error"], 6)
     return measurement
 
 
