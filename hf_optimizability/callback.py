@@ -132,7 +132,7 @@ class OptimizabilityCallback(TrainerCallback):
         history = restore(state, config=provenance.describe_config(self.config))
         self._pending: list[dict[str, float]] = []
         self._gap: list[dict[str, Any]] = []
-        self._begun = False
+        self._begun = self._ended = False
         self._clock = Clock(trained=history.train_seconds, measured=history.measured_seconds)
         self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
         with self._ranks.agreed():
@@ -307,6 +307,7 @@ class OptimizabilityCallback(TrainerCallback):
 
         Where training was asked to stop, only what is there is written: the exit does not wait.
         """
+        self._ended = True
         self._begun = self._in_order is not None  # else there was no last log, and the trackers may have ended
         if self._trainer is not None and self._in_order is not None:
             self._trainer.callback_handler.callbacks, self._in_order = self._in_order, None
@@ -403,7 +404,8 @@ class OptimizabilityCallback(TrainerCallback):
         self._record(failure, state)
 
     def _record(self, found: Measurement | MeasurementFailure, state: TrainerState) -> None:
-        record(state, found, config=self.report.config, clock=self._clock)
+        if not self._ended:  # no checkpoint follows, and the Trainer's state is left as training left it
+            record(state, found, config=self.report.config, clock=self._clock)
 
     def _find_loss_scale(self, trainer: Trainer, objective: Objective) -> None:
         """Records by what factor the Trainer's loss is off the mean, and says so once."""

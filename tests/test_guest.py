@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,17 @@ def test_the_trainers_log_stays_its_own(tmp_path: Path, kind: str):
     assert steps_measured(trainer) == [0, 2, 4, 6]
     assert theirs(trainer) == theirs(plain) and trainer.state.log_history[-1]["train_loss"] > 0
     assert all(map(torch.equal, trainer.model.parameters(), plain.model.parameters()))
+
+
+def test_the_state_of_a_resumed_run_is_that_of_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of it but times, as Transformers' own tests compare it."""
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", dataclasses.replace(CONFIG, measure_strategy="no"))
+    whole, resumed = (make(tmp_path, "mixin", save_strategy="steps", save_steps=2, logging_steps=2) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert whole.state.stateful_callbacks == resumed.state.stateful_callbacks
+    assert [record["step"] for record in resumed.state.stateful_callbacks[RECORDS]] == [0]
+    assert steps_measured(resumed) == [0, 6]
 
 
 class Tracker(TrainerCallback):

@@ -14,7 +14,9 @@ import pytest
 import stateful_models
 import torch
 import training
-from transformers import PreTrainedModel, Trainer
+import trl_trainers as tiny
+from datasets import Dataset
+from transformers import BertForMaskedLM, BertTokenizer, DataCollatorForLanguageModeling, PreTrainedModel, Trainer
 
 from hf_optimizability import (
     OptimizabilityCallback,
@@ -205,3 +207,70 @@ def test_training_is_the_same_when_measurements_fail(tmp_path: Path, monkeypatch
     callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP, engine="double_backward"))
     assert_equal(run(training.trainer(tmp_path, callbacks=[callback])), plain)
     assert not callback.report.measurements and len(callback.report.failures) == 4
+
+
+class CountingRows(torch.utils.data.IterableDataset):
+    """A stream that counts what it has served; its place and its count decide what comes next."""
+
+    def __init__(self) -> None:
+        self.served = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in training.dataset("bert", 24):
+            self.served += 1
+            yield {**row, "labels": (row["labels"] + self.served) % 3}
+
+
+@pytest.mark.parametrize("kind", ["collator", "stream"])
+def test_training_is_the_same_where_the_data_keep_state(tmp_path: Path, kind: str):
+    """Transformers' own collator that masks with a generator of its own; a stream that counts."""
+
+    def trainer(**options: Any) -> Trainer:
+        if kind == "stream":
+            return training.trainer(tmp_path, train_dataset=CountingRows(), max_steps=3, **options)
+        words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, **{str(n): n for n in range(5, 13)}}
+        collator = DataCollatorForLanguageModeling(BertTokenizer(vocab=words), seed=42)
+        torch.manual_seed(0)
+        model = BertForMaskedLM(training.model("bert").config)
+        rows = [{"input_ids": row["input_ids"]} for row in training.dataset("bert", 24)]
+        return training.trainer(
+            tmp_path, own=model, train_dataset=rows, data_collator=collator, max_steps=3, **options
+        )
+
+    plain = run(trainer())
+    callback = OptimizabilityCallback(OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no"}))
+    assert_equal(run(trainer(callbacks=[callback])), plain)
+    assert len(callback.report.measurements) == 2 and not callback.report.failures
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trl_chooses_the_same_checkpoint_by_the_same_metrics(tmp_path: Path, kind: str):
+    """Its trainers gather metrics in `compute_loss` and clear them in `log`."""
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    cls, config, rows = (SFTTrainer, SFTConfig, tiny.TEXTS) if kind == "sft" else (DPOTrainer, DPOConfig, tiny.PAIRS)
+    best = "eval_mean_token_accuracy" if kind == "sft" else "eval_rewards/margins"
+    options = {
+        "eval_dataset": Dataset.from_list(rows[::2]), "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2,
+        "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": best,
+        "greater_is_better": True, "logging_steps": 3, "per_device_train_batch_size": 2,
+    }  # fmt: skip
+
+    def trained(cls: type[Trainer], **more: Any) -> Trainer:
+        more |= {} if kind == "sft" else {"ref_model": tiny.language_model()}
+        trainer = tiny.trainer(tmp_path / cls.__name__, cls, config, rows, tiny.language_model(), **options, **more)
+        trainer.train()
+        return trainer
+
+    plain = trained(cls)
+    settings = OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no", "probe_batch_size": 4})
+    measured = trained(type("Measured", (OptimizabilityTrainerMixin, cls), {}), optimizability=settings)
+    timed = ("_runtime", "_per_second", "num_tokens")
+    logs = [
+        [{k: v for k, v in entry.items() if not k.endswith(timed) and "/train_grad_norm/" not in k} for entry in log]
+        for log in (measured.state.log_history, plain.state.log_history)
+    ]
+    assert logs[0] == logs[1] and any(best in entry for entry in logs[1])
+    assert measured.state.best_global_step == plain.state.best_global_step
+    assert_equal(measured.model.state_dict(), plain.model.state_dict())
+    assert measured.optimizability_report().measurements

@@ -19,6 +19,7 @@ from transformers import (
 
 TRAINER_OPTIONS = (
     "callbacks", "optimizability", "compute_metrics", "eval_dataset", "compute_loss_func", "train_dataset",
+    "data_collator",
 )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ LABELLED = [
 ]
 
 
-OWN = ("ref_model", "optimizability", "callbacks", "peft_config")
+OWN = ("ref_model", "optimizability", "callbacks", "peft_config", "eval_dataset")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -67,9 +67,7 @@ def trainer(
     folder: Path, cls: type[Trainer], config: type, rows: list[dict[str, Any]], model: PreTrainedModel, **more: Any
 ) -> Trainer:
     """A trainer of TRL; options that it does not take itself are for its configuration."""
-    own = {
-        key: more.pop(key) for key in list(more) if key in ("ref_model", "optimizability", "callbacks", "peft_config")
-    }
+    own = {key: more.pop(key) for key in list(more) if key in OWN}
     settings = {"per_device_train_batch_size": 8, "max_steps": 1, "bf16": False, "max_length": 16, **more}
     args = training.arguments(folder, config, **settings)
     data = Dataset.from_list(rows)
