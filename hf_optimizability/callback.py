@@ -95,6 +95,7 @@ class OptimizabilityCallback(TrainerCallback):
         self.report = OptimizabilityReport()
         self._trainer = trainer
         self._clock = Clock()
+        self._trains = False
         self._in_order: list[TrainerCallback] | None = None
         if self.config.report_dir is not None:
             require_writable(Path(self.config.report_dir), "report_dir")
@@ -155,6 +156,7 @@ class OptimizabilityCallback(TrainerCallback):
         )
         self._objective, self._probe_set = None, None
         self._stops = StopRequests(args)
+        self._trains = True
         self._asked_to_stop = self._stops.during(control)
         self._draw(loader, dataset if trainer is None else trainer.train_dataset, state)
         if not history.steps or self._ends_an_epoch(state):
@@ -291,7 +293,8 @@ class OptimizabilityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the evaluation: training that stops early after one may take its time."""
-        self._stops.evaluated(state)
+        if self._trains:
+            self._stops.evaluated(state)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -307,7 +310,7 @@ class OptimizabilityCallback(TrainerCallback):
 
         Where training was asked to stop, only what is there is written: the exit does not wait.
         """
-        self._ended = True
+        self._trains, self._ended = False, True
         self._begun = self._in_order is not None  # else there was no last log, and the trackers may have ended
         if self._trainer is not None and self._in_order is not None:
             self._trainer.callback_handler.callbacks, self._in_order = self._in_order, None
