@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -14,12 +15,14 @@ from .configuration import OptimizabilityConfig
 from .curvature.central_difference import CentralDifferenceHessian, usual_step
 from .curvature.eigenvalue_check import AGREEMENT, STEPS, EigenvalueCheck, check_eigenvalues
 from .curvature.graph import doubtful_operations, has_kinks
+from .curvature.operators import SymmetricOperator
 from .curvature.sketch import Sketch
 from .curvature.vectors import dot, norm
 from .engines import LARGEST_DIFFERENCE_ERROR, OnProducts, Way
-from .gradients import Gradient
+from .gradients import Gradient, norm_of
 from .measurement import MeasurementError, WrongDerivativeError
 from .objective import Objective
+from .padding_rows import without_padding_rows
 
 
 LARGEST_ASYMMETRY = 1e-4
@@ -39,6 +42,10 @@ _OFF = 0.01
 _MOST_NAMED = 4
 
 _KINKS = "The loss has kinks (ReLU), so many that differences settle on a value with their jumps."
+
+_ROUNDING = "The steps are so small that rounding of the gradient may be all that differences show."
+
+_PADDING = "Along rows of padding tokens (`padding_idx`) the gradient is not the slope; along the others it agrees."
 
 _REMEDY = (
     "Set `engine='central_difference'`, which needs first derivatives alone. Or take out what has no right second "
@@ -105,7 +112,7 @@ def require_symmetric(
 
 
 def check_along_eigenvectors(
-    found: Sketch, objective: Objective, way: Way, config: OptimizabilityConfig, count: OnProducts
+    found: Sketch, objective: Objective, point: Gradient, way: Way, config: OptimizabilityConfig, count: OnProducts
 ) -> tuple[EigenvalueCheck, ...]:
     """Check λ_max and λ_min along their Ritz vectors; of the Hessian alone, since differences have no other matrix.
 
@@ -127,12 +134,55 @@ def check_along_eigenvectors(
         steps=[usual / 2] if by_differences else [share * usual for share in STEPS],
         tolerance=LARGEST_DIFFERENCE_ERROR if by_differences else AGREEMENT,
     )
+    if not by_differences:
+        checks = tuple(_unless_rounded(check, objective, point) for check in checks)
+        checks = tuple(
+            _unless_padding(check, vector, objective, way, differences, count)
+            for check, vector in zip(checks, found.extremal, strict=True)
+        )
     wrong = next((check for check in checks if check.verdict == "disagrees"), None)
     if wrong is None:
         return checks
     if by_differences or not any(objective.ranks.gather([has_kinks(objective)])):
         raise _no_eigenvalue(wrong, objective, way)
     return tuple(replace(c, verdict="not checked", reason=_KINKS) if c.verdict == "disagrees" else c for c in checks)
+
+
+def _unless_rounded(check: EigenvalueCheck, objective: Objective, point: Gradient) -> EigenvalueCheck:
+    """Return the check, undecided where rounding of the gradient may be all that its differences show."""
+    ranks = objective.rows.ranks
+    parameters = [parameter.detach() for parameter in objective.parameters]
+    step = min(check.steps) * (float(norm_of(parameters, ranks)) or 1.0)
+    precision = max(torch.finfo(parameter.dtype).eps for parameter in parameters)
+    rounding = precision * max(1.0, CANCELLATION / (abs(point.loss) or 1.0)) * float(norm_of(point.tensors, ranks))
+    if check.verdict != "disagrees" or check.error * abs(check.value) > rounding / (2 * step):
+        return check
+    return replace(check, verdict="not checked", reason=_ROUNDING)
+
+
+def _unless_padding(
+    check: EigenvalueCheck,
+    vector: Tensor,
+    objective: Objective,
+    way: Way,
+    differences: Callable[..., SymmetricOperator],
+    count: OnProducts,
+) -> EigenvalueCheck:
+    """Return the check, undecided where it agrees but for rows of padding tokens, which differences move."""
+    if check.verdict != "disagrees":
+        return check
+    sizes = [parameter.numel() for parameter in objective.parameters]
+    pieces = zip(objective.parameters, vector.split(sizes), strict=True)
+    tensors = without_padding_rows(objective, [piece.reshape(parameter.shape) for parameter, piece in pieces])
+    inner = torch.cat([tensor.flatten() for tensor in tensors])
+    if torch.equal(inner, vector):
+        return check
+    product = way.operator(objective, curvature="hessian", on_products=count).matvec(inner)
+    by_differences = differences(relative_step=min(check.steps), on_products=count).matvec(inner)
+    value, other = (dot(inner, along, objective.rows.ranks) for along in (product, by_differences))
+    if abs(value - other) > AGREEMENT * abs(value):
+        return check
+    return replace(check, verdict="not checked", reason=_PADDING)
 
 
 def engine_error(way: Way, checks: tuple[EigenvalueCheck, ...]) -> float | None:

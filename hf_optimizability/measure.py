@@ -386,7 +386,7 @@ def _curvature(
             left_out=left_out,
             deflate=not by_task,
         )
-        checks = check_along_eigenvectors(found, objective, way, config, count)
+        checks = check_along_eigenvectors(found, objective, point, way, config, count)
         lambda_max = {}
         if shares.tasks:
             lambda_max = eigenvalues_by_task(objective, way, config, max_hvps=shares.tasks, on_products=count)

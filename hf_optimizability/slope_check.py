@@ -17,6 +17,7 @@ from .gradients import Gradient, norm_of
 from .mean_check import mean_loss
 from .measurement import MeasurementError
 from .objective import Objective
+from .padding_rows import without_padding_rows
 
 
 MAX_SLOPE_ERROR = 0.02
@@ -29,8 +30,14 @@ SETTLED = 0.1
 RELATIVE_CHANGE = 1e-3
 """Change of the loss that a step aims at, relative to the loss, and its longest length, relative to the parameters."""
 
-STEPS = (1.0, 1 / 8, 8.0)
+STEPS = (1.0, 1 / 8, 8.0, 1 / 64, 64.0)
 """Steps to try, in this order, as multiples of the one that aims at `RELATIVE_CHANGE`."""
+
+ROUNDING = torch.finfo(torch.float32).eps
+"""Rounding of a loss: 4 times this of its value, and once this of 1, near which a classifier's probabilities are."""
+
+DIRECTIONS = 4
+"""How many random directions to try, in search of a slope where the gradient is 0: along one it may be small."""
 
 
 def slope_errors(objective: Objective, point: Gradient) -> tuple[float | None, ...]:
@@ -44,8 +51,8 @@ def slope_errors(objective: Objective, point: Gradient) -> tuple[float | None, .
         point: Its gradient at the present parameters.
 
     Returns:
-        The difference of both slopes, relative to `‖g‖‖v‖`, or `None` where the loss moves with the step. Nothing
-        where the gradient is 0.
+        The difference of both slopes, relative to `‖g‖‖v‖`, or `None` where the slope of the loss moves with
+        the step, differs between ahead and behind, or drowns in rounding. Nothing where the gradient is 0.
 
     Raises:
         MeasurementError: If the loss has another slope than its gradient says.
@@ -58,14 +65,14 @@ class _Slopes:
 
     def __init__(self, objective: Objective, point: Gradient):
         self._objective = objective
-        self._gradient = point.tensors
-        self._loss = abs(point.loss)
+        self._gradient = without_padding_rows(objective, point.tensors)
+        self._loss = point.loss
         self._parameter_ranks = objective.rows.ranks
-        self._squares = [dot(g.flatten(), g.flatten(), self._parameter_ranks) for g in point.tensors]
+        self._squares = [dot(g.flatten(), g.flatten(), self._parameter_ranks) for g in self._gradient]
         self._square = math.fsum(self._squares)
         self._size = float(norm_of([p.detach() for p in objective.parameters], self._parameter_ranks)) or 1.0
         generator = torch.Generator().manual_seed(0)
-        draws = torch.randint(2, (len(point.tensors),), generator=generator).tolist()
+        draws = torch.randint(2, (len(self._gradient),), generator=generator).tolist()
         self._signs = [2.0 * draw - 1 for draw in draws]
 
     def _step(self, change: float) -> float:
@@ -73,7 +80,7 @@ class _Slopes:
         if not self._square:
             return 0.0
         norm = math.sqrt(self._square)
-        return min(change * self._loss / self._square, change * self._size / norm)
+        return min(change * abs(self._loss) / self._square, change * self._size / norm)
 
     def check(self) -> tuple[float | None, ...]:
         """Return the errors along the gradient, and along the gradient with random signs.
@@ -99,20 +106,24 @@ class _Slopes:
         return errors
 
     def _error(self, signs: Sequence[float]) -> float | None:
-        """Return the error along one direction at the first step that agrees, or where the steps settle on another."""
+        """Return the error along one direction at the first step that agrees, or where the steps settle on another.
+
+        A step across a kink says nothing: of a ReLU network that rests on one, the gradient is one of two slopes.
+        """
         expected = math.fsum(sign * square for sign, square in zip(signs, self._squares, strict=True)) / self._square
         found: list[float] = []
         for factor in STEPS:
             step = factor * self._step(RELATIVE_CHANGE)
             ahead, behind = (self._loss_at([way * step * sign for sign in signs]) for way in (1, -1))
             scale = 2 * step * self._square
-            rounding = 4 * torch.finfo(torch.float32).eps * max(abs(ahead), abs(behind)) / scale
-            slope = (ahead - behind) / scale
+            rounding = ROUNDING * max(4 * abs(ahead), 4 * abs(behind), 1) / scale
+            slope, turn = (ahead - behind) / scale, 2 * (ahead + behind - 2 * self._loss) / scale
             if not math.isfinite(slope) or rounding > SETTLED:
                 continue
             if abs(slope - expected) <= MAX_SLOPE_ERROR + rounding:
-                return abs(slope - expected)
-            found.append(slope)
+                return min(abs(slope - expected), MAX_SLOPE_ERROR)
+            if abs(turn) <= abs(slope - expected):  # else it differs that much between ahead and behind: a kink
+                found.append(slope)
         return self._settled(found, expected)
 
     @staticmethod
@@ -133,29 +144,41 @@ class _Slopes:
     def _require_flat(self, indices: Sequence[int]) -> None:
         """Refuse a gradient of exactly zero where the loss has a slope."""
         generator = torch.Generator().manual_seed(1)
+        for _ in range(DIRECTIONS):
+            slope = self._slope_along_signs(indices, generator)
+            if slope == 0:
+                return
+            if slope is not None:
+                everywhere = len(indices) == len(self._gradient)
+                names = "everywhere" if everywhere else f"by {listed([self._objective.names[i] for i in indices][:4])}"
+                raise MeasurementError(
+                    f"The gradient is exactly 0 {names}, but the loss depends on the weights there.",
+                    "The loss is detached from them: a `detach`, a `no_grad`, weights merged in eval mode, or a loss "
+                    "that runs a backward pass of its own (GradCache, as in the `Cached…` losses of "
+                    "sentence-transformers). Measure a loss that autograd can follow, for instance the one without "
+                    "the cache.",
+                )
+
+    def _slope_along_signs(self, indices: Sequence[int], generator: torch.Generator) -> float | None:
+        """Return the slope along random signs in some tensors, 0 if it has none, `None` if undecided."""
         directions = [torch.zeros((), dtype=g.dtype).expand(g.shape) for g in self._gradient]
         parameters = self._objective.parameters
         for index in indices:
             signs = 2.0 * torch.randint(2, self._gradient[index].shape, generator=generator) - 1
             scale = float(parameters[index].detach().square().mean().sqrt()) or RELATIVE_CHANGE
             directions[index] = (scale * signs).to(self._gradient[index])
-        odd = []
+        slopes: list[float] = []
         for step in (RELATIVE_CHANGE, 8 * RELATIVE_CHANGE):
             ahead, behind = (self._loss_at([way * step] * len(directions), directions) for way in (1, -1))
-            rounding = 100 * torch.finfo(torch.float32).eps * max(abs(ahead), abs(behind))
-            odd.append((ahead - behind) / 2 if abs(ahead - behind) / 2 > rounding else 0.0)
-        slopes = odd[0] / RELATIVE_CHANGE, odd[1] / (8 * RELATIVE_CHANGE)
-        if not all(map(math.isfinite, slopes)) or abs(slopes[0] - slopes[1]) > SETTLED * abs(slopes[1]):
-            return  # no slope, or one that moves with the step
-        if slopes[0]:
-            everywhere = len(indices) == len(self._gradient)
-            names = "everywhere" if everywhere else f"by {listed([self._objective.names[i] for i in indices][:4])}"
-            raise MeasurementError(
-                f"The gradient is exactly 0 {names}, but the loss depends on the weights there.",
-                "The loss is detached from them: a `detach`, a `no_grad`, weights merged in eval mode, or a loss that "
-                "runs a backward pass of its own (GradCache, as in the `Cached…` losses of sentence-transformers). "
-                "Measure a loss that autograd can follow, for instance the one without the cache.",
-            )
+            if ahead == behind:
+                return 0.0
+            odd, even = (ahead - behind) / 2, (ahead + behind) / 2 - self._loss
+            # Where both ways rise, or both fall, units that were dead come to life.
+            if not abs(odd) > max(100 * ROUNDING * max(abs(ahead), abs(behind)), 0 if slopes else abs(even)):
+                return None
+            slopes.append(odd / step)
+        settled = abs(slopes[0] - slopes[1]) <= SETTLED * abs(slopes[1]) < math.inf
+        return slopes[0] if settled else None
 
     def _loss_at(self, steps: Sequence[float], directions: Sequence[Tensor] | None = None) -> float:
         objective = self._objective

@@ -13,7 +13,14 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.eigenvalue_check import check_eigenvalues
@@ -38,6 +45,20 @@ class Detached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         return gradient * 3 * ctx.saved_tensors[0].detach() ** 2
+
+
+class Halved(torch.autograd.Function):
+    """x³, whose gradient is right and whose second derivative is half of what it should be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return gradient * 1.5 * (x**2 + x.detach() ** 2)
 
 
 class Skewed(torch.autograd.Function):
@@ -283,3 +304,42 @@ class TestVerdicts:
     def test_settled_differences(self, values: list[float], verdicts: list[str]):
         found = check_eigenvalues(values, self.ENDS, lambda step: self.MATRIX, steps=[1.0, 0.5, 0.25])
         assert [check.verdict for check in found] == verdicts
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_along_rows_of_padding_tokens_differences_decide_nothing(wrong: bool):
+    """Tied weights, and the end of each turn as the padding token: torch makes no gradient for its lookup."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=12, num_key_value_heads=2, pad_token_id=2, tie_word_embeddings=True, **size)
+    )
+    tokens = torch.randint(3, 12, (4, 6))
+    tokens[:, 1::2] = 2
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        output = model(**batch)
+        return output.loss + (10 * Halved.apply(1 + output.logits).mean() if wrong else 0)
+
+    batches = [{"input_ids": tokens, "labels": tokens}]
+    if wrong:
+        with pytest.raises(MeasurementError, match="differentiated wrongly"):
+            measure(model, batches, OptimizabilityConfig(max_hvps=30, engine="double_backward"), loss_fn=loss_fn)
+        return
+    found = measure(model, batches, OptimizabilityConfig(max_hvps=30))
+    assert found.engine == "double_backward"
+    assert "padding_idx" in found.eigenvalue_checks[0].reason
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_rounding_of_a_large_gradient_is_no_wrong_eigenvalue(scale: float):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    inputs = torch.randn(16, 4)
+    batch = (inputs, scale * torch.randn(16, 1))
+    found = measure(model, [batch], PRECISE, loss_fn=lambda model, batch: (model(batch[0]) - batch[1]).square().mean())
+    ones = torch.cat([inputs, torch.ones(16, 1)], dim=1).double()
+    assert found.hessian.lambda_max.value == pytest.approx(
+        float(torch.linalg.eigvalsh(2 * ones.T @ ones / 16)[-1]), rel=1e-4
+    )
+    assert found.eigenvalue_checks[0].verdict == ("agrees" if scale == 1 else "not checked")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import (
     BertForSequenceClassification,
     ElectraConfig,
     ElectraForPreTraining,
+    LlamaConfig,
+    LlamaForCausalLM,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     ViTMAEConfig,
@@ -264,6 +267,14 @@ class TestSlopes:
         with pytest.raises(MeasurementError, match=r"exactly 0 by `0\.weight`, `0\.bias`.*detached"):
             measure(net(), [rows()], CONFIG, loss_fn=loss_fn)
 
+    def test_a_detached_loss_is_refused_along_whatever_direction(self):
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            return cross_entropy(model, batch).detach() + 0 * model[0].weight.sum()
+
+        for seed in range(12):  # along random signs the slope of some is hardly any
+            with pytest.raises(MeasurementError, match="exactly 0 everywhere"):
+                measure(net(seed), [rows()], CONFIG, loss_fn=loss_fn)
+
     def test_half_detached_is_refused(self):
         def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
             logits = model(batch["x"])
@@ -307,6 +318,88 @@ class TestSlopes:
         batch = {name: values.float() if name == "x" else values for name, values in rows(64).items()}
         errors = measure(model, [batch], CONFIG, loss_fn=cross_entropy).self_check.slope_errors
         assert all(error is None or error < 0.02 for error in errors)
+
+    @pytest.mark.parametrize("detached", [0.0, 0.75])
+    def test_a_gradient_at_a_kink_is_one_of_two_slopes(self, detached: float):
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            output = model(batch["x"])
+            output = detached * output.detach() + (1 - detached) * output
+            return F.relu(output - 1).mean() + output.mean()
+
+        model = nn.Linear(1, 1, bias=False).double()
+        with torch.no_grad():
+            model.weight.fill_(1)  # behind the kink the slope is 1, ahead of it 2, and of central differences 1.5
+        batch = {"x": torch.ones(2, 1, dtype=torch.float64)}
+        if detached:  # the gradient is a quarter of the smaller slope
+            with pytest.raises(MeasurementError, match="not its slope"):
+                measure(model, [batch], CONFIG, loss_fn=loss_fn)
+        else:
+            assert measure(model, [batch], CONFIG, loss_fn=loss_fn).self_check.slope_errors == (None, None)
+
+    @pytest.mark.parametrize(("activation", "lr", "steps"), [(nn.ReLU, 0.05, 3000), (nn.SiLU, 0.5, 200)])
+    def test_examples_learnt_by_heart_are_not_refused(self, activation: type[nn.Module], lr: float, steps: int):
+        """Losses of 1e-5, which rounding of probabilities near 1 changes by some per cent; ReLU rests on a kink."""
+        model, batch = _learnt(activation, lr=lr, steps=steps)
+        found = measure(model, batches_of(batch, 7), CONFIG, loss_fn=cross_entropy)
+        exact = copy.deepcopy(model).double()
+        norm = plain_gradient_norm(exact, lambda: F.cross_entropy(exact(batch["x"].double()), batch["y"]))
+        assert found.loss < 1e-4
+        assert found.grad_norm == pytest.approx(norm, rel=1e-2)
+
+    def test_targets_that_are_large_are_not_refused(self):
+        """Prices of houses: a step changes the loss by less than rounding does."""
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        batch = {"x": rows()["x"].float(), "y": 2e5 + 1e3 * torch.randn(12, 1)}
+        found = measure(model, [batch], CONFIG, loss_fn=lambda model, batch: F.mse_loss(model(batch["x"]), batch["y"]))
+        inputs = torch.cat([batch["x"], torch.ones(12, 1)], dim=1).double()
+        assert found.hessian.lambda_max.value == pytest.approx(
+            float(torch.linalg.eigvalsh(2 * inputs.T @ inputs / 12)[-1]), rel=1e-4
+        )
+        assert {check.verdict for check in found.eigenvalue_checks} == {"not checked"}
+
+    def test_dead_units_that_a_step_brings_to_life_are_no_slope(self):
+        model = nn.Sequential(nn.Linear(1, 64), nn.ReLU(), nn.Linear(64, 2))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            model[0].weight.fill_(1e4)
+            model[0].bias.fill_(-1e4 - 1)  # all units are dead by a hair
+            model[2].weight.normal_(std=1e4)
+        batch = {"x": torch.ones(8, 1), "y": torch.tensor([0, 1] * 4)}
+        objective = Objective(model, [batch], loss_fn=cross_entropy)
+        with measuring(model, seed=0, state=objective.state):
+            point = gradient(objective)
+            assert point.tensors[0].norm() == 0
+            slope_errors(objective, point)
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_a_padding_token_in_the_middle_of_a_row_is_not_refused(self, tied: bool):
+        """The end of a turn, as chats have it: torch makes no gradient for its lookup, which the loss depends on."""
+        torch.manual_seed(0)
+        size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=12, num_key_value_heads=2, pad_token_id=2, tie_word_embeddings=tied, **size)
+        )
+        tokens = torch.randint(3, 12, (4, 6))
+        tokens[:, 3] = 2
+        found = measure(model, [{"input_ids": tokens, "labels": tokens}], CONFIG)
+        norm = plain_gradient_norm(model.eval(), lambda: model(input_ids=tokens, labels=tokens).loss)
+        assert found.grad_norm == pytest.approx(norm, rel=1e-4)
+        assert max(found.self_check.slope_errors) < 0.01
+
+
+def _learnt(activation: type[nn.Module], *, lr: float, steps: int) -> tuple[nn.Module, Batch]:
+    """Return a network and the examples that it has learnt by heart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), activation(), nn.Linear(16, 16), activation(), nn.Linear(16, 3))
+    inputs = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+    batch = {"x": inputs, "y": (inputs.sum(1) > 0).long() + (inputs[:, 0] > 1).long()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        cross_entropy(model, batch).backward()
+        optimizer.step()
+    return model, batch
 
 
 def test_batches_that_the_loss_writes_to_come_back():
