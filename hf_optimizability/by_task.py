@@ -54,7 +54,7 @@ def means_by_task(objective: Objective, values: np.ndarray, items: Sequence[int]
 def traces_by_task(objective: Objective, found: Sketch, *, tolerance: float) -> dict[str, tuple[Estimate, ...]]:
     """The trace of each task and of its blocks, from the probes of the joint one."""
     joint, parts = found.estimates.trace, found.parts
-    assert parts is not None  # `xtrace` is refused where tasks are told apart
+    assert parts is not None  # `xtrace` is refused where tasks are measured one by one
     options: dict[str, Any] = {"tolerance": tolerance, "method": joint.method, "hvps": joint.hvps}
     return {name: parts.mean_of(places, **options) for name, places in task_places(objective).items()}
 

@@ -169,9 +169,9 @@ def _unless_padding(
     count: OnProducts,
 ) -> EigenvalueCheck:
     """Return the check, undecided where it agrees but for rows of padding tokens, which differences move."""
-    if check.verdict != "disagrees":
-        return check
     sizes = [parameter.numel() for parameter in objective.parameters]
+    if check.verdict != "disagrees" or vector.numel() != sum(sizes):  # of a shard it can't be seen
+        return check
     pieces = zip(objective.parameters, vector.split(sizes), strict=True)
     tensors = without_padding_rows(objective, [piece.reshape(parameter.shape) for parameter, piece in pieces])
     inner = torch.cat([tensor.flatten() for tensor in tensors])

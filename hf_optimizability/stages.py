@@ -33,7 +33,7 @@ class Prices(NamedTuple):
         lockstep: One of `LOCKSTEP` products at once with the matrix that the trace is estimated from; the memory is
             that of all of them.
         block: One with the block-diagonal matrix; `None` where the eigenvalues of blocks are not asked for.
-        known_part: Seconds for the part of the trace that is had without products.
+        known_part: Seconds for the part of the trace that takes no products.
     """
 
     size: int

@@ -131,7 +131,10 @@ def _verdict(value: float, differences: Sequence[float], scale: float) -> dict[s
     """What differences say that agree with the eigenvalue at no step."""
     distance = min(abs(difference - value) for difference in differences)
     if distance <= _FLOOR * scale:
-        return {"verdict": "not checked", "reason": "Beside the other end it is too small to be told from rounding."}
+        return {
+            "verdict": "not checked",
+            "reason": "It is so small, compared with the other end, that rounding may be all that a difference shows.",
+        }
     spread = max(differences) - min(differences)
     growing = [abs(b) > _GROWTH * abs(a) for a, b in pairwise(differences)]
     if spread > _SETTLED * distance or (growing and all(growing)):

@@ -19,7 +19,7 @@ from .ranks import ALONE, Ranks
 
 
 class LossesOfAModel(SumOfLosses, Protocol):
-    """A mean loss whose variables are parameters of a model, read anew from it by their names."""
+    """A mean loss whose variables are parameters of a model, read from it by their names each time."""
 
     @property
     def model(self) -> nn.Module:
