@@ -35,8 +35,9 @@ from .safety import full_precision, measuring
 from .stages import Price, Prices, Products, count_products, list_stages
 
 
-_GRADIENTS = 4
-"""Gradients taken besides the products: the gradient, that of each batch for the noise scale, two forward passes."""
+_GRADIENTS = 9
+"""Gradients taken besides the products: the gradient, that of each batch for the noise scale, two forward passes; and
+ten forward passes of the self-check."""
 
 _STEP_GRADIENTS = 10
 """What the search for the critical learning rate takes at most: 20 forward passes, each half a gradient at most."""
