@@ -202,7 +202,7 @@ class Truth:
         gradient = self._gradient()
         expected = float(gradient @ vector)
         errors = []
-        for step in (1e-4, 1e-5, 1e-6):
+        for step in (1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
             with torch.no_grad():
                 wide, narrow = (
                     (float(self._loss(h * vector)) - float(self._loss(-h * vector))) / (2 * h)

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +24,8 @@ MAX_SLOPE_ERROR = 0.02
 1e-3 on smooth losses; kinks make more."""
 
 SETTLED = 0.1
-"""Relative difference below which the slopes at two steps, a factor of 8 apart, are the same slope."""
+"""Relative difference below which the slopes at the two smallest steps are the same slope. Jumps of the loss (points
+or queries that are selected) make them differ, or agree with the gradient at the smallest."""
 
 RELATIVE_CHANGE = 1e-3
 """Change of the loss that a step aims at, relative to the loss, and its longest length, relative to the parameters."""
@@ -111,7 +111,7 @@ class _Slopes:
         A step across a kink says nothing: of a ReLU network that rests on one, the gradient is one of two slopes.
         """
         expected = math.fsum(sign * square for sign, square in zip(signs, self._squares, strict=True)) / self._square
-        found: list[float] = []
+        found: dict[float, float] = {}
         for factor in STEPS:
             step = factor * self._step(RELATIVE_CHANGE)
             ahead, behind = (self._loss_at([way * step * sign for sign in signs]) for way in (1, -1))
@@ -123,14 +123,16 @@ class _Slopes:
             if abs(slope - expected) <= MAX_SLOPE_ERROR + rounding:
                 return min(abs(slope - expected), MAX_SLOPE_ERROR)
             if abs(turn) <= abs(slope - expected):  # else it differs that much between ahead and behind: a kink
-                found.append(slope)
+                found[step] = slope
         return self._settled(found, expected)
 
     @staticmethod
-    def _settled(found: Sequence[float], expected: float) -> float | None:
-        """Return how far off a slope is that two steps agree on; `None` where they don't."""
-        pairs = [(a, b) for a, b in pairwise(sorted(found)) if abs(a - b) <= SETTLED * max(abs(a), abs(b), SETTLED)]
-        return min((abs((a + b) / 2 - expected) for a, b in pairs), default=None)
+    def _settled(found: Mapping[float, float], expected: float) -> float | None:
+        """Return how far off a slope is that the two smallest steps agree on; `None` where they don't."""
+        slopes = [found[step] for step in sorted(found)[:2]]
+        if len(slopes) < 2 or abs(slopes[0] - slopes[1]) > SETTLED * max(*map(abs, slopes), SETTLED):
+            return None
+        return abs(sum(slopes) / 2 - expected)
 
     def _culprits(self) -> str:
         """Return the names of the tensors along which the slope is another one, alone."""
