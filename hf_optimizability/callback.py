@@ -331,7 +331,8 @@ class OptimizabilityCallback(TrainerCallback):
             def measured_gap() -> dict[str, float]:
                 with ranks.agreed():
                     gaps = measure_task_gaps(trainer, self._tasks_at(step), self.config, ranks=ranks)
-                    return gaps or measure_gap(trainer, self.config, ranks=ranks)
+                    unit = "items" if self._objective is None else self._objective.unit
+                    return gaps or measure_gap(trainer, self.config, ranks=ranks, unit=unit)
 
             with self._clock.paused():
                 gap = self._guarded("measuring the generalization gap", measured_gap)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from .configuration import OptimizabilityConfig
 from .curvature.ranks import ALONE, Ranks
-from .measurement import PREFIX, TaskMeasurement
+from .measurement import PREFIX, TaskMeasurement, Unit
 from .model_state import eval_mode
 from .objective import Objective
 from .probe import LEAST_EXAMPLES, num_examples, probe_batches
@@ -36,7 +36,9 @@ _ONE_LABEL_EACH = ("text-classification", "image-classification")
 """Tasks whose accuracy is that of the logits: one label to an example."""
 
 
-def measure_gap(trainer: Trainer, config: OptimizabilityConfig, *, ranks: Ranks = ALONE) -> dict[str, float]:
+def measure_gap(
+    trainer: Trainer, config: OptimizabilityConfig, *, ranks: Ranks = ALONE, unit: Unit = "items"
+) -> dict[str, float]:
     """Return the loss on equally many training and evaluation examples, both in eval mode.
 
     The user's `compute_metrics`, `prediction_step` and `predict` are not called: what they compute is in the Trainer's
@@ -46,6 +48,7 @@ def measure_gap(trainer: Trainer, config: OptimizabilityConfig, *, ranks: Ranks 
         trainer: Its data and loss are used.
         config: Seed and batch size.
         ranks: Processes that train together: they share the examples.
+        unit: What the mean loss of a batch is over, as the self-check found it.
 
     Returns:
         What to log: `train_loss`, `eval_loss`, each with `_std_error` (over batches), `gap_examples`, and for models
@@ -62,7 +65,7 @@ def measure_gap(trainer: Trainer, config: OptimizabilityConfig, *, ranks: Ranks 
             return {}
         numbers: dict[str, float] = {f"{PREFIX}gap_examples": examples}
         for split, loader in loaders.items():
-            numbers |= _mean_loss(trainer, split, loader, examples, config, ranks)
+            numbers |= _mean_loss(trainer, split, loader, examples, config, ranks, unit)
     return numbers
 
 
@@ -98,15 +101,20 @@ def measure_task_gaps(
 
 
 def _mean_loss(
-    trainer: Trainer, split: str, loader: DataLoader, examples: int, config: OptimizabilityConfig, ranks: Ranks
+    trainer: Trainer,
+    split: str,
+    loader: DataLoader,
+    examples: int,
+    config: OptimizabilityConfig,
+    ranks: Ranks,
+    unit: Unit = "items",
 ) -> dict[str, float]:
     """Mean loss over a sample, and its standard error from the spread between batches (that of a ratio of sums)."""
     batch_size = min(config.probe_batch_size, -(-examples // LEAST_BATCHES))
     batches = probe_batches(loader, examples=examples, batch_size=batch_size, seed=config.probe_seed, ranks=ranks)
     model = cast(nn.Module, trainer.model)
-    objective = Objective(
-        model, batches, loss_fn=trainer_loss(trainer), seed=config.probe_seed, preserved=(trainer,)
-    ).shared(ranks)
+    objective = Objective(model, batches, loss_fn=trainer_loss(trainer), seed=config.probe_seed, preserved=(trainer,))
+    objective = objective.counted_by(unit).shared(ranks)
     with measuring(model, seed=config.probe_seed, state=objective.state), torch.no_grad():
         sums, items, right = np.array(ranks.gather(_passes(objective))).T
     number, mean = len(sums), sums.sum() / items.sum()

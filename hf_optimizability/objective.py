@@ -197,12 +197,18 @@ class Objective:
 
     def checked(self, check: SelfCheck) -> Objective:
         """Return the objective with the outcome of its self-check, weighted by the unit that it found."""
-        objective = copy(self)
-        objective.self_check, objective.unit = check, check.unit
+        objective = self.counted_by(check.unit)
+        objective.self_check = check
+        return objective
+
+    def counted_by(self, unit: Unit) -> Objective:
+        """Return the objective with its batches weighted by their number of units."""
 
         def counted(batch: ProbeBatch) -> ProbeBatch:
-            return replace(batch, items=count_units(self.model, batch.inputs, check.unit) or 0)
+            return replace(batch, items=count_units(self.model, batch.inputs, unit) or 0)
 
+        objective = copy(self)
+        objective.unit = unit
         objective._all = [counted(batch) for batch in self._all]
         objective._local = [counted(batch) for batch in self._local]
         return objective
