@@ -806,6 +806,7 @@ def main() -> None:
     parser.add_argument("--only", help="model types or class names, with commas between them")
     parser.add_argument("--tasks", help="lists to go through, with commas between them; by default all")
     parser.add_argument("--redo", action="store_true", help="run again what the results have")
+    parser.add_argument("--seconds", type=float, default=180, help="the longest a case may take")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to read and write them")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -822,7 +823,7 @@ def main() -> None:
         wanted = arguments.only is None or only & {case.model_type, case.class_name}
         if not wanted or (case in rows and not arguments.redo):
             continue
-        row = rows[case] = run(case, arguments.library)
+        row = rows[case] = run(case, arguments.library, seconds=arguments.seconds)
         print(f"{case}: {row.outcome} {row.reason}", flush=True)
         results[arguments.library] = [rows[case] for case in all_cases() if case in rows]
         save(results, arguments.results)
