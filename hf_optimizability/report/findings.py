@@ -235,6 +235,8 @@ def curvature_concentrated(report: OptimizabilityReport) -> Finding | None:
         return None
     total = sum(abs(block.trace.value) for block in last.blocks.values())
     margin = Z * math.hypot(*(_error(block.trace) for block in last.blocks.values()))
+    if not total + margin:  # a loss that does not curve, as after divergence
+        return None
     for name, block in last.blocks.items():
         least = (abs(block.trace.value) - Z * _error(block.trace)) / (total + margin)
         if least > CONCENTRATED:

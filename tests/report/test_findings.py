@@ -410,3 +410,13 @@ def test_shown_in_the_summary_and_the_markdown_without_markup_from_outside():
     text = to_markdown(report)
     assert "## Findings" in text and "**Warning: The loss that was trained is 3.00 times" in text
     assert "<script>" not in text
+
+
+def test_a_loss_without_curvature_has_no_block_that_holds_most():
+    """A run that has diverged: every trace is 0, and the report is written all the same."""
+    report = alike(trace=make_estimate(0.0, 0.0, kind="std_error"))
+    for name, block in report.measurements[-1].blocks.items():
+        report.measurements[-1].blocks[name] = dataclasses.replace(
+            block, trace=make_estimate(0.0, 0.0, kind="std_error")
+        )
+    assert "curvature_concentrated" not in names(report)
