@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -51,7 +52,7 @@ def loss_scale(trainer: Trainer, batch: Batch, *, seed: int) -> float:
         mean = float(cast(Tensor, trainer_loss(trainer)(model, copy_batch(batch))))
     with measuring(model, seed=seed, state=state), torch.no_grad(), unfused_losses(), _in_a_step(trainer, steps):
         loss = cast(Tensor, trainer.compute_loss(model, copy_batch(batch), **_step_arguments(trainer, items)))
-    if mean == 0:
+    if mean == 0 or not math.isfinite(mean):
         return 1.0
     factor = float(loss.mean()) / mean * (steps if _is_scaled(trainer, items) else 1)
     return 1.0 if abs(factor - 1) <= TOLERANCE else factor

@@ -69,7 +69,8 @@ def check_mean(objective: Objective) -> SelfCheck:
 def _require_repeatable(objective: Objective) -> None:
     first, second = (_means(objective, objective.local_batches)[0] for _ in range(2))
     tolerance = 0.0 if objective.parameters[0].device.type == "cpu" else MAX_REPEAT_ERROR
-    errors = np.abs(first - second) / np.maximum(np.abs(first), torch.finfo(torch.float32).tiny)
+    with np.errstate(invalid="ignore"):  # a loss that is not finite is refused with its gradient
+        errors = np.abs(first - second) / np.maximum(np.abs(first), torch.finfo(torch.float32).tiny)
     error = max(objective.ranks.gather(errors.tolist()), default=0.0)
     if error > tolerance:
         raise MeasurementError(
@@ -146,7 +147,7 @@ class _Halves:
     def means_near_and_far(self) -> list[_Means]:
         """Return mean losses at the present parameters, and at a second point unless the loss is not finite there."""
         near = self._means()
-        with _moved(self._objective):
+        with moved_far(self._objective):
             far = self._means()
         finite = all(self._objective.ranks.gather([bool(np.isfinite(far.whole).all())]))
         return [near, far] if finite else [near]
@@ -182,12 +183,12 @@ class _Halves:
         return np.array([math.nan if count is None else count for count in counts]).reshape(-1, 2)
 
 
-def _moved(objective: Objective) -> AbstractContextManager[None]:
-    """Move each parameter by `FAR` of its size, with random signs; one that is 0 by the size of all."""
+def moved_far(objective: Objective) -> AbstractContextManager[None]:
+    """Move each parameter by `FAR` of its size, with random signs; one that is 0 by the size of a typical one."""
     generator = torch.Generator().manual_seed(0)
     parameters = [parameter.detach() for parameter in objective.parameters]
     signs = [2.0 * torch.randint(2, p.shape, generator=generator) - 1 for p in parameters]
-    sizes = [float(p.double().square().mean().sqrt()) for p in parameters]
-    typical = sorted(sizes)[len(sizes) // 2] or FAR
+    sizes = [float(p.double().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
+    typical = sorted(filter(None, sizes))[sum(map(bool, sizes)) // 2] if any(sizes) else FAR
     directions = [sign.to(p) for sign, p in zip(signs, parameters, strict=True)]
     return displaced(objective.parameters, directions, [FAR * (size or typical) for size in sizes])

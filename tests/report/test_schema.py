@@ -45,6 +45,9 @@ OLDER = [Path(__file__).parent / "data" / f"version_{version}.json" for version 
 
 VERSION_1 = OLDER[0]
 
+CHECKS: dict[str, Any] = {"self_check": None, "eigenvalue_checks": []}
+"""Fields that came later."""
+
 REPORT: dict[str, Any] = json.loads(json.dumps(make_report(2, blocks=3, failures=1).to_dict()))
 ORACLE = jsonschema.Draft202012Validator(report_schema())
 QUIET = settings(
@@ -146,16 +149,20 @@ class TestOlderVersions:
         assert [measurement.landscape for measurement in report.measurements] == [None] * 2
         data = json.loads(json.dumps(report.to_dict()))
         for measurement, old in zip(data["measurements"], written["measurements"], strict=True):
-            assert measurement == {**old, "landscape": None, "several": None, "self_check": None}
+            assert measurement == {
+                **old,
+                "landscape": None,
+                "several": None,
+                "self_check": None,
+                "eigenvalue_checks": [],
+            }
 
     def test_version_3_loads_with_its_numbers(self):
         written = json.loads(OLDER[2].read_bytes())
         report = OptimizabilityReport.load(OLDER[2])
         assert written["schema_version"] == 3
         data = json.loads(json.dumps(report.to_dict()))
-        assert data["measurements"] == [
-            {**old, "several": None, "self_check": None} for old in written["measurements"]
-        ]
+        assert data["measurements"] == [{**old, **CHECKS, "several": None} for old in written["measurements"]]
         assert data["measurements"][-1]["landscape"]["update"] is not None
 
     @pytest.mark.parametrize("file", OLDER, ids=lambda file: file.stem)
