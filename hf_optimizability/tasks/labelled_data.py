@@ -178,6 +178,8 @@ def encode_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, list[s
     if isinstance(features[column], ClassLabel):
         # Some data sets mark examples without a label by -1.
         return splits.filter(lambda label: label >= 0, input_columns=column), features[column].names
+    for split in splits.values():
+        require_complete(split, column, "class")
     kind = features[column].dtype
     if not kind.startswith(("int", "uint", "bool", "string", "large_string")):
         raise ValueError(f"Column {column!r} holds {kind} values, not classes; pass another --label_column_name.")
@@ -187,6 +189,20 @@ def encode_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, list[s
     if unknown:
         raise ValueError(f"Classes {sorted(unknown)} of column {column!r} occur in the validation split only.")
     return splits.cast_column(column, ClassLabel(names=names)), names
+
+
+def require_complete(examples: Dataset, column: str, what: str) -> None:
+    """Raise if cells of a column are empty.
+
+    Raises:
+        ValueError: If some are; it says how many.
+    """
+    missing = sum(value is None for value in examples[column])
+    if missing:
+        raise ValueError(
+            f"{missing} of {len(examples)} rows have no {what} in column {column!r}: their cells are empty. Fill them "
+            "in, or remove these rows."
+        )
 
 
 def draw(examples: Dataset, count: int | None, *, seed: int) -> Dataset:

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from .checkpoint import CheckpointArguments, load_config
-from .labelled_data import LabelledDataArguments
+from .labelled_data import LabelledDataArguments, require_complete
 
 
 NAME = "text-classification"
@@ -53,6 +53,8 @@ def load_model(args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel,
 def prepare(examples: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
     """Turns texts into token numbers; they are padded later, batch by batch."""
     columns = text_columns(examples, args)
+    for column in columns:
+        require_complete(examples, column, "text")
     length = min(args.max_seq_length, tokenizer.model_max_length)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:

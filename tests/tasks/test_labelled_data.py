@@ -115,6 +115,7 @@ def test_wrong_arguments_fail_by_name(options: dict[str, Any], message: str) -> 
         (["x", "y"], {"train_split_name": "training"}, "no split 'training', only train"),
         (["x", "y"], {"validation_split_name": "dev"}, "no split 'dev', only train"),
         ([0.5, 1.5], {}, "holds float64 values, not classes"),
+        ([1, None, 0, 1], {}, r"\d of \d+ rows have no class in column 'label': their cells are empty"),
     ],
 )
 def test_unusable_data_fails_by_name(labels: list[Any], options: dict[str, Any], message: str, tmp_path: Path) -> None:

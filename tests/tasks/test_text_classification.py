@@ -26,3 +26,10 @@ def test_text_that_cant_be_told_fails_by_name(columns: list[str] | None) -> None
     args = text_classification.DataArguments(train_file="a.csv", text_column_name=columns)
     with pytest.raises(ValueError, match=r"one or two of \['a', 'b', 'c'\] as --text_column_name"):
         text_classification.text_columns(examples, args)
+
+
+def test_rows_without_a_text_are_counted_by_name() -> None:
+    examples = Dataset.from_dict({"text": ["good film", None, None], "label": [1, 0, 1]})
+    args = text_classification.DataArguments(train_file="a.csv")
+    with pytest.raises(ValueError, match=r"2 of 3 rows have no text in column 'text'"):
+        text_classification.prepare(examples, tiny_texts.tokenizer(), args)
