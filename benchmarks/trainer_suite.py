@@ -144,7 +144,7 @@ def outcomes(run: str, suite: Path, models: Path, only: str) -> dict[str, str]:
     environment = {**os.environ, _RUN: run, _OUTCOMES: str(path), "PYTHONPATH": os.pathsep.join(places)}
     environment |= {"HF_HOME": str(models), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "pytest", "-p", Path(__file__).stem, "--noconftest", "-p", "no:cacheprovider"]
-    command += ["-q", "--timeout=600", "-o", "log_cli=0", "--continue-on-collection-errors", "-k", only]
+    command += ["-q", "--timeout=300", "-o", "log_cli=0", "--continue-on-collection-errors", "-k", only]
     command += [option for name in LEFT_OUT for option in ("--ignore", f"tests/trainer/{name}")]
     subprocess.run([*command, "tests/trainer"], cwd=suite, env=environment, stdout=subprocess.DEVNULL, check=False)
     held: dict[str, str] = json.loads(path.read_text())
