@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from .curvature.displacement import displaced
 from .measurement import MeasurementError, SelfCheck
 from .memory import out_of_memory
 from .objective import Objective, ProbeBatch
+from .snapshot_tensors import digest
 
 
 MAX_REPEAT_ERROR = 1e-6
@@ -68,7 +69,8 @@ def check_mean(objective: Objective) -> SelfCheck:
 
 
 def _require_repeatable(objective: Objective) -> None:
-    first, second = (_means(objective, objective.local_batches)[0] for _ in range(2))
+    with weights_left_alone(objective):
+        first, second = (_means(objective, objective.local_batches)[0] for _ in range(2))
     with np.errstate(invalid="ignore"):  # a loss that is not finite is refused with its gradient
         errors = np.abs(first - second) / np.maximum(np.abs(first), torch.finfo(torch.float32).tiny)
     error = max(objective.ranks.gather(errors.tolist()), default=0.0)
@@ -78,6 +80,22 @@ def _require_repeatable(objective: Objective) -> None:
             "numbers, buffers and attributes were put back before each.",
             "Look for state or random numbers outside of the model (a global counter, a generator that the loss "
             "holds); keep them in the model, or make the loss deterministic.",
+        )
+
+
+@contextmanager
+def weights_left_alone(objective: Objective) -> Iterator[None]:
+    """Hold around passes of a model that must not write to its trainable weights.
+
+    Raises:
+        MeasurementError: At the end, if it did.
+    """
+    before = [digest(parameter) for parameter in objective.parameters]
+    yield
+    if not all(torch.equal(digest(p), old) for p, old in zip(objective.parameters, before, strict=True)):
+        raise MeasurementError(
+            "The model changes its own weights in eval mode.",
+            "Switch that off; for RWKV by `model.config.rescale_every = 0`.",
         )
 
 

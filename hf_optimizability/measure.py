@@ -42,14 +42,13 @@ from .engines import OnProducts, Way, first_that_works
 from .found_eigenvalues import check_along_eigenvectors, engine_error, require_symmetric
 from .fsdp import ShardedObjective, is_sharded, measurable, reshard
 from .gradients import Gradient, gradient, norm_of
-from .mean_check import check_mean
+from .mean_check import check_mean, weights_left_alone
 from .measurement import BlockMeasurement, Measurement, MeasurementError, SelfCheck, StepMeasurement
 from .memory import in_memory, out_of_memory
 from .objective import Batch, LossFunction, Objective
 from .parallel import training_ranks
 from .safety import full_precision, measuring
 from .slope_check import slope_errors
-from .snapshot_tensors import digest
 from .supported import require_supported
 from .task_split import require_several, split_by_task
 
@@ -309,13 +308,8 @@ def finite_gradient(objective: Objective) -> Gradient:
     Raises:
         MeasurementError: If it is not, or the model does not.
     """
-    before = [digest(parameter) for parameter in objective.parameters]
-    point = gradient(objective, ranks=objective.ranks)
-    if not all(torch.equal(digest(p), old) for p, old in zip(objective.parameters, before, strict=True)):
-        raise MeasurementError(
-            "The model changes its own weights in eval mode.",
-            "Switch that off; for RWKV by `model.config.rescale_every = 0`.",
-        )
+    with weights_left_alone(objective):
+        point = gradient(objective, ranks=objective.ranks)
     if not math.isfinite(point.loss):
         raise MeasurementError(
             f"The loss on the probe set is {point.loss}.",

@@ -114,9 +114,11 @@ class Snapshot:
     ):
         self._registries = registries
         self._parts: list[Part] = []
+        ignored = list(ignored)
         self._seen: dict[int, object] = {id(value): value for value in ignored}  # which keeps their ids from reuse
         self._waiting: list[tuple[object, str]] = []
-        self.tensors = TensorValues(whole, digests=digests)
+        aliased = (value for value in ignored if isinstance(value, Tensor))
+        self.tensors = TensorValues(whole, digests=digests, ignored=aliased)
         with _plain_torch():
             for name, root in roots.items():
                 self._look_into(root, name, root=True)

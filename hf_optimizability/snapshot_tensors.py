@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +40,7 @@ class TensorValue:
         self.tensor = tensor
         self.where = where
         self.memory = tensor.detach()
-        self.storage = tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
+        self.storage = _address(tensor)
         self.copy: Tensor | None = None
         self.plain = _is_plain(tensor)
         self._version = tensor._version
@@ -95,10 +96,12 @@ class TensorValues:
     Args:
         whole: Tensors to copy whatever their size.
         digests: Whether to keep digests of large ones.
+        ignored: Tensors that may change, through whatever alias.
     """
 
-    def __init__(self, whole: Iterable[Tensor], *, digests: bool):
+    def __init__(self, whole: Iterable[Tensor], *, digests: bool, ignored: Iterable[Tensor] = ()):
         self._digests = digests
+        self._ignored = {_address(tensor) for tensor in ignored} - {0}
         self._whole = {id(tensor) for tensor in whole}
         self._values: list[TensorValue] = []
         self._single: list[TensorValue] = []
@@ -106,6 +109,8 @@ class TensorValues:
 
     def add(self, tensor: Tensor, where: str) -> None:
         """Keep the value of a tensor; not of one without entries, or that can't be written to."""
+        if _address(tensor) in self._ignored:
+            return  # an alias, as spectral normalization keeps one of its weight
         if not (tensor.is_meta or tensor.is_inference() or tensor.is_nested) and tensor.numel():
             self._values.append(TensorValue(tensor, where, whole=id(tensor) in self._whole, digests=self._digests))
 
@@ -154,6 +159,11 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     )
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where the storage of a tensor begins; 0 if its entries lie elsewhere."""
+    return tensor.untyped_storage().data_ptr() if _is_plain(tensor) and not is_functorch_wrapped_tensor(tensor) else 0
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

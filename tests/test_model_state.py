@@ -491,3 +491,15 @@ def test_measuring_holds_the_state_that_it_is_given():
         counter.history.append(1.0)
         model(**batch())
     assert counter == Tracker() and model.state == 2
+
+
+def test_an_alias_does_not_put_back_weights_that_are_moved_on_purpose():
+    layer = nn.utils.spectral_norm(nn.Linear(2, 2))  # keeps its weight as an attribute too
+    state = ModelState(layer)
+    with state.held():
+        state.rewind()
+        moved = layer.weight_orig.detach() + 1
+        with torch.no_grad():
+            layer.weight_orig.add_(1)
+        state.rewind()
+        assert torch.equal(layer.weight_orig, moved)
