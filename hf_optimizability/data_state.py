@@ -78,7 +78,7 @@ def preserved_data(dataset: Any, *others: Any, stream: bool = False) -> Iterator
 
     Example:
         >>> rng = random.Random(0)
-        >>> with preserved_data(lambda rows: rng.random()):
+        >>> with preserved_data([rng]):
         ...     first = rng.random()
         >>> first == rng.random()
         True

@@ -54,7 +54,7 @@ def out_of_memory(error: Exception) -> bool:
 def _halved(objective: Objective) -> Objective:
     """The objective in batches of half the size, with the device's memory given back."""
     clear_device_cache(garbage_collection=True)
-    size = objective.batch_size // 2
+    size = -(-objective.batch_size // 2)
     logger.warning_once(f"The device ran out of memory while measuring; trying again with batches of {size}.")
     try:
         return objective.whole().cut(size).shared(objective.ranks)

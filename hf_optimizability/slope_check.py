@@ -125,6 +125,8 @@ class _Slopes:
             step = factor * self._step(RELATIVE_CHANGE)
             ahead, behind = (self._loss_at([way * step * sign for sign in signs]) for way in (1, -1))
             scale = 2 * step * self._square
+            if not scale:
+                continue
             rounding = ROUNDING * max(4 * abs(ahead), 4 * abs(behind), 1) / scale
             slope, turn = (ahead - behind) / scale, 2 * (ahead + behind - 2 * self._loss) / scale
             if not math.isfinite(slope) or rounding > SETTLED:

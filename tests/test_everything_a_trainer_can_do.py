@@ -264,7 +264,7 @@ def test_the_data_come_in_the_same_order(tmp_path: Path):
 STAGES = {
     "gradient": ("hf_optimizability.measure", "gradient"),
     "product": ("hf_optimizability.curvature.operators", "second_backward"),
-    "trace": ("hf_optimizability.curvature.gauss_newton", "average"),
+    "trace": ("hf_optimizability.measure", "sketch"),
     "update": ("hf_optimizability.measure", "optimizer_update"),
     "step": ("hf_optimizability.measure", "critical_learning_rate"),
     "noise": ("hf_optimizability.measure", "noise_scale"),

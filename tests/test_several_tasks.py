@@ -197,8 +197,8 @@ def test_where_memory_is_short_tasks_stay_apart():
     batches = [piece for index in (0, 1) for piece in cut(of_task(whole, index), 7)]
     tasks = [str(int(batch["task"][0])) for batch in batches]
     found, fitting = measure_objective(Objective(Heads(), batches, loss_fn=loss_fn, tasks=tasks), config)
-    assert fitting.batch_size == 1
-    assert [task.batches for task in found.several.tasks.values()] == [14, 7]
+    assert fitting.batch_size == 2
+    assert [task.batches for task in found.several.tasks.values()] == [8, 4]
     reference = measure(Heads(), batches, config)
     for one, other in zip(found.several.tasks.values(), reference.several.tasks.values(), strict=True):
         assert one.trace.value == pytest.approx(other.trace.value, rel=1e-8)

@@ -152,12 +152,12 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
     (
         ill_scaled,
         {"max_steps": 10, "learning_rate": 1e-6, "config": {"engine": "central_difference"}},
-        {"central_differences_off"},
+        {"measurement_failed"},
     ),
     (
         partial(Perceptron, width=256),
         {"max_steps": 30, "config": {"engine": "central_difference"}},
-        {"errors_wide"},
+        {"measurement_failed"},
     ),
     (partial(Perceptron, layers=10, activation=nn.Sigmoid), {"max_steps": 10}, {"gradients_vanishing"}),
     (
