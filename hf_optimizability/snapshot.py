@@ -118,8 +118,8 @@ class Snapshot:
         self._seen: dict[int, object] = {id(value): value for value in ignored}  # which keeps their ids from reuse
         self._waiting: list[tuple[object, str]] = []
         aliased = (value for value in ignored if isinstance(value, Tensor))
-        self.tensors = TensorValues(whole, digests=digests, ignored=aliased)
         with _plain_torch():
+            self.tensors = TensorValues(whole, digests=digests, ignored=aliased)
             for name, root in roots.items():
                 self._look_into(root, name, root=True)
                 while self._waiting:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.curvature.used_rows import used_rows
 from hf_optimizability.gradients import gradient
@@ -275,3 +276,9 @@ def test_rows_that_are_compared_without_gradients_stay():
     with used_rows(objective) as left_out:
         assert left_out == 0
         assert torch.equal(dense(HessianOperator(objective)), full)
+
+
+def test_a_measurement_leaves_out_rows_that_no_token_looks_up():
+    model = tiny_models.make("bert", vocab_size=100)
+    found = measure(model, tiny_models.cut(tiny_models.examples("bert", 6), 3), OptimizabilityConfig(max_hvps=16))
+    assert found.left_out > 4 * 80  # 13 tokens at the most, of 4 numbers each
