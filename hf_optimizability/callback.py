@@ -402,8 +402,8 @@ class OptimizabilityCallback(TrainerCallback):
         failure = MeasurementFailure(step=step, epoch=state.epoch, reason=anonymous(reason), remedy=remedy)
         if failure.reason not in [earlier.reason for earlier in self.report.failures]:  # once is enough to know
             reason = without_secrets(reason)
-            goes_on = "" if isinstance(error, MeasurementInterruptedError) else " Training goes on."
-            logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy}{goes_on}")
+            continues = "" if isinstance(error, MeasurementInterruptedError) else " Training continues."
+            logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy}{continues}")
         self.report.failures.append(failure)
         self._record(failure, state)
 
@@ -459,7 +459,7 @@ class OptimizabilityCallback(TrainerCallback):
             raise
         except Exception as error:
             reason = without_secrets(f"{type(error).__name__}: {error}")
-            logger.warning(f"Failed at {what}: {reason}. Training goes on.")
+            logger.warning(f"Failed at {what}: {reason}. Training continues.")
 
 
 def _trained(model: nn.Module) -> list[str]:

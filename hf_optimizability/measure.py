@@ -137,7 +137,7 @@ def checked(
     try:
         objective.check()
     except Exception as error:  # whatever the model's code raises
-        if not out_of_memory(error):  # then the measurement will go on with smaller batches
+        if not out_of_memory(error):  # the measurement tries smaller batches then
             raise
     return objective, optimizer
 

@@ -82,7 +82,7 @@ class OptimizabilityTrainerMixin(_Base):
                     self._train_grad_norms = self._grad_norms()
                 except Exception as error:  # whatever it is, the step that is logged counts more
                     reason = without_secrets(f"{type(error).__name__}: {error}")
-                    logger.warning_once(f"The gradient norms by block are not logged. {reason} Training goes on.")
+                    logger.warning_once(f"The gradient norms by block are not logged. {reason} Training continues.")
         return loss
 
     def _grad_norms(self) -> dict[str, Tensor]:
