@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from .comparing.comparison import Comparison as Comparison
     from .comparing.running import compare as compare
     from .configuration import OptimizabilityConfig as OptimizabilityConfig
+    from .errors import MeasurementError as MeasurementError
     from .forecast import Forecast as Forecast
     from .forecast import forecast as forecast
     from .measure import measure as measure
     from .measurement import Measurement as Measurement
-    from .measurement import MeasurementError as MeasurementError
     from .report import OptimizabilityReport as OptimizabilityReport
     from .trainer import OptimizabilityTrainer as OptimizabilityTrainer
     from .trainer import OptimizabilityTrainerMixin as OptimizabilityTrainerMixin

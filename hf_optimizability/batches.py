@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
 )
 
-from .measurement import Unit
 from .safety import pretrained
 
 
 Batch = Any
+
+Unit = Literal["items", "examples", "attended tokens", "pairs", "batches"]
+"""What a mean loss is over: what its labels or examples say (`count_items`), all examples, the tokens that
+`attention_mask` lets through, pairs whose second halves follow all first ones, or nothing that can be counted: then
+batches are kept as they were collated, and weighted by their examples."""
 
 IGNORED_LABEL = -100
 

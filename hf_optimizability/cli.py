@@ -243,7 +243,7 @@ def schema() -> None:
 
 
 def _run(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool = False) -> None:
-    from .measurement import MeasurementError
+    from .errors import MeasurementError
     from .tasks.fine_tuning import fine_tune, load
     from .trainer import OptimizabilityTrainer
 
@@ -330,7 +330,12 @@ def _task_and_parser(task_name: str | None, args: Sequence[str]) -> tuple[Task, 
 
     from .configuration import OptimizabilityConfig
     from .tasks.checkpoint import CheckpointArguments
-    from .tasks.fine_tuning import TASKS, FlagParser, made_for, parse_arguments
+    from .tasks.fine_tuning import (
+        TASKS,
+        FlagParser,
+        made_for,
+        parse_arguments,
+    )
 
     tasks = [task for task in TASKS if task_name == task.NAME]
     if task_name is None:
@@ -381,8 +386,8 @@ def _work(ctx: typer.Context) -> Iterator[None]:
 
 
 def _explained(error: Exception) -> str:
+    from .errors import MeasurementError
     from .hub import HubError
-    from .measurement import MeasurementError
 
     if isinstance(error, (ValueError, OSError, ImportError, MeasurementError, HubError)):  # these say what to do
         return str(error)

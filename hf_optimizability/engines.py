@@ -22,10 +22,14 @@ from .curvature.gauss_newton import GaussNewtonOperator
 from .curvature.operators import HessianOperator, ObjectiveOperator
 from .curvature.twice_differentiable import CheapSecondDerivatives
 from .curvature.vectors import norm
-from .measurement import MeasurementError, WrongDerivativeError
+from .errors import MeasurementError, WrongDerivativeError
 from .objective import Objective
 from .privacy import anonymous, without_secrets
-from .safety import eager_attention, math_attention, pretrained
+from .safety import (
+    eager_attention,
+    math_attention,
+    pretrained,
+)
 
 
 logger = logging.get_logger(__name__)

@@ -28,11 +28,21 @@ from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .engines import Way, first_that_works
 from .fsdp import measurable, reshard
-from .measure import block_indices, checked, finite_gradient
+from .measure import (
+    block_indices,
+    checked,
+    finite_gradient,
+)
 from .memory import in_memory
 from .objective import LossFunction, Objective
 from .safety import full_precision, measuring
-from .stages import Price, Prices, Products, count_products, list_stages
+from .stages import (
+    Price,
+    Prices,
+    Products,
+    count_products,
+    list_stages,
+)
 
 
 _GRADIENTS = 9

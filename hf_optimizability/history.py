@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from .clock import Clock
 from .files import finite
-from .measurement import PREFIX, Measurement, MeasurementFailure
+from .log_keys import PREFIX
+from .measurement import Measurement, MeasurementFailure
 
 
 logger = logging.get_logger(__name__)

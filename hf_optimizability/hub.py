@@ -26,7 +26,11 @@ from .model_card import ModelCardError, with_report
 from .privacy import in_strings, without_secrets
 from .report import OptimizabilityReport
 from .report.formatting import one_line
-from .report.markdown import ALT_TEXTS, CARD_FOLDER, card_section
+from .report.markdown import (
+    ALT_TEXTS,
+    CARD_FOLDER,
+    card_section,
+)
 
 
 __all__ = ["HubError", "ModelCardError", "add_to_model_folder", "card_section", "explained", "push"]

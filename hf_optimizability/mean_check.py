@@ -12,11 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .batches import Unit, batch_size, count_units
+from .batches import (
+    Unit,
+    batch_size,
+    count_units,
+)
 from .curvature.displacement import displaced
-from .measurement import MeasurementError, SelfCheck
+from .errors import MeasurementError
 from .memory import out_of_memory
 from .objective import Objective, ProbeBatch
+from .self_check import SelfCheck
 from .snapshot_tensors import digest
 
 

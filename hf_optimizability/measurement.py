@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from .curvature.conflict import SAME
 from .curvature.eigenvalue_check import EigenvalueCheck
@@ -14,105 +14,7 @@ from .curvature.estimates import Estimate
 from .curvature.landscape import Landscape
 from .curvature.sketch import HessianEstimates
 from .curvature.step import CriticalLearningRate, QuadraticModel
-
-
-PREFIX = "optimizability/"
-"""Before every key that is logged, so that none collides with the Trainer's."""
-
-
-Unit = Literal["items", "examples", "attended tokens", "pairs", "batches"]
-"""What a mean loss is over: what its labels or examples say (`count_items`), all examples, the tokens that
-`attention_mask` lets through, pairs whose second halves follow all first ones, or nothing that can be counted: then
-batches are kept as they were collated, and weighted by their examples."""
-
-
-class MeasurementError(RuntimeError):
-    """A measurement that can't be made, with the reason and what to do about it.
-
-    Attributes:
-        reason: What went wrong.
-        remedy: What the user can do.
-    """
-
-    def __init__(self, reason: str, remedy: str):
-        super().__init__(reason, remedy)  # so that it can be sent to another process
-        self.reason = reason
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.reason} {self.remedy}"
-
-
-class WrongDerivativeError(MeasurementError):
-    """Second derivatives that are not those of the loss: another way to multiply may do without them."""
-
-
-class MeasurementInterruptedError(MeasurementError):
-    """A measurement that was given up between two passes, because training is about to stop."""
-
-    def __init__(
-        self,
-        reason: str = "The measurement was interrupted, because training is stopping.",
-        remedy: str = "Resume from the checkpoint; the next measurement is made there.",
-    ):
-        super().__init__(reason, remedy)
-
-
-@dataclass(frozen=True)
-class SelfCheck:
-    """What a measurement can be trusted with.
-
-    Attributes:
-        draws: Whether the model or its loss takes random numbers in eval mode. Each batch then has a draw of its own,
-            the same in all passes.
-        unit: What the mean losses of the batches are over.
-        can_cut: Whether smaller batches give the same mean; batches are kept as they were collated if not.
-        mean_error: Largest difference between a batch's mean loss and that of its halves, in this unit, relative to
-            the difference between the halves; `None` where they could not be compared.
-        slope_errors: Difference between g·v and differences of the loss, relative to ‖g‖‖v‖: along the gradient, and
-            along the gradient with a random sign for each tensor; `None` where the loss moves with the step.
-            None at all where the gradient is 0.
-        hooks_set_aside: Parameters whose gradient hooks did not run.
-        module_hooks: Modules whose hooks ran.
-    """
-
-    draws: bool
-    unit: Unit
-    can_cut: bool
-    mean_error: float | None
-    slope_errors: tuple[float | None, ...] | None
-    hooks_set_aside: tuple[str, ...] = ()
-    module_hooks: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return "; ".join([self._mean(), self._slope(), *self._notes()])
-
-    def _mean(self) -> str:
-        if self.mean_error is not None:
-            return f"the mean over {self.unit} of a batch is that of its halves"
-        if self.unit == "batches":
-            return "the loss is no mean over what can be counted, so batches are kept as collated"
-        return "batches were not compared with their halves"
-
-    def _slope(self) -> str:
-        errors = [error for error in self.slope_errors or () if error is not None]
-        if errors:
-            return f"the gradient is the slope of the loss (to {max(errors):.0e})"
-        return "the gradient could not be compared with differences of the loss"
-
-    def _notes(self) -> list[str]:
-        notes = ["random numbers in eval mode: each batch has the same draw in all passes"] if self.draws else []
-        if self.hooks_set_aside:
-            notes.append(f"gradient hooks set aside on {_shortened(self.hooks_set_aside)}")
-        if self.module_hooks:
-            notes.append(f"hooks ran in {_shortened(self.module_hooks)}")
-        return notes
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SelfCheck:
-        """Rebuild it from `dataclasses.asdict`."""
-        lists = {name: tuple(data[name] or ()) for name in ("slope_errors", "hooks_set_aside", "module_hooks")}
-        return cls(**{**data, **lists})
+from .self_check import SelfCheck
 
 
 @dataclass(frozen=True)
@@ -382,10 +284,6 @@ class Measurement:
             "eigenvalue_checks": tuple(map(EigenvalueCheck.from_dict, data.get("eigenvalue_checks", ()))),
         }
         return cls(**{key: value for key, value in {**data, **rebuilt}.items() if key != "converged"})
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _rebuilt(data: dict[str, Any] | None, rebuild: Callable[[dict[str, Any]], Any]) -> Any:

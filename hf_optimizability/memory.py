@@ -10,7 +10,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers.utils import logging
 
-from .measurement import MeasurementError
+from .errors import MeasurementError
 from .objective import Objective
 from .parallel import RankLostError
 

@@ -18,6 +18,7 @@ from transformers.utils.generic import find_labels
 from .batches import (
     IGNORED_LABEL,
     Batch,
+    Unit,
     batch_elements,
     batch_size,
     copy_batch,
@@ -28,9 +29,16 @@ from .batches import (
 )
 from .curvature.ranks import ALONE, Ranks
 from .curvature.rows import Rows
-from .measurement import MeasurementInterruptedError, SelfCheck, Unit
+from .errors import MeasurementInterruptedError
 from .model_state import ModelState
-from .safety import measuring, pretrained, quantization, rng_state, seed_all
+from .safety import (
+    measuring,
+    pretrained,
+    quantization,
+    rng_state,
+    seed_all,
+)
+from .self_check import SelfCheck
 
 
 LossFunction = Callable[[nn.Module, Batch], "Tensor | tuple[Tensor, int]"]

@@ -19,10 +19,14 @@ from transformers.utils import logging
 from .batches import batch_size as examples_in
 from .curvature.ranks import ALONE, Ranks
 from .data_state import DataState, preserved_data
-from .measurement import MeasurementError
+from .errors import MeasurementError
 from .privacy import without_secrets
 from .safety import preserved_rng
-from .task_split import require_several, smaller_batches, tasks_of_rows
+from .task_split import (
+    require_several,
+    smaller_batches,
+    tasks_of_rows,
+)
 
 
 logger = logging.get_logger(__name__)

@@ -12,9 +12,13 @@ from torch import Tensor
 from .batches import listed
 from .curvature.displacement import displaced
 from .curvature.vectors import dot
-from .gradients import Gradient, gradient, norm_of
+from .errors import MeasurementError
+from .gradients import (
+    Gradient,
+    gradient,
+    norm_of,
+)
 from .mean_check import mean_loss, moved_far
-from .measurement import MeasurementError
 from .objective import Objective
 from .padding_rows import without_padding_rows
 

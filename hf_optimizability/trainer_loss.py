@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch, count_items
-from .measurement import MeasurementError
+from .errors import MeasurementError
 from .objective import LossFunction
 from .unfused_losses import unfused_losses
 

@@ -45,7 +45,11 @@ from hf_optimizability.probe import probe_batches
 from hf_optimizability.report.plots import BLUE, VERMILLION
 from hf_optimizability.safety import measuring
 from hf_optimizability.tasks import image_classification
-from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
+from hf_optimizability.tasks.fine_tuning import (
+    fine_tune,
+    load,
+    parse_arguments,
+)
 
 
 @dataclass

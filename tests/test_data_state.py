@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hf_optimizability.measurement import MeasurementError
+from hf_optimizability.errors import MeasurementError
 from hf_optimizability.probe import probe_batches
 
 

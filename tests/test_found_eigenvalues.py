@@ -22,9 +22,13 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability import (
+    MeasurementError,
+    OptimizabilityConfig,
+    measure,
+)
 from hf_optimizability.curvature.eigenvalue_check import check_eigenvalues
-from hf_optimizability.curvature.operators import DenseOperator
+from hf_optimizability.curvature.operator import DenseOperator
 from hf_optimizability.forecast import forecast
 from hf_optimizability.measure import measure_objective
 from hf_optimizability.objective import Objective

@@ -26,12 +26,21 @@ from transformers import (
     Trainer,
 )
 
-from hf_optimizability import MeasurementError, OptimizabilityConfig, measure, snapshot_tensors
+from hf_optimizability import (
+    MeasurementError,
+    OptimizabilityConfig,
+    measure,
+    snapshot_tensors,
+)
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
 from hf_optimizability.measure import measure_objective
-from hf_optimizability.model_state import ModelState, eval_mode, settle
+from hf_optimizability.model_state import (
+    ModelState,
+    eval_mode,
+    settle,
+)
 from hf_optimizability.objective import Objective
 from hf_optimizability.safety import measuring
 from hf_optimizability.snapshot import MOST_ITEMS, Snapshot

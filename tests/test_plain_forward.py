@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability import (
+    MeasurementError,
+    OptimizabilityConfig,
+    measure,
+)
 from hf_optimizability.plain_forward import nonreentrant_checkpoints, without_autocast
 
 

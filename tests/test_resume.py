@@ -29,7 +29,12 @@ from hf_optimizability import (
     OptimizabilityTrainer,
 )
 from hf_optimizability.clock import Clock
-from hf_optimizability.history import RECORD, RECORDS, record, restore
+from hf_optimizability.history import (
+    RECORD,
+    RECORDS,
+    record,
+    restore,
+)
 from hf_optimizability.measurement import MeasurementFailure
 from hf_optimizability.provenance import describe_config
 

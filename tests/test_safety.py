@@ -26,7 +26,11 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability import (
+    MeasurementError,
+    OptimizabilityConfig,
+    measure,
+)
 from hf_optimizability.probe import probe_batches
 from hf_optimizability.safety import (
     eager_attention,

@@ -29,7 +29,12 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability import (
+    Measurement,
+    MeasurementError,
+    OptimizabilityConfig,
+    measure,
+)
 from hf_optimizability.gradients import gradient
 from hf_optimizability.mean_check import check_mean, mean_loss
 from hf_optimizability.objective import Objective

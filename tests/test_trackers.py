@@ -16,7 +16,7 @@ import training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
-from hf_optimizability.measurement import PREFIX
+from hf_optimizability.log_keys import PREFIX
 
 
 def trained(folder: Path, tracker: str) -> dict[tuple[int, str], float]:

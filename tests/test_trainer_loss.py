@@ -13,7 +13,7 @@ import training
 from torch import Tensor, nn
 from transformers import BatchEncoding, Trainer
 
-from hf_optimizability.measurement import MeasurementError
+from hf_optimizability.errors import MeasurementError
 from hf_optimizability.trainer_loss import trainer_loss
 
 

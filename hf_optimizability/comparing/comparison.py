@@ -15,11 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import finite, write_atomically
-from ..measurement import PREFIX
+from ..log_keys import PREFIX
 from ..report import OptimizabilityReport
 from ..report.schema import parse
 from ..scoring.checkpoint import CheckpointScores
-from .ranking import Ranking, normal_draws, paired_bootstrap, rank
+from .ranking import (
+    Ranking,
+    normal_draws,
+    paired_bootstrap,
+    rank,
+)
 
 
 Quality = Literal["accuracy", "loss"]

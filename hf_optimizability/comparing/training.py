@@ -24,7 +24,7 @@ from .. import provenance
 from ..configuration import OptimizabilityConfig
 from ..dynamics import compute_dynamics
 from ..generalization import GAP_EXAMPLES
-from ..measurement import PREFIX
+from ..log_keys import PREFIX
 from ..privacy import anonymous, in_strings
 from ..probe import probe_indices
 from ..report import OptimizabilityReport

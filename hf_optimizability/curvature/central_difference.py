@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..gradients import gradient_sum, norm_of
-from .operators import ObjectiveOperator, SumOfLosses, SymmetricOperator
+from .operator import SymmetricOperator
+from .operators import ObjectiveOperator, SumOfLosses
 from .ranks import ALONE, Ranks
 from .rows import Rows
 from .vectors import norm

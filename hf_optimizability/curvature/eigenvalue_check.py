@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .operators import SymmetricOperator
+from .operator import SymmetricOperator
 from .vectors import dot
 
 

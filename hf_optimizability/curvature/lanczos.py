@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..device_memory import free_memory
 from .estimates import Estimate, Spectrum
-from .operators import SymmetricOperator
+from .operator import SymmetricOperator
 from .rows import Rows
 from .vectors import as_rows
 
@@ -265,14 +264,6 @@ def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
     """How many of the operator's vectors half of a device's free memory holds."""
     fit = free_memory(device) // 2 // (max(len(operator.rows), 1) * operator.dtype.itemsize)
     return min(operator.rows.ranks.gather(operator.ranks.gather([fit])))  # all go the same way
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; of a host's memory, the share of each process that a launcher put there."""
-    if device.type == "cuda":  # what torch keeps to give out again is free to us
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _start_rows(operator: SymmetricOperator, number: int, seed: int, device: torch.device) -> Tensor:

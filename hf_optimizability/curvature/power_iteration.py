@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .estimates import Estimate
-from .operators import SymmetricOperator
+from .operator import SymmetricOperator
 from .vectors import dot, norm
 
 

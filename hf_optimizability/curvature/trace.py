@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .estimates import Estimate
 from .jackknife import jackknife
-from .operators import SymmetricOperator
+from .operator import SymmetricOperator
 from .ranks import ALONE, Ranks
 from .vectors import as_rows
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .operators import SymmetricOperator
+from .operator import SymmetricOperator
 from .trace import (
     LOCKSTEP,
     PartTraces,

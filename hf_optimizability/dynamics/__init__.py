@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from ..measurement import PREFIX
+from ..log_keys import PREFIX
 from .convergence_speed import ConvergenceSpeed, fit_convergence
 from .generalization_gap import GeneralizationGap, compare_losses
 from .stability import Stability, count_setbacks

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..curvature.estimates import Estimate
 from ..curvature.step import CriticalLearningRate
-from ..measurement import PREFIX
+from ..log_keys import PREFIX
 from .formatting import one_line
 from .report import OptimizabilityReport
 from .series import (

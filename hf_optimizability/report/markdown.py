@@ -22,7 +22,14 @@ from .formatting import (
     one_line,
 )
 from .report import OptimizabilityReport
-from .templating import environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
+from .templating import (
+    environment,
+    first_and_last,
+    flattened,
+    text_without_strings,
+    title_of,
+    trace_shares,
+)
 
 
 CARD_FOLDER = "optimizability"

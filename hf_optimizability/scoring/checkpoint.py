@@ -13,7 +13,7 @@ from torch import nn
 from ..batches import cut_batch
 from ..configuration import OptimizabilityConfig
 from ..engines import Way, first_that_works
-from ..measurement import MeasurementError
+from ..errors import MeasurementError
 from ..objective import LossFunction, Objective
 from ..safety import full_precision, measuring
 from .features import head_features

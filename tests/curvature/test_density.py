@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_optimizability.curvature.density import Density, density
 from hf_optimizability.curvature.lanczos import LanczosRun, lanczos
-from hf_optimizability.curvature.operators import DenseOperator
+from hf_optimizability.curvature.operator import DenseOperator
 from hf_optimizability.curvature.rows import Rows
 
 

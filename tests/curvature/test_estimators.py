@@ -9,7 +9,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from hf_optimizability.curvature.operators import DenseOperator
+from hf_optimizability.curvature.operator import DenseOperator
 from hf_optimizability.curvature.power_iteration import power_iteration
 
 

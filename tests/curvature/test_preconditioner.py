@@ -14,8 +14,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers.optimization import Adafactor
 
 from hf_optimizability.curvature.lanczos import lanczos
-from hf_optimizability.curvature.operators import DenseOperator
-from hf_optimizability.curvature.preconditioner import PreconditionedOperator, optimizer_update, read_preconditioner
+from hf_optimizability.curvature.operator import DenseOperator
+from hf_optimizability.curvature.preconditioned import PreconditionedOperator
+from hf_optimizability.curvature.preconditioner import optimizer_update, read_preconditioner
 
 
 Parameters = list[nn.Parameter]

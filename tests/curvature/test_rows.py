@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hf_optimizability.curvature.lanczos import lanczos
-from hf_optimizability.curvature.operators import DenseOperator, SymmetricOperator
+from hf_optimizability.curvature.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.curvature.power_iteration import power_iteration
-from hf_optimizability.curvature.preconditioner import PreconditionedOperator
+from hf_optimizability.curvature.preconditioned import PreconditionedOperator
 from hf_optimizability.curvature.ranks import Ranks
 from hf_optimizability.curvature.rows import Rows
 from hf_optimizability.curvature.sketch import Sketch, sketch

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_optimizability.curvature.jackknife import jackknife
-from hf_optimizability.curvature.operators import DenseOperator, HessianOperator, SymmetricOperator
+from hf_optimizability.curvature.operator import DenseOperator, SymmetricOperator
+from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.curvature.trace import (
     LOCKSTEP,
     MIN_PROBES,

@@ -16,7 +16,8 @@ from torch.optim import SGD, Adam, Optimizer
 
 from hf_optimizability.curvature.lanczos import lanczos
 from hf_optimizability.curvature.operators import HessianOperator
-from hf_optimizability.curvature.preconditioner import PreconditionedOperator, read_preconditioner
+from hf_optimizability.curvature.preconditioned import PreconditionedOperator
+from hf_optimizability.curvature.preconditioner import read_preconditioner
 from hf_optimizability.gradients import gradient
 
 

@@ -13,7 +13,12 @@ import numpy as np
 
 from hf_optimizability.curvature.density import density
 from hf_optimizability.curvature.estimates import Estimate
-from hf_optimizability.curvature.landscape import Axis, Landscape, LossLine, LossPlane
+from hf_optimizability.curvature.landscape import (
+    Axis,
+    Landscape,
+    LossLine,
+    LossPlane,
+)
 from hf_optimizability.curvature.sketch import HessianEstimates
 from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
 from hf_optimizability.measurement import (
@@ -21,13 +26,13 @@ from hf_optimizability.measurement import (
     Conflict,
     Measurement,
     MeasurementFailure,
-    SelfCheck,
     SeveralTasks,
     StepMeasurement,
     TaskBlock,
     TaskMeasurement,
 )
 from hf_optimizability.report import OptimizabilityReport
+from hf_optimizability.self_check import SelfCheck
 
 
 def make_estimate(value: float, error: float, *, kind: str = "residual", converged: bool = True) -> Estimate:

@@ -16,7 +16,12 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from hf_optimizability.curvature.density import Density
 from hf_optimizability.curvature.estimates import Estimate
-from hf_optimizability.curvature.landscape import Axis, Landscape, LossLine, LossPlane
+from hf_optimizability.curvature.landscape import (
+    Axis,
+    Landscape,
+    LossLine,
+    LossPlane,
+)
 from hf_optimizability.curvature.sketch import HessianEstimates
 from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
 from hf_optimizability.measurement import (
@@ -24,7 +29,6 @@ from hf_optimizability.measurement import (
     Conflict,
     Measurement,
     MeasurementFailure,
-    SelfCheck,
     SeveralTasks,
     StepMeasurement,
     TaskBlock,
@@ -34,6 +38,7 @@ from hf_optimizability.report import SCHEMA_VERSION, OptimizabilityReport
 from hf_optimizability.report.findings import SEVERITIES, Finding
 from hf_optimizability.report.markdown import to_markdown
 from hf_optimizability.report.schema import report_schema, upgraded
+from hf_optimizability.self_check import SelfCheck
 
 from .damage import HOSTILE, damaged, to_json
 from .example import make_report, with_tasks
