@@ -27,11 +27,7 @@ import numpy as np
 from workloads import CACHE, TEXT_CHECKPOINT, TEXT_DATA, VISION_CHECKPOINT, VISION_DATA
 
 from hf_optimizability import Comparison, compare
-from hf_optimizability.comparing.ranking import (
-    CONFIDENCE,
-    paired_bootstrap,
-    rank,
-)
+from hf_optimizability.comparing.ranking import CONFIDENCE, paired_bootstrap, rank
 from hf_optimizability.files import write_atomically
 
 

@@ -23,11 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
-from hf_optimizability import (
-    MeasurementError,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.trainer_loss import trainer_loss
 
 

@@ -34,8 +34,8 @@ from hf_optimizability.curvature.operator import SymmetricOperator
 from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.curvature.used_rows import used_rows
+from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective import Objective
-from hf_optimizability.safety import math_attention, measuring
 
 
 Batch = dict[str, Tensor]

@@ -26,12 +26,8 @@ from peers import memory, peak_memory, seconds
 from transformers.utils import logging
 from workloads import BATCH_SIZE, ROOT, TITLES, Workload, WorkloadName, load, text, vision
 
-from hf_optimizability import (
-    Measurement,
-    OptimizabilityConfig,
-    measure,
-)
-from hf_optimizability.configuration import PROFILES
+from hf_optimizability import Measurement, OptimizabilityConfig, measure
+from hf_optimizability.config import PROFILES
 from hf_optimizability.forecast import Forecast, forecast
 
 

@@ -35,8 +35,8 @@ from workloads import CACHE, WORKLOADS, Workload, WorkloadName, load
 from hf_optimizability.curvature.decoupled import DecoupledHessian
 from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.curvature.used_rows import used_rows
+from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective import Objective
-from hf_optimizability.safety import math_attention, measuring
 
 
 @dataclass(frozen=True)

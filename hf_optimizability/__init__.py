@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .callback import OptimizabilityCallback as OptimizabilityCallback
     from .comparing.comparison import Comparison as Comparison
     from .comparing.running import compare as compare
-    from .configuration import OptimizabilityConfig as OptimizabilityConfig
+    from .config import OptimizabilityConfig as OptimizabilityConfig
     from .errors import MeasurementError as MeasurementError
     from .forecast import Forecast as Forecast
     from .forecast import forecast as forecast

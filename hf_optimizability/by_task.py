@@ -11,23 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from .configuration import OptimizabilityConfig
-from .curvature.conflict import (
-    BatchProducts,
-    TaskGram,
-    batch_products,
-)
+from .config import OptimizabilityConfig
+from .curvature.conflict import BatchProducts, TaskGram, batch_products
 from .curvature.estimates import Estimate
 from .curvature.lanczos import lanczos
 from .curvature.sketch import Sketch
 from .curvature.trace import student_quantile
 from .engines import OnProducts, Way
-from .measurement import (
-    Conflict,
-    SeveralTasks,
-    TaskBlock,
-    TaskMeasurement,
-)
+from .measurement import Conflict, SeveralTasks, TaskBlock, TaskMeasurement
 from .objective import Objective
 
 

@@ -18,46 +18,24 @@ from transformers.utils import logging
 
 from . import provenance
 from .clock import Clock
-from .configuration import OptimizabilityConfig
+from .config import OptimizabilityConfig
 from .curvature.preconditioner import unwrapped
 from .curvature.ranks import Ranks
 from .errors import MeasurementError, MeasurementInterruptedError
 from .files import keep_aside, require_writable
 from .fsdp import class_name
-from .history import (
-    merged_log,
-    record,
-    restore,
-)
+from .history import merged_log, record, restore
 from .log_keys import PREFIX
 from .loss_scale import explanation, loss_scale
-from .measure import (
-    block_indices,
-    measure_objective,
-    measuring_bar,
-)
-from .measurement import (
-    Measurement,
-    MeasurementFailure,
-    SeveralTasks,
-    TaskMeasurement,
-)
+from .measure import block_indices, measure_objective, measuring_bar
+from .measurement import Measurement, MeasurementFailure, SeveralTasks, TaskMeasurement
 from .memory import out_of_memory
+from .model_state.measuring import pretrained
 from .objective import Objective
 from .parallel import RankLostError, training_ranks
-from .privacy import (
-    anonymous,
-    in_strings,
-    without_secrets,
-)
-from .probe import (
-    dataset_of,
-    probe_batches,
-    probe_batches_by_task,
-    tensors_in,
-)
+from .probe import dataset_of, probe_batches, probe_batches_by_task, tensors_in
+from .redaction import anonymous, in_strings, without_secrets
 from .report import OptimizabilityReport
-from .safety import pretrained
 from .schedule import affordable
 from .stopping import StopRequests
 from .supported import deepspeed_limits, require_supported

@@ -328,14 +328,9 @@ def _task_and_parser(task_name: str | None, args: Sequence[str]) -> tuple[Task, 
     """The task, told from the checkpoint if it is not named, and the parser of all its flags."""
     from transformers import TrainingArguments
 
-    from .configuration import OptimizabilityConfig
+    from .config import OptimizabilityConfig
     from .tasks.checkpoint import CheckpointArguments
-    from .tasks.fine_tuning import (
-        TASKS,
-        FlagParser,
-        made_for,
-        parse_arguments,
-    )
+    from .tasks.fine_tuning import TASKS, FlagParser, made_for, parse_arguments
 
     tasks = [task for task in TASKS if task_name == task.NAME]
     if task_name is None:

@@ -13,7 +13,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers.utils import logging
 
-from .configuration import OptimizabilityConfig
+from .config import OptimizabilityConfig
 from .curvature.central_difference import CentralDifferenceHessian, usual_step
 from .curvature.custom_functions import require_second_derivatives
 from .curvature.fisher import EmpiricalFisherOperator
@@ -23,13 +23,9 @@ from .curvature.operators import HessianOperator, ObjectiveOperator
 from .curvature.twice_differentiable import CheapSecondDerivatives
 from .curvature.vectors import norm
 from .errors import MeasurementError, WrongDerivativeError
+from .model_state.measuring import eager_attention, math_attention, pretrained
 from .objective import Objective
-from .privacy import anonymous, without_secrets
-from .safety import (
-    eager_attention,
-    math_attention,
-    pretrained,
-)
+from .redaction import anonymous, without_secrets
 
 
 logger = logging.get_logger(__name__)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .batches import Batch, batch_size
-from .configuration import OptimizabilityConfig
+from .config import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.decoupled import DecoupledHessian
 from .curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
@@ -28,21 +28,11 @@ from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .engines import Way, first_that_works
 from .fsdp import measurable, reshard
-from .measure import (
-    block_indices,
-    checked,
-    finite_gradient,
-)
+from .measure import block_indices, checked, finite_gradient
 from .memory import in_memory
+from .model_state.measuring import full_precision, measuring
 from .objective import LossFunction, Objective
-from .safety import full_precision, measuring
-from .stages import (
-    Price,
-    Prices,
-    Products,
-    count_products,
-    list_stages,
-)
+from .stages import Price, Prices, Products, count_products, list_stages
 
 
 _GRADIENTS = 9

@@ -16,21 +16,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 
 from .batches import batch_size
-from .configuration import OptimizabilityConfig
+from .config import OptimizabilityConfig
 from .curvature.preconditioner import Held
 from .curvature.ranks import Ranks
 from .curvature.rows import Rows
 from .device_memory import free_memory
 from .errors import MeasurementError
 from .gradients import norm_of
-from .model_state import settle
+from .model_state.state import settle
 from .objective import Objective, ProbeBatch
-from .stages import (
-    Price,
-    Prices,
-    count_products,
-    list_stages,
-)
+from .stages import Price, Prices, count_products, list_stages
 
 
 _SHARE = 0.5

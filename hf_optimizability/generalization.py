@@ -13,23 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .batches import Unit
-from .configuration import OptimizabilityConfig
+from .config import OptimizabilityConfig
 from .curvature.ranks import ALONE, Ranks
 from .log_keys import PREFIX
 from .measurement import TaskMeasurement
-from .model_state import eval_mode
+from .model_state.measuring import measuring, preserved_rng, pretrained
+from .model_state.state import eval_mode
 from .objective import Objective
-from .probe import (
-    LEAST_EXAMPLES,
-    num_examples,
-    probe_batches,
-)
+from .probe import LEAST_EXAMPLES, num_examples, probe_batches
 from .provenance import describe_task
-from .safety import (
-    measuring,
-    preserved_rng,
-    pretrained,
-)
 from .trainer_loss import trainer_loss
 
 

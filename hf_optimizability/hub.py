@@ -23,14 +23,10 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx, 
 
 from .files import write_atomically
 from .model_card import ModelCardError, with_report
-from .privacy import in_strings, without_secrets
+from .redaction import in_strings, without_secrets
 from .report import OptimizabilityReport
 from .report.formatting import one_line
-from .report.markdown import (
-    ALT_TEXTS,
-    CARD_FOLDER,
-    card_section,
-)
+from .report.markdown import ALT_TEXTS, CARD_FOLDER, card_section
 
 
 __all__ = ["HubError", "ModelCardError", "add_to_model_folder", "card_section", "explained", "push"]

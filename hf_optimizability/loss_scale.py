@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .batches import copy_batch
-from .model_state import ModelState
+from .model_state.measuring import measuring
+from .model_state.state import ModelState
 from .objective import Batch
-from .safety import measuring
 from .trainer_loss import trainer_loss
 from .unfused_losses import unfused_losses
 

@@ -20,83 +20,37 @@ from transformers.optimization import Adafactor
 from transformers.utils import logging
 
 from .blocks import match_blocks, name_blocks
-from .by_task import (
-    TaskCurvature,
-    eigenvalues_by_task,
-    means_by_task,
-    several_tasks,
-    traces_by_task,
-)
-from .configuration import OptimizabilityConfig
+from .by_task import TaskCurvature, eigenvalues_by_task, means_by_task, several_tasks, traces_by_task
+from .config import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.decoupled import DecoupledHessian
 from .curvature.eigenvalue_check import EigenvalueCheck
 from .curvature.estimates import Estimate, Spectrum
 from .curvature.gauss_newton import split_trace
 from .curvature.lanczos import lanczos, lanczos_by_segment
-from .curvature.landscape import (
-    Landscape,
-    LossLine,
-    LossPlane,
-    loss_line,
-    loss_plane,
-)
+from .curvature.landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
 from .curvature.noise_scale import MIN_PARTS, noise_scale
 from .curvature.operator import SharedColumns, SymmetricOperator
 from .curvature.operators import ObjectiveOperator
 from .curvature.preconditioned import PreconditionedOperator
-from .curvature.preconditioner import (
-    Preconditioner,
-    optimizer_update,
-    read_preconditioner,
-)
+from .curvature.preconditioner import Preconditioner, optimizer_update, read_preconditioner
 from .curvature.preconditioner import unwrapped as unwrapped_optimizer
 from .curvature.sketch import Sketch, sketch
-from .curvature.step import (
-    QuadraticModel,
-    critical_learning_rate,
-    loss_along,
-    quadratic_model,
-)
+from .curvature.step import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
 from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .curvature.vectors import dot, norm
-from .engines import (
-    OnProducts,
-    Way,
-    first_that_works,
-)
+from .engines import OnProducts, Way, first_that_works
 from .errors import MeasurementError
-from .found_eigenvalues import (
-    check_along_eigenvectors,
-    engine_error,
-    require_symmetric,
-)
-from .fsdp import (
-    ShardedObjective,
-    is_sharded,
-    measurable,
-    reshard,
-)
-from .gradients import (
-    Gradient,
-    gradient,
-    norm_of,
-)
+from .found_eigenvalues import check_along_eigenvectors, engine_error, require_symmetric
+from .fsdp import ShardedObjective, is_sharded, measurable, reshard
+from .gradients import Gradient, gradient, norm_of
 from .mean_check import check_mean, weights_left_alone
-from .measurement import (
-    BlockMeasurement,
-    Measurement,
-    StepMeasurement,
-)
+from .measurement import BlockMeasurement, Measurement, StepMeasurement
 from .memory import in_memory, out_of_memory
-from .objective import (
-    Batch,
-    LossFunction,
-    Objective,
-)
+from .model_state.measuring import full_precision, measuring
+from .objective import Batch, LossFunction, Objective
 from .parallel import training_ranks
-from .safety import full_precision, measuring
 from .self_check import SelfCheck
 from .slope_check import slope_errors
 from .supported import require_supported

@@ -30,14 +30,8 @@ from .batches import (
 from .curvature.ranks import ALONE, Ranks
 from .curvature.rows import Rows
 from .errors import MeasurementInterruptedError
-from .model_state import ModelState
-from .safety import (
-    measuring,
-    pretrained,
-    quantization,
-    rng_state,
-    seed_all,
-)
+from .model_state.measuring import measuring, pretrained, quantization, rng_state, seed_all
+from .model_state.state import ModelState
 from .self_check import SelfCheck
 
 

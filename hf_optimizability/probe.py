@@ -20,13 +20,9 @@ from .batches import batch_size as examples_in
 from .curvature.ranks import ALONE, Ranks
 from .data_state import DataState, preserved_data
 from .errors import MeasurementError
-from .privacy import without_secrets
-from .safety import preserved_rng
-from .task_split import (
-    require_several,
-    smaller_batches,
-    tasks_of_rows,
-)
+from .model_state.measuring import preserved_rng
+from .redaction import without_secrets
+from .task_split import require_several, smaller_batches, tasks_of_rows
 
 
 logger = logging.get_logger(__name__)

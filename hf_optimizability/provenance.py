@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from .batches import batch_size, count_items
-from .configuration import OptimizabilityConfig
+from .config import OptimizabilityConfig
 from .fsdp import class_name
+from .model_state.measuring import pretrained
 from .probe import fingerprint, num_examples
-from .safety import pretrained
 
 
 _ARGUMENTS = (

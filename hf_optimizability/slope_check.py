@@ -13,11 +13,7 @@ from .batches import listed
 from .curvature.displacement import displaced
 from .curvature.vectors import dot
 from .errors import MeasurementError
-from .gradients import (
-    Gradient,
-    gradient,
-    norm_of,
-)
+from .gradients import Gradient, gradient, norm_of
 from .mean_check import mean_loss, moved_far
 from .objective import Objective
 from .padding_rows import without_padding_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .configuration import OptimizabilityConfig
+from .config import OptimizabilityConfig
 from .curvature.lanczos import SLAB
 from .curvature.sketch import DEFLATED
 from .curvature.trace import LOCKSTEP

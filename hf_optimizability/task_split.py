@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from .curvature.noise_scale import MIN_PARTS
+from .model_state.measuring import pretrained
 from .objective import Batch
-from .safety import pretrained
 
 
 MOST_TASKS = 16

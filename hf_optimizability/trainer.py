@@ -13,17 +13,13 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from .callback import OptimizabilityCallback
-from .configuration import OptimizabilityConfig
+from .config import OptimizabilityConfig
 from .fsdp import norms_over_ranks
-from .hub import (
-    HubError,
-    add_to_model_folder,
-    explained,
-)
+from .hub import HubError, add_to_model_folder, explained
 from .log_keys import PREFIX
 from .measure import block_indices
 from .objective import trainable_parameters
-from .privacy import without_secrets
+from .redaction import without_secrets
 from .report import OptimizabilityReport
 from .report.markdown import CARD_FOLDER
 

@@ -41,11 +41,7 @@ from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.objective import IGNORED_LABEL
 from hf_optimizability.tasks.checkpoint import own_config
 from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
-from hf_optimizability.tasks.labelled_data import (
-    DataSetArguments,
-    drawn,
-    load_data,
-)
+from hf_optimizability.tasks.labelled_data import DataSetArguments, drawn, load_data
 from hf_optimizability.tasks.text_classification import ModelArguments
 
 

@@ -23,11 +23,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.tasks import image_classification
-from hf_optimizability.tasks.fine_tuning import (
-    fine_tune,
-    load,
-    parse_arguments,
-)
+from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
 
 
 def main() -> None:

@@ -26,11 +26,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
 
 import keras
 
-from hf_optimizability import (
-    Measurement,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import Measurement, OptimizabilityConfig, measure
 
 
 Batch = dict[str, torch.Tensor]

@@ -40,16 +40,12 @@ from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.curvature.trace import hutchinson
 from hf_optimizability.files import write_atomically
 from hf_optimizability.measure import block_indices
+from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective import Objective
 from hf_optimizability.probe import probe_batches
 from hf_optimizability.report.plots import BLUE, VERMILLION
-from hf_optimizability.safety import measuring
 from hf_optimizability.tasks import image_classification
-from hf_optimizability.tasks.fine_tuning import (
-    fine_tune,
-    load,
-    parse_arguments,
-)
+from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
 
 
 @dataclass

@@ -32,23 +32,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import HfArgumentParser, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_optimizability import (
-    Measurement,
-    OptimizabilityConfig,
-    OptimizabilityTrainer,
-)
+from hf_optimizability import Measurement, OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.files import write_atomically
-from hf_optimizability.report.plots import (
-    BLUE,
-    GREY,
-    VERMILLION,
-)
+from hf_optimizability.report.plots import BLUE, GREY, VERMILLION
 from hf_optimizability.tasks import image_classification
-from hf_optimizability.tasks.fine_tuning import (
-    fine_tune,
-    load,
-    parse_arguments,
-)
+from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
 
 
 @dataclass

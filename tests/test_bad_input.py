@@ -15,13 +15,7 @@ import training
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_optimizability import (
-    OptimizabilityCallback,
-    OptimizabilityConfig,
-    OptimizabilityTrainer,
-    forecast,
-    measure,
-)
+from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer, forecast, measure
 
 
 class NoStep(TrainerCallback):

@@ -18,12 +18,7 @@ from test_hands_off import assert_equal, run
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from hf_optimizability import (
-    OptimizabilityCallback,
-    OptimizabilityConfig,
-    OptimizabilityReport,
-    OptimizabilityTrainer,
-)
+from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 
 
 def make(folder: Path, cls: type[Trainer] = Trainer, **options: Any) -> Trainer:

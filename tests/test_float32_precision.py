@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers.utils.import_utils import enable_tf32
 
-from hf_optimizability import float32_precision
-from hf_optimizability.float32_precision import ieee_float32
-from hf_optimizability.safety import measuring
+from hf_optimizability.model_state import float32_precision
+from hf_optimizability.model_state.float32_precision import ieee_float32
+from hf_optimizability.model_state.measuring import measuring
 
 
 BACKENDS: Any = torch.backends

@@ -22,11 +22,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from hf_optimizability import (
-    MeasurementError,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.eigenvalue_check import check_eigenvalues
 from hf_optimizability.curvature.operator import DenseOperator
 from hf_optimizability.forecast import forecast

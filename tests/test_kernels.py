@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hf_optimizability import MeasurementError
-from hf_optimizability.plain_layers import plain_layers
-from hf_optimizability.safety import measuring
+from hf_optimizability.model_state.measuring import measuring
+from hf_optimizability.model_state.plain_layers import plain_layers
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "kernels.md").read_text(encoding="utf-8").splitlines()

@@ -11,12 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_optimizability import (
-    Measurement,
-    MeasurementError,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
 
 
 ROWS = tiny_models.cut(tiny_models.examples("bert", 6, dtype=torch.float32), 3)

@@ -13,12 +13,7 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from hf_optimizability import (
-    Measurement,
-    MeasurementError,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.blocks import name_blocks
 from hf_optimizability.measure import measure_objective
 from hf_optimizability.objective import Objective

@@ -26,24 +26,16 @@ from transformers import (
     Trainer,
 )
 
-from hf_optimizability import (
-    MeasurementError,
-    OptimizabilityConfig,
-    measure,
-    snapshot_tensors,
-)
+from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
 from hf_optimizability.measure import measure_objective
-from hf_optimizability.model_state import (
-    ModelState,
-    eval_mode,
-    settle,
-)
+from hf_optimizability.model_state import snapshot_tensors
+from hf_optimizability.model_state.measuring import measuring
+from hf_optimizability.model_state.snapshot import MOST_ITEMS, Snapshot
+from hf_optimizability.model_state.state import ModelState, eval_mode, settle
 from hf_optimizability.objective import Objective
-from hf_optimizability.safety import measuring
-from hf_optimizability.snapshot import MOST_ITEMS, Snapshot
 
 
 def contents(model: nn.Module) -> list[Any]:

@@ -20,12 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers.utils.import_utils import enable_tf32
 
-from hf_optimizability import (
-    Measurement,
-    OptimizabilityCallback,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import Measurement, OptimizabilityCallback, OptimizabilityConfig, measure
 from hf_optimizability.curvature import lanczos
 from hf_optimizability.device_memory import free_memory
 from hf_optimizability.measure import measure_objective

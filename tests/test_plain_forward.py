@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from hf_optimizability import (
-    MeasurementError,
-    OptimizabilityConfig,
-    measure,
-)
-from hf_optimizability.plain_forward import nonreentrant_checkpoints, without_autocast
+from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability.model_state.plain_forward import nonreentrant_checkpoints, without_autocast
 
 
 CONFIG = OptimizabilityConfig(eigen_tolerance=1e-3, max_hvps=64)

@@ -26,18 +26,9 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_optimizability import (
-    MeasurementError,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability.model_state.measuring import eager_attention, full_precision, preserved_rng, unpatched_forward
 from hf_optimizability.probe import probe_batches
-from hf_optimizability.safety import (
-    eager_attention,
-    full_precision,
-    preserved_rng,
-    unpatched_forward,
-)
 
 
 def draw() -> tuple[float, float, float]:

@@ -29,16 +29,11 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from hf_optimizability import (
-    Measurement,
-    MeasurementError,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.gradients import gradient
 from hf_optimizability.mean_check import check_mean, mean_loss
+from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective import Objective
-from hf_optimizability.safety import measuring
 from hf_optimizability.slope_check import slope_errors
 
 

@@ -24,11 +24,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from hf_optimizability import (
-    OptimizabilityConfig,
-    OptimizabilityTrainerMixin,
-    measure,
-)
+from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainerMixin, measure
 from hf_optimizability.errors import MeasurementError
 from hf_optimizability.trainer_loss import trainer_loss
 from hf_optimizability.unfused_losses import unfused_losses

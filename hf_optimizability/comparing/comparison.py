@@ -19,12 +19,7 @@ from ..log_keys import PREFIX
 from ..report import OptimizabilityReport
 from ..report.schema import parse
 from ..scoring.checkpoint import CheckpointScores
-from .ranking import (
-    Ranking,
-    normal_draws,
-    paired_bootstrap,
-    rank,
-)
+from .ranking import Ranking, normal_draws, paired_bootstrap, rank
 
 
 Quality = Literal["accuracy", "loss"]

@@ -10,14 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..report.charts import (
-    Chart,
-    Series,
-    make_bars,
-    make_chart,
-    make_line,
-    rounded,
-)
+from ..report.charts import Chart, Series, make_bars, make_chart, make_line, rounded
 from ..report.formatting import (
     MISSING,
     format_estimate,
@@ -29,24 +22,11 @@ from ..report.formatting import (
 )
 from ..report.html import render_page
 from ..report.markdown import markdown_environment
-from ..report.series import (
-    Points,
-    logged,
-    measured_steps,
-)
+from ..report.series import Points, logged, measured_steps
 from ..scoring.checkpoint import CheckpointScores
 from ..scoring.score import Score
-from .comparison import (
-    SCREENED_BY,
-    Comparison,
-    Entry,
-    Run,
-)
-from .ranking import (
-    CONFIDENCE,
-    Array,
-    Ranking,
-)
+from .comparison import SCREENED_BY, Comparison, Entry, Run
+from .ranking import CONFIDENCE, Array, Ranking
 
 
 SECTIONS = ("summary", "cost", "curves", "dynamics", "candidates", "method")

@@ -17,32 +17,14 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from .. import provenance
-from ..configuration import OptimizabilityConfig
-from ..files import (
-    finite,
-    require_writable,
-    write_atomically,
-)
-from ..privacy import anonymous, without_secrets
+from ..config import OptimizabilityConfig
+from ..files import finite, require_writable, write_atomically
+from ..redaction import anonymous, without_secrets
 from ..report import OptimizabilityReport
 from ..scoring.checkpoint import CheckpointScores
 from .arguments import ComparisonArguments
-from .candidates import (
-    CHECKPOINT,
-    Candidate,
-    Flag,
-    folder_name,
-    parse_candidates,
-)
-from .comparison import (
-    SCREENED_BY,
-    Comparison,
-    Entry,
-    Failure,
-    Round,
-    Run,
-    rank_entries,
-)
+from .candidates import CHECKPOINT, Candidate, Flag, folder_name, parse_candidates
+from .comparison import SCREENED_BY, Comparison, Entry, Failure, Round, Run, rank_entries
 
 
 if TYPE_CHECKING:
@@ -360,12 +342,7 @@ class Comparing:
     def _find_task(self, name: str | None) -> Task:
         """The task of that name, or what the first checkpoint that can be loaded was made for."""
         from ..tasks.checkpoint import CheckpointArguments
-        from ..tasks.fine_tuning import (
-            TASKS,
-            FlagParser,
-            made_for,
-            parse_arguments,
-        )
+        from ..tasks.fine_tuning import TASKS, FlagParser, made_for, parse_arguments
 
         if name is not None:
             found = [task for task in TASKS if name == task.NAME]

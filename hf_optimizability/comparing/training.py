@@ -21,12 +21,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import provenance
-from ..configuration import OptimizabilityConfig
+from ..config import OptimizabilityConfig
 from ..dynamics import compute_dynamics
 from ..generalization import GAP_EXAMPLES
 from ..log_keys import PREFIX
-from ..privacy import anonymous, in_strings
 from ..probe import probe_indices
+from ..redaction import anonymous, in_strings
 from ..report import OptimizabilityReport
 from ..tasks.checkpoint import CheckpointArguments
 from ..tasks.fine_tuning import Task, load

@@ -57,7 +57,7 @@ class CentralDifferenceHessian(ObjectiveOperator):
 
     Raises:
         ValueError: If a parameter is of less than float32: the step would round away. Hold
-            `hf_optimizability.safety.full_precision` around both the construction and the products.
+            `hf_optimizability.model_state.measuring.full_precision` around both the construction and the products.
         FloatingPointError: From a product that is not finite.
 
     Example:

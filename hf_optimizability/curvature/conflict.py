@@ -17,11 +17,7 @@ from torch import Tensor
 
 from .estimates import Estimate
 from .jackknife import jackknife
-from .noise_scale import (
-    MIN_PARTS,
-    NoiseScale,
-    noise_from_products,
-)
+from .noise_scale import MIN_PARTS, NoiseScale, noise_from_products
 from .operators import SumOfLosses
 from .ranks import ALONE, Ranks
 from .vectors import dot

@@ -17,14 +17,7 @@ from .estimates import Estimate
 from .operators import ObjectiveOperator, Variables
 from .products import require_second_derivative
 from .ranks import ALONE, Ranks
-from .trace import (
-    PartTraces,
-    Segments,
-    Tally,
-    TraceResult,
-    average,
-    exact_estimates,
-)
+from .trace import PartTraces, Segments, Tally, TraceResult, average, exact_estimates
 from .vectors import norm, segment_sums
 
 

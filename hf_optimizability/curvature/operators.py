@@ -12,10 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .operator import (
-    SymmetricOperator,
-    _forms,
-)
+from .operator import SymmetricOperator, _forms
 from .products import first_backward, second_backward
 from .ranks import ALONE, Ranks
 

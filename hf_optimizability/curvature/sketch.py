@@ -15,16 +15,7 @@ from .estimates import Estimate, Spectrum
 from .lanczos import lanczos
 from .operator import SymmetricOperator
 from .power_iteration import leading_eigenpair
-from .trace import (
-    MIN_PROBES,
-    Deflation,
-    PartTraces,
-    Segments,
-    TraceResult,
-    exact_trace,
-    hutchinson,
-    hutchplusplus,
-)
+from .trace import MIN_PROBES, Deflation, PartTraces, Segments, TraceResult, exact_trace, hutchinson, hutchplusplus
 from .vectors import as_rows
 from .xtrace import xtrace
 

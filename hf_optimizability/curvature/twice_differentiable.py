@@ -23,13 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .ctc import ctc_loss
-from .differentiate import (
-    Blank,
-    Mask,
-    blank,
-    is_asked,
-    is_variable,
-)
+from .differentiate import Blank, Mask, blank, is_asked, is_variable
 from .layer_norm import layer_norm
 
 

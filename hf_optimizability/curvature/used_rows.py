@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..model_state import settle
+from ..model_state.state import settle
 from .operators import SumOfLosses
 from .ranks import ALONE, Ranks
 

@@ -17,13 +17,7 @@ from ..blocks import EMBEDDINGS, HEAD
 from ..curvature.estimates import Estimate
 from ..curvature.step import stability_limit
 from ..measurement import Measurement, SeveralTasks
-from .formatting import (
-    format_estimate,
-    format_interval,
-    format_number,
-    format_percent,
-    format_with_error,
-)
+from .formatting import format_estimate, format_interval, format_number, format_percent, format_with_error
 from .series import batch_items
 
 

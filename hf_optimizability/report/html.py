@@ -18,24 +18,10 @@ from markupsafe import Markup, escape
 from ..curvature.landscape import LossPlane
 from ..measurement import Measurement
 from .charts import Chart, charts
-from .formatting import (
-    MISSING,
-    NOT_CONVERGED,
-    format_estimate,
-    format_number,
-    one_line,
-)
+from .formatting import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
 from .report import OptimizabilityReport
 from .series import landscapes
-from .templating import (
-    SHADES,
-    environment,
-    first_and_last,
-    flattened,
-    text_without_strings,
-    title_of,
-    trace_shares,
-)
+from .templating import SHADES, environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
 
 
 SECTIONS = (

@@ -24,11 +24,7 @@ from ..curvature.estimates import Estimate
 from ..curvature.landscape import LossLine, LossPlane
 from ..curvature.step import CriticalLearningRate
 from ..log_keys import PREFIX
-from .formatting import (
-    format_estimate,
-    format_number,
-    one_line,
-)
+from .formatting import format_estimate, format_number, one_line
 from .report import OptimizabilityReport
 from .series import (
     Points,

@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import finite, write_atomically
 from ..measurement import Measurement, MeasurementFailure
-from .schema import (
-    SCHEMA_VERSION,
-    parse,
-    upgraded,
-)
+from .schema import SCHEMA_VERSION, parse, upgraded
 
 
 if TYPE_CHECKING:

@@ -14,14 +14,7 @@ from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..curvature.estimates import Estimate
 from ..curvature.step import CriticalLearningRate
 from ..measurement import Measurement, SeveralTasks
-from .formatting import (
-    MISSING,
-    format_estimate,
-    format_interval,
-    format_number,
-    format_percent,
-    format_with_error,
-)
+from .formatting import MISSING, format_estimate, format_interval, format_number, format_percent, format_with_error
 from .report import OptimizabilityReport
 
 

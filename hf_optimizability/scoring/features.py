@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from ..safety import full_precision, measuring
+from ..model_state.measuring import full_precision, measuring
 
 
 def head_features(

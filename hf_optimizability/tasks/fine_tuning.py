@@ -14,15 +14,11 @@ from typing import Any, NoReturn, Protocol
 from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
 
-from ..configuration import OptimizabilityConfig
+from ..config import OptimizabilityConfig
 from ..trainer import OptimizabilityTrainer
 from . import image_classification, text_classification
 from .checkpoint import CheckpointArguments, own_config
-from .labelled_data import (
-    LabelledDataArguments,
-    load_splits,
-    numbered_as_in,
-)
+from .labelled_data import LabelledDataArguments, load_splits, numbered_as_in
 from .methods import with_frozen_features, with_lora
 from .metrics import compute_metrics
 

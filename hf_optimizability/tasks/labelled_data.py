@@ -10,11 +10,7 @@ from typing import ClassVar
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from transformers import PreTrainedConfig
 
-from .checkpoint import (
-    label2id,
-    loading,
-    same_classes,
-)
+from .checkpoint import label2id, loading, same_classes
 
 
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

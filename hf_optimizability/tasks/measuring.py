@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer
 
 from .. import provenance
-from ..configuration import OptimizabilityConfig
+from ..config import OptimizabilityConfig
 from ..measurement import Measurement
 from ..probe import probe_batches
 from ..report import OptimizabilityReport

@@ -10,12 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
-from hf_optimizability.comparing.ranking import (
-    CONFIDENCE,
-    normal_draws,
-    paired_bootstrap,
-    rank,
-)
+from hf_optimizability.comparing.ranking import CONFIDENCE, normal_draws, paired_bootstrap, rank
 
 
 Array = NDArray[np.float64]

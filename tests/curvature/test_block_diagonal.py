@@ -15,8 +15,8 @@ from hf_optimizability.curvature import block_diagonal
 from hf_optimizability.curvature.block_diagonal import BlockDiagonalHessian
 from hf_optimizability.curvature.lanczos import lanczos_by_segment
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
+from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective
-from hf_optimizability.safety import math_attention
 
 
 def places(objective: Objective, blocks: list[list[int]]) -> list[list[slice]]:

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace
+from hf_optimizability.model_state.measuring import full_precision
 from hf_optimizability.objective import Objective
-from hf_optimizability.safety import full_precision
 
 
 # Of float64; that of language models is computed in float32 by Transformers.

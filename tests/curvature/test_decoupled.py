@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from hf_optimizability.curvature.decoupled import DecoupledHessian
 from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective import Objective
-from hf_optimizability.safety import math_attention, measuring
 
 
 def dense(objective: Objective) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,7 @@ from torch import Tensor
 
 from hf_optimizability.curvature import lanczos as module
 from hf_optimizability.curvature.estimates import Spectrum
-from hf_optimizability.curvature.lanczos import (
-    LanczosRun,
-    lanczos,
-    lanczos_by_segment,
-)
+from hf_optimizability.curvature.lanczos import LanczosRun, lanczos, lanczos_by_segment
 from hf_optimizability.curvature.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.curvature.rows import Rows
 

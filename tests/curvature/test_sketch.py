@@ -14,11 +14,7 @@ from scipy.stats import ortho_group, wasserstein_distance
 from torch import Tensor
 
 from hf_optimizability.curvature.operator import DenseOperator, SymmetricOperator
-from hf_optimizability.curvature.sketch import (
-    HessianEstimates,
-    Sketch,
-    sketch,
-)
+from hf_optimizability.curvature.sketch import HessianEstimates, Sketch, sketch
 
 
 SIZE = 200

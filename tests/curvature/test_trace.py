@@ -25,8 +25,8 @@ from hf_optimizability.curvature.trace import (
     hutchplusplus,
 )
 from hf_optimizability.curvature.xtrace import xtrace
+from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective
-from hf_optimizability.safety import math_attention
 
 
 METHODS: dict[str, Callable[..., TraceResult]] = {"hutchinson": hutchinson, "hutch++": hutchplusplus, "xtrace": xtrace}

@@ -33,8 +33,8 @@ from hf_optimizability.curvature.differentiate import differentiate
 from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.curvature.products import double_backward
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
+from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective
-from hf_optimizability.safety import math_attention
 
 
 SMALL = {"vocab_size": 20, "intermediate_size": 12, "max_position_embeddings": 8}

@@ -13,8 +13,8 @@ from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.curvature.used_rows import used_rows
 from hf_optimizability.gradients import gradient
+from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective import Objective
-from hf_optimizability.safety import math_attention, measuring
 
 
 def bert() -> tuple[Objective, dict[str, Tensor]]:

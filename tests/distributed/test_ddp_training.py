@@ -19,12 +19,7 @@ from test_shared_measurement import differences
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from hf_optimizability import (
-    OptimizabilityCallback,
-    OptimizabilityConfig,
-    OptimizabilityReport,
-    OptimizabilityTrainer,
-)
+from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from hf_optimizability.curvature import operators
 
 

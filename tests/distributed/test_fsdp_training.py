@@ -21,11 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from hf_optimizability import (
-    OptimizabilityConfig,
-    OptimizabilityReport,
-    OptimizabilityTrainer,
-)
+from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 
 
 FSDP = {

@@ -15,11 +15,7 @@ from accelerate import dispatch_model
 from test_hands_off import assert_equal
 from test_shared_measurement import differences
 
-from hf_optimizability import (
-    OptimizabilityConfig,
-    OptimizabilityReport,
-    measure,
-)
+from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, measure
 
 
 ROOT = Path(__file__).parents[2]

@@ -20,9 +20,9 @@ from hf_optimizability import OptimizabilityConfig
 from hf_optimizability.curvature.gauss_newton import gauss_newton_trace
 from hf_optimizability.curvature.ranks import ALONE, Ranks
 from hf_optimizability.measure import measure_objective
+from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective
 from hf_optimizability.parallel import training_ranks
-from hf_optimizability.safety import math_attention
 
 
 CPU = torch.device("cpu")

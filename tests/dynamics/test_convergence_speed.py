@@ -9,12 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from hf_optimizability.dynamics.convergence_speed import (
-    MOST_POINTS,
-    VALUES,
-    ConvergenceSpeed,
-    fit_convergence,
-)
+from hf_optimizability.dynamics.convergence_speed import MOST_POINTS, VALUES, ConvergenceSpeed, fit_convergence
 
 
 STEPS = np.arange(30) * 10.0

@@ -8,11 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_optimizability.dynamics.generalization_gap import (
-    VALUES,
-    GeneralizationGap,
-    compare_losses,
-)
+from hf_optimizability.dynamics.generalization_gap import VALUES, GeneralizationGap, compare_losses
 
 
 class TestGap:

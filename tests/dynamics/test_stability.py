@@ -8,11 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_optimizability.dynamics.stability import (
-    VALUES,
-    Stability,
-    count_setbacks,
-)
+from hf_optimizability.dynamics.stability import VALUES, Stability, count_setbacks
 
 
 def falling(points: int, seed: int = 0) -> np.ndarray:

@@ -16,11 +16,7 @@ from huggingface_hub import ModelCard, constants
 from report.example import make_report
 
 from hf_optimizability import hub as hub_module
-from hf_optimizability.hub import (
-    HubError,
-    ModelCardError,
-    push,
-)
+from hf_optimizability.hub import HubError, ModelCardError, push
 from hf_optimizability.report import OptimizabilityReport
 
 from .stub import READER, WRITER, Fault, HubStub, Repository

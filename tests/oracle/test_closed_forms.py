@@ -11,11 +11,7 @@ from scipy.linalg import block_diag
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_optimizability import (
-    Measurement,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import Measurement, OptimizabilityConfig, measure
 
 
 EXAMPLES, INPUTS, CLASSES = 12, 5, 3

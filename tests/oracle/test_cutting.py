@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_optimizability import (
-    Measurement,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import Measurement, OptimizabilityConfig, measure
 
 
 EXAMPLES = 11

@@ -11,11 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from hf_optimizability import (
-    Measurement,
-    OptimizabilityConfig,
-    measure,
-)
+from hf_optimizability import Measurement, OptimizabilityConfig, measure
 from hf_optimizability.blocks import name_blocks
 
 

@@ -20,19 +20,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_optimizability import (
-    OptimizabilityConfig,
-    OptimizabilityReport,
-    OptimizabilityTrainer,
-)
+from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from hf_optimizability.curvature.estimates import Estimate
 from hf_optimizability.curvature.sketch import HessianEstimates
-from hf_optimizability.report.findings import (
-    FINDINGS,
-    SEVERITIES,
-    Finding,
-    find,
-)
+from hf_optimizability.report.findings import FINDINGS, SEVERITIES, Finding, find
 from hf_optimizability.report.markdown import to_markdown
 
 from .example import make_dynamics, make_estimate, make_report, with_tasks

@@ -18,11 +18,7 @@ import pytest
 from hf_optimizability.measurement import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.findings import Finding
-from hf_optimizability.report.formatting import (
-    format_estimate,
-    format_interval,
-    format_number,
-)
+from hf_optimizability.report.formatting import format_estimate, format_interval, format_number
 from hf_optimizability.report.plots import plot_blocks, plot_gradient_norm
 
 from .damage import HOSTILE

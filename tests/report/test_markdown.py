@@ -21,12 +21,7 @@ from hf_optimizability.report.formatting import (
     format_percent,
     format_with_error,
 )
-from hf_optimizability.report.markdown import (
-    ALT_TEXTS,
-    escape,
-    to_markdown,
-    to_summary,
-)
+from hf_optimizability.report.markdown import ALT_TEXTS, escape, to_markdown, to_summary
 from hf_optimizability.report.templating import trace_shares
 
 from .example import make_estimate, make_measurement, make_report

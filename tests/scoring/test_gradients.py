@@ -12,11 +12,7 @@ from torch import nn
 
 from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.objective import Objective
-from hf_optimizability.scoring.gradients import (
-    decrease_with_error,
-    gradient_scores,
-    mean_cosine,
-)
+from hf_optimizability.scoring.gradients import decrease_with_error, gradient_scores, mean_cosine
 
 
 SIZES = (3, 5, 4, 2, 6)

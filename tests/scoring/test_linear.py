@@ -9,12 +9,7 @@ from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import LogisticRegression
 
-from hf_optimizability.scoring.linear_probe import (
-    FOLDS,
-    fit,
-    linear_probe,
-    stratified_folds,
-)
+from hf_optimizability.scoring.linear_probe import FOLDS, fit, linear_probe, stratified_folds
 from hf_optimizability.scoring.logme import logme
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import MeasurementError
+from ..errors import MeasurementError
 
 
 _OTHERS = {"transformer_engine": "Transformer Engine", "msamp": "MS-AMP"}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint as checkpoints
 
-from .errors import MeasurementError
+from ..errors import MeasurementError
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .float32_precision import ieee_float32
-from .model_state import ModelState, settle
 from .plain_forward import nonreentrant_checkpoints, without_autocast
 from .plain_layers import plain_layers
+from .state import ModelState, settle
 
 
 def seed_all(seed: int) -> None:

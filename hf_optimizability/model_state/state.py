@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .errors import MeasurementError
+from ..errors import MeasurementError
 from .snapshot import Snapshot, is_trainer
 from .snapshot_tensors import watched_writes
 
