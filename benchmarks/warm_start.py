@@ -27,12 +27,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from workloads import BATCH_SIZE, PROBE_BATCHES, SEED, Batch, text, vision
 
-from hf_optimizability.curvature.estimates import Estimate
-from hf_optimizability.curvature.lanczos import LanczosRun, lanczos
-from hf_optimizability.curvature.operator import SymmetricOperator
 from hf_optimizability.curvature.operators import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.curvature.used_rows import used_rows
+from hf_optimizability.linalg.estimate import Estimate
+from hf_optimizability.linalg.lanczos import LanczosRun, lanczos
+from hf_optimizability.linalg.operator import SymmetricOperator
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective import Objective
 

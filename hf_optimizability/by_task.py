@@ -13,11 +13,11 @@ import numpy as np
 
 from .config import OptimizabilityConfig
 from .curvature.conflict import BatchProducts, TaskGram, batch_products
-from .curvature.estimates import Estimate
-from .curvature.lanczos import lanczos
-from .curvature.sketch import Sketch
-from .curvature.trace import student_quantile
 from .engines import OnProducts, Way
+from .linalg.estimate import Estimate
+from .linalg.lanczos import lanczos
+from .linalg.spectrum_and_trace import Sketch
+from .linalg.trace import student_quantile
 from .measurement import Conflict, SeveralTasks, TaskBlock, TaskMeasurement
 from .objective import Objective
 

@@ -20,11 +20,11 @@ from . import provenance
 from .clock import Clock
 from .config import OptimizabilityConfig
 from .curvature.preconditioner import unwrapped
-from .curvature.ranks import Ranks
 from .errors import MeasurementError, MeasurementInterruptedError
 from .files import keep_aside, require_writable
 from .fsdp import class_name
 from .history import merged_log, record, restore
+from .linalg.communicator import Ranks
 from .log_keys import PREFIX
 from .loss_scale import explanation, loss_scale
 from .measure import block_indices, measure_objective, measuring_bar

@@ -21,8 +21,8 @@ from .curvature.forward_over_reverse import ForwardOverReverseHessian
 from .curvature.gauss_newton import GaussNewtonOperator
 from .curvature.operators import HessianOperator, ObjectiveOperator
 from .curvature.twice_differentiable import CheapSecondDerivatives
-from .curvature.vectors import norm
 from .errors import MeasurementError, WrongDerivativeError
+from .linalg.vectors import norm
 from .model_state.measuring import eager_attention, math_attention, pretrained
 from .objective import Objective
 from .redaction import anonymous, without_secrets

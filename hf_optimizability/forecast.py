@@ -24,10 +24,10 @@ from .curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
 from .curvature.landscape import LINE_POINTS, PLANE_POINTS
 from .curvature.operators import ObjectiveOperator
 from .curvature.preconditioner import read_preconditioner
-from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
 from .engines import Way, first_that_works
 from .fsdp import measurable, reshard
+from .linalg.trace import LOCKSTEP
 from .measure import block_indices, checked, finite_gradient
 from .memory import in_memory
 from .model_state.measuring import full_precision, measuring

@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor, Shard
 from .batches import batch_size
 from .config import OptimizabilityConfig
 from .curvature.preconditioner import Held
-from .curvature.ranks import Ranks
-from .curvature.rows import Rows
 from .device_memory import free_memory
 from .errors import MeasurementError
 from .gradients import norm_of
+from .linalg.communicator import Ranks
+from .linalg.row_partition import Rows
 from .model_state.state import settle
 from .objective import Objective, ProbeBatch
 from .stages import Price, Prices, count_products, list_stages

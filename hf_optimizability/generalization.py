@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from .batches import Unit
 from .config import OptimizabilityConfig
-from .curvature.ranks import ALONE, Ranks
+from .linalg.communicator import ALONE, Ranks
 from .log_keys import PREFIX
 from .measurement import TaskMeasurement
 from .model_state.measuring import measuring, preserved_rng, pretrained

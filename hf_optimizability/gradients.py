@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .curvature.operators import SumOfLosses
-from .curvature.ranks import ALONE, Ranks
+from .linalg.communicator import ALONE, Ranks
 
 
 @dataclass(frozen=True)

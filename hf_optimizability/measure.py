@@ -25,26 +25,26 @@ from .config import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.decoupled import DecoupledHessian
 from .curvature.eigenvalue_check import EigenvalueCheck
-from .curvature.estimates import Estimate, Spectrum
 from .curvature.gauss_newton import split_trace
-from .curvature.lanczos import lanczos, lanczos_by_segment
 from .curvature.landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
 from .curvature.noise_scale import MIN_PARTS, noise_scale
-from .curvature.operator import SharedColumns, SymmetricOperator
 from .curvature.operators import ObjectiveOperator
-from .curvature.preconditioned import PreconditionedOperator
 from .curvature.preconditioner import Preconditioner, optimizer_update, read_preconditioner
 from .curvature.preconditioner import unwrapped as unwrapped_optimizer
-from .curvature.sketch import Sketch, sketch
 from .curvature.step import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
-from .curvature.trace import LOCKSTEP
 from .curvature.used_rows import used_rows
-from .curvature.vectors import dot, norm
 from .engines import OnProducts, Way, first_that_works
 from .errors import MeasurementError
 from .found_eigenvalues import check_along_eigenvectors, engine_error, require_symmetric
 from .fsdp import ShardedObjective, is_sharded, measurable, reshard
 from .gradients import Gradient, gradient, norm_of
+from .linalg.estimate import Estimate, Spectrum
+from .linalg.lanczos import lanczos, lanczos_by_segment
+from .linalg.operator import SharedColumns, SymmetricOperator
+from .linalg.preconditioned import PreconditionedOperator
+from .linalg.spectrum_and_trace import Sketch, sketch
+from .linalg.trace import LOCKSTEP
+from .linalg.vectors import dot, norm
 from .mean_check import check_mean, weights_left_alone
 from .measurement import BlockMeasurement, Measurement, StepMeasurement
 from .memory import in_memory, out_of_memory

@@ -10,10 +10,10 @@ from typing import Any
 
 from .curvature.conflict import SAME
 from .curvature.eigenvalue_check import EigenvalueCheck
-from .curvature.estimates import Estimate
 from .curvature.landscape import Landscape
-from .curvature.sketch import HessianEstimates
 from .curvature.step import CriticalLearningRate, QuadraticModel
+from .linalg.estimate import Estimate
+from .linalg.spectrum_and_trace import HessianEstimates
 from .self_check import SelfCheck
 
 

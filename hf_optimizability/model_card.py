@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from .curvature.estimates import Estimate
+from .linalg.estimate import Estimate
 from .report import OptimizabilityReport
 from .report.formatting import one_line
 from .report.markdown import card_section, escape

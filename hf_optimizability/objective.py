@@ -27,9 +27,9 @@ from .batches import (
     cut_batch,
     listed,
 )
-from .curvature.ranks import ALONE, Ranks
-from .curvature.rows import Rows
 from .errors import MeasurementInterruptedError
+from .linalg.communicator import ALONE, Ranks
+from .linalg.row_partition import Rows
 from .model_state.measuring import measuring, pretrained, quantization, rng_state, seed_all
 from .model_state.state import ModelState
 from .self_check import SelfCheck

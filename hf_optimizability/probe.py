@@ -17,9 +17,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from transformers.utils import logging
 
 from .batches import batch_size as examples_in
-from .curvature.ranks import ALONE, Ranks
 from .data_state import DataState, preserved_data
 from .errors import MeasurementError
+from .linalg.communicator import ALONE, Ranks
 from .model_state.measuring import preserved_rng
 from .redaction import without_secrets
 from .task_split import require_several, smaller_batches, tasks_of_rows

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .config import OptimizabilityConfig
-from .curvature.lanczos import SLAB
-from .curvature.sketch import DEFLATED
-from .curvature.trace import LOCKSTEP
+from .linalg.lanczos import SLAB
+from .linalg.spectrum_and_trace import DEFLATED
+from .linalg.trace import LOCKSTEP
 
 
 _CHECK = 6

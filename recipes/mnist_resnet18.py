@@ -33,12 +33,12 @@ from matplotlib.figure import Figure
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
-from hf_optimizability.curvature.density import Density, density
-from hf_optimizability.curvature.estimates import Estimate
-from hf_optimizability.curvature.lanczos import lanczos
 from hf_optimizability.curvature.operators import HessianOperator
-from hf_optimizability.curvature.trace import hutchinson
 from hf_optimizability.files import write_atomically
+from hf_optimizability.linalg.density import Density, density
+from hf_optimizability.linalg.estimate import Estimate
+from hf_optimizability.linalg.lanczos import lanczos
+from hf_optimizability.linalg.trace import hutchinson
 from hf_optimizability.measure import block_indices
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective import Objective

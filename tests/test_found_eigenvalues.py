@@ -24,8 +24,8 @@ from transformers import (
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.eigenvalue_check import check_eigenvalues
-from hf_optimizability.curvature.operator import DenseOperator
 from hf_optimizability.forecast import forecast
+from hf_optimizability.linalg.operator import DenseOperator
 from hf_optimizability.measure import measure_objective
 from hf_optimizability.objective import Objective
 from hf_optimizability.report import OptimizabilityReport

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers.utils.import_utils import enable_tf32
 
 from hf_optimizability import Measurement, OptimizabilityCallback, OptimizabilityConfig, measure
-from hf_optimizability.curvature import lanczos
 from hf_optimizability.device_memory import free_memory
+from hf_optimizability.linalg import lanczos
 from hf_optimizability.measure import measure_objective
 from hf_optimizability.objective import Objective
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..linalg.communicator import ALONE, Ranks
 from .differentiate import differentiate
 from .operators import ObjectiveOperator, SumOfLosses
 from .products import first_backward
-from .ranks import ALONE, Ranks
 
 
 class BlockDiagonalHessian(ObjectiveOperator):

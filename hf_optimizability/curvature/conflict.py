@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .estimates import Estimate
-from .jackknife import jackknife
+from ..linalg.communicator import ALONE, Ranks
+from ..linalg.estimate import Estimate
+from ..linalg.statistics import jackknife
+from ..linalg.vectors import dot
 from .noise_scale import MIN_PARTS, NoiseScale, noise_from_products
 from .operators import SumOfLosses
-from .ranks import ALONE, Ranks
-from .vectors import dot
 
 
 SAME = Estimate(1.0, 1.0, 1.0, method="definition", hvps=0, converged=True, std_error=0.0)

@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..linalg.communicator import ALONE, Ranks
 from .operators import HessianOperator, SumOfLosses
-from .ranks import ALONE, Ranks
 from .twice_differentiable import linear_without_coupling
 
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .operator import SymmetricOperator
-from .vectors import dot
+from ..linalg.operator import SymmetricOperator
+from ..linalg.vectors import dot
 
 
 Verdict = Literal["agrees", "moves with the step", "not checked", "disagrees"]

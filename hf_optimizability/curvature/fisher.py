@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..linalg.communicator import ALONE, Ranks
+from ..linalg.vectors import dot
 from .operators import ObjectiveOperator, SumOfLosses
-from .ranks import ALONE, Ranks
-from .vectors import dot
 
 
 class CuttableLosses(SumOfLosses, Protocol):

@@ -12,8 +12,8 @@ from torch.func import grad, jvp, vmap
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..linalg.communicator import ALONE, Ranks
 from .operators import ObjectiveOperator, Variables
-from .ranks import ALONE, Ranks
 
 
 class FunctionalLosses(Variables, Protocol):

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..linalg.communicator import ALONE, Ranks
+from ..linalg.estimate import Estimate
+from ..linalg.trace import PartTraces, Segments, Tally, TraceResult, average, exact_estimates
+from ..linalg.vectors import norm, segment_sums
 from .decoupled import DecoupledHessian
-from .estimates import Estimate
 from .operators import ObjectiveOperator, Variables
 from .products import require_second_derivative
-from .ranks import ALONE, Ranks
-from .trace import PartTraces, Segments, Tally, TraceResult, average, exact_estimates
-from .vectors import norm, segment_sums
 
 
 MAX_OUTPUTS = 1024

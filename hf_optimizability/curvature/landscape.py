@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .estimates import Estimate
+from ..linalg.communicator import ALONE, Ranks
+from ..linalg.estimate import Estimate
+from ..linalg.vectors import dot, norm
 from .operators import SumOfLosses
-from .ranks import ALONE, Ranks
 from .step import loss_along
-from .vectors import dot, norm
 
 
 LINE_POINTS = 21

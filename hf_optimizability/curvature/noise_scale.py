@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..gradients import gradient
-from .estimates import Estimate
+from ..linalg.communicator import ALONE, Ranks
+from ..linalg.estimate import Estimate
+from ..linalg.vectors import dot
 from .operators import SumOfLosses
-from .ranks import ALONE, Ranks
-from .vectors import dot
 
 
 MIN_PARTS = 3

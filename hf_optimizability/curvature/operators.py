@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .operator import SymmetricOperator, _forms
+from ..linalg.communicator import ALONE, Ranks
+from ..linalg.operator import SymmetricOperator, _forms
 from .products import first_backward, second_backward
-from .ranks import ALONE, Ranks
 
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg.communicator import ALONE, Ranks
+from ..linalg.vectors import dot
 from .operators import SumOfLosses
-from .ranks import ALONE, Ranks
-from .vectors import dot
 
 
 _ROUNDING = 4 * torch.finfo(torch.float32).eps

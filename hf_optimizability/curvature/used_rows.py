@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..linalg.communicator import ALONE, Ranks
 from ..model_state.state import settle
 from .operators import SumOfLosses
-from .ranks import ALONE, Ranks
 
 
 class LossesOfAModel(SumOfLosses, Protocol):

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..curvature.estimates import Estimate
 from ..curvature.step import CriticalLearningRate
+from ..linalg.estimate import Estimate
 from ..log_keys import PREFIX
 from .formatting import one_line
 from .report import OptimizabilityReport

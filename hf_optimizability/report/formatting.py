@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from ..curvature.estimates import Estimate
+from ..linalg.estimate import Estimate
 
 
 MISSING = "–"

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 from PIL import Image
 
-from ..curvature.estimates import Estimate
 from ..curvature.landscape import LossLine, LossPlane
 from ..curvature.step import CriticalLearningRate
+from ..linalg.estimate import Estimate
 from ..log_keys import PREFIX
 from .formatting import format_estimate, format_number, one_line
 from .report import OptimizabilityReport

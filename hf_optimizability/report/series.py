@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..curvature.density import Density
 from ..curvature.landscape import Landscape, LossLine
+from ..linalg.density import Density
 from ..measurement import Measurement
 from .report import OptimizabilityReport
 

@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..curvature.eigenvalue_check import EigenvalueCheck
-from ..curvature.estimates import Estimate
 from ..curvature.step import CriticalLearningRate
+from ..linalg.estimate import Estimate
 from ..measurement import Measurement, SeveralTasks
 from .formatting import MISSING, format_estimate, format_interval, format_number, format_percent, format_with_error
 from .report import OptimizabilityReport

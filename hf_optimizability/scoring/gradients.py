@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..curvature.operators import ObjectiveOperator, SumOfLosses
-from ..curvature.vectors import dot
+from ..linalg.vectors import dot
 from .score import Score
 
 

@@ -22,8 +22,8 @@ from tiny_models import cut, dense_hessian, examples, make
 from truth import Mean, Run, Truth, _Exact, pooled, sharpened
 from workloads import Workload
 
-from hf_optimizability.curvature.operator import DenseOperator
 from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.linalg.operator import DenseOperator
 
 
 def _way(time_ratio: float, mebibytes: float) -> dict[str, float]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from hf_optimizability.blocks import name_blocks
 from hf_optimizability.curvature import block_diagonal
 from hf_optimizability.curvature.block_diagonal import BlockDiagonalHessian
-from hf_optimizability.curvature.lanczos import lanczos_by_segment
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
+from hf_optimizability.linalg.lanczos import lanczos_by_segment
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective
 

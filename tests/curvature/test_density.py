@@ -14,10 +14,10 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from hf_optimizability.curvature.density import Density, density
-from hf_optimizability.curvature.lanczos import LanczosRun, lanczos
-from hf_optimizability.curvature.operator import DenseOperator
-from hf_optimizability.curvature.rows import Rows
+from hf_optimizability.linalg.density import Density, density
+from hf_optimizability.linalg.lanczos import LanczosRun, lanczos
+from hf_optimizability.linalg.operator import DenseOperator
+from hf_optimizability.linalg.row_partition import Rows
 
 
 def signs(size: int, generator: torch.Generator) -> Tensor:

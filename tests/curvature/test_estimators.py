@@ -9,8 +9,8 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from hf_optimizability.curvature.operator import DenseOperator
-from hf_optimizability.curvature.power_iteration import power_iteration
+from hf_optimizability.linalg.operator import DenseOperator
+from hf_optimizability.linalg.power_iteration import power_iteration
 
 
 def matrix(eigenvalues: np.ndarray, *, dtype: torch.dtype = torch.float64) -> Tensor:

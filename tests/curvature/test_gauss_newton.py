@@ -20,9 +20,9 @@ from transformers import BertForQuestionAnswering
 from hf_optimizability.curvature import gauss_newton
 from hf_optimizability.curvature.decoupled import DecoupledHessian
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace, split_trace
-from hf_optimizability.curvature.jackknife import jackknife
 from hf_optimizability.curvature.operators import HessianOperator
-from hf_optimizability.curvature.trace import MIN_PROBES
+from hf_optimizability.linalg.statistics import jackknife
+from hf_optimizability.linalg.trace import MIN_PROBES
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective
 

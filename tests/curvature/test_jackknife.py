@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from hf_optimizability.curvature.jackknife import jackknife
+from hf_optimizability.linalg.statistics import jackknife
 
 
 def test_equal_parts_give_the_standard_error_of_a_mean():

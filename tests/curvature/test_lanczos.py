@@ -13,11 +13,11 @@ import scipy.fft
 import torch
 from torch import Tensor
 
-from hf_optimizability.curvature import lanczos as module
-from hf_optimizability.curvature.estimates import Spectrum
-from hf_optimizability.curvature.lanczos import LanczosRun, lanczos, lanczos_by_segment
-from hf_optimizability.curvature.operator import DenseOperator, SymmetricOperator
-from hf_optimizability.curvature.rows import Rows
+from hf_optimizability.linalg import lanczos as module
+from hf_optimizability.linalg.estimate import Spectrum
+from hf_optimizability.linalg.lanczos import LanczosRun, lanczos, lanczos_by_segment
+from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
+from hf_optimizability.linalg.row_partition import Rows
 
 
 TOP, BOTTOM = [9.0, 5.0, 3.0], [-6.0, -2.0, -1.0]

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_optimizability.curvature.lanczos import lanczos
-from hf_optimizability.curvature.operator import DenseOperator, SymmetricOperator
-from hf_optimizability.curvature.power_iteration import power_iteration
-from hf_optimizability.curvature.preconditioned import PreconditionedOperator
-from hf_optimizability.curvature.ranks import Ranks
-from hf_optimizability.curvature.rows import Rows
-from hf_optimizability.curvature.sketch import Sketch, sketch
-from hf_optimizability.curvature.vectors import dot, norm
+from hf_optimizability.linalg.communicator import Ranks
+from hf_optimizability.linalg.lanczos import lanczos
+from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
+from hf_optimizability.linalg.power_iteration import power_iteration
+from hf_optimizability.linalg.preconditioned import PreconditionedOperator
+from hf_optimizability.linalg.row_partition import Rows
+from hf_optimizability.linalg.spectrum_and_trace import Sketch, sketch
+from hf_optimizability.linalg.vectors import dot, norm
 
 
 SIZE = 60

@@ -13,8 +13,8 @@ import torch
 from scipy.stats import ortho_group, wasserstein_distance
 from torch import Tensor
 
-from hf_optimizability.curvature.operator import DenseOperator, SymmetricOperator
-from hf_optimizability.curvature.sketch import HessianEstimates, Sketch, sketch
+from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
+from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates, Sketch, sketch
 
 
 SIZE = 200

@@ -12,10 +12,10 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from hf_optimizability.curvature.jackknife import jackknife
-from hf_optimizability.curvature.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.curvature.operators import HessianOperator
-from hf_optimizability.curvature.trace import (
+from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
+from hf_optimizability.linalg.statistics import jackknife
+from hf_optimizability.linalg.trace import (
     LOCKSTEP,
     MIN_PROBES,
     Deflation,
@@ -24,7 +24,7 @@ from hf_optimizability.curvature.trace import (
     hutchinson,
     hutchplusplus,
 )
-from hf_optimizability.curvature.xtrace import xtrace
+from hf_optimizability.linalg.xtrace import xtrace
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective
 

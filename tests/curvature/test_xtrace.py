@@ -20,8 +20,8 @@ from test_trace import (
     with_eigenvalues,
 )
 
-from hf_optimizability.curvature.rows import Rows
-from hf_optimizability.curvature.trace import LOCKSTEP, Deflation
+from hf_optimizability.linalg.row_partition import Rows
+from hf_optimizability.linalg.trace import LOCKSTEP, Deflation
 
 
 @pytest.mark.parametrize("tolerance", [NEVER, 0.1], ids=["fixed", "adaptive"])

@@ -16,7 +16,7 @@ import torch
 from launch import Failed, on_ranks, results
 
 from hf_optimizability import MeasurementError
-from hf_optimizability.curvature.ranks import ALONE
+from hf_optimizability.linalg.communicator import ALONE
 from hf_optimizability.parallel import RankLostError, training_ranks
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from hf_optimizability.curvature.density import density
-from hf_optimizability.curvature.estimates import Estimate
 from hf_optimizability.curvature.landscape import Axis, Landscape, LossLine, LossPlane
-from hf_optimizability.curvature.sketch import HessianEstimates
 from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
+from hf_optimizability.linalg.density import density
+from hf_optimizability.linalg.estimate import Estimate
+from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
 from hf_optimizability.measurement import (
     BlockMeasurement,
     Conflict,

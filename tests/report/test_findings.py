@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
-from hf_optimizability.curvature.estimates import Estimate
-from hf_optimizability.curvature.sketch import HessianEstimates
+from hf_optimizability.linalg.estimate import Estimate
+from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
 from hf_optimizability.report.findings import FINDINGS, SEVERITIES, Finding, find
 from hf_optimizability.report.markdown import to_markdown
 

@@ -14,11 +14,11 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
-from hf_optimizability.curvature.density import Density
-from hf_optimizability.curvature.estimates import Estimate
 from hf_optimizability.curvature.landscape import Axis, Landscape, LossLine, LossPlane
-from hf_optimizability.curvature.sketch import HessianEstimates
 from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
+from hf_optimizability.linalg.density import Density
+from hf_optimizability.linalg.estimate import Estimate
+from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
 from hf_optimizability.measurement import (
     BlockMeasurement,
     Conflict,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .density import Density, density
-from .estimates import Estimate, Spectrum
+from .estimate import Estimate, Spectrum
 from .lanczos import lanczos
 from .operator import SymmetricOperator
 from .power_iteration import leading_eigenpair

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .operator import SymmetricOperator
-from .rows import Rows
+from .row_partition import Rows
 
 
 class PreconditionedOperator(SymmetricOperator):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .estimates import Estimate
+from .estimate import Estimate
 
 
 _FOUND = 0.01
@@ -121,7 +121,7 @@ def density(
 
     Example:
         >>> import torch
-        >>> from hf_optimizability.curvature.lanczos import lanczos
+        >>> from hf_optimizability.linalg.lanczos import lanczos
         >>> from hf_optimizability.curvature.operators import DenseOperator
         >>> matrix = torch.diag(torch.tensor([-2.0, 1.0, 3.0, 4.0]))
         >>> run = lanczos(DenseOperator(matrix), tolerance=1e-6, max_hvps=4, seed=0)

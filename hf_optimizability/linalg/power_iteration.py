@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .estimates import Estimate
+from .estimate import Estimate
 from .operator import SymmetricOperator
 from .vectors import dot, norm
 

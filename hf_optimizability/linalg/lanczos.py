@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..device_memory import free_memory
-from .estimates import Estimate, Spectrum
+from .estimate import Estimate, Spectrum
 from .operator import SymmetricOperator
-from .rows import Rows
+from .row_partition import Rows
 from .vectors import as_rows
 
 

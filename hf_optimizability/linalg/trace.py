@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .estimates import Estimate
-from .jackknife import jackknife
+from .communicator import ALONE, Ranks
+from .estimate import Estimate
 from .operator import SymmetricOperator
-from .ranks import ALONE, Ranks
+from .statistics import jackknife
 from .vectors import as_rows
 
 

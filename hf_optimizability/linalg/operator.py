@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ranks import ALONE, Ranks
-from .rows import Rows
+from .communicator import ALONE, Ranks
+from .row_partition import Rows
 from .vectors import segment_dots
 
 
@@ -114,7 +114,7 @@ class SharedColumns(SymmetricOperator):
         on_products: Called with the number of products that all of them just made.
 
     Example:
-        >>> from hf_optimizability.curvature.ranks import Ranks
+        >>> from hf_optimizability.linalg.communicator import Ranks
         >>> SharedColumns(DenseOperator(torch.eye(2)), Ranks()).matmat(torch.ones(2, 1)).T
         tensor([[1., 1.]])
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ranks import ALONE, Ranks
+from .communicator import ALONE, Ranks
 
 
 _LEAST = torch.iinfo(torch.int64).min  # up to the greatest: each bit is a sign

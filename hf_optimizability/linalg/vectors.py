@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ranks import ALONE, Ranks
+from .communicator import ALONE, Ranks
 
 
 _CACHED = 1 << 14  # entries of a product that stay in a CPU's cache until they are summed
