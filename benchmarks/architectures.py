@@ -51,8 +51,8 @@ from transformers import PreTrainedModel
 
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
-from hf_optimizability.curvature.decoupled import DecoupledHessian
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.hessian import HessianOperator
+from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.measure import measure_objective
 from hf_optimizability.model_state.measuring import eager_attention, math_attention, measuring

@@ -33,9 +33,9 @@ from tables import table
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
-from hf_optimizability.curvature.used_rows import used_rows
 from hf_optimizability.model_state.measuring import full_precision, math_attention, measuring
 from hf_optimizability.objective import Batch, Objective
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
 
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
-from hf_optimizability.curvature.used_rows import used_rows
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective
 

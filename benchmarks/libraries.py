@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_optimizability import OptimizabilityConfig, measure
+from hf_optimizability.curvature.compact_embeddings import used_rows
 from hf_optimizability.curvature.gauss_newton import split_trace
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
-from hf_optimizability.curvature.used_rows import used_rows
 from hf_optimizability.linalg.density import density
 from hf_optimizability.linalg.lanczos import lanczos
 from hf_optimizability.linalg.operator import SymmetricOperator

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_optimizability import OptimizabilityConfig, curvature, fsdp
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.forecast import PeakMemory
 from hf_optimizability.fsdp import on_shards, unsharded
 from hf_optimizability.linalg.row_partition import Rows

@@ -32,9 +32,9 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 from workloads import CACHE, WORKLOADS, Workload, WorkloadName, load
 
-from hf_optimizability.curvature.decoupled import DecoupledHessian
-from hf_optimizability.curvature.operators import HessianOperator
-from hf_optimizability.curvature.used_rows import used_rows
+from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.hessian import HessianOperator
+from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective import Objective
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from workloads import BATCH_SIZE, PROBE_BATCHES, SEED, Batch, text, vision
 
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
-from hf_optimizability.curvature.used_rows import used_rows
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.lanczos import LanczosRun, lanczos
 from hf_optimizability.linalg.operator import SymmetricOperator

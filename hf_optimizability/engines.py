@@ -19,7 +19,7 @@ from .curvature.custom_functions import require_second_derivatives
 from .curvature.fisher import EmpiricalFisherOperator
 from .curvature.forward_over_reverse import ForwardOverReverseHessian
 from .curvature.gauss_newton import GaussNewtonOperator
-from .curvature.operators import HessianOperator, ObjectiveOperator
+from .curvature.hessian import HessianOperator, ObjectiveOperator
 from .curvature.twice_differentiable import CheapSecondDerivatives
 from .errors import MeasurementError, WrongDerivativeError
 from .linalg.vectors import norm

@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_leaves
 from .batches import Batch, batch_size
 from .config import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
-from .curvature.decoupled import DecoupledHessian
+from .curvature.compact_embeddings import used_rows
 from .curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
+from .curvature.hessian import ObjectiveOperator
 from .curvature.landscape import LINE_POINTS, PLANE_POINTS
-from .curvature.operators import ObjectiveOperator
+from .curvature.layer_decoupled import DecoupledHessian
 from .curvature.preconditioner import read_preconditioner
-from .curvature.used_rows import used_rows
 from .engines import Way, first_that_works
 from .fsdp import measurable, reshard
 from .linalg.trace import LOCKSTEP

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .config import OptimizabilityConfig
+from .curvature.autograd_graph import doubtful_operations, has_kinks
 from .curvature.central_difference import CentralDifferenceHessian, usual_step
 from .curvature.eigenvalue_check import AGREEMENT, STEPS, EigenvalueCheck, check_eigenvalues
-from .curvature.graph import doubtful_operations, has_kinks
+from .curvature.gradient import Gradient, norm_of
 from .engines import LARGEST_DIFFERENCE_ERROR, OnProducts, Way
 from .errors import MeasurementError, WrongDerivativeError
-from .gradients import Gradient, norm_of
 from .linalg.operator import SymmetricOperator
 from .linalg.spectrum_and_trace import Sketch
 from .linalg.vectors import dot, norm

@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .batches import batch_size
 from .config import OptimizabilityConfig
+from .curvature.gradient import norm_of
 from .curvature.preconditioner import Held
 from .device_memory import free_memory
 from .errors import MeasurementError
-from .gradients import norm_of
 from .linalg.communicator import Ranks
 from .linalg.row_partition import Rows
 from .model_state.state import settle

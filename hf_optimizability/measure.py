@@ -23,21 +23,21 @@ from .blocks import match_blocks, name_blocks
 from .by_task import TaskCurvature, eigenvalues_by_task, means_by_task, several_tasks, traces_by_task
 from .config import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
-from .curvature.decoupled import DecoupledHessian
+from .curvature.compact_embeddings import used_rows
 from .curvature.eigenvalue_check import EigenvalueCheck
 from .curvature.gauss_newton import split_trace
+from .curvature.gradient import Gradient, gradient, norm_of
+from .curvature.hessian import ObjectiveOperator
 from .curvature.landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
+from .curvature.layer_decoupled import DecoupledHessian
 from .curvature.noise_scale import MIN_PARTS, noise_scale
-from .curvature.operators import ObjectiveOperator
 from .curvature.preconditioner import Preconditioner, optimizer_update, read_preconditioner
 from .curvature.preconditioner import unwrapped as unwrapped_optimizer
 from .curvature.step import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
-from .curvature.used_rows import used_rows
 from .engines import OnProducts, Way, first_that_works
 from .errors import MeasurementError
 from .found_eigenvalues import check_along_eigenvectors, engine_error, require_symmetric
 from .fsdp import ShardedObjective, is_sharded, measurable, reshard
-from .gradients import Gradient, gradient, norm_of
 from .linalg.estimate import Estimate, Spectrum
 from .linalg.lanczos import lanczos, lanczos_by_segment
 from .linalg.operator import SharedColumns, SymmetricOperator

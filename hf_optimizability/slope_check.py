@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .batches import listed
 from .curvature.displacement import displaced
+from .curvature.gradient import Gradient, gradient, norm_of
 from .errors import MeasurementError
-from .gradients import Gradient, gradient, norm_of
 from .linalg.vectors import dot
 from .mean_check import mean_loss, moved_far
 from .objective import Objective

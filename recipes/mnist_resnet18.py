@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.files import write_atomically
 from hf_optimizability.linalg.density import Density, density
 from hf_optimizability.linalg.estimate import Estimate

@@ -263,7 +263,7 @@ def test_the_data_come_in_the_same_order(tmp_path: Path):
 
 STAGES = {
     "gradient": ("hf_optimizability.measure", "gradient"),
-    "product": ("hf_optimizability.curvature.operators", "second_backward"),
+    "product": ("hf_optimizability.curvature.hessian", "second_backward"),
     "trace": ("hf_optimizability.measure", "sketch"),
     "update": ("hf_optimizability.measure", "optimizer_update"),
     "step": ("hf_optimizability.measure", "critical_learning_rate"),

@@ -27,7 +27,7 @@ from hf_optimizability import (
     callback,
     measure,
 )
-from hf_optimizability.gradients import norm_of
+from hf_optimizability.curvature.gradient import norm_of
 from hf_optimizability.history import RECORD, RECORDS, restore
 from hf_optimizability.measurement import Measurement
 from hf_optimizability.provenance import describe_config

@@ -203,7 +203,7 @@ def test_training_is_the_same_when_measurements_fail(tmp_path: Path, monkeypatch
         torch.rand(3)
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr("hf_optimizability.curvature.operators.second_backward", fail)
+    monkeypatch.setattr("hf_optimizability.curvature.hessian.second_backward", fail)
     callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP, engine="double_backward"))
     assert_equal(run(training.trainer(tmp_path, callbacks=[callback])), plain)
     assert not callback.report.measurements and len(callback.report.failures) == 4

@@ -15,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling as MaskingCollator
 from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_optimizability import OptimizabilityConfig, measure
-from hf_optimizability.gradients import gradient
+from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.objective import Objective, batch_size, count_items, cut_batch
 from hf_optimizability.probe import fingerprint, probe_batches, probe_indices
 

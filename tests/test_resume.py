@@ -148,7 +148,7 @@ def test_failures_are_not_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
 
     config = {"measure_strategy": "steps", "measure_steps": 3, "engine": "double_backward"}
     with monkeypatch.context() as broken:
-        broken.setattr("hf_optimizability.curvature.operators.second_backward", fail)
+        broken.setattr("hf_optimizability.curvature.hessian.second_backward", fail)
         run(tmp_path, config=config, stop_before=5)
     resumed = run(tmp_path, config=config, resume=True)
     assert [failure.step for failure in resumed.failures] == [0, 3]

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
-from hf_optimizability.gradients import gradient
+from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.mean_check import check_mean, mean_loss
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective import Objective

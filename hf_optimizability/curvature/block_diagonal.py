@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..linalg.communicator import ALONE, Ranks
-from .differentiate import differentiate
-from .operators import ObjectiveOperator, SumOfLosses
-from .products import first_backward
+from .hessian import ObjectiveOperator, SumOfLosses
+from .hessian_vector_product import first_backward
+from .selective_grad import differentiate
 
 
 class BlockDiagonalHessian(ObjectiveOperator):

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..gradients import gradient_sum, norm_of
 from ..linalg.communicator import ALONE, Ranks
 from ..linalg.operator import SymmetricOperator
 from ..linalg.row_partition import Rows
 from ..linalg.vectors import norm
-from .operators import ObjectiveOperator, SumOfLosses
+from .gradient import gradient_sum, norm_of
+from .hessian import ObjectiveOperator, SumOfLosses
 
 
 RELATIVE_STEP = {torch.float32: 5e-5, torch.float64: 6e-6}

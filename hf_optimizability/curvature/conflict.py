@@ -19,8 +19,8 @@ from ..linalg.communicator import ALONE, Ranks
 from ..linalg.estimate import Estimate
 from ..linalg.statistics import jackknife
 from ..linalg.vectors import dot
+from .hessian import SumOfLosses
 from .noise_scale import MIN_PARTS, NoiseScale, noise_from_products
-from .operators import SumOfLosses
 
 
 SAME = Estimate(1.0, 1.0, 1.0, method="definition", hvps=0, converged=True, std_error=0.0)

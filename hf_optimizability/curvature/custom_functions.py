@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from .operators import SumOfLosses
+from .hessian import SumOfLosses
 
 
 _OWN = __name__.partition(".")[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..linalg.communicator import ALONE, Ranks
 from ..linalg.vectors import dot
-from .operators import ObjectiveOperator, SumOfLosses
+from .hessian import ObjectiveOperator, SumOfLosses
 
 
 class CuttableLosses(SumOfLosses, Protocol):

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..linalg.communicator import ALONE, Ranks
-from .operators import ObjectiveOperator, Variables
+from .hessian import ObjectiveOperator, Variables
 
 
 class FunctionalLosses(Variables, Protocol):

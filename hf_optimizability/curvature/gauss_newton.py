@@ -16,9 +16,9 @@ from ..linalg.communicator import ALONE, Ranks
 from ..linalg.estimate import Estimate
 from ..linalg.trace import PartTraces, Segments, Tally, TraceResult, average, exact_estimates
 from ..linalg.vectors import norm, segment_sums
-from .decoupled import DecoupledHessian
-from .operators import ObjectiveOperator, Variables
-from .products import require_second_derivative
+from .hessian import ObjectiveOperator, Variables
+from .hessian_vector_product import require_second_derivative
+from .layer_decoupled import DecoupledHessian
 
 
 MAX_OUTPUTS = 1024

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..linalg.communicator import ALONE, Ranks
 from ..linalg.estimate import Estimate
 from ..linalg.vectors import dot, norm
-from .operators import SumOfLosses
+from .hessian import SumOfLosses
 from .step import loss_along
 
 

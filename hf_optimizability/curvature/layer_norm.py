@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .differentiate import Mask, is_asked
+from .selective_grad import Mask, is_asked
 
 
 aten = torch.ops.aten

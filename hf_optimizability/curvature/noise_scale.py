@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..gradients import gradient
 from ..linalg.communicator import ALONE, Ranks
 from ..linalg.estimate import Estimate
 from ..linalg.vectors import dot
-from .operators import SumOfLosses
+from .gradient import gradient
+from .hessian import SumOfLosses
 
 
 MIN_PARTS = 3

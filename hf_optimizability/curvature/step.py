@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..linalg.communicator import ALONE, Ranks
 from ..linalg.vectors import dot
-from .operators import SumOfLosses
+from .hessian import SumOfLosses
 
 
 _ROUNDING = 4 * torch.finfo(torch.float32).eps

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .ctc import ctc_loss
-from .differentiate import Blank, Mask, blank, is_asked, is_variable
+from .ctc_loss import ctc_loss
 from .layer_norm import layer_norm
+from .selective_grad import Blank, Mask, blank, is_asked, is_variable
 
 
 aten = torch.ops.aten

@@ -20,7 +20,7 @@ class PreconditionedOperator(SymmetricOperator):
         ValueError: If the diagonal has another size or an entry that is not positive.
 
     Example:
-        >>> from hf_optimizability.curvature.operators import DenseOperator
+        >>> from hf_optimizability.curvature.hessian import DenseOperator
         >>> operator = PreconditionedOperator(DenseOperator(torch.ones(2, 2)), torch.tensor([1.0, 4.0]))
         >>> operator.matmat(torch.eye(2))
         tensor([[1.0000, 0.5000],

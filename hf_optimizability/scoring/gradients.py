@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..curvature.operators import ObjectiveOperator, SumOfLosses
+from ..curvature.hessian import ObjectiveOperator, SumOfLosses
 from ..linalg.vectors import dot
 from .score import Score
 

@@ -22,7 +22,7 @@ from tiny_models import cut, dense_hessian, examples, make
 from truth import Mean, Run, Truth, _Exact, pooled, sharpened
 from workloads import Workload
 
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.linalg.operator import DenseOperator
 
 

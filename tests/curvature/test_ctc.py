@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_optimizability.curvature.ctc import ctc_loss
+from hf_optimizability.curvature.ctc_loss import ctc_loss
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 
 

@@ -13,7 +13,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, Pr
 
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective
 

@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertForQuestionAnswering
 
 from hf_optimizability.curvature import gauss_newton
-from hf_optimizability.curvature.decoupled import DecoupledHessian
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace, split_trace
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.hessian import HessianOperator
+from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
 from hf_optimizability.linalg.statistics import jackknife
 from hf_optimizability.linalg.trace import MIN_PROBES
 from hf_optimizability.model_state.measuring import math_attention

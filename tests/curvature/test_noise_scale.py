@@ -11,8 +11,8 @@ import tiny_models
 import torch
 from scipy.stats import t as student
 
+from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.noise_scale import NoiseScale, noise_from_products, noise_scale
-from hf_optimizability.gradients import gradient
 from hf_optimizability.objective import Objective
 
 

@@ -12,7 +12,7 @@ import torch
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator
-from hf_optimizability.curvature.operators import HessianOperator, ObjectiveOperator
+from hf_optimizability.curvature.hessian import HessianOperator, ObjectiveOperator
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective
 

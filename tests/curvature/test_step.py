@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.gradient import gradient
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.preconditioner import optimizer_update
 from hf_optimizability.curvature.step import critical_learning_rate, loss_along, quadratic_model
-from hf_optimizability.gradients import gradient
 from hf_optimizability.objective import Objective
 
 

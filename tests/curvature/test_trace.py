@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.linalg.statistics import jackknife
 from hf_optimizability.linalg.trace import (

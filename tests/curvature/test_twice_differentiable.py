@@ -29,9 +29,9 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_optimizability.curvature.differentiate import differentiate
-from hf_optimizability.curvature.operators import HessianOperator
-from hf_optimizability.curvature.products import double_backward
+from hf_optimizability.curvature.hessian import HessianOperator
+from hf_optimizability.curvature.hessian_vector_product import double_backward
+from hf_optimizability.curvature.selective_grad import differentiate
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective import Objective

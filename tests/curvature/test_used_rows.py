@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_optimizability import OptimizabilityConfig, measure
-from hf_optimizability.curvature.operators import HessianOperator
-from hf_optimizability.curvature.used_rows import used_rows
-from hf_optimizability.gradients import gradient
+from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.gradient import gradient
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective import Objective
 

@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
-from hf_optimizability.curvature import operators
+from hf_optimizability.curvature import hessian as operators
 
 
 CONFIG = {**QUICK, **STEPS}

@@ -22,9 +22,9 @@ from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, fsdp, measure
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.gradient import gradient
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.fsdp import norms_over_ranks, on_shards, unsharded
-from hf_optimizability.gradients import gradient
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective import Objective
 from hf_optimizability.parallel import training_ranks

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.gradient import gradient
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.preconditioner import read_preconditioner
-from hf_optimizability.gradients import gradient
 from hf_optimizability.linalg.lanczos import lanczos
 from hf_optimizability.linalg.preconditioned import PreconditionedOperator
 

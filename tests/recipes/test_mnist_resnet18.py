@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.objective import Objective
 
 

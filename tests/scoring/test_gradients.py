@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_optimizability.curvature.operators import HessianOperator
+from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.objective import Objective
 from hf_optimizability.scoring.gradients import decrease_with_error, gradient_scores, mean_cosine
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .differentiate import differentiate
+from .selective_grad import differentiate
 
 
 def double_backward(

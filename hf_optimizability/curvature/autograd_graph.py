@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.autograd.function import BackwardCFunction
 
-from .operators import SumOfLosses
+from .hessian import SumOfLosses
 
 
 _WRONG = {"WeightNormInterfaceBackward0": "torch._weight_norm"}

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..linalg.communicator import ALONE, Ranks
-from .operators import HessianOperator, SumOfLosses
+from .hessian import HessianOperator, SumOfLosses
 from .twice_differentiable import linear_without_coupling
 
 

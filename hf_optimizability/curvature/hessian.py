@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..linalg.communicator import ALONE, Ranks
 from ..linalg.operator import SymmetricOperator, _forms
-from .products import first_backward, second_backward
+from .hessian_vector_product import first_backward, second_backward
 
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..linalg.communicator import ALONE, Ranks
 from ..model_state.state import settle
-from .operators import SumOfLosses
+from .hessian import SumOfLosses
 
 
 class LossesOfAModel(SumOfLosses, Protocol):

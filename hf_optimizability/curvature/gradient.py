@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .curvature.operators import SumOfLosses
-from .linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import ALONE, Ranks
+from .hessian import SumOfLosses
 
 
 @dataclass(frozen=True)
