@@ -54,10 +54,10 @@ from transformers.optimization import Adafactor
 from workloads import TEXT_DATA, vision
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer, measure
-from hf_optimizability.curvature.noise_scale import noise_scale
 from hf_optimizability.files import write_atomically
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective import Objective
+from hf_optimizability.quantities.noise_scale import noise_scale
 
 
 Columns = dict[str, Tensor]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from .config import OptimizabilityConfig
-from .curvature.conflict import BatchProducts, TaskGram, batch_products
 from .engines import OnProducts, Way
 from .linalg.estimate import Estimate
 from .linalg.lanczos import lanczos
@@ -20,6 +19,7 @@ from .linalg.spectrum_and_trace import Sketch
 from .linalg.trace import student_quantile
 from .measurement import Conflict, SeveralTasks, TaskBlock, TaskMeasurement
 from .objective import Objective
+from .quantities.task_conflict import BatchProducts, TaskGram, batch_products
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from transformers.utils import logging
 from . import provenance
 from .clock import Clock
 from .config import OptimizabilityConfig
-from .curvature.preconditioner import unwrapped
 from .errors import MeasurementError, MeasurementInterruptedError
 from .files import keep_aside, require_writable
 from .fsdp import class_name
@@ -34,6 +33,7 @@ from .model_state.measuring import pretrained
 from .objective import Objective
 from .parallel import RankLostError, training_ranks
 from .probe import dataset_of, probe_batches, probe_batches_by_task, tensors_in
+from .quantities.preconditioner import unwrapped
 from .redaction import anonymous, in_strings, without_secrets
 from .report import OptimizabilityReport
 from .schedule import affordable

@@ -22,9 +22,7 @@ from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.compact_embeddings import used_rows
 from .curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
 from .curvature.hessian import ObjectiveOperator
-from .curvature.landscape import LINE_POINTS, PLANE_POINTS
 from .curvature.layer_decoupled import DecoupledHessian
-from .curvature.preconditioner import read_preconditioner
 from .engines import Way, first_that_works
 from .fsdp import measurable, reshard
 from .linalg.trace import LOCKSTEP
@@ -32,6 +30,8 @@ from .measure import block_indices, checked, finite_gradient
 from .memory import in_memory
 from .model_state.measuring import full_precision, measuring
 from .objective import LossFunction, Objective
+from .quantities.loss_landscape import LINE_POINTS, PLANE_POINTS
+from .quantities.preconditioner import read_preconditioner
 from .stages import Price, Prices, Products, count_products, list_stages
 
 

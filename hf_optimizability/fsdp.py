@@ -18,13 +18,13 @@ from torch.distributed.tensor import DTensor, Shard
 from .batches import batch_size
 from .config import OptimizabilityConfig
 from .curvature.gradient import norm_of
-from .curvature.preconditioner import Held
 from .device_memory import free_memory
 from .errors import MeasurementError
 from .linalg.communicator import Ranks
 from .linalg.row_partition import Rows
 from .model_state.state import settle
 from .objective import Objective, ProbeBatch
+from .quantities.preconditioner import Held
 from .stages import Price, Prices, count_products, list_stages
 
 

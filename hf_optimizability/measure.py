@@ -28,12 +28,7 @@ from .curvature.eigenvalue_check import EigenvalueCheck
 from .curvature.gauss_newton import split_trace
 from .curvature.gradient import Gradient, gradient, norm_of
 from .curvature.hessian import ObjectiveOperator
-from .curvature.landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
 from .curvature.layer_decoupled import DecoupledHessian
-from .curvature.noise_scale import MIN_PARTS, noise_scale
-from .curvature.preconditioner import Preconditioner, optimizer_update, read_preconditioner
-from .curvature.preconditioner import unwrapped as unwrapped_optimizer
-from .curvature.step import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
 from .engines import OnProducts, Way, first_that_works
 from .errors import MeasurementError
 from .found_eigenvalues import check_along_eigenvectors, engine_error, require_symmetric
@@ -51,6 +46,11 @@ from .memory import in_memory, out_of_memory
 from .model_state.measuring import full_precision, measuring
 from .objective import Batch, LossFunction, Objective
 from .parallel import training_ranks
+from .quantities.loss_landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
+from .quantities.noise_scale import MIN_PARTS, noise_scale
+from .quantities.preconditioner import Preconditioner, optimizer_update, read_preconditioner
+from .quantities.preconditioner import unwrapped as unwrapped_optimizer
+from .quantities.step_size import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
 from .self_check import SelfCheck
 from .slope_check import slope_errors
 from .supported import require_supported

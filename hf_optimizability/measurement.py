@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .curvature.conflict import SAME
 from .curvature.eigenvalue_check import EigenvalueCheck
-from .curvature.landscape import Landscape
-from .curvature.step import CriticalLearningRate, QuadraticModel
 from .linalg.estimate import Estimate
 from .linalg.spectrum_and_trace import HessianEstimates
+from .quantities.loss_landscape import Landscape
+from .quantities.step_size import CriticalLearningRate, QuadraticModel
+from .quantities.task_conflict import SAME
 from .self_check import SelfCheck
 
 

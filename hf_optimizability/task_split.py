@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from .curvature.noise_scale import MIN_PARTS
 from .model_state.measuring import pretrained
 from .objective import Batch
+from .quantities.noise_scale import MIN_PARTS
 
 
 MOST_TASKS = 16

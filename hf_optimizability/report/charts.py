@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..curvature.step import CriticalLearningRate
 from ..linalg.estimate import Estimate
 from ..log_keys import PREFIX
+from ..quantities.step_size import CriticalLearningRate
 from .formatting import one_line
 from .report import OptimizabilityReport
 from .series import (

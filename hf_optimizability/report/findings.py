@@ -14,9 +14,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from ..blocks import EMBEDDINGS, HEAD
-from ..curvature.step import stability_limit
 from ..linalg.estimate import Estimate
 from ..measurement import Measurement, SeveralTasks
+from ..quantities.step_size import stability_limit
 from .formatting import format_estimate, format_interval, format_number, format_percent, format_with_error
 from .series import batch_items
 

@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from ..curvature.landscape import LossPlane
 from ..measurement import Measurement
+from ..quantities.loss_landscape import LossPlane
 from .charts import Chart, charts
 from .formatting import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
 from .report import OptimizabilityReport

@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 from PIL import Image
 
-from ..curvature.landscape import LossLine, LossPlane
-from ..curvature.step import CriticalLearningRate
 from ..linalg.estimate import Estimate
 from ..log_keys import PREFIX
+from ..quantities.loss_landscape import LossLine, LossPlane
+from ..quantities.step_size import CriticalLearningRate
 from .formatting import format_estimate, format_number, one_line
 from .report import OptimizabilityReport
 from .series import (

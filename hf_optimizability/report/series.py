@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..curvature.landscape import Landscape, LossLine
 from ..linalg.density import Density
 from ..measurement import Measurement
+from ..quantities.loss_landscape import Landscape, LossLine
 from .report import OptimizabilityReport
 
 

@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..curvature.eigenvalue_check import EigenvalueCheck
-from ..curvature.step import CriticalLearningRate
 from ..linalg.estimate import Estimate
 from ..measurement import Measurement, SeveralTasks
+from ..quantities.step_size import CriticalLearningRate
 from .formatting import MISSING, format_estimate, format_interval, format_number, format_percent, format_with_error
 from .report import OptimizabilityReport
 

@@ -12,7 +12,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from hf_optimizability.curvature.conflict import BatchProducts, TaskGram, batch_products
+from hf_optimizability.quantities.task_conflict import BatchProducts, TaskGram, batch_products
 
 
 BLOCKS = [[0], [1]]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
-from hf_optimizability.curvature.landscape import Axis, Landscape, loss_line, loss_plane
 from hf_optimizability.files import finite
 from hf_optimizability.forecast import forecast
 from hf_optimizability.linalg.estimate import Estimate
+from hf_optimizability.quantities.loss_landscape import Axis, Landscape, loss_line, loss_plane
 
 
 PRECISE = OptimizabilityConfig(eigen_tolerance=1e-12, max_hvps=200, landscape=True)

@@ -12,8 +12,8 @@ import torch
 from scipy.stats import t as student
 
 from hf_optimizability.curvature.gradient import gradient
-from hf_optimizability.curvature.noise_scale import NoiseScale, noise_from_products, noise_scale
 from hf_optimizability.objective import Objective
+from hf_optimizability.quantities.noise_scale import NoiseScale, noise_from_products, noise_scale
 
 
 def sums_of_gradients(

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers.optimization import Adafactor
 
-from hf_optimizability.curvature.preconditioner import optimizer_update, read_preconditioner
 from hf_optimizability.linalg.lanczos import lanczos
 from hf_optimizability.linalg.operator import DenseOperator
 from hf_optimizability.linalg.preconditioned import PreconditionedOperator
+from hf_optimizability.quantities.preconditioner import optimizer_update, read_preconditioner
 
 
 Parameters = list[nn.Parameter]

@@ -16,9 +16,9 @@ from torch.optim import SGD, Adam, Optimizer
 
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
-from hf_optimizability.curvature.preconditioner import read_preconditioner
 from hf_optimizability.linalg.lanczos import lanczos
 from hf_optimizability.linalg.preconditioned import PreconditionedOperator
+from hf_optimizability.quantities.preconditioner import read_preconditioner
 
 
 class RandomLabels:

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from hf_optimizability.curvature.landscape import Axis, Landscape, LossLine, LossPlane
-from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
 from hf_optimizability.linalg.density import density
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
@@ -26,6 +24,8 @@ from hf_optimizability.measurement import (
     TaskBlock,
     TaskMeasurement,
 )
+from hf_optimizability.quantities.loss_landscape import Axis, Landscape, LossLine, LossPlane
+from hf_optimizability.quantities.step_size import CriticalLearningRate, QuadraticModel
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.self_check import SelfCheck
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_optimizability.curvature.landscape import Landscape
+from hf_optimizability.quantities.loss_landscape import Landscape
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.charts import MOST_POINTS, charts
 

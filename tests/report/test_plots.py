@@ -19,7 +19,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_optimizability.curvature.landscape import Landscape
+from hf_optimizability.quantities.loss_landscape import Landscape
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.plots import (
     plot_all,

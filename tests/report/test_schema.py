@@ -14,8 +14,6 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
-from hf_optimizability.curvature.landscape import Axis, Landscape, LossLine, LossPlane
-from hf_optimizability.curvature.step import CriticalLearningRate, QuadraticModel
 from hf_optimizability.linalg.density import Density
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
@@ -29,6 +27,8 @@ from hf_optimizability.measurement import (
     TaskBlock,
     TaskMeasurement,
 )
+from hf_optimizability.quantities.loss_landscape import Axis, Landscape, LossLine, LossPlane
+from hf_optimizability.quantities.step_size import CriticalLearningRate, QuadraticModel
 from hf_optimizability.report import SCHEMA_VERSION, OptimizabilityReport
 from hf_optimizability.report.findings import SEVERITIES, Finding
 from hf_optimizability.report.markdown import to_markdown

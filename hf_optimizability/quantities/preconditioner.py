@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from transformers.optimization import Adafactor
 
-from .step import stability_limit
+from .step_size import stability_limit
 
 
 SUPPORTED = (SGD, Adam, AdamW, Adafactor)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..curvature.hessian import SumOfLosses
 from ..linalg.communicator import ALONE, Ranks
 from ..linalg.estimate import Estimate
 from ..linalg.statistics import jackknife
 from ..linalg.vectors import dot
-from .hessian import SumOfLosses
 from .noise_scale import MIN_PARTS, NoiseScale, noise_from_products
 
 

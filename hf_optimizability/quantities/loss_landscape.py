@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..curvature.hessian import SumOfLosses
 from ..linalg.communicator import ALONE, Ranks
 from ..linalg.estimate import Estimate
 from ..linalg.vectors import dot, norm
-from .hessian import SumOfLosses
-from .step import loss_along
+from .step_size import loss_along
 
 
 LINE_POINTS = 21

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..curvature.hessian import SumOfLosses
 from ..linalg.communicator import ALONE, Ranks
 from ..linalg.vectors import dot
-from .hessian import SumOfLosses
 
 
 _ROUNDING = 4 * torch.finfo(torch.float32).eps

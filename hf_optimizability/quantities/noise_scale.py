@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..curvature.gradient import gradient
+from ..curvature.hessian import SumOfLosses
 from ..linalg.communicator import ALONE, Ranks
 from ..linalg.estimate import Estimate
 from ..linalg.vectors import dot
-from .gradient import gradient
-from .hessian import SumOfLosses
 
 
 MIN_PARTS = 3
