@@ -56,7 +56,7 @@ from workloads import TEXT_DATA, vision
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer, measure
 from hf_optimizability.files import write_atomically
 from hf_optimizability.model_state.measuring import measuring
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 from hf_optimizability.quantities.noise_scale import noise_scale
 
 

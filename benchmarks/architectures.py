@@ -56,7 +56,7 @@ from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.measure import measure_objective
 from hf_optimizability.model_state.measuring import eager_attention, math_attention, measuring
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"

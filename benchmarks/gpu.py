@@ -37,7 +37,7 @@ from hf_optimizability.curvature.compact_embeddings import used_rows
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.model_state.measuring import full_precision, math_attention, measuring
-from hf_optimizability.objective import Batch, Objective
+from hf_optimizability.objective.objective import Batch, Objective
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -23,7 +23,7 @@ from hf_optimizability.curvature.compact_embeddings import used_rows
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.model_state.measuring import math_attention
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 EXAMPLES = 16

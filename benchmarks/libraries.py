@@ -35,7 +35,7 @@ from hf_optimizability.linalg.density import density
 from hf_optimizability.linalg.lanczos import lanczos
 from hf_optimizability.linalg.operator import SymmetricOperator
 from hf_optimizability.model_state.measuring import math_attention, measuring
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 Batch = dict[str, Tensor]

@@ -41,7 +41,7 @@ from hf_optimizability.fsdp import on_shards, unsharded
 from hf_optimizability.linalg.row_partition import Rows
 from hf_optimizability.measure import measure_objective
 from hf_optimizability.model_state.measuring import measuring
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 from hf_optimizability.parallel import training_ranks
 from hf_optimizability.stages import Price, Prices, count_products, list_stages
 

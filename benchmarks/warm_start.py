@@ -34,7 +34,7 @@ from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.lanczos import LanczosRun, lanczos
 from hf_optimizability.linalg.operator import SymmetricOperator
 from hf_optimizability.model_state.measuring import math_attention, measuring
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 Name = Literal["text", "vision"]

@@ -18,7 +18,7 @@ from .linalg.lanczos import lanczos
 from .linalg.spectrum_and_trace import Sketch
 from .linalg.trace import student_quantile
 from .measurement import Conflict, SeveralTasks, TaskBlock, TaskMeasurement
-from .objective import Objective
+from .objective.objective import Objective
 from .quantities.task_conflict import BatchProducts, TaskGram, batch_products
 
 

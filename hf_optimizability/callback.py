@@ -30,9 +30,9 @@ from .measure import block_indices, measure_objective, measuring_bar
 from .measurement import Measurement, MeasurementFailure, SeveralTasks, TaskMeasurement
 from .memory import out_of_memory
 from .model_state.measuring import pretrained
-from .objective import Objective
+from .objective.objective import Objective
+from .objective.probe_set import dataset_of, probe_batches, probe_batches_by_task, tensors_in
 from .parallel import RankLostError, training_ranks
-from .probe import dataset_of, probe_batches, probe_batches_by_task, tensors_in
 from .quantities.preconditioner import unwrapped
 from .redaction import anonymous, in_strings, without_secrets
 from .report import OptimizabilityReport

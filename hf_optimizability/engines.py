@@ -24,7 +24,7 @@ from .curvature.twice_differentiable import CheapSecondDerivatives
 from .errors import MeasurementError, WrongDerivativeError
 from .linalg.vectors import norm
 from .model_state.measuring import eager_attention, math_attention, pretrained
-from .objective import Objective
+from .objective.objective import Objective
 from .redaction import anonymous, without_secrets
 
 

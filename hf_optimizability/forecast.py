@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .batches import Batch, batch_size
 from .config import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
 from .curvature.compact_embeddings import used_rows
@@ -29,7 +28,8 @@ from .linalg.trace import LOCKSTEP
 from .measure import block_indices, checked, finite_gradient
 from .memory import in_memory
 from .model_state.measuring import full_precision, measuring
-from .objective import LossFunction, Objective
+from .objective.batches import Batch, batch_size
+from .objective.objective import LossFunction, Objective
 from .quantities.loss_landscape import LINE_POINTS, PLANE_POINTS
 from .quantities.preconditioner import read_preconditioner
 from .stages import Price, Prices, Products, count_products, list_stages

@@ -21,8 +21,8 @@ from .errors import MeasurementError, WrongDerivativeError
 from .linalg.operator import SymmetricOperator
 from .linalg.spectrum_and_trace import Sketch
 from .linalg.vectors import dot, norm
-from .objective import Objective
-from .padding_rows import without_padding_rows
+from .objective.objective import Objective
+from .objective.padding_rows import without_padding_rows
 
 
 LARGEST_ASYMMETRY = 1e-4

@@ -15,7 +15,6 @@ from torch.distributed import Work, all_reduce
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 
-from .batches import batch_size
 from .config import OptimizabilityConfig
 from .curvature.gradient import norm_of
 from .device_memory import free_memory
@@ -23,7 +22,8 @@ from .errors import MeasurementError
 from .linalg.communicator import Ranks
 from .linalg.row_partition import Rows
 from .model_state.state import settle
-from .objective import Objective, ProbeBatch
+from .objective.batches import batch_size
+from .objective.objective import Objective, ProbeBatch
 from .quantities.preconditioner import Held
 from .stages import Price, Prices, count_products, list_stages
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .batches import Unit, batch_size, count_units
 from .curvature.displacement import displaced
 from .errors import MeasurementError
 from .memory import out_of_memory
 from .model_state.snapshot_tensors import digest
-from .objective import Objective, ProbeBatch
-from .self_check import SelfCheck
+from .objective.batches import Unit, batch_size, count_units
+from .objective.objective import Objective, ProbeBatch
+from .objective.self_check import SelfCheck
 
 
 MAX_REPEAT_ERROR = 1e-6

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
 from transformers.utils import logging
 
-from .blocks import match_blocks, name_blocks
 from .by_task import TaskCurvature, eigenvalues_by_task, means_by_task, several_tasks, traces_by_task
 from .config import OptimizabilityConfig
 from .curvature.block_diagonal import BlockDiagonalHessian
@@ -44,17 +43,18 @@ from .mean_check import check_mean, weights_left_alone
 from .measurement import BlockMeasurement, Measurement, StepMeasurement
 from .memory import in_memory, out_of_memory
 from .model_state.measuring import full_precision, measuring
-from .objective import Batch, LossFunction, Objective
+from .objective.objective import Batch, LossFunction, Objective
+from .objective.parameter_blocks import match_blocks, name_blocks
+from .objective.self_check import SelfCheck
+from .objective.task_labels import require_several, split_by_task
 from .parallel import training_ranks
 from .quantities.loss_landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
 from .quantities.noise_scale import MIN_PARTS, noise_scale
 from .quantities.preconditioner import Preconditioner, optimizer_update, read_preconditioner
 from .quantities.preconditioner import unwrapped as unwrapped_optimizer
 from .quantities.step_size import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
-from .self_check import SelfCheck
 from .slope_check import slope_errors
 from .supported import require_supported
-from .task_split import require_several, split_by_task
 
 
 logger = logging.get_logger(__name__)

@@ -11,7 +11,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers.utils import logging
 
 from .errors import MeasurementError
-from .objective import Objective
+from .objective.objective import Objective
 from .parallel import RankLostError
 
 

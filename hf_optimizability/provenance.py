@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from .batches import batch_size, count_items
 from .config import OptimizabilityConfig
 from .fsdp import class_name
 from .model_state.measuring import pretrained
-from .probe import fingerprint, num_examples
+from .objective.batches import batch_size, count_items
+from .objective.probe_set import fingerprint, num_examples
 
 
 _ARGUMENTS = (

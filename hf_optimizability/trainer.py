@@ -18,7 +18,7 @@ from .fsdp import norms_over_ranks
 from .hub import HubError, add_to_model_folder, explained
 from .log_keys import PREFIX
 from .measure import block_indices
-from .objective import trainable_parameters
+from .objective.objective import trainable_parameters
 from .redaction import without_secrets
 from .report import OptimizabilityReport
 from .report.markdown import CARD_FOLDER

@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_optimizability.blocks import name_blocks
+from hf_optimizability.objective.parameter_blocks import name_blocks
 
 
 def t5() -> PreTrainedModel:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_optimizability.errors import MeasurementError
-from hf_optimizability.probe import probe_batches
+from hf_optimizability.objective.probe_set import probe_batches
 
 
 PROBE = {"examples": 6, "batch_size": 3, "seed": 0}

@@ -27,7 +27,7 @@ from hf_optimizability.curvature.eigenvalue_check import check_eigenvalues
 from hf_optimizability.forecast import forecast
 from hf_optimizability.linalg.operator import DenseOperator
 from hf_optimizability.measure import measure_objective
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 from hf_optimizability.report import OptimizabilityReport
 
 

@@ -24,7 +24,7 @@ from hf_optimizability import (
     OptimizabilityTrainer,
     OptimizabilityTrainerMixin,
 )
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}

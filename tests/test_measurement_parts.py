@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
-from hf_optimizability.blocks import name_blocks
 from hf_optimizability.measure import measure_objective
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
+from hf_optimizability.objective.parameter_blocks import name_blocks
 from hf_optimizability.report import OptimizabilityReport
 
 

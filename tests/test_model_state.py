@@ -35,7 +35,7 @@ from hf_optimizability.model_state import snapshot_tensors
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.model_state.snapshot import MOST_ITEMS, Snapshot
 from hf_optimizability.model_state.state import ModelState, eval_mode, settle
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 def contents(model: nn.Module) -> list[Any]:

@@ -25,7 +25,7 @@ from hf_optimizability import (
     OptimizabilityTrainerMixin,
     measure,
 )
-from hf_optimizability.probe import fingerprint
+from hf_optimizability.objective.probe_set import fingerprint
 
 
 CONFIG = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}

@@ -16,8 +16,8 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.curvature.gradient import gradient
-from hf_optimizability.objective import Objective, batch_size, count_items, cut_batch
-from hf_optimizability.probe import fingerprint, probe_batches, probe_indices
+from hf_optimizability.objective.objective import Objective, batch_size, count_items, cut_batch
+from hf_optimizability.objective.probe_set import fingerprint, probe_batches, probe_indices
 
 
 LABELS = torch.tensor([[-100, 5, 6, -100], [7, -100, 8, 9]])

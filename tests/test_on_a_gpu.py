@@ -24,7 +24,7 @@ from hf_optimizability import Measurement, OptimizabilityCallback, Optimizabilit
 from hf_optimizability.device_memory import free_memory
 from hf_optimizability.linalg import lanczos
 from hf_optimizability.measure import measure_objective
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 pytestmark = [

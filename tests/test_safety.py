@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.model_state.measuring import eager_attention, full_precision, preserved_rng, unpatched_forward
-from hf_optimizability.probe import probe_batches
+from hf_optimizability.objective.probe_set import probe_batches
 
 
 def draw() -> tuple[float, float, float]:

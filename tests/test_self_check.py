@@ -33,7 +33,7 @@ from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfi
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.mean_check import check_mean, mean_loss
 from hf_optimizability.model_state.measuring import measuring
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 from hf_optimizability.slope_check import slope_errors
 
 

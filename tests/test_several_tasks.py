@@ -23,7 +23,7 @@ from hf_optimizability import (
     measure,
 )
 from hf_optimizability.measure import measure_objective
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 from hf_optimizability.report.markdown import to_markdown
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from scipy.stats import norm
 from transformers import Trainer
 
-from ..probe import probe_batches
+from ..objective.probe_set import probe_batches
 from ..scoring.checkpoint import CheckpointScores, score_checkpoint
 from ..scoring.score import Score
 from ..trainer_loss import trainer_loss

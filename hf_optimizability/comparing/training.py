@@ -25,7 +25,7 @@ from ..config import OptimizabilityConfig
 from ..dynamics import compute_dynamics
 from ..generalization import GAP_EXAMPLES
 from ..log_keys import PREFIX
-from ..probe import probe_indices
+from ..objective.probe_set import probe_indices
 from ..redaction import anonymous, in_strings
 from ..report import OptimizabilityReport
 from ..tasks.checkpoint import CheckpointArguments

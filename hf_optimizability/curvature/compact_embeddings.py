@@ -53,7 +53,7 @@ def used_rows(objective: LossesOfAModel, *, ranks: Ranks = ALONE) -> Iterator[in
         RuntimeError: From a forward pass inside that looks up a row which the first pass did not.
 
     Example:
-        >>> from hf_optimizability.objective import Objective
+        >>> from hf_optimizability.objective.objective import Objective
         >>> model = nn.Sequential(nn.Embedding(1000, 2), nn.Flatten(), nn.Linear(4, 1))
         >>> batch = (torch.tensor([[7, 900]]),)
         >>> objective = Objective(model, [batch], loss_fn=lambda model, batch: model(batch[0]).square().mean())

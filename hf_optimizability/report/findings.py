@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from ..blocks import EMBEDDINGS, HEAD
 from ..linalg.estimate import Estimate
 from ..measurement import Measurement, SeveralTasks
+from ..objective.parameter_blocks import EMBEDDINGS, HEAD
 from ..quantities.step_size import stability_limit
 from .formatting import format_estimate, format_interval, format_number, format_percent, format_with_error
 from .series import batch_items

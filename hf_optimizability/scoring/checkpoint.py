@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ..batches import cut_batch
 from ..config import OptimizabilityConfig
 from ..engines import Way, first_that_works
 from ..errors import MeasurementError
 from ..model_state.measuring import full_precision, measuring
-from ..objective import LossFunction, Objective
+from ..objective.batches import cut_batch
+from ..objective.objective import LossFunction, Objective
 from .features import head_features
 from .gradients import gradient_scores
 from .linear_probe import linear_probe

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_optimizability import MeasurementError
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 def run(folder, *dtypes: str) -> list[dict]:

@@ -10,13 +10,13 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from hf_optimizability.blocks import name_blocks
 from hf_optimizability.curvature import block_diagonal
 from hf_optimizability.curvature.block_diagonal import BlockDiagonalHessian
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.linalg.lanczos import lanczos_by_segment
 from hf_optimizability.model_state.measuring import math_attention
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
+from hf_optimizability.objective.parameter_blocks import name_blocks
 
 
 def places(objective: Objective, blocks: list[list[int]]) -> list[list[slice]]:

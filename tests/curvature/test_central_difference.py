@@ -16,7 +16,7 @@ from hf_optimizability.curvature.central_difference import CentralDifferenceHess
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace
 from hf_optimizability.model_state.measuring import full_precision
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 # Of float64; that of language models is computed in float32 by Transformers.

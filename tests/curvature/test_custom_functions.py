@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_optimizability.curvature.custom_functions import require_second_derivatives
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 class Exponential(torch.autograd.Function):

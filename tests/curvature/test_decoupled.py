@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
 from hf_optimizability.model_state.measuring import math_attention, measuring
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 def dense(objective: Objective) -> tuple[Tensor, Tensor]:

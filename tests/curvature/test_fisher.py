@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_optimizability.curvature.fisher import EmpiricalFisherOperator
-from hf_optimizability.objective import Objective, count_items
+from hf_optimizability.objective.objective import Objective, count_items
 
 
 EXAMPLES = 5

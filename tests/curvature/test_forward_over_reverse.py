@@ -15,7 +15,7 @@ from hf_optimizability.curvature.central_difference import CentralDifferenceHess
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.model_state.measuring import math_attention
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 # Transformers computes the loss of language models in float32.

@@ -24,7 +24,7 @@ from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
 from hf_optimizability.linalg.statistics import jackknife
 from hf_optimizability.linalg.trace import MIN_PROBES
 from hf_optimizability.model_state.measuring import math_attention
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 NAMES = ["bert", "vit", "resnet", "gpt2"]

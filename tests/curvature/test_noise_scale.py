@@ -12,7 +12,7 @@ import torch
 from scipy.stats import t as student
 
 from hf_optimizability.curvature.gradient import gradient
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 from hf_optimizability.quantities.noise_scale import NoiseScale, noise_from_products, noise_scale
 
 

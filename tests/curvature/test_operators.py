@@ -14,7 +14,7 @@ from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseH
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator
 from hf_optimizability.curvature.hessian import HessianOperator, ObjectiveOperator
 from hf_optimizability.model_state.measuring import math_attention
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 @pytest.fixture

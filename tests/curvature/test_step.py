@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 from hf_optimizability.quantities.preconditioner import optimizer_update
 from hf_optimizability.quantities.step_size import critical_learning_rate, loss_along, quadratic_model
 

@@ -26,7 +26,7 @@ from hf_optimizability.linalg.trace import (
 )
 from hf_optimizability.linalg.xtrace import xtrace
 from hf_optimizability.model_state.measuring import math_attention
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 METHODS: dict[str, Callable[..., TraceResult]] = {"hutchinson": hutchinson, "hutch++": hutchplusplus, "xtrace": xtrace}

@@ -34,7 +34,7 @@ from hf_optimizability.curvature.hessian_vector_product import double_backward
 from hf_optimizability.curvature.selective_grad import differentiate
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.model_state.measuring import math_attention
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 SMALL = {"vocab_size": 20, "intermediate_size": 12, "max_position_embeddings": 8}

@@ -14,7 +14,7 @@ from hf_optimizability.curvature.compact_embeddings import used_rows
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.model_state.measuring import math_attention, measuring
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 def bert() -> tuple[Objective, dict[str, Tensor]]:

@@ -26,7 +26,7 @@ from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.fsdp import norms_over_ranks, on_shards, unsharded
 from hf_optimizability.model_state.measuring import math_attention, measuring
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 from hf_optimizability.parallel import training_ranks
 from hf_optimizability.supported import require_supported
 

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 
 from hf_optimizability import Measurement, OptimizabilityConfig, measure
-from hf_optimizability.blocks import name_blocks
+from hf_optimizability.objective.parameter_blocks import name_blocks
 
 
 NAMES = list(tiny_models.MODELS)

@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.nn import functional as F
 from transformers import AutoModel, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
-from hf_optimizability.probe import probe_indices
+from hf_optimizability.objective.probe_set import probe_indices
 
 
 CHECKPOINTS = Path(__file__).parents[2] / "recipes/checkpoints"

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from hf_optimizability.curvature.hessian import HessianOperator
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 
 
 ROOT = Path(__file__).parents[2]

@@ -24,10 +24,10 @@ from hf_optimizability.measurement import (
     TaskBlock,
     TaskMeasurement,
 )
+from hf_optimizability.objective.self_check import SelfCheck
 from hf_optimizability.quantities.loss_landscape import Axis, Landscape, LossLine, LossPlane
 from hf_optimizability.quantities.step_size import CriticalLearningRate, QuadraticModel
 from hf_optimizability.report import OptimizabilityReport
-from hf_optimizability.self_check import SelfCheck
 
 
 def make_estimate(value: float, error: float, *, kind: str = "residual", converged: bool = True) -> Estimate:

@@ -27,13 +27,13 @@ from hf_optimizability.measurement import (
     TaskBlock,
     TaskMeasurement,
 )
+from hf_optimizability.objective.self_check import SelfCheck
 from hf_optimizability.quantities.loss_landscape import Axis, Landscape, LossLine, LossPlane
 from hf_optimizability.quantities.step_size import CriticalLearningRate, QuadraticModel
 from hf_optimizability.report import SCHEMA_VERSION, OptimizabilityReport
 from hf_optimizability.report.findings import SEVERITIES, Finding
 from hf_optimizability.report.markdown import to_markdown
 from hf_optimizability.report.schema import report_schema, upgraded
-from hf_optimizability.self_check import SelfCheck
 
 from .damage import HOSTILE, damaged, to_json
 from .example import make_report, with_tasks

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_optimizability.curvature.hessian import HessianOperator
-from hf_optimizability.objective import Objective
+from hf_optimizability.objective.objective import Objective
 from hf_optimizability.scoring.gradients import decrease_with_error, gradient_scores, mean_cosine
 
 

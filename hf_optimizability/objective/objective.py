@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.utils.generic import find_labels
 
+from ..errors import MeasurementInterruptedError
+from ..linalg.communicator import ALONE, Ranks
+from ..linalg.row_partition import Rows
+from ..model_state.measuring import measuring, pretrained, quantization, rng_state, seed_all
+from ..model_state.state import ModelState
 from .batches import (
     IGNORED_LABEL,
     Batch,
@@ -27,11 +32,6 @@ from .batches import (
     cut_batch,
     listed,
 )
-from .errors import MeasurementInterruptedError
-from .linalg.communicator import ALONE, Ranks
-from .linalg.row_partition import Rows
-from .model_state.measuring import measuring, pretrained, quantization, rng_state, seed_all
-from .model_state.state import ModelState
 from .self_check import SelfCheck
 
 

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
 )
 
-from .model_state.measuring import pretrained
+from ..model_state.measuring import pretrained
 
 
 Batch = Any

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from transformers.utils import logging
 
+from ..errors import MeasurementError
+from ..linalg.communicator import ALONE, Ranks
+from ..model_state.measuring import preserved_rng
+from ..redaction import without_secrets
 from .batches import batch_size as examples_in
 from .data_state import DataState, preserved_data
-from .errors import MeasurementError
-from .linalg.communicator import ALONE, Ranks
-from .model_state.measuring import preserved_rng
-from .redaction import without_secrets
-from .task_split import require_several, smaller_batches, tasks_of_rows
+from .task_labels import require_several, smaller_batches, tasks_of_rows
 
 
 logger = logging.get_logger(__name__)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import MeasurementError
+from ..errors import MeasurementError
 
 
 MANY = 1000

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from .model_state.measuring import pretrained
+from ..model_state.measuring import pretrained
+from ..quantities.noise_scale import MIN_PARTS
 from .objective import Batch
-from .quantities.noise_scale import MIN_PARTS
 
 
 MOST_TASKS = 16
