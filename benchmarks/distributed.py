@@ -26,10 +26,10 @@ from transformers.utils import logging
 from workloads import BATCH_SIZE, TITLES, load, text, vision
 
 from hf_optimizability import OptimizabilityConfig
+from hf_optimizability.distributed.process_group import ProcessGroupRanks
 from hf_optimizability.linalg.communicator import ALONE, Item
 from hf_optimizability.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
-from hf_optimizability.parallel import ProcessGroupRanks
 
 
 RESULTS = Path(__file__).parent / "results" / "distributed.json"

@@ -33,16 +33,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_optimizability import OptimizabilityConfig, curvature, fsdp
+from hf_optimizability import OptimizabilityConfig, curvature
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.hessian import HessianOperator
+from hf_optimizability.distributed import fsdp
+from hf_optimizability.distributed.fsdp import on_shards, unsharded
+from hf_optimizability.distributed.process_group import training_ranks
 from hf_optimizability.forecast import PeakMemory
-from hf_optimizability.fsdp import on_shards, unsharded
 from hf_optimizability.linalg.row_partition import Rows
 from hf_optimizability.measure import measure_objective
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective.objective import Objective
-from hf_optimizability.parallel import training_ranks
 from hf_optimizability.stages import Price, Prices, count_products, list_stages
 
 

@@ -19,9 +19,11 @@ from transformers.utils import logging
 from . import provenance
 from .clock import Clock
 from .config import OptimizabilityConfig
+from .distributed.fsdp import class_name
+from .distributed.process_group import RankLostError, training_ranks
+from .distributed.supported import deepspeed_limits, require_supported
 from .errors import MeasurementError, MeasurementInterruptedError
 from .files import keep_aside, require_writable
-from .fsdp import class_name
 from .history import merged_log, record, restore
 from .linalg.communicator import Ranks
 from .log_keys import PREFIX
@@ -32,13 +34,11 @@ from .memory import out_of_memory
 from .model_state.measuring import pretrained
 from .objective.objective import Objective
 from .objective.probe_set import dataset_of, probe_batches, probe_batches_by_task, tensors_in
-from .parallel import RankLostError, training_ranks
 from .quantities.preconditioner import unwrapped
 from .redaction import anonymous, in_strings, without_secrets
 from .report import OptimizabilityReport
 from .schedule import affordable
 from .stopping import StopRequests
-from .supported import deepspeed_limits, require_supported
 from .trainer_loss import require_measurable_loss, trainer_loss
 
 

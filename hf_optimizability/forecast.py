@@ -22,8 +22,8 @@ from .curvature.compact_embeddings import used_rows
 from .curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
 from .curvature.hessian import ObjectiveOperator
 from .curvature.layer_decoupled import DecoupledHessian
+from .distributed.fsdp import measurable, reshard
 from .engines import Way, first_that_works
-from .fsdp import measurable, reshard
 from .linalg.trace import LOCKSTEP
 from .measure import block_indices, checked, finite_gradient
 from .memory import in_memory

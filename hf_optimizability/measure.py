@@ -28,10 +28,12 @@ from .curvature.gauss_newton import split_trace
 from .curvature.gradient import Gradient, gradient, norm_of
 from .curvature.hessian import ObjectiveOperator
 from .curvature.layer_decoupled import DecoupledHessian
+from .distributed.fsdp import ShardedObjective, is_sharded, measurable, reshard
+from .distributed.process_group import training_ranks
+from .distributed.supported import require_supported
 from .engines import OnProducts, Way, first_that_works
 from .errors import MeasurementError
 from .found_eigenvalues import check_along_eigenvectors, engine_error, require_symmetric
-from .fsdp import ShardedObjective, is_sharded, measurable, reshard
 from .linalg.estimate import Estimate, Spectrum
 from .linalg.lanczos import lanczos, lanczos_by_segment
 from .linalg.operator import SharedColumns, SymmetricOperator
@@ -47,14 +49,12 @@ from .objective.objective import Batch, LossFunction, Objective
 from .objective.parameter_blocks import match_blocks, name_blocks
 from .objective.self_check import SelfCheck
 from .objective.task_labels import require_several, split_by_task
-from .parallel import training_ranks
 from .quantities.loss_landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
 from .quantities.noise_scale import MIN_PARTS, noise_scale
 from .quantities.preconditioner import Preconditioner, optimizer_update, read_preconditioner
 from .quantities.preconditioner import unwrapped as unwrapped_optimizer
 from .quantities.step_size import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
 from .slope_check import slope_errors
-from .supported import require_supported
 
 
 logger = logging.get_logger(__name__)

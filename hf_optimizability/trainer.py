@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .callback import OptimizabilityCallback
 from .config import OptimizabilityConfig
-from .fsdp import norms_over_ranks
+from .distributed.fsdp import norms_over_ranks
 from .hub import HubError, add_to_model_folder, explained
 from .log_keys import PREFIX
 from .measure import block_indices

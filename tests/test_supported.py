@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
-from hf_optimizability.supported import deepspeed_limits, require_supported, zero_stage
+from hf_optimizability.distributed.supported import deepspeed_limits, require_supported, zero_stage
 
 
 def arguments(folder: Path, stage: int | None) -> TrainingArguments:

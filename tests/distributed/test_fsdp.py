@@ -20,15 +20,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
-from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, fsdp, measure
+from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
-from hf_optimizability.fsdp import norms_over_ranks, on_shards, unsharded
+from hf_optimizability.distributed import fsdp
+from hf_optimizability.distributed.fsdp import norms_over_ranks, on_shards, unsharded
+from hf_optimizability.distributed.process_group import training_ranks
+from hf_optimizability.distributed.supported import require_supported
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective.objective import Objective
-from hf_optimizability.parallel import training_ranks
-from hf_optimizability.supported import require_supported
 
 
 MODELS = ["bert", "gpt2"]  # gpt2 has tied weights, and examples with different numbers of ignored labels

@@ -16,8 +16,8 @@ import torch
 from launch import Failed, on_ranks, results
 
 from hf_optimizability import MeasurementError
+from hf_optimizability.distributed.process_group import RankLostError, training_ranks
 from hf_optimizability.linalg.communicator import ALONE
-from hf_optimizability.parallel import RankLostError, training_ranks
 
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import ALONE, Ranks
 
 
 Item = TypeVar("Item")

@@ -15,17 +15,17 @@ from torch.distributed import Work, all_reduce
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
 
-from .config import OptimizabilityConfig
-from .curvature.gradient import norm_of
-from .device_memory import free_memory
-from .errors import MeasurementError
-from .linalg.communicator import Ranks
-from .linalg.row_partition import Rows
-from .model_state.state import settle
-from .objective.batches import batch_size
-from .objective.objective import Objective, ProbeBatch
-from .quantities.preconditioner import Held
-from .stages import Price, Prices, count_products, list_stages
+from ..config import OptimizabilityConfig
+from ..curvature.gradient import norm_of
+from ..device_memory import free_memory
+from ..errors import MeasurementError
+from ..linalg.communicator import Ranks
+from ..linalg.row_partition import Rows
+from ..model_state.state import settle
+from ..objective.batches import batch_size
+from ..objective.objective import Objective, ProbeBatch
+from ..quantities.preconditioner import Held
+from ..stages import Price, Prices, count_products, list_stages
 
 
 _SHARE = 0.5
