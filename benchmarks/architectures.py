@@ -54,7 +54,7 @@ from hf_optimizability.curvature.central_difference import CentralDifferenceHess
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
-from hf_optimizability.measure import measure_objective
+from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.model_state.measuring import eager_attention, math_attention, measuring
 from hf_optimizability.objective.objective import Objective
 

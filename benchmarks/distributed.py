@@ -28,7 +28,7 @@ from workloads import BATCH_SIZE, TITLES, load, text, vision
 from hf_optimizability import OptimizabilityConfig
 from hf_optimizability.distributed.process_group import ProcessGroupRanks
 from hf_optimizability.linalg.communicator import ALONE, Item
-from hf_optimizability.measure import measure_objective
+from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 
 

@@ -39,7 +39,7 @@ from hf_optimizability.comparing.training import GoOn, Stopwatch, score
 from hf_optimizability.dynamics.convergence_speed import fit_convergence
 from hf_optimizability.errors import MeasurementError
 from hf_optimizability.files import finite, write_atomically
-from hf_optimizability.measurement import Measurement
+from hf_optimizability.measurement.results import Measurement
 from hf_optimizability.objective.probe_set import probe_batches, probe_indices
 from hf_optimizability.scoring.checkpoint import NAMES, score_checkpoint
 from hf_optimizability.tasks.fine_tuning import TASKS, FlagParser, load, parse_arguments

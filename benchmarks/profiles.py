@@ -28,7 +28,7 @@ from workloads import BATCH_SIZE, ROOT, TITLES, Workload, WorkloadName, load, te
 
 from hf_optimizability import Measurement, OptimizabilityConfig, measure
 from hf_optimizability.config import PROFILES
-from hf_optimizability.forecast import Forecast, forecast
+from hf_optimizability.measurement.forecast import Forecast, forecast
 
 
 RESULTS = Path(__file__).parent / "results" / "profiles.json"

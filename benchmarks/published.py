@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_optimizability.files import write_atomically
-from hf_optimizability.measurement import Measurement
+from hf_optimizability.measurement.results import Measurement
 from hf_optimizability.model_card import with_report
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.formatting import (

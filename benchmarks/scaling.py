@@ -39,12 +39,12 @@ from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.distributed import fsdp
 from hf_optimizability.distributed.fsdp import on_shards, unsharded
 from hf_optimizability.distributed.process_group import training_ranks
-from hf_optimizability.forecast import PeakMemory
 from hf_optimizability.linalg.row_partition import Rows
-from hf_optimizability.measure import measure_objective
+from hf_optimizability.measurement.cost_model import Price, Prices, count_products, list_stages
+from hf_optimizability.measurement.forecast import PeakMemory
+from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective.objective import Objective
-from hf_optimizability.stages import Price, Prices, count_products, list_stages
 
 
 Route = Literal["DDP", "FSDP2, whole parameters", "FSDP2, shards"]

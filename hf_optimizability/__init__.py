@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .comparing.running import compare as compare
     from .config import OptimizabilityConfig as OptimizabilityConfig
     from .errors import MeasurementError as MeasurementError
-    from .forecast import Forecast as Forecast
-    from .forecast import forecast as forecast
-    from .measure import measure as measure
-    from .measurement import Measurement as Measurement
+    from .measurement.forecast import Forecast as Forecast
+    from .measurement.forecast import forecast as forecast
+    from .measurement.measure import measure as measure
+    from .measurement.results import Measurement as Measurement
     from .report import OptimizabilityReport as OptimizabilityReport
     from .trainer import OptimizabilityTrainer as OptimizabilityTrainer
     from .trainer import OptimizabilityTrainerMixin as OptimizabilityTrainerMixin

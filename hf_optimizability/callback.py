@@ -28,9 +28,9 @@ from .history import merged_log, record, restore
 from .linalg.communicator import Ranks
 from .log_keys import PREFIX
 from .loss_scale import explanation, loss_scale
-from .measure import block_indices, measure_objective, measuring_bar
-from .measurement import Measurement, MeasurementFailure, SeveralTasks, TaskMeasurement
-from .memory import out_of_memory
+from .measurement.measure import block_indices, measure_objective, measuring_bar
+from .measurement.out_of_memory import out_of_memory
+from .measurement.results import Measurement, MeasurementFailure, SeveralTasks, TaskMeasurement
 from .model_state.measuring import pretrained
 from .objective.objective import Objective
 from .objective.probe_set import dataset_of, probe_batches, probe_batches_by_task, tensors_in

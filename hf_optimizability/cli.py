@@ -22,7 +22,7 @@ from . import __version__
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
-    from .measurement import Measurement
+    from .measurement.results import Measurement
     from .report import OptimizabilityReport
     from .tasks.fine_tuning import Task
 

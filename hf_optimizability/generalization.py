@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from .config import OptimizabilityConfig
 from .linalg.communicator import ALONE, Ranks
 from .log_keys import PREFIX
-from .measurement import TaskMeasurement
+from .measurement.results import TaskMeasurement
 from .model_state.measuring import measuring, preserved_rng, pretrained
 from .model_state.state import eval_mode
 from .objective.batches import Unit

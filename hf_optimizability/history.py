@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .clock import Clock
 from .files import finite
 from .log_keys import PREFIX
-from .measurement import Measurement, MeasurementFailure
+from .measurement.results import Measurement, MeasurementFailure
 
 
 logger = logging.get_logger(__name__)

@@ -17,7 +17,7 @@ from .config import OptimizabilityConfig
 from .distributed.fsdp import norms_over_ranks
 from .hub import HubError, add_to_model_folder, explained
 from .log_keys import PREFIX
-from .measure import block_indices
+from .measurement.measure import block_indices
 from .objective.objective import trainable_parameters
 from .redaction import without_secrets
 from .report import OptimizabilityReport

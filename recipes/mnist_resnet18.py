@@ -39,7 +39,7 @@ from hf_optimizability.linalg.density import Density, density
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.lanczos import lanczos
 from hf_optimizability.linalg.trace import hutchinson
-from hf_optimizability.measure import block_indices
+from hf_optimizability.measurement.measure import block_indices
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.objective.probe_set import probe_batches

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
-from hf_optimizability.forecast import Forecast, PeakMemory, forecast
+from hf_optimizability.measurement.forecast import Forecast, PeakMemory, forecast
 
 
 ROWS = tiny_models.cut(tiny_models.examples("bert", 6, dtype=torch.float32), 3)

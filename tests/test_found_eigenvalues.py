@@ -24,9 +24,9 @@ from transformers import (
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.eigenvalue_check import check_eigenvalues
-from hf_optimizability.forecast import forecast
 from hf_optimizability.linalg.operator import DenseOperator
-from hf_optimizability.measure import measure_objective
+from hf_optimizability.measurement.forecast import forecast
+from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.report import OptimizabilityReport
 

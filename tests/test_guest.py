@@ -29,7 +29,7 @@ from hf_optimizability import (
 )
 from hf_optimizability.curvature.gradient import norm_of
 from hf_optimizability.history import RECORD, RECORDS, restore
-from hf_optimizability.measurement import Measurement
+from hf_optimizability.measurement.results import Measurement
 from hf_optimizability.provenance import describe_config
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
-from hf_optimizability.measure import measure_objective
+from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.objective.parameter_blocks import name_blocks
 from hf_optimizability.report import OptimizabilityReport

@@ -30,7 +30,7 @@ from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.hessian import HessianOperator, ObjectiveOperator
-from hf_optimizability.measure import measure_objective
+from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.model_state import snapshot_tensors
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.model_state.snapshot import MOST_ITEMS, Snapshot

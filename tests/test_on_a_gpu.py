@@ -23,7 +23,7 @@ from transformers.utils.import_utils import enable_tf32
 from hf_optimizability import Measurement, OptimizabilityCallback, OptimizabilityConfig, measure
 from hf_optimizability.device_memory import free_memory
 from hf_optimizability.linalg import lanczos
-from hf_optimizability.measure import measure_objective
+from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 
 

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from hf_optimizability.clock import Clock
 from hf_optimizability.history import RECORD, RECORDS, record, restore
-from hf_optimizability.measurement import MeasurementFailure
+from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.provenance import describe_config
 
 

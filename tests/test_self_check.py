@@ -31,10 +31,10 @@ from transformers import (
 
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.gradient import gradient
-from hf_optimizability.mean_check import check_mean, mean_loss
+from hf_optimizability.measurement.mean_check import check_mean, mean_loss
+from hf_optimizability.measurement.slope_check import slope_errors
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective.objective import Objective
-from hf_optimizability.slope_check import slope_errors
 
 
 CONFIG = OptimizabilityConfig(profile="light", max_hvps=16)

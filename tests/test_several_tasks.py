@@ -22,7 +22,7 @@ from hf_optimizability import (
     OptimizabilityTrainer,
     measure,
 )
-from hf_optimizability.measure import measure_objective
+from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.report.markdown import to_markdown
 

@@ -21,11 +21,11 @@ from ..device_memory import free_memory
 from ..errors import MeasurementError
 from ..linalg.communicator import Ranks
 from ..linalg.row_partition import Rows
+from ..measurement.cost_model import Price, Prices, count_products, list_stages
 from ..model_state.state import settle
 from ..objective.batches import batch_size
 from ..objective.objective import Objective, ProbeBatch
 from ..quantities.preconditioner import Held
-from ..stages import Price, Prices, count_products, list_stages
 
 
 _SHARE = 0.5

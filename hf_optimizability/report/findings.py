@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from ..linalg.estimate import Estimate
-from ..measurement import Measurement, SeveralTasks
+from ..measurement.results import Measurement, SeveralTasks
 from ..objective.parameter_blocks import EMBEDDINGS, HEAD
 from ..quantities.step_size import stability_limit
 from .formatting import format_estimate, format_interval, format_number, format_percent, format_with_error

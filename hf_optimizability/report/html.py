@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from ..measurement import Measurement
+from ..measurement.results import Measurement
 from ..quantities.loss_landscape import LossPlane
 from .charts import Chart, charts
 from .formatting import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line

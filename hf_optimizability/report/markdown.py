@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..measurement import Measurement
+from ..measurement.results import Measurement
 from .formatting import NOT_CONVERGED, format_estimate, format_interval, format_number, format_with_error, one_line
 from .report import OptimizabilityReport
 from .templating import environment, first_and_last, flattened, text_without_strings, title_of, trace_shares

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import finite, write_atomically
-from ..measurement import Measurement, MeasurementFailure
+from ..measurement.results import Measurement, MeasurementFailure
 from .schema import SCHEMA_VERSION, parse, upgraded
 
 

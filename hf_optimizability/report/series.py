@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from ..linalg.density import Density
-from ..measurement import Measurement
+from ..measurement.results import Measurement
 from ..quantities.loss_landscape import Landscape, LossLine
 from .report import OptimizabilityReport
 

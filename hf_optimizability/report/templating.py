@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..linalg.estimate import Estimate
-from ..measurement import Measurement, SeveralTasks
+from ..measurement.results import Measurement, SeveralTasks
 from ..quantities.step_size import CriticalLearningRate
 from .formatting import MISSING, format_estimate, format_interval, format_number, format_percent, format_with_error
 from .report import OptimizabilityReport

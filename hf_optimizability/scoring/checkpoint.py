@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..config import OptimizabilityConfig
-from ..engines import Way, first_that_works
 from ..errors import MeasurementError
+from ..measurement.engines import Way, first_that_works
 from ..model_state.measuring import full_precision, measuring
 from ..objective.batches import cut_batch
 from ..objective.objective import LossFunction, Objective

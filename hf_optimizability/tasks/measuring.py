@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from .. import provenance
 from ..config import OptimizabilityConfig
-from ..measurement import Measurement
+from ..measurement.results import Measurement
 from ..objective.probe_set import probe_batches
 from ..report import OptimizabilityReport
 from ..trainer_loss import trainer_loss

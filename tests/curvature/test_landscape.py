@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.files import finite
-from hf_optimizability.forecast import forecast
 from hf_optimizability.linalg.estimate import Estimate
+from hf_optimizability.measurement.forecast import forecast
 from hf_optimizability.quantities.loss_landscape import Axis, Landscape, loss_line, loss_plane
 
 

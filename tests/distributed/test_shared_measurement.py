@@ -20,7 +20,7 @@ from hf_optimizability import OptimizabilityConfig
 from hf_optimizability.curvature.gauss_newton import gauss_newton_trace
 from hf_optimizability.distributed.process_group import training_ranks
 from hf_optimizability.linalg.communicator import ALONE, Ranks
-from hf_optimizability.measure import measure_objective
+from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective.objective import Objective
 

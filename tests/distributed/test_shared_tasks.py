@@ -15,7 +15,7 @@ from test_several_tasks import Heads, cut, of_task, rows
 from hf_optimizability import OptimizabilityConfig
 from hf_optimizability.distributed.process_group import training_ranks
 from hf_optimizability.linalg.communicator import ALONE, Ranks
-from hf_optimizability.measure import measure_objective
+from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from hf_optimizability.linalg.density import density
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
-from hf_optimizability.measurement import (
+from hf_optimizability.measurement.results import (
     BlockMeasurement,
     Conflict,
     Measurement,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hf_optimizability.measurement import MeasurementFailure
+from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.findings import Finding
 from hf_optimizability.report.formatting import format_estimate, format_interval, format_number

@@ -12,7 +12,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from hf_optimizability.measurement import MeasurementFailure
+from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.formatting import (
     format_estimate,

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hf_optimizability.linalg.density import Density
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
-from hf_optimizability.measurement import (
+from hf_optimizability.measurement.results import (
     BlockMeasurement,
     Conflict,
     Measurement,

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .config import OptimizabilityConfig
-from .linalg.lanczos import SLAB
-from .linalg.spectrum_and_trace import DEFLATED
-from .linalg.trace import LOCKSTEP
+from ..config import OptimizabilityConfig
+from ..linalg.lanczos import SLAB
+from ..linalg.spectrum_and_trace import DEFLATED
+from ..linalg.trace import LOCKSTEP
 
 
 _CHECK = 6

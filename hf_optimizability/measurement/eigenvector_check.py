@@ -11,18 +11,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .config import OptimizabilityConfig
-from .curvature.autograd_graph import doubtful_operations, has_kinks
-from .curvature.central_difference import CentralDifferenceHessian, usual_step
-from .curvature.eigenvalue_check import AGREEMENT, STEPS, EigenvalueCheck, check_eigenvalues
-from .curvature.gradient import Gradient, norm_of
+from ..config import OptimizabilityConfig
+from ..curvature.autograd_graph import doubtful_operations, has_kinks
+from ..curvature.central_difference import CentralDifferenceHessian, usual_step
+from ..curvature.eigenvalue_check import AGREEMENT, STEPS, EigenvalueCheck, check_eigenvalues
+from ..curvature.gradient import Gradient, norm_of
+from ..errors import MeasurementError, WrongDerivativeError
+from ..linalg.operator import SymmetricOperator
+from ..linalg.spectrum_and_trace import Sketch
+from ..linalg.vectors import dot, norm
+from ..objective.objective import Objective
+from ..objective.padding_rows import without_padding_rows
 from .engines import LARGEST_DIFFERENCE_ERROR, OnProducts, Way
-from .errors import MeasurementError, WrongDerivativeError
-from .linalg.operator import SymmetricOperator
-from .linalg.spectrum_and_trace import Sketch
-from .linalg.vectors import dot, norm
-from .objective.objective import Objective
-from .objective.padding_rows import without_padding_rows
 
 
 LARGEST_ASYMMETRY = 1e-4

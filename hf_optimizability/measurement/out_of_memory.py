@@ -10,9 +10,9 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers.utils import logging
 
-from .distributed.process_group import RankLostError
-from .errors import MeasurementError
-from .objective.objective import Objective
+from ..distributed.process_group import RankLostError
+from ..errors import MeasurementError
+from ..objective.objective import Objective
 
 
 logger = logging.get_logger(__name__)

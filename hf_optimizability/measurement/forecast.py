@@ -16,23 +16,23 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .config import OptimizabilityConfig
-from .curvature.block_diagonal import BlockDiagonalHessian
-from .curvature.compact_embeddings import used_rows
-from .curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
-from .curvature.hessian import ObjectiveOperator
-from .curvature.layer_decoupled import DecoupledHessian
-from .distributed.fsdp import measurable, reshard
+from ..config import OptimizabilityConfig
+from ..curvature.block_diagonal import BlockDiagonalHessian
+from ..curvature.compact_embeddings import used_rows
+from ..curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
+from ..curvature.hessian import ObjectiveOperator
+from ..curvature.layer_decoupled import DecoupledHessian
+from ..distributed.fsdp import measurable, reshard
+from ..linalg.trace import LOCKSTEP
+from ..model_state.measuring import full_precision, measuring
+from ..objective.batches import Batch, batch_size
+from ..objective.objective import LossFunction, Objective
+from ..quantities.loss_landscape import LINE_POINTS, PLANE_POINTS
+from ..quantities.preconditioner import read_preconditioner
+from .cost_model import Price, Prices, Products, count_products, list_stages
 from .engines import Way, first_that_works
-from .linalg.trace import LOCKSTEP
 from .measure import block_indices, checked, finite_gradient
-from .memory import in_memory
-from .model_state.measuring import full_precision, measuring
-from .objective.batches import Batch, batch_size
-from .objective.objective import LossFunction, Objective
-from .quantities.loss_landscape import LINE_POINTS, PLANE_POINTS
-from .quantities.preconditioner import read_preconditioner
-from .stages import Price, Prices, Products, count_products, list_stages
+from .out_of_memory import in_memory
 
 
 _GRADIENTS = 9

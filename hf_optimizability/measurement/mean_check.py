@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .curvature.displacement import displaced
-from .errors import MeasurementError
-from .memory import out_of_memory
-from .model_state.snapshot_tensors import digest
-from .objective.batches import Unit, batch_size, count_units
-from .objective.objective import Objective, ProbeBatch
-from .objective.self_check import SelfCheck
+from ..curvature.displacement import displaced
+from ..errors import MeasurementError
+from ..model_state.snapshot_tensors import digest
+from ..objective.batches import Unit, batch_size, count_units
+from ..objective.objective import Objective, ProbeBatch
+from ..objective.self_check import SelfCheck
+from .out_of_memory import out_of_memory
 
 
 MAX_REPEAT_ERROR = 1e-6

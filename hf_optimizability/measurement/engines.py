@@ -13,19 +13,19 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers.utils import logging
 
-from .config import OptimizabilityConfig
-from .curvature.central_difference import CentralDifferenceHessian, usual_step
-from .curvature.custom_functions import require_second_derivatives
-from .curvature.fisher import EmpiricalFisherOperator
-from .curvature.forward_over_reverse import ForwardOverReverseHessian
-from .curvature.gauss_newton import GaussNewtonOperator
-from .curvature.hessian import HessianOperator, ObjectiveOperator
-from .curvature.twice_differentiable import CheapSecondDerivatives
-from .errors import MeasurementError, WrongDerivativeError
-from .linalg.vectors import norm
-from .model_state.measuring import eager_attention, math_attention, pretrained
-from .objective.objective import Objective
-from .redaction import anonymous, without_secrets
+from ..config import OptimizabilityConfig
+from ..curvature.central_difference import CentralDifferenceHessian, usual_step
+from ..curvature.custom_functions import require_second_derivatives
+from ..curvature.fisher import EmpiricalFisherOperator
+from ..curvature.forward_over_reverse import ForwardOverReverseHessian
+from ..curvature.gauss_newton import GaussNewtonOperator
+from ..curvature.hessian import HessianOperator, ObjectiveOperator
+from ..curvature.twice_differentiable import CheapSecondDerivatives
+from ..errors import MeasurementError, WrongDerivativeError
+from ..linalg.vectors import norm
+from ..model_state.measuring import eager_attention, math_attention, pretrained
+from ..objective.objective import Objective
+from ..redaction import anonymous, without_secrets
 
 
 logger = logging.get_logger(__name__)

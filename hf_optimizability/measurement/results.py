@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .curvature.eigenvalue_check import EigenvalueCheck
-from .linalg.estimate import Estimate
-from .linalg.spectrum_and_trace import HessianEstimates
-from .objective.self_check import SelfCheck
-from .quantities.loss_landscape import Landscape
-from .quantities.step_size import CriticalLearningRate, QuadraticModel
-from .quantities.task_conflict import SAME
+from ..curvature.eigenvalue_check import EigenvalueCheck
+from ..linalg.estimate import Estimate
+from ..linalg.spectrum_and_trace import HessianEstimates
+from ..objective.self_check import SelfCheck
+from ..quantities.loss_landscape import Landscape
+from ..quantities.step_size import CriticalLearningRate, QuadraticModel
+from ..quantities.task_conflict import SAME
 
 
 @dataclass(frozen=True)

@@ -19,41 +19,41 @@ from tqdm.auto import tqdm
 from transformers.optimization import Adafactor
 from transformers.utils import logging
 
-from .by_task import TaskCurvature, eigenvalues_by_task, means_by_task, several_tasks, traces_by_task
-from .config import OptimizabilityConfig
-from .curvature.block_diagonal import BlockDiagonalHessian
-from .curvature.compact_embeddings import used_rows
-from .curvature.eigenvalue_check import EigenvalueCheck
-from .curvature.gauss_newton import split_trace
-from .curvature.gradient import Gradient, gradient, norm_of
-from .curvature.hessian import ObjectiveOperator
-from .curvature.layer_decoupled import DecoupledHessian
-from .distributed.fsdp import ShardedObjective, is_sharded, measurable, reshard
-from .distributed.process_group import training_ranks
-from .distributed.supported import require_supported
+from ..config import OptimizabilityConfig
+from ..curvature.block_diagonal import BlockDiagonalHessian
+from ..curvature.compact_embeddings import used_rows
+from ..curvature.eigenvalue_check import EigenvalueCheck
+from ..curvature.gauss_newton import split_trace
+from ..curvature.gradient import Gradient, gradient, norm_of
+from ..curvature.hessian import ObjectiveOperator
+from ..curvature.layer_decoupled import DecoupledHessian
+from ..distributed.fsdp import ShardedObjective, is_sharded, measurable, reshard
+from ..distributed.process_group import training_ranks
+from ..distributed.supported import require_supported
+from ..errors import MeasurementError
+from ..linalg.estimate import Estimate, Spectrum
+from ..linalg.lanczos import lanczos, lanczos_by_segment
+from ..linalg.operator import SharedColumns, SymmetricOperator
+from ..linalg.preconditioned import PreconditionedOperator
+from ..linalg.spectrum_and_trace import Sketch, sketch
+from ..linalg.trace import LOCKSTEP
+from ..linalg.vectors import dot, norm
+from ..model_state.measuring import full_precision, measuring
+from ..objective.objective import Batch, LossFunction, Objective
+from ..objective.parameter_blocks import match_blocks, name_blocks
+from ..objective.self_check import SelfCheck
+from ..objective.task_labels import require_several, split_by_task
+from ..quantities.loss_landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
+from ..quantities.noise_scale import MIN_PARTS, noise_scale
+from ..quantities.preconditioner import Preconditioner, optimizer_update, read_preconditioner
+from ..quantities.preconditioner import unwrapped as unwrapped_optimizer
+from ..quantities.step_size import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
+from .eigenvector_check import check_along_eigenvectors, engine_error, require_symmetric
 from .engines import OnProducts, Way, first_that_works
-from .errors import MeasurementError
-from .found_eigenvalues import check_along_eigenvectors, engine_error, require_symmetric
-from .linalg.estimate import Estimate, Spectrum
-from .linalg.lanczos import lanczos, lanczos_by_segment
-from .linalg.operator import SharedColumns, SymmetricOperator
-from .linalg.preconditioned import PreconditionedOperator
-from .linalg.spectrum_and_trace import Sketch, sketch
-from .linalg.trace import LOCKSTEP
-from .linalg.vectors import dot, norm
 from .mean_check import check_mean, weights_left_alone
-from .measurement import BlockMeasurement, Measurement, StepMeasurement
-from .memory import in_memory, out_of_memory
-from .model_state.measuring import full_precision, measuring
-from .objective.objective import Batch, LossFunction, Objective
-from .objective.parameter_blocks import match_blocks, name_blocks
-from .objective.self_check import SelfCheck
-from .objective.task_labels import require_several, split_by_task
-from .quantities.loss_landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
-from .quantities.noise_scale import MIN_PARTS, noise_scale
-from .quantities.preconditioner import Preconditioner, optimizer_update, read_preconditioner
-from .quantities.preconditioner import unwrapped as unwrapped_optimizer
-from .quantities.step_size import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
+from .multitask import TaskCurvature, eigenvalues_by_task, means_by_task, several_tasks, traces_by_task
+from .out_of_memory import in_memory, out_of_memory
+from .results import BlockMeasurement, Measurement, StepMeasurement
 from .slope_check import slope_errors
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from .config import OptimizabilityConfig
+from ..config import OptimizabilityConfig
+from ..linalg.estimate import Estimate
+from ..linalg.lanczos import lanczos
+from ..linalg.spectrum_and_trace import Sketch
+from ..linalg.trace import student_quantile
+from ..objective.objective import Objective
+from ..quantities.task_conflict import BatchProducts, TaskGram, batch_products
 from .engines import OnProducts, Way
-from .linalg.estimate import Estimate
-from .linalg.lanczos import lanczos
-from .linalg.spectrum_and_trace import Sketch
-from .linalg.trace import student_quantile
-from .measurement import Conflict, SeveralTasks, TaskBlock, TaskMeasurement
-from .objective.objective import Objective
-from .quantities.task_conflict import BatchProducts, TaskGram, batch_products
+from .results import Conflict, SeveralTasks, TaskBlock, TaskMeasurement
 
 
 @dataclass(frozen=True)

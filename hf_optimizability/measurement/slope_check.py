@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .curvature.displacement import displaced
-from .curvature.gradient import Gradient, gradient, norm_of
-from .errors import MeasurementError
-from .linalg.vectors import dot
+from ..curvature.displacement import displaced
+from ..curvature.gradient import Gradient, gradient, norm_of
+from ..errors import MeasurementError
+from ..linalg.vectors import dot
+from ..objective.batches import listed
+from ..objective.objective import Objective
+from ..objective.padding_rows import without_padding_rows
 from .mean_check import mean_loss, moved_far
-from .objective.batches import listed
-from .objective.objective import Objective
-from .objective.padding_rows import without_padding_rows
 
 
 MAX_SLOPE_ERROR = 0.02
