@@ -24,7 +24,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
-from hf_optimizability.trainer_loss import trainer_loss
+from hf_optimizability.training.trainer_loss import trainer_loss
 
 
 VOCABULARY = 13

@@ -43,7 +43,7 @@ from hf_optimizability.measurement.results import Measurement
 from hf_optimizability.objective.probe_set import probe_batches, probe_indices
 from hf_optimizability.scoring.checkpoint import NAMES, score_checkpoint
 from hf_optimizability.tasks.fine_tuning import TASKS, FlagParser, load, parse_arguments
-from hf_optimizability.trainer_loss import trainer_loss
+from hf_optimizability.training.trainer_loss import trainer_loss
 
 
 RESULTS = Path(__file__).parent / "results" / "prediction.json"

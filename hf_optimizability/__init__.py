@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .callback import OptimizabilityCallback as OptimizabilityCallback
     from .comparing.comparison import Comparison as Comparison
     from .comparing.running import compare as compare
     from .config import OptimizabilityConfig as OptimizabilityConfig
@@ -18,8 +17,9 @@ if TYPE_CHECKING:
     from .measurement.measure import measure as measure
     from .measurement.results import Measurement as Measurement
     from .report import OptimizabilityReport as OptimizabilityReport
-    from .trainer import OptimizabilityTrainer as OptimizabilityTrainer
-    from .trainer import OptimizabilityTrainerMixin as OptimizabilityTrainerMixin
+    from .training.callback import OptimizabilityCallback as OptimizabilityCallback
+    from .training.trainer import OptimizabilityTrainer as OptimizabilityTrainer
+    from .training.trainer import OptimizabilityTrainerMixin as OptimizabilityTrainerMixin
 
 __version__ = "0.1.0"
 

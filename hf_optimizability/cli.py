@@ -245,7 +245,7 @@ def schema() -> None:
 def _run(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool = False) -> None:
     from .errors import MeasurementError
     from .tasks.fine_tuning import fine_tune, load
-    from .trainer import OptimizabilityTrainer
+    from .training.trainer import OptimizabilityTrainer
 
     task, parser = _task_and_parser(task_name, args)
     parser.set_defaults(do_train=True, do_eval=True)

@@ -47,7 +47,7 @@ QUANTITY = ["Formula", "How to read it", "What it does not say", "Cost", "How to
 
 # Each document has a process of its own, forked from one that has imported what takes seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["hf_optimizability.trainer", "hf_optimizability.tasks.fine_tuning"])
+PROCESSES.set_forkserver_preload(["hf_optimizability.training.trainer", "hf_optimizability.tasks.fine_tuning"])
 
 
 class Block(NamedTuple):

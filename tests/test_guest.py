@@ -24,13 +24,13 @@ from hf_optimizability import (
     OptimizabilityReport,
     OptimizabilityTrainer,
     OptimizabilityTrainerMixin,
-    callback,
     measure,
 )
 from hf_optimizability.curvature.gradient import norm_of
-from hf_optimizability.history import RECORD, RECORDS, restore
 from hf_optimizability.measurement.results import Measurement
-from hf_optimizability.provenance import describe_config
+from hf_optimizability.training import callback
+from hf_optimizability.training.history import RECORD, RECORDS, restore
+from hf_optimizability.training.provenance import describe_config
 
 
 CONFIG = OptimizabilityConfig(
@@ -280,7 +280,7 @@ class TestNormsOfTheTrainingBatch:
         def fail(*args: Any) -> None:
             raise RuntimeError("broken on purpose")
 
-        monkeypatch.setattr("hf_optimizability.trainer.norms_over_ranks", fail)
+        monkeypatch.setattr("hf_optimizability.training.trainer.norms_over_ranks", fail)
         trainer = make(tmp_path, "mixin")
         trainer.train()
         assert trainer.state.global_step == 6

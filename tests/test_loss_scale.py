@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
-from hf_optimizability.loss_scale import explanation, loss_scale
+from hf_optimizability.training.loss_scale import explanation, loss_scale
 
 
 class Gradients(TrainerCallback):

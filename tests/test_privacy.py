@@ -22,8 +22,8 @@ from torch.autograd import Function
 from transformers import TrainerCallback
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
-from hf_optimizability.provenance import describe_model
 from hf_optimizability.redaction import anonymous, without_secrets
+from hf_optimizability.training.provenance import describe_model
 
 
 USER, HOST, SECRET = "adalovelace", "gpu-sentinel-17", "sentinel-of-an-api-key"

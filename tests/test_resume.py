@@ -23,10 +23,10 @@ import training
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
-from hf_optimizability.clock import Clock
-from hf_optimizability.history import RECORD, RECORDS, record, restore
 from hf_optimizability.measurement.results import MeasurementFailure
-from hf_optimizability.provenance import describe_config
+from hf_optimizability.training.clock import Clock
+from hf_optimizability.training.history import RECORD, RECORDS, record, restore
+from hf_optimizability.training.provenance import describe_config
 
 
 TESTS = Path(__file__).parent

@@ -12,8 +12,8 @@ import pytest
 import training
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
-from hf_optimizability.clock import RECENT_STEPS, Clock
-from hf_optimizability.schedule import affordable
+from hf_optimizability.training.clock import RECENT_STEPS, Clock
+from hf_optimizability.training.schedule import affordable
 
 
 def measured_steps(
@@ -62,7 +62,7 @@ def test_the_callback_goes_by_the_clock(tmp_path: Path, monkeypatch: pytest.Monk
     rare, often = (OptimizabilityCallback(OptimizabilityConfig(**options)) for _ in range(2))
     training.trainer(tmp_path, callbacks=[rare], max_steps=8).train()
     assert [measurement.step for measurement in rare.report.measurements] == [0, 8]
-    monkeypatch.setattr("hf_optimizability.clock.Clock.step_seconds", 60.0)
+    monkeypatch.setattr("hf_optimizability.training.clock.Clock.step_seconds", 60.0)
     training.trainer(tmp_path, callbacks=[often], max_steps=8).train()
     assert len(often.report.measurements) > 4
     assert often.report.training["overhead"] > 0
@@ -74,7 +74,7 @@ def test_what_failed_at_the_start_is_not_tried_again_before_the_end(tmp_path: Pa
     def fail(*args: object) -> None:
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr("hf_optimizability.clock.Clock.step_seconds", 60.0)
+    monkeypatch.setattr("hf_optimizability.training.clock.Clock.step_seconds", 60.0)
     monkeypatch.setattr(sys.modules["hf_optimizability.measure"], "gradient", fail)
     callback = OptimizabilityCallback(OptimizabilityConfig(probe_examples=4, max_hvps=16))
     training.trainer(tmp_path, callbacks=[callback], max_steps=8).train()
@@ -83,7 +83,7 @@ def test_what_failed_at_the_start_is_not_tried_again_before_the_end(tmp_path: Pa
 
 def test_a_measurement_that_raises_is_timed_as_well(monkeypatch: pytest.MonkeyPatch):
     seconds = iter([0.0, 10.0, 13.0, 20.0])
-    monkeypatch.setattr("hf_optimizability.clock.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("hf_optimizability.training.clock.time.perf_counter", lambda: next(seconds))
     clock = Clock()
     with pytest.raises(RuntimeError), clock.paused():
         raise RuntimeError
@@ -91,7 +91,7 @@ def test_a_measurement_that_raises_is_timed_as_well(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_clock_goes_on_where_another_stopped(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hf_optimizability.clock.time.perf_counter", lambda: 50.0)
+    monkeypatch.setattr("hf_optimizability.training.clock.time.perf_counter", lambda: 50.0)
     clock = Clock(trained=200.0, measured=[4.0, 6.0])
     assert clock.train_seconds == 200.0 and clock.overhead == 0.05
 
@@ -99,7 +99,7 @@ def test_a_clock_goes_on_where_another_stopped(monkeypatch: pytest.MonkeyPatch):
 def test_what_a_step_takes_is_told_by_the_recent_ones(monkeypatch: pytest.MonkeyPatch):
     """However long the run: the median of all its steps, taken after each, came to cost more than the measurements."""
     now = [0.0]
-    monkeypatch.setattr("hf_optimizability.clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("hf_optimizability.training.clock.time.perf_counter", lambda: now[0])
     clock = Clock()
     for seconds in [9.0] + [1.0] * 300 + [2.0] * RECENT_STEPS:
         now[0] += seconds

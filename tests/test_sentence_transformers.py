@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertModel
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainerMixin
-from hf_optimizability.trainer_loss import trainer_loss
+from hf_optimizability.training.trainer_loss import trainer_loss
 
 
 ROWS = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, Trainer
 
 from hf_optimizability.errors import MeasurementError
-from hf_optimizability.trainer_loss import trainer_loss
+from hf_optimizability.training.trainer_loss import trainer_loss
 
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])

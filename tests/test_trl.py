@@ -26,8 +26,8 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, Rewa
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainerMixin, measure
 from hf_optimizability.errors import MeasurementError
-from hf_optimizability.trainer_loss import trainer_loss
-from hf_optimizability.unfused_losses import unfused_losses
+from hf_optimizability.training.trainer_loss import trainer_loss
+from hf_optimizability.training.unfused_losses import unfused_losses
 
 
 def written_out(model: nn.Module, batch: dict[str, Any], loss_type: str) -> Tensor:
@@ -169,7 +169,7 @@ def test_another_layout_of_trl_falls_back_with_a_reason(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Other)
     warned: list[str] = []
-    monkeypatch.setattr("hf_optimizability.unfused_losses.logger.warning_once", warned.append)
+    monkeypatch.setattr("hf_optimizability.training.unfused_losses.logger.warning_once", warned.append)
     made = tiny.trainer(tmp_path, SFTTrainer, SFTConfig, tiny.TEXTS, tiny.language_model())
     found = measure(made.model, [tiny.first_batch(made)], CONFIG, loss_fn=trainer_loss(made))
     assert found.engine == "central_difference" and "out=" in found.fallback

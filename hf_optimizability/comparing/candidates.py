@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
-from ..provenance import public_id
+from ..training.provenance import public_id
 
 
 Flag = str | int | float | bool

@@ -16,12 +16,12 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from .. import provenance
 from ..config import OptimizabilityConfig
 from ..files import finite, require_writable, write_atomically
 from ..redaction import anonymous, without_secrets
 from ..report import OptimizabilityReport
 from ..scoring.checkpoint import CheckpointScores
+from ..training import provenance
 from .arguments import ComparisonArguments
 from .candidates import CHECKPOINT, Candidate, Flag, folder_name, parse_candidates
 from .comparison import SCREENED_BY, Comparison, Entry, Failure, Round, Run, rank_entries

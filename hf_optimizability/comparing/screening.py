@@ -12,7 +12,7 @@ from transformers import Trainer
 from ..objective.probe_set import probe_batches
 from ..scoring.checkpoint import CheckpointScores, score_checkpoint
 from ..scoring.score import Score
-from ..trainer_loss import trainer_loss
+from ..training.trainer_loss import trainer_loss
 from .ranking import CONFIDENCE
 from .training import Inputs
 

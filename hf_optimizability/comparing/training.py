@@ -20,10 +20,8 @@ from torch.utils.data import Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from .. import provenance
 from ..config import OptimizabilityConfig
 from ..dynamics import compute_dynamics
-from ..generalization import GAP_EXAMPLES
 from ..log_keys import PREFIX
 from ..objective.probe_set import probe_indices
 from ..redaction import anonymous, in_strings
@@ -31,7 +29,9 @@ from ..report import OptimizabilityReport
 from ..tasks.checkpoint import CheckpointArguments
 from ..tasks.fine_tuning import Task, load
 from ..tasks.labelled_data import LabelledDataArguments
-from ..trainer import OptimizabilityTrainer
+from ..training import provenance
+from ..training.train_eval_gap import GAP_EXAMPLES
+from ..training.trainer import OptimizabilityTrainer
 from .comparison import Run, Scores
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
 
 from ..config import OptimizabilityConfig
-from ..trainer import OptimizabilityTrainer
+from ..training.trainer import OptimizabilityTrainer
 from . import image_classification, text_classification
 from .checkpoint import CheckpointArguments, own_config
 from .labelled_data import LabelledDataArguments, load_splits, numbered_as_in

@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import Trainer
 
-from .. import provenance
 from ..config import OptimizabilityConfig
 from ..measurement.results import Measurement
 from ..objective.probe_set import probe_batches
 from ..report import OptimizabilityReport
-from ..trainer_loss import trainer_loss
+from ..training import provenance
+from ..training.trainer_loss import trainer_loss
 
 
 def measured_by(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def on_ranks(function: Callable[..., Any], number: int, folder: Path, *args: Any
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["hf_optimizability.trainer"])  # that takes seconds, and is done once
+    context.set_forkserver_preload(["hf_optimizability.training.trainer"])  # that takes seconds, and is done once
     processes = [context.Process(target=_rank, args=(r, number, folder, function, args)) for r in range(number)]
     for process in processes:
         process.start()

@@ -130,7 +130,7 @@ def test_saving_does_not_fail_because_of_the_hub(
 ):
     """With `push_to_hub` in its arguments, a Trainer pushes what a script saves after training."""
     warnings: list[str] = []
-    monkeypatch.setattr("hf_optimizability.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_optimizability.training.trainer.logger.warning", warnings.append)
     monkeypatch.setattr(elsewhere.args, "push_to_hub", True)
     hub.faults = [Fault("commit/main", 503)]
     elsewhere.save_model()
@@ -154,7 +154,7 @@ def test_a_card_that_fails_does_not_stop_the_push(
     hub: HubStub, tmp_path: Path, elsewhere: OptimizabilityTrainer, monkeypatch: pytest.MonkeyPatch
 ):
     warnings: list[str] = []
-    monkeypatch.setattr("hf_optimizability.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_optimizability.training.trainer.logger.warning", warnings.append)
     (tmp_path / "out/optimizability").write_text("a file in the folder's place")
     elsewhere.push_to_hub()
     assert "model.safetensors" in published(hub) and START.encode() not in published(hub)["README.md"]

@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from .config import OptimizabilityConfig
-from .distributed.fsdp import class_name
-from .model_state.measuring import pretrained
-from .objective.batches import batch_size, count_items
-from .objective.probe_set import fingerprint, num_examples
+from ..config import OptimizabilityConfig
+from ..distributed.fsdp import class_name
+from ..model_state.measuring import pretrained
+from ..objective.batches import batch_size, count_items
+from ..objective.probe_set import fingerprint, num_examples
 
 
 _ARGUMENTS = (
@@ -114,7 +114,7 @@ def describe_training(args: TrainingArguments, optimizer: Optimizer, max_steps: 
 
 def library_versions() -> dict[str, str]:
     """Versions of everything that can change a number."""
-    from . import __version__
+    from .. import __version__
 
     packages = ("torch", "transformers", "accelerate", "numpy", "scipy")
     return {

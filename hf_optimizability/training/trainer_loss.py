@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .errors import MeasurementError
-from .objective.batches import Batch, count_items
-from .objective.objective import LossFunction
+from ..errors import MeasurementError
+from ..objective.batches import Batch, count_items
+from ..objective.objective import LossFunction
 from .unfused_losses import unfused_losses
 
 

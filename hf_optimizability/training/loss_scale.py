@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .model_state.measuring import measuring
-from .model_state.state import ModelState
-from .objective.batches import copy_batch
-from .objective.objective import Batch
+from ..model_state.measuring import measuring
+from ..model_state.state import ModelState
+from ..objective.batches import copy_batch
+from ..objective.objective import Batch
 from .trainer_loss import trainer_loss
 from .unfused_losses import unfused_losses
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, cast
 from transformers import TrainerState
 from transformers.utils import logging
 
+from ..files import finite
+from ..log_keys import PREFIX
+from ..measurement.results import Measurement, MeasurementFailure
 from .clock import Clock
-from .files import finite
-from .log_keys import PREFIX
-from .measurement.results import Measurement, MeasurementFailure
 
 
 logger = logging.get_logger(__name__)

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .config import OptimizabilityConfig
-from .linalg.communicator import ALONE, Ranks
-from .log_keys import PREFIX
-from .measurement.results import TaskMeasurement
-from .model_state.measuring import measuring, preserved_rng, pretrained
-from .model_state.state import eval_mode
-from .objective.batches import Unit
-from .objective.objective import Objective
-from .objective.probe_set import LEAST_EXAMPLES, num_examples, probe_batches
+from ..config import OptimizabilityConfig
+from ..linalg.communicator import ALONE, Ranks
+from ..log_keys import PREFIX
+from ..measurement.results import TaskMeasurement
+from ..model_state.measuring import measuring, preserved_rng, pretrained
+from ..model_state.state import eval_mode
+from ..objective.batches import Unit
+from ..objective.objective import Objective
+from ..objective.probe_set import LEAST_EXAMPLES, num_examples, probe_batches
 from .provenance import describe_task
 from .trainer_loss import trainer_loss
 

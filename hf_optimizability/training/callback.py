@@ -16,27 +16,27 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..config import OptimizabilityConfig
+from ..distributed.fsdp import class_name
+from ..distributed.process_group import RankLostError, training_ranks
+from ..distributed.supported import deepspeed_limits, require_supported
+from ..errors import MeasurementError, MeasurementInterruptedError
+from ..files import keep_aside, require_writable
+from ..linalg.communicator import Ranks
+from ..log_keys import PREFIX
+from ..measurement.measure import block_indices, measure_objective, measuring_bar
+from ..measurement.out_of_memory import out_of_memory
+from ..measurement.results import Measurement, MeasurementFailure, SeveralTasks, TaskMeasurement
+from ..model_state.measuring import pretrained
+from ..objective.objective import Objective
+from ..objective.probe_set import dataset_of, probe_batches, probe_batches_by_task, tensors_in
+from ..quantities.preconditioner import unwrapped
+from ..redaction import anonymous, in_strings, without_secrets
+from ..report import OptimizabilityReport
 from . import provenance
 from .clock import Clock
-from .config import OptimizabilityConfig
-from .distributed.fsdp import class_name
-from .distributed.process_group import RankLostError, training_ranks
-from .distributed.supported import deepspeed_limits, require_supported
-from .errors import MeasurementError, MeasurementInterruptedError
-from .files import keep_aside, require_writable
 from .history import merged_log, record, restore
-from .linalg.communicator import Ranks
-from .log_keys import PREFIX
 from .loss_scale import explanation, loss_scale
-from .measurement.measure import block_indices, measure_objective, measuring_bar
-from .measurement.out_of_memory import out_of_memory
-from .measurement.results import Measurement, MeasurementFailure, SeveralTasks, TaskMeasurement
-from .model_state.measuring import pretrained
-from .objective.objective import Objective
-from .objective.probe_set import dataset_of, probe_batches, probe_batches_by_task, tensors_in
-from .quantities.preconditioner import unwrapped
-from .redaction import anonymous, in_strings, without_secrets
-from .report import OptimizabilityReport
 from .schedule import affordable
 from .stopping import StopRequests
 from .trainer_loss import require_measurable_loss, trainer_loss
@@ -318,7 +318,7 @@ class OptimizabilityCallback(TrainerCallback):
         self._measure(args, state, control, step=step)
         trainer = self._trainer
         if trainer is not None:
-            from .generalization import measure_gap, measure_task_gaps
+            from .train_eval_gap import measure_gap, measure_task_gaps
 
             ranks = self._ranks
 
@@ -430,7 +430,7 @@ class OptimizabilityCallback(TrainerCallback):
                 self._guarded("logging a measurement", partial(_tell_callbacks, trainer, logs))
 
     def _finish(self, state: TrainerState) -> None:
-        from .dynamics import compute_dynamics
+        from ..dynamics import compute_dynamics
 
         entries = [{**log_entry(m), "epoch": m.epoch, "step": m.step} for m in self.report.measurements]
         self.report.log_history = in_strings(merged_log(state.log_history, [*entries, *self._gap]), anonymous)
