@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_optimizability.files import write_atomically
 from hf_optimizability.measurement.results import Measurement
-from hf_optimizability.model_card import with_report
+from hf_optimizability.publishing.model_card import with_report
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.formatting import (
     MISSING,

@@ -230,7 +230,7 @@ def push(
     Its files, and a section of the model card. Takes the token of `hf auth login`, or that in HF_TOKEN.
     """
     with _work(ctx):
-        from .hub import push as push_to_hub
+        from .publishing.hub import push as push_to_hub
 
         url = push_to_hub(folder, repo_id, private=private or None, create_pr=create_pr, revision=revision)
         typer.echo(json.dumps({"url": url}) if as_json else url)
@@ -382,7 +382,7 @@ def _work(ctx: typer.Context) -> Iterator[None]:
 
 def _explained(error: Exception) -> str:
     from .errors import MeasurementError
-    from .hub import HubError
+    from .publishing.hub import HubError
 
     if isinstance(error, (ValueError, OSError, ImportError, MeasurementError, HubError)):  # these say what to do
         return str(error)

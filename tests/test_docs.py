@@ -136,7 +136,7 @@ def test_commands_are_understood(document: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(cli, "_run", lambda task, args, **options: understand(task, args))
     monkeypatch.setattr(cli, "_measure", lambda task, args, **options: understand(task, args))
     monkeypatch.setattr(cli, "_compare", lambda task, args, **options: understand_candidates(task, args))
-    monkeypatch.setattr("hf_optimizability.hub.push", lambda *args, **options: "https://hub")
+    monkeypatch.setattr("hf_optimizability.publishing.hub.push", lambda *args, **options: "https://hub")
     monkeypatch.setattr("hf_optimizability.OptimizabilityReport.save", lambda *args: None)
     for program, *words in commands(document):
         if program == "hf-optimizability":

@@ -16,7 +16,7 @@ from report.example import make_report
 from report.test_markdown import HOSTILE, parse
 
 from hf_optimizability.measurement.results import MeasurementFailure
-from hf_optimizability.model_card import END, START, ModelCardError, metadata_result, with_report
+from hf_optimizability.publishing.model_card import END, START, ModelCardError, metadata_result, with_report
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.markdown import card_section
 

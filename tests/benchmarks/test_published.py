@@ -11,7 +11,7 @@ from pathlib import Path
 import published
 import pytest
 
-from hf_optimizability.model_card import with_report
+from hf_optimizability.publishing.model_card import with_report
 from hf_optimizability.report import OptimizabilityReport
 
 

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from report.example import make_report
 
-from hf_optimizability.model_card import END, START
+from hf_optimizability.publishing.model_card import END, START
 
 from .stub import HubStub, Repository
 
@@ -63,7 +63,7 @@ def test_the_template_is_a_card():
 def test_the_page_tells_what_there_is():
     """Messages and names in the page are those of the code."""
     page = (ROOT / "docs/publish.md").read_text()
-    code = (ROOT / "hf_optimizability/hub.py").read_text().lower()
+    code = (ROOT / "hf_optimizability/publishing/hub.py").read_text().lower()
     messages = re.findall(r"^\| ([a-z][^|(]*?) \(", page.split("## When it fails")[1], flags=re.MULTILINE)
     assert len(messages) == 7
     for message in messages:

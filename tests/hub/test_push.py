@@ -15,8 +15,8 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from report.example import make_report
 
-from hf_optimizability import hub as hub_module
-from hf_optimizability.hub import HubError, ModelCardError, push
+from hf_optimizability.publishing import hub as hub_module
+from hf_optimizability.publishing.hub import HubError, ModelCardError, push
 from hf_optimizability.report import OptimizabilityReport
 
 from .stub import READER, WRITER, Fault, HubStub, Repository

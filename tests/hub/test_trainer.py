@@ -13,8 +13,8 @@ from test_everything_a_trainer_can_do import CONFIG
 from test_hands_off import assert_equal, run
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
-from hf_optimizability.hub import HubError, push
-from hf_optimizability.model_card import START
+from hf_optimizability.publishing.hub import HubError, push
+from hf_optimizability.publishing.model_card import START
 
 from .stub import READER, Fault, HubStub
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from .linalg.estimate import Estimate
-from .report import OptimizabilityReport
-from .report.formatting import one_line
-from .report.markdown import card_section, escape
+from ..linalg.estimate import Estimate
+from ..report import OptimizabilityReport
+from ..report.formatting import one_line
+from ..report.markdown import card_section, escape
 
 
 START = "<!-- optimizability:start -->"

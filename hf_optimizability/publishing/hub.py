@@ -21,12 +21,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx, validate_repo_id
 
-from .files import write_atomically
+from ..files import write_atomically
+from ..redaction import in_strings, without_secrets
+from ..report import OptimizabilityReport
+from ..report.formatting import one_line
+from ..report.markdown import ALT_TEXTS, CARD_FOLDER, card_section
 from .model_card import ModelCardError, with_report
-from .redaction import in_strings, without_secrets
-from .report import OptimizabilityReport
-from .report.formatting import one_line
-from .report.markdown import ALT_TEXTS, CARD_FOLDER, card_section
 
 
 __all__ = ["HubError", "ModelCardError", "add_to_model_folder", "card_section", "explained", "push"]
@@ -59,7 +59,7 @@ def push(
 
     `report.json`, `report.md`, `report.html` and the plots go into its folder `optimizability`. The model card gets a
     section "Optimizability", the tag `optimizability`, and trace, eigenvalues and noise scale as `model-index`
-    metrics; [`~hf_optimizability.model_card.with_report`] tells what stays as it is. Pushing again replaces all of
+    metrics; [`~hf_optimizability.publishing.model_card.with_report`] tells what stays as it is. Pushing again replaces all of
     this; pushing what is there already makes no commit.
 
     Args:
