@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .comparing.comparison import Comparison as Comparison
-    from .comparing.running import compare as compare
+    from .comparing.runner import compare as compare
     from .config import OptimizabilityConfig as OptimizabilityConfig
     from .errors import MeasurementError as MeasurementError
     from .measurement.forecast import Forecast as Forecast

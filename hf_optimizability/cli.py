@@ -268,7 +268,7 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
     from . import forecast, measure
     from .files import keep_aside, require_writable
     from .tasks.fine_tuning import load, report_folder
-    from .tasks.measuring import measured_by, single_report
+    from .tasks.probe_only import measured_by, single_report
 
     task, parser = _task_and_parser(task_name, args)
     with tempfile.TemporaryDirectory() as scratch:
@@ -300,7 +300,7 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
 
 def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool) -> None:
     from .comparing.candidates import parse_candidates
-    from .comparing.running import Comparing, list_of_flags
+    from .comparing.runner import Comparing, list_of_flags
 
     rest = list(args)
     with _usage_errors():

@@ -43,8 +43,8 @@ from transformers import (
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.tasks.checkpoint import own_config
+from hf_optimizability.tasks.datasets import DataSetArguments, drawn, load_data
 from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
-from hf_optimizability.tasks.labelled_data import DataSetArguments, drawn, load_data
 from hf_optimizability.tasks.text_classification import ModelArguments
 
 

@@ -38,7 +38,7 @@ from transformers import (
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
 from hf_optimizability.tasks.metrics import compute_metrics
-from hf_optimizability.tasks.several import TASK_COLUMN, MultiTaskModel, mixed
+from hf_optimizability.tasks.multitask_model import TASK_COLUMN, MultiTaskModel, mixed
 
 
 @dataclass

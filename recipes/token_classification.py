@@ -40,8 +40,8 @@ from transformers import (
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.objective.objective import IGNORED_LABEL
 from hf_optimizability.tasks.checkpoint import label2id, load_config
+from hf_optimizability.tasks.datasets import DataSetArguments, drawn, load_data
 from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments, trained_part
-from hf_optimizability.tasks.labelled_data import DataSetArguments, drawn, load_data
 from hf_optimizability.tasks.text_classification import ModelArguments
 
 

@@ -27,8 +27,8 @@ from ..objective.probe_set import probe_indices
 from ..redaction import anonymous, in_strings
 from ..report import OptimizabilityReport
 from ..tasks.checkpoint import CheckpointArguments
+from ..tasks.datasets import LabelledDataArguments
 from ..tasks.fine_tuning import Task, load
-from ..tasks.labelled_data import LabelledDataArguments
 from ..training import provenance
 from ..training.train_eval_gap import GAP_EXAMPLES
 from ..training.trainer import OptimizabilityTrainer

@@ -18,9 +18,9 @@ from ..config import OptimizabilityConfig
 from ..training.trainer import OptimizabilityTrainer
 from . import image_classification, text_classification
 from .checkpoint import CheckpointArguments, own_config
-from .labelled_data import LabelledDataArguments, load_splits, numbered_as_in
-from .methods import with_frozen_features, with_lora
+from .datasets import LabelledDataArguments, load_splits, numbered_as_in
 from .metrics import compute_metrics
+from .peft_methods import with_frozen_features, with_lora
 
 
 class Task(Protocol):

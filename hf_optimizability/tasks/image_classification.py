@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from .checkpoint import CheckpointArguments, load_config
-from .labelled_data import LabelledDataArguments
+from .datasets import LabelledDataArguments
 
 
 NAME = "image-classification"

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from .checkpoint import CheckpointArguments, load_config
-from .labelled_data import LabelledDataArguments, require_complete
+from .datasets import LabelledDataArguments, require_complete
 
 
 NAME = "text-classification"

@@ -16,7 +16,7 @@ from transformers import GPT2ForSequenceClassification, RobertaConfig, RobertaFo
 
 from hf_optimizability.scoring.checkpoint import CheckpointScores, score_checkpoint
 from hf_optimizability.scoring.features import head_features
-from hf_optimizability.tasks.methods import with_lora
+from hf_optimizability.tasks.peft_methods import with_lora
 
 
 def batches(name: str, number: int = 24) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch.nn import BatchNorm2d
 from transformers import ViTImageProcessor
 
 from hf_optimizability.tasks import image_classification
-from hf_optimizability.tasks.labelled_data import load_splits
+from hf_optimizability.tasks.datasets import load_splits
 
 
 CHECKPOINT = str(Path(__file__).parents[2] / "recipes/checkpoints/mobilenet_v2_1.0")

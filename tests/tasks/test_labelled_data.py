@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hf_optimizability.tasks.labelled_data import LabelledDataArguments, load_splits
+from hf_optimizability.tasks.datasets import LabelledDataArguments, load_splits
 
 
 TEXTS = [f"text {number}" for number in range(12)]

@@ -10,7 +10,7 @@ import tiny_models
 import torch
 import training
 
-from hf_optimizability.tasks.methods import with_frozen_features, with_lora
+from hf_optimizability.tasks.peft_methods import with_frozen_features, with_lora
 
 
 def moved(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> set[str]:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import BertModel
 
 from hf_optimizability import OptimizabilityConfig, measure
-from hf_optimizability.tasks.several import MultiTaskConfig, MultiTaskModel, mixed
+from hf_optimizability.tasks.multitask_model import MultiTaskConfig, MultiTaskModel, mixed
 
 
 def make() -> MultiTaskModel:
