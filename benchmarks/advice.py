@@ -498,7 +498,7 @@ def findings_case(problem: Problem, optimizer: OptimizerName, best: float) -> di
     examples = [rows(problem.train, index) for index in range(len(problem.train["labels"]))]
     found = {}
     for times in TIMES:
-        with TemporaryDirectory() as folder, patch("hf_optimizability.report.plots.plot_all", return_value={}):
+        with TemporaryDirectory() as folder, patch("hf_optimizability.report.figures.plot_all", return_value={}):
             config = OptimizabilityConfig(
                 "light", "steps", measure_steps=40, max_hvps=16, probe_examples=PROBES, probe_batch_size=8
             )

@@ -239,7 +239,7 @@ def push(
 @app.command(epilog="Example: hf-optimizability schema > report.schema.json")
 def schema() -> None:
     """Print the JSON Schema of report.json."""
-    typer.echo((Path(__file__).parent / "report/report.schema.json").read_text(encoding="utf-8"))
+    typer.echo((Path(__file__).parent / "report_data/report.schema.json").read_text(encoding="utf-8"))
 
 
 def _run(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool = False) -> None:
@@ -404,7 +404,7 @@ def _print_report(found: OptimizabilityReport, folder: Path | None, text: str, *
 
 def _table(measurement: Measurement) -> str:
     """Value, error, convergence and products of what was measured."""
-    from .report.formatting import format_number, format_with_error
+    from .report_data.number_format import format_number, format_with_error
 
     hessian = measurement.hessian
     estimates = {

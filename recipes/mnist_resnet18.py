@@ -43,7 +43,7 @@ from hf_optimizability.measurement.measure import block_indices
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.objective.probe_set import probe_batches
-from hf_optimizability.report.plots import BLUE, VERMILLION
+from hf_optimizability.report.figures import BLUE, VERMILLION
 from hf_optimizability.tasks import image_classification
 from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
 

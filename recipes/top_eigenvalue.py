@@ -34,7 +34,7 @@ from transformers import HfArgumentParser, TrainerCallback, TrainerControl, Trai
 
 from hf_optimizability import Measurement, OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.files import write_atomically
-from hf_optimizability.report.plots import BLUE, GREY, VERMILLION
+from hf_optimizability.report.figures import BLUE, GREY, VERMILLION
 from hf_optimizability.tasks import image_classification
 from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
 

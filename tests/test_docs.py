@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from hf_optimizability import OptimizabilityConfig, cli
 from hf_optimizability.comparing.arguments import ComparisonArguments
 from hf_optimizability.comparing.candidates import parse_candidates
-from hf_optimizability.report import plots
+from hf_optimizability.report import figures as plots
 from hf_optimizability.tasks.fine_tuning import TASKS, parse_arguments
 
 

@@ -282,7 +282,7 @@ class TestTrainer:
     def test_training_is_the_same_and_names_come_through_whatever_they_are(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr("hf_optimizability.report.plots.plot_all", lambda report: {})
+        monkeypatch.setattr("hf_optimizability.report.figures.plot_all", lambda report: {})
         data = dataset(lambda i: HOSTILE if i % 2 else "plain")
         sets = {
             name: data.filter(lambda kind, name=name: kind == name, input_columns="kind")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_optimizability.report import plots
+from hf_optimizability.report import figures as plots
 
 
 PNG = bytes.fromhex(

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..report.charts import Chart, Series, make_bars, make_chart, make_line, rounded
-from ..report.formatting import (
+from ..report.html import render_page
+from ..report.markdown import markdown_environment
+from ..report_data.number_format import (
     MISSING,
     format_estimate,
     format_interval,
@@ -20,13 +22,11 @@ from ..report.formatting import (
     format_with_error,
     one_line,
 )
-from ..report.html import render_page
-from ..report.markdown import markdown_environment
-from ..report.series import Points, logged, measured_steps
+from ..report_data.series import Points, logged, measured_steps
 from ..scoring.checkpoint import CheckpointScores
 from ..scoring.score import Score
-from .comparison import SCREENED_BY, Comparison, Entry, Run
 from .ranking import CONFIDENCE, Array, Ranking
+from .results import SCREENED_BY, ComparisonData, Entry, Run
 
 
 SECTIONS = ("summary", "cost", "curves", "dynamics", "candidates", "method")
@@ -51,7 +51,7 @@ SCORED = {
 """Scores before training: what they are called, and what they are multiplied with to be shown."""
 
 
-def to_html(comparison: Comparison) -> str:
+def to_html(comparison: ComparisonData) -> str:
     """Renders the comparison as one self-contained page, under the same policy as the page of a report.
 
     Args:
@@ -70,13 +70,13 @@ def to_html(comparison: Comparison) -> str:
     )
 
 
-def to_markdown(comparison: Comparison) -> str:
+def to_markdown(comparison: ComparisonData) -> str:
     """Renders the comparison as GitHub-flavoured Markdown. Whatever came from outside is escaped."""
     text = markdown_environment().get_template("comparison.md.jinja").render(**_values(comparison))
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def to_summary(comparison: Comparison) -> str:
+def to_summary(comparison: ComparisonData) -> str:
     """Renders the ranking as aligned lines of plain text, with the verdict below."""
     values = _values(comparison)
     head = ("rank", "candidate", "accuracy", "loss", "P(best)")
@@ -93,7 +93,7 @@ def to_summary(comparison: Comparison) -> str:
     return "\n".join([*(lines if rows else []), *map(one_line, [*values["verdict"], *left_out, *failed])])
 
 
-def charts(comparison: Comparison) -> list[Chart]:
+def charts(comparison: ComparisonData) -> list[Chart]:
     """Every plot of the page for which there is data."""
     ranked = _ranked(comparison)
     every = [
@@ -108,7 +108,7 @@ def charts(comparison: Comparison) -> list[Chart]:
     return [chart for chart in every if chart["series"]]
 
 
-def _values(comparison: Comparison) -> dict[str, Any]:
+def _values(comparison: ComparisonData) -> dict[str, Any]:
     """What both templates take."""
     ranking, settings = comparison.ranking, comparison.setting["settings"]
     ranked = _ranked(comparison)
@@ -134,7 +134,7 @@ def _values(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def verdict(comparison: Comparison) -> list[str]:
+def verdict(comparison: ComparisonData) -> list[str]:
     """The ranking in sentences; what can't be told apart is said to be so."""
     ranking, left = comparison.ranking, _ranked(comparison)
     if len(left) == 1 and any(entry.dropped is not None for entry in comparison.entries):
@@ -156,7 +156,7 @@ def verdict(comparison: Comparison) -> list[str]:
     return [f"{told}: the likeliest order between two of them has a probability of {_share(surest)}.{worse}"]
 
 
-def _score_rows(comparison: Comparison) -> list[dict[str, Any]]:
+def _score_rows(comparison: ComparisonData) -> list[dict[str, Any]]:
     """What was known of each candidate before any training, the best score first."""
     scored = [(entry, entry.scores) for entry in comparison.entries if entry.scores is not None]
     return [
@@ -187,14 +187,14 @@ def _share(probability: float) -> str:
     return "< 0.001" if probability < 0.001 else f"{probability:.3f}".rstrip("0")
 
 
-def _ranked(comparison: Comparison) -> list[Entry]:
+def _ranked(comparison: ComparisonData) -> list[Entry]:
     """The candidates with the whole budget: by rank, or as given where there is no ranking."""
     if comparison.ranking is not None:
         return [comparison.entry(name) for name in comparison.ranking.names]
     return [entry for entry in comparison.entries if entry.failure is None and entry.dropped is None and entry.runs]
 
 
-def _ranking_rows(comparison: Comparison) -> list[dict[str, Any]]:
+def _ranking_rows(comparison: ComparisonData) -> list[dict[str, Any]]:
     """A row of the ranking for each candidate that is in it."""
     ranking = comparison.ranking
     if ranking is None:
@@ -305,7 +305,7 @@ def _model_row(entry: Entry, shared: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def pareto_front(comparison: Comparison, cost: Callable[[Run], float | None]) -> set[str]:
+def pareto_front(comparison: ComparisonData, cost: Callable[[Run], float | None]) -> set[str]:
     """Candidates that no other is known to beat in quality or in cost without being known to lose in the other.
 
     Qualities are told apart as in the ranking; costs if they differ by more than twice the standard error over the
@@ -340,7 +340,7 @@ def _costs(cost: Callable[[Run], float | None], entry: Entry) -> Array:
     return np.array([math.nan if (value := cost(run)) is None else value for run in entry.runs])
 
 
-def _pareto(comparison: Comparison, identifier: str, x: str, cost: Callable[[Run], float | None]) -> Chart:
+def _pareto(comparison: ComparisonData, identifier: str, x: str, cost: Callable[[Run], float | None]) -> Chart:
     """Quality with its interval against cost, a point for each candidate, and the front as a line."""
     ranking, quality = comparison.ranking, comparison.setting["rank_by"]
     y = f"{quality}, %" if quality == "accuracy" else quality

@@ -24,7 +24,8 @@ from ..scoring.checkpoint import CheckpointScores
 from ..training import provenance
 from .arguments import ComparisonArguments
 from .candidates import CHECKPOINT, Candidate, Flag, folder_name, parse_candidates
-from .comparison import SCREENED_BY, Comparison, Entry, Failure, Round, Run, rank_entries
+from .comparison import Comparison
+from .results import SCREENED_BY, Entry, Failure, Round, Run, rank_entries
 
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from ..tasks.fine_tuning import Task, load
 from ..training import provenance
 from ..training.train_eval_gap import GAP_EXAMPLES
 from ..training.trainer import OptimizabilityTrainer
-from .comparison import Run, Scores
+from .results import Run, Scores
 
 
 LOGGED = 20

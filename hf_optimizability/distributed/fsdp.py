@@ -21,7 +21,6 @@ from ..device_memory import free_memory
 from ..errors import MeasurementError
 from ..linalg.communicator import Ranks
 from ..linalg.row_partition import Rows
-from ..measurement.cost_model import Price, Prices, count_products, list_stages
 from ..model_state.state import settle
 from ..objective.batches import batch_size
 from ..objective.objective import Objective, ProbeBatch
@@ -73,7 +72,9 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def measurable(objective: Objective, config: OptimizabilityConfig) -> Iterator[tuple[Objective, Held]]:
+def measurable(
+    objective: Objective, config: OptimizabilityConfig, *, required_bytes: int
+) -> Iterator[tuple[Objective, Held]]:
     """Gives an objective whose gradient can be had, and how to read of an optimizer's tensors what belongs to it.
 
     Without FSDP these are the objective itself and the tensors themselves. Under FSDP it is the objective over the
@@ -82,6 +83,7 @@ def measurable(objective: Objective, config: OptimizabilityConfig) -> Iterator[t
     Args:
         objective: To be measured by all ranks together.
         config: What is measured.
+        required_bytes: Memory that a measurement over the whole parameters takes on each rank.
 
     Raises:
         MeasurementError: If it can be measured neither way.
@@ -91,7 +93,7 @@ def measurable(objective: Objective, config: OptimizabilityConfig) -> Iterator[t
         yield objective, lambda tensor: tensor
         return
     free = min(objective.ranks.gather([free_memory(objective.parameters[0].device)]))
-    if whole_memory(objective, config) <= _SHARE * free:
+    if required_bytes <= _SHARE * free:
         with unsharded(model):
             yield objective, whole_tensor
         return
@@ -103,25 +105,6 @@ def measurable(objective: Objective, config: OptimizabilityConfig) -> Iterator[t
         )
     with on_shards(objective) as sharded:
         yield sharded, local_tensor
-
-
-def whole_memory(objective: Objective, config: OptimizabilityConfig) -> int:
-    """Bytes that a measurement on whole parameters takes on each rank, as the forecast counts them, but for graphs."""
-    itemsize = max(4, *(parameter.dtype.itemsize for parameter in objective.parameters))
-    size = sum(parameter.numel() for parameter in objective.parameters)
-    nothing = Price(0.0, 0)
-    prices = Prices(
-        size=size,
-        vector_bytes=itemsize * size,
-        all_bytes=itemsize * size,
-        one=nothing,
-        lockstep=nothing,
-        block=nothing if config.budget.block_eigenvalues else None,
-        known_part=0.0,
-    )
-    stages = list_stages(config, count_products(config, prices, preconditions=True), prices)
-    parameters = itemsize * sum(parameter.numel() for parameter in objective.model.parameters())
-    return parameters + 2 * itemsize * size + max(stage.vector_memory for stage in stages)  # 2: gradient, P
 
 
 def norms_over_ranks(tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:

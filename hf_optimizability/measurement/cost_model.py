@@ -9,6 +9,7 @@ from ..config import OptimizabilityConfig
 from ..linalg.lanczos import SLAB
 from ..linalg.spectrum_and_trace import DEFLATED
 from ..linalg.trace import LOCKSTEP
+from ..objective.objective import Objective
 
 
 _CHECK = 6
@@ -123,6 +124,25 @@ def list_stages(config: OptimizabilityConfig, products: Products, prices: Prices
         more = 3 * (prices.all_bytes - prices.vector_bytes)  # here the product has all the rows
         counts.append((ritz + _basis(products.sharpness, prices.size) + 2, prices.all_bytes, prices.one.memory + more))
     return [Stage(number, number * size, graph) for number, size, graph in counts]
+
+
+def measurement_bytes(objective: Objective, config: OptimizabilityConfig) -> int:
+    """Return the bytes that a measurement on whole parameters takes on each rank, without graphs."""
+    itemsize = max(4, *(parameter.dtype.itemsize for parameter in objective.parameters))
+    size = sum(parameter.numel() for parameter in objective.parameters)
+    nothing = Price(0.0, 0)
+    prices = Prices(
+        size=size,
+        vector_bytes=itemsize * size,
+        all_bytes=itemsize * size,
+        one=nothing,
+        lockstep=nothing,
+        block=nothing if config.budget.block_eigenvalues else None,
+        known_part=0.0,
+    )
+    stages = list_stages(config, count_products(config, prices, preconditions=True), prices)
+    parameters = itemsize * sum(parameter.numel() for parameter in objective.model.parameters())
+    return parameters + 2 * itemsize * size + max(stage.vector_memory for stage in stages)  # 2: gradient, P
 
 
 def _basis(steps: int, size: int) -> int:

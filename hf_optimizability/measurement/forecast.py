@@ -29,7 +29,7 @@ from ..objective.batches import Batch, batch_size
 from ..objective.objective import LossFunction, Objective
 from ..quantities.loss_landscape import LINE_POINTS, PLANE_POINTS
 from ..quantities.preconditioner import read_preconditioner
-from .cost_model import Price, Prices, Products, count_products, list_stages
+from .cost_model import Price, Prices, Products, count_products, list_stages, measurement_bytes
 from .engines import Way, first_that_works
 from .measure import block_indices, checked, finite_gradient
 from .out_of_memory import in_memory
@@ -147,7 +147,10 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
     preconditions = False
     with (
         measuring(objective.model, seed=config.probe_seed, state=objective.state),
-        measurable(objective, config) as (objective, of_parameters),
+        measurable(objective, config, required_bytes=measurement_bytes(objective, config)) as (
+            objective,
+            of_parameters,
+        ),
         full_precision(objective.model),
     ):
         objective = objective.whole()

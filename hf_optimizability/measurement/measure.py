@@ -48,6 +48,7 @@ from ..quantities.noise_scale import MIN_PARTS, noise_scale
 from ..quantities.preconditioner import Preconditioner, optimizer_update, read_preconditioner
 from ..quantities.preconditioner import unwrapped as unwrapped_optimizer
 from ..quantities.step_size import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
+from .cost_model import measurement_bytes
 from .eigenvector_check import check_along_eigenvectors, engine_error, require_symmetric
 from .engines import OnProducts, Way, first_that_works
 from .mean_check import check_mean, weights_left_alone
@@ -218,7 +219,7 @@ def _with_known_mean(objective: Objective, config: OptimizabilityConfig) -> Obje
         reshard(objective.model)
         with (
             measuring(objective.model, seed=config.probe_seed, state=objective.state),
-            measurable(objective, config) as (objective, _),
+            measurable(objective, config, required_bytes=measurement_bytes(objective, config)) as (objective, _),
             full_precision(objective.model),
         ):
             return check_mean(objective)
@@ -246,7 +247,7 @@ def _found(
     in_optimizer = objective.parameters  # others may be put in their place
     with (
         measuring(objective.model, seed=config.probe_seed, state=objective.state),
-        measurable(objective, config) as (objective, held),
+        measurable(objective, config, required_bytes=measurement_bytes(objective, config)) as (objective, held),
         full_precision(objective.model),
     ):
         if isinstance(objective, ShardedObjective) and isinstance(optimizer, Adafactor):

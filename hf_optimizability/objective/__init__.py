@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TODO."""
+"""The loss over batches, the probe set it is taken over, and blocks of parameters."""

@@ -24,8 +24,8 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx, 
 from ..files import write_atomically
 from ..redaction import in_strings, without_secrets
 from ..report import OptimizabilityReport
-from ..report.formatting import one_line
 from ..report.markdown import ALT_TEXTS, CARD_FOLDER, card_section
+from ..report_data.number_format import one_line
 from .model_card import ModelCardError, with_report
 
 
@@ -59,8 +59,8 @@ def push(
 
     `report.json`, `report.md`, `report.html` and the plots go into its folder `optimizability`. The model card gets a
     section "Optimizability", the tag `optimizability`, and trace, eigenvalues and noise scale as `model-index`
-    metrics; [`~hf_optimizability.publishing.model_card.with_report`] tells what stays as it is. Pushing again replaces all of
-    this; pushing what is there already makes no commit.
+    metrics; [`~hf_optimizability.publishing.model_card.with_report`] tells what stays as it is. Pushing again replaces all
+    of this; pushing what is there already makes no commit.
 
     Args:
         folder: Where `OptimizabilityReport.save` wrote the report.

@@ -18,8 +18,8 @@ import yaml  # type: ignore[import-untyped]  # its stubs are a package of their 
 
 from ..linalg.estimate import Estimate
 from ..report import OptimizabilityReport
-from ..report.formatting import one_line
 from ..report.markdown import card_section, escape
+from ..report_data.number_format import one_line
 
 
 START = "<!-- optimizability:start -->"

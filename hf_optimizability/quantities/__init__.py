@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TODO."""
+"""Numbers about a loss beyond its Hessian's spectrum."""

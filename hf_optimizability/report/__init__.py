@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report: data, Markdown and plots. Nothing in here measures anything."""
 
-from .report import SCHEMA_VERSION, OptimizabilityReport
+from ..report_data.schema import SCHEMA_VERSION
+from .optimizability_report import OptimizabilityReport
 
 
 __all__ = ["SCHEMA_VERSION", "OptimizabilityReport"]

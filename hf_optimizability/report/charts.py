@@ -10,9 +10,9 @@ from typing import Any
 from ..linalg.estimate import Estimate
 from ..log_keys import PREFIX
 from ..quantities.step_size import CriticalLearningRate
-from .formatting import one_line
-from .report import OptimizabilityReport
-from .series import (
+from ..report_data.data import ReportData
+from ..report_data.number_format import one_line
+from ..report_data.series import (
     Points,
     batch_items,
     block_names,
@@ -34,7 +34,7 @@ MOST_POINTS = 600
 STEP = "optimizer step"
 
 
-def charts(report: OptimizabilityReport) -> list[Chart]:
+def charts(report: ReportData) -> list[Chart]:
     """Every plot of the page for which the report holds data.
 
     Returns:
@@ -42,7 +42,7 @@ def charts(report: OptimizabilityReport) -> list[Chart]:
         and `y`, `None` for a gap; ends of the error bars `low` and `high`, `None` where there is none; and the style.
 
     Example:
-        >>> [chart["id"] for chart in charts(OptimizabilityReport(log_history=[{"loss": 1.0, "step": 1}]))]
+        >>> [chart["id"] for chart in charts(ReportData(log_history=[{"loss": 1.0, "step": 1}]))]
         ['loss']
     """
     every = [
@@ -59,7 +59,7 @@ def charts(report: OptimizabilityReport) -> list[Chart]:
     return [chart for chart in every if chart["series"]]
 
 
-def _loss(report: OptimizabilityReport) -> Chart:
+def _loss(report: ReportData) -> Chart:
     losses = [measurement.loss for measurement in report.measurements]
     series = [
         make_line("training log", logged(report, "loss"), color="blue"),
@@ -69,7 +69,7 @@ def _loss(report: OptimizabilityReport) -> Chart:
     return make_chart("loss", STEP, "loss", series)
 
 
-def _stability_margin(report: OptimizabilityReport) -> Chart:
+def _stability_margin(report: ReportData) -> Chart:
     measured = [(m.step, m.step_size) for m in report.measurements if m.step_size is not None]
     at = [step for step, _ in measured]
     sharpness = [size.sharpness for _, size in measured]
@@ -80,7 +80,7 @@ def _stability_margin(report: OptimizabilityReport) -> Chart:
     return make_chart("stability_margin", STEP, "sharpness", series, log=True)
 
 
-def _learning_rates(report: OptimizabilityReport) -> Chart:
+def _learning_rates(report: ReportData) -> Chart:
     measured = [(m.step, m.step_size.critical) for m in report.measurements if m.step_size is not None]
     if not measured:
         return make_chart("learning_rates", STEP, "learning rate", [])
@@ -92,7 +92,7 @@ def _learning_rates(report: OptimizabilityReport) -> Chart:
     return make_chart("learning_rates", STEP, "learning rate", series, log=True)
 
 
-def _gradient_norm(report: OptimizabilityReport) -> Chart:
+def _gradient_norm(report: ReportData) -> Chart:
     totals = [measurement.grad_norm for measurement in report.measurements]
     names = block_names(report)
     series = [
@@ -106,7 +106,7 @@ def _gradient_norm(report: OptimizabilityReport) -> Chart:
     return make_chart("gradient_norm", STEP, "gradient norm (2-norm)", series, log=True)
 
 
-def _noise_scale(report: OptimizabilityReport) -> Chart:
+def _noise_scale(report: ReportData) -> Chart:
     measured = [(m.step, m.noise_scale) for m in report.measurements if m.noise_scale is not None]
     if not measured:
         return make_chart("noise_scale", STEP, "items", [])
@@ -120,7 +120,7 @@ def _noise_scale(report: OptimizabilityReport) -> Chart:
     return make_chart("noise_scale", STEP, "items", series, log=True)
 
 
-def _trace(report: OptimizabilityReport) -> Chart:
+def _trace(report: ReportData) -> Chart:
     traces = [measurement.hessian.trace for measurement in report.measurements]
     known = [(m.step, t) for m, t in zip(report.measurements, traces, strict=True) if t.data_std_error is not None]
     series = [
@@ -136,7 +136,7 @@ def _trace(report: OptimizabilityReport) -> Chart:
     return make_chart("trace", STEP, "Hessian trace", series)
 
 
-def _eigenvalues(report: OptimizabilityReport) -> Chart:
+def _eigenvalues(report: ReportData) -> Chart:
     hessians = [measurement.hessian for measurement in report.measurements]
     series = [
         make_bars("λ_max ± residual", measured_steps(report), [h.lambda_max for h in hessians], color="vermillion",
@@ -147,7 +147,7 @@ def _eigenvalues(report: OptimizabilityReport) -> Chart:
     return make_chart("eigenvalues", STEP, "extreme eigenvalues", series)
 
 
-def _density(report: OptimizabilityReport) -> Chart:
+def _density(report: ReportData) -> Chart:
     known = [(m.step, m.hessian.density) for m in report.measurements if m.hessian.density is not None]
     ends = known[:: max(1, len(known) - 1)]
     colors = ("blue", "vermillion")
@@ -158,7 +158,7 @@ def _density(report: OptimizabilityReport) -> Chart:
     return make_chart("density", "eigenvalue", "density", series, log=True)
 
 
-def _landscapes(report: OptimizabilityReport) -> list[Chart]:
+def _landscapes(report: ReportData) -> list[Chart]:
     """The loss along the update and along both eigenvectors, at the first and at the last measurement that has it."""
     drawn = []
     for index, (measurement, landscape) in enumerate(landscapes(report)):

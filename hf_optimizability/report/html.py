@@ -15,12 +15,13 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
+from ..diagnosis.findings import find
 from ..measurement.results import Measurement
 from ..quantities.loss_landscape import LossPlane
+from ..report_data.data import ReportData
+from ..report_data.number_format import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
+from ..report_data.series import landscapes
 from .charts import Chart, charts
-from .formatting import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
-from .report import OptimizabilityReport
-from .series import landscapes
 from .templating import SHADES, environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
 
 
@@ -30,7 +31,7 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def to_html(report: OptimizabilityReport) -> str:
+def to_html(report: ReportData) -> str:
     """Renders the report as one self-contained page.
 
     The page's Content Security Policy lets nothing run or load but its own style and its two scripts, by their hashes.
@@ -40,7 +41,7 @@ def to_html(report: OptimizabilityReport) -> str:
         report: The report; any part of it may be empty.
 
     Example:
-        >>> page = to_html(OptimizabilityReport(model={"id": "<script>"}, task={"task": "fill-mask"}))
+        >>> page = to_html(ReportData(model={"id": "<script>"}, task={"task": "fill-mask"}))
         >>> "<title>Optimizability of &lt;script&gt; on fill-mask</title>" in page
         True
     """
@@ -54,6 +55,7 @@ def to_html(report: OptimizabilityReport) -> str:
         created=report.created,
         versions=report.versions,
         report=report,
+        findings=find(report),
         last=last,
         ends=first_and_last(report.measurements),
         training=flattened(report.training),

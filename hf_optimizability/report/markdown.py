@@ -12,9 +12,17 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from ..diagnosis.findings import find
 from ..measurement.results import Measurement
-from .formatting import NOT_CONVERGED, format_estimate, format_interval, format_number, format_with_error, one_line
-from .report import OptimizabilityReport
+from ..report_data.data import ReportData
+from ..report_data.number_format import (
+    NOT_CONVERGED,
+    format_estimate,
+    format_interval,
+    format_number,
+    format_with_error,
+    one_line,
+)
 from .templating import environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
 
 
@@ -46,7 +54,7 @@ _ESCAPES = str.maketrans(
 )
 
 
-def to_markdown(report: OptimizabilityReport, *, plots: Sequence[str] = ()) -> str:
+def to_markdown(report: ReportData, *, plots: Sequence[str] = ()) -> str:
     """Renders the report as GitHub-flavoured Markdown.
 
     Args:
@@ -57,13 +65,14 @@ def to_markdown(report: OptimizabilityReport, *, plots: Sequence[str] = ()) -> s
         The Markdown. Whatever came from outside (ids, block names, reasons of failures) is escaped.
 
     Example:
-        >>> report = OptimizabilityReport(model={"id": "org/a|b"}, task={"task": "fill-mask"})
+        >>> report = ReportData(model={"id": "org/a|b"}, task={"task": "fill-mask"})
         >>> print(to_markdown(report).splitlines()[0])
         # Optimizability of org/a&#124;b on fill-mask
     """
     template = markdown_environment().get_template("report.md.jinja")
     text = template.render(
         report=report,
+        findings=find(report),
         title=title_of(report),
         plots=plots,
         alt_texts=ALT_TEXTS,
@@ -74,7 +83,7 @@ def to_markdown(report: OptimizabilityReport, *, plots: Sequence[str] = ()) -> s
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def card_section(report: OptimizabilityReport, *, files: Collection[str] = ()) -> str:
+def card_section(report: ReportData, *, files: Collection[str] = ()) -> str:
     """Renders the section of a model card: what was measured first and last, two plots, links to the whole report.
 
     Args:
@@ -86,7 +95,7 @@ def card_section(report: OptimizabilityReport, *, files: Collection[str] = ()) -
         escaped.
 
     Example:
-        >>> report = OptimizabilityReport(model={"id": "org/name"}, task={"task": "fill-mask"})
+        >>> report = ReportData(model={"id": "org/name"}, task={"task": "fill-mask"})
         >>> print(card_section(report, files=["report.json"]))
         ## Optimizability
         <BLANKLINE>
@@ -100,6 +109,7 @@ def card_section(report: OptimizabilityReport, *, files: Collection[str] = ()) -
         .get_template("card.md.jinja")
         .render(
             report=report,
+            findings=find(report),
             title=title_of(report),
             ends=first_and_last(report.measurements),
             folder=CARD_FOLDER,
@@ -111,11 +121,11 @@ def card_section(report: OptimizabilityReport, *, files: Collection[str] = ()) -
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def to_summary(report: OptimizabilityReport) -> str:
+def to_summary(report: ReportData) -> str:
     """Renders the report as at most ten aligned lines of plain text, and one more for each problem and warning.
 
     Example:
-        >>> print(to_summary(OptimizabilityReport(model={"id": "org/name"}, task={"task": "fill-mask"})))
+        >>> print(to_summary(ReportData(model={"id": "org/name"}, task={"task": "fill-mask"})))
         Optimizability  org/name on fill-mask
         Cost            nothing was measured
     """
@@ -125,7 +135,7 @@ def to_summary(report: OptimizabilityReport) -> str:
         **_dynamics_lines(report.dynamics),
         "Cost": _cost_line(report.measurements),
     }
-    told = [finding for finding in report.findings if finding.severity != "note"]
+    told = [finding for finding in find(report) if finding.severity != "note"]
     rest = [
         (finding.severity.capitalize(), finding.sentence) for finding in told if finding.name != "measurement_failed"
     ]

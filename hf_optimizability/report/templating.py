@@ -14,8 +14,15 @@ from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..linalg.estimate import Estimate
 from ..measurement.results import Measurement, SeveralTasks
 from ..quantities.step_size import CriticalLearningRate
-from .formatting import MISSING, format_estimate, format_interval, format_number, format_percent, format_with_error
-from .report import OptimizabilityReport
+from ..report_data.data import ReportData
+from ..report_data.number_format import (
+    MISSING,
+    format_estimate,
+    format_interval,
+    format_number,
+    format_percent,
+    format_with_error,
+)
 
 
 SHADES = 6
@@ -92,7 +99,7 @@ def text_without_strings(value: Any) -> Markup | None:
     return None
 
 
-def title_of(report: OptimizabilityReport) -> str:
+def title_of(report: ReportData) -> str:
     """What was measured: the checkpoint, or its class where it has no id, and the task."""
     model = report.model.get("id") or report.model.get("class") or "a model"
     task = report.task.get("task")

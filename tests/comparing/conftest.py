@@ -22,7 +22,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def flags(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What candidates share; a training takes some tenths of a second."""
-    monkeypatch.setattr("hf_optimizability.report.plots.plot_all", lambda report: {})  # which takes seconds
+    monkeypatch.setattr("hf_optimizability.report.figures.plot_all", lambda report: {})  # which takes seconds
     data = str(inputs / "data.parquet")
     return {
         "model_name_or_path": str(inputs / "tiny-bert"), "train_file": data, "validation_file": data,

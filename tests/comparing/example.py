@@ -11,7 +11,7 @@ import numpy as np
 from report.example import make_report
 
 from hf_optimizability import Comparison
-from hf_optimizability.comparing.comparison import Entry, Failure, Round, Run, Scores, rank_entries
+from hf_optimizability.comparing.results import Entry, Failure, Round, Run, Scores, rank_entries
 
 
 EXAMPLES = 200

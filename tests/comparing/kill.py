@@ -26,7 +26,7 @@ from hf_optimizability import compare
 
 def comparison(folder: Path, inputs: Path) -> None:
     """A checkpoint whole, with LoRA and with random weights, and one that can't be loaded."""
-    hf_optimizability.report.plots.plot_all = lambda report: {}  # takes most of the time
+    hf_optimizability.report.figures.plot_all = lambda report: {}  # takes most of the time
     candidates = ["method=full", "method=lora", "random_weights=True", f"model_name_or_path={inputs / 'missing'}"]
     compare(
         candidates,

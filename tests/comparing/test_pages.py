@@ -14,8 +14,8 @@ from report.page import read_page
 from report.test_html import DESKTOP, PHONE, browser, show  # noqa: F401  (fixtures)
 
 from hf_optimizability import Comparison, OptimizabilityReport
-from hf_optimizability.comparing.comparison import Entry, Failure, Run
 from hf_optimizability.comparing.pages import charts, pareto_front, verdict
+from hf_optimizability.comparing.results import Entry, Failure, Run
 from hf_optimizability.report.markdown import format_interval
 
 from .example import make_comparison

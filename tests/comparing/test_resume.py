@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hf_optimizability import Comparison
-from hf_optimizability.comparing.comparison import Run
+from hf_optimizability.comparing.results import Run
 from hf_optimizability.comparing.training import whole_checkpoint
 
 

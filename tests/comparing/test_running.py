@@ -16,7 +16,7 @@ from report.example import make_report
 from transformers import Trainer
 
 from hf_optimizability import Comparison, OptimizabilityReport, compare
-from hf_optimizability.comparing.comparison import Run, Scores
+from hf_optimizability.comparing.results import Run, Scores
 from hf_optimizability.comparing.training import Inputs
 
 

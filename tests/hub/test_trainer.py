@@ -30,7 +30,7 @@ def make(folder: Path, *, report_dir: Path | None = None, **options: Any) -> Opt
 @pytest.fixture
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves the seconds that drawing takes, where it is not what is tested."""
-    monkeypatch.setattr("hf_optimizability.report.plots.plot_all", lambda report: {})
+    monkeypatch.setattr("hf_optimizability.report.figures.plot_all", lambda report: {})
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
+from hf_optimizability.diagnosis.findings import FINDINGS, SEVERITIES, Finding, find
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
-from hf_optimizability.report.findings import FINDINGS, SEVERITIES, Finding, find
 from hf_optimizability.report.markdown import to_markdown
 
 from .example import make_dynamics, make_estimate, make_report, with_tasks
@@ -90,7 +90,7 @@ def trained(folder: Path, own: nn.Module | None = None, *, config: dict[str, Any
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    monkeypatch.setattr("hf_optimizability.report.plots.plot_all", lambda report: {})  # takes longer than the run
+    monkeypatch.setattr("hf_optimizability.report.figures.plot_all", lambda report: {})  # takes longer than the run
     return partial(trained, tmp_path)
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from hf_optimizability.diagnosis.findings import Finding
 from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
-from hf_optimizability.report.findings import Finding
-from hf_optimizability.report.formatting import format_estimate, format_interval, format_number
-from hf_optimizability.report.plots import plot_blocks, plot_gradient_norm
+from hf_optimizability.report.figures import plot_blocks, plot_gradient_norm
+from hf_optimizability.report_data.number_format import format_estimate, format_interval, format_number
 
 from .damage import HOSTILE
 from .example import make_report, with_tasks

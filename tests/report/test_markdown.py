@@ -14,15 +14,15 @@ from markdown_it.token import Token
 
 from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
-from hf_optimizability.report.formatting import (
+from hf_optimizability.report.markdown import ALT_TEXTS, escape, to_markdown, to_summary
+from hf_optimizability.report.templating import trace_shares
+from hf_optimizability.report_data.number_format import (
     format_estimate,
     format_interval,
     format_number,
     format_percent,
     format_with_error,
 )
-from hf_optimizability.report.markdown import ALT_TEXTS, escape, to_markdown, to_summary
-from hf_optimizability.report.templating import trace_shares
 
 from .example import make_estimate, make_measurement, make_report
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from hf_optimizability.quantities.loss_landscape import Landscape
 from hf_optimizability.report import OptimizabilityReport
-from hf_optimizability.report.plots import (
+from hf_optimizability.report.figures import (
     plot_all,
     plot_blocks,
     plot_curvature,
@@ -125,7 +125,7 @@ class TestAll:
     def test_does_not_import_pyplot(self):
         code = (
             "import sys; from hf_optimizability.report import OptimizabilityReport; "
-            "from hf_optimizability.report.plots import plot_all; "
+            "from hf_optimizability.report.figures import plot_all; "
             "assert list(plot_all(OptimizabilityReport(log_history=[dict(loss=1.0, step=1)]))) == ['loss']; "
             "assert 'matplotlib.pyplot' not in sys.modules"
         )

@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
+from hf_optimizability.diagnosis.findings import SEVERITIES, Finding
 from hf_optimizability.linalg.density import Density
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
@@ -31,9 +32,8 @@ from hf_optimizability.objective.self_check import SelfCheck
 from hf_optimizability.quantities.loss_landscape import Axis, Landscape, LossLine, LossPlane
 from hf_optimizability.quantities.step_size import CriticalLearningRate, QuadraticModel
 from hf_optimizability.report import SCHEMA_VERSION, OptimizabilityReport
-from hf_optimizability.report.findings import SEVERITIES, Finding
 from hf_optimizability.report.markdown import to_markdown
-from hf_optimizability.report.schema import report_schema, upgraded
+from hf_optimizability.report_data.schema import report_schema, upgraded
 
 from .damage import HOSTILE, damaged, to_json
 from .example import make_report, with_tasks

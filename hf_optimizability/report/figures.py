@@ -24,9 +24,9 @@ from ..linalg.estimate import Estimate
 from ..log_keys import PREFIX
 from ..quantities.loss_landscape import LossLine, LossPlane
 from ..quantities.step_size import CriticalLearningRate
-from .formatting import format_estimate, format_number, one_line
-from .report import OptimizabilityReport
-from .series import (
+from ..report_data.data import ReportData
+from ..report_data.number_format import format_estimate, format_number, one_line
+from ..report_data.series import (
     Points,
     batch_items,
     block_names,
@@ -58,7 +58,7 @@ STYLE: Any = {
 NOT_CONVERGED = "not converged"
 
 
-def plot_all(report: OptimizabilityReport) -> dict[str, dict[str, bytes]]:
+def plot_all(report: ReportData) -> dict[str, dict[str, bytes]]:
     """Draws every plot for which the report holds data.
 
     Returns:
@@ -66,7 +66,7 @@ def plot_all(report: OptimizabilityReport) -> dict[str, dict[str, bytes]]:
         `density`, `ritz_values`, `landscape`, `blocks`.
 
     Example:
-        >>> plot_all(OptimizabilityReport())
+        >>> plot_all(ReportData())
         {}
     """
     figures = {
@@ -84,7 +84,7 @@ def plot_all(report: OptimizabilityReport) -> dict[str, dict[str, bytes]]:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_loss(report: OptimizabilityReport) -> Figure | None:
+def plot_loss(report: ReportData) -> Figure | None:
     """Draws the loss over optimizer steps: the training log, the evaluations, the probe set at each measurement.
 
     Returns:
@@ -107,7 +107,7 @@ def plot_loss(report: OptimizabilityReport) -> Figure | None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_stability_margin(report: OptimizabilityReport) -> Figure | None:
+def plot_stability_margin(report: ReportData) -> Figure | None:
     """Draws the sharpness against its limit and, below it, the learning rate in use against the critical one.
 
     Returns:
@@ -132,7 +132,7 @@ def plot_stability_margin(report: OptimizabilityReport) -> Figure | None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_noise_scale(report: OptimizabilityReport) -> Figure | None:
+def plot_noise_scale(report: ReportData) -> Figure | None:
     """Draws the gradient noise scale with its 95 % interval over steps, against the batch size.
 
     Returns:
@@ -156,7 +156,7 @@ def plot_noise_scale(report: OptimizabilityReport) -> Figure | None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_gradient_norm(report: OptimizabilityReport) -> Figure | None:
+def plot_gradient_norm(report: ReportData) -> Figure | None:
     """Draws the gradient norm over optimizer steps, in all and by block.
 
     Lines are norms of training batches before clipping, as logged; markers those of the probe set.
@@ -188,7 +188,7 @@ def plot_gradient_norm(report: OptimizabilityReport) -> Figure | None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_curvature(report: OptimizabilityReport) -> Figure | None:
+def plot_curvature(report: ReportData) -> Figure | None:
     """Draws the Hessian trace ± standard error over steps and, below it, λ_max and λ_min ± residual bound.
 
     Behind the trace, in a wider and lighter bar, its error over the data.
@@ -221,7 +221,7 @@ def plot_curvature(report: OptimizabilityReport) -> Figure | None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_density(report: OptimizabilityReport) -> Figure | None:
+def plot_density(report: ReportData) -> Figure | None:
     """Draws the smoothed spectral density of the first and of the last measurement that has one.
 
     Returns:
@@ -241,7 +241,7 @@ def plot_density(report: OptimizabilityReport) -> Figure | None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_ritz_values(report: OptimizabilityReport) -> Figure | None:
+def plot_ritz_values(report: ReportData) -> Figure | None:
     """Draws the Ritz values of the last measurement, each as high as the share of the spectrum it stands for.
 
     Returns:
@@ -271,7 +271,7 @@ def plot_ritz_values(report: OptimizabilityReport) -> Figure | None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_landscape(report: OptimizabilityReport) -> Figure | None:
+def plot_landscape(report: ReportData) -> Figure | None:
     """Draws the loss along the update, along the top two eigenvectors and over their plane, with the quadratic model.
 
     A row of panels for the first and one for the last measurement that has them.
@@ -317,7 +317,7 @@ def plot_landscape(report: OptimizabilityReport) -> Figure | None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_blocks(report: OptimizabilityReport) -> Figure | None:
+def plot_blocks(report: ReportData) -> Figure | None:
     """Draws two heat maps, block by measured step: Hessian traces, and gradient norms relative to the weights.
 
     Returns:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..linalg.density import Density
 from ..measurement.results import Measurement
 from ..quantities.loss_landscape import Landscape, LossLine
-from .report import OptimizabilityReport
+from .data import ReportData
 
 
 Points = tuple[Sequence[float], Sequence[float]]
@@ -18,30 +18,30 @@ _MODEL_POINTS = 120
 """Of the quadratic model along an axis."""
 
 
-def measured_steps(report: OptimizabilityReport) -> list[int]:
+def measured_steps(report: ReportData) -> list[int]:
     """The steps of the measurements."""
     return [measurement.step for measurement in report.measurements]
 
 
-def logged(report: OptimizabilityReport, key: str) -> tuple[list[int], list[float]]:
+def logged(report: ReportData, key: str) -> tuple[list[int], list[float]]:
     """Steps and values of one key of the Trainer's log; a value JSON could not hold (`None`) is NaN."""
     entries = [entry for entry in report.log_history if key in entry]
     return [entry["step"] for entry in entries], [math.nan if entry[key] is None else entry[key] for entry in entries]
 
 
-def block_names(report: OptimizabilityReport) -> list[str]:
+def block_names(report: ReportData) -> list[str]:
     """Every block measured, in the model's order."""
     return list(dict.fromkeys(name for measurement in report.measurements for name in measurement.blocks))
 
 
-def batch_items(report: OptimizabilityReport) -> float | None:
+def batch_items(report: ReportData) -> float | None:
     """Items (examples, or labels that count) that a step's gradient is the mean over; `None` where it is not known."""
     examples = report.training.get("examples_per_step")
     probed, items = report.data.get("probe_examples"), report.data.get("probe_items")
     return examples * items / probed if examples and probed and items else None
 
 
-def stability_limits(report: OptimizabilityReport) -> Points:
+def stability_limits(report: ReportData) -> Points:
     """The limit of the sharpness over time, at the learning rate of each logged step and of each measurement.
 
     It falls as one over the learning rate, so that one measured limit gives it at every other.
@@ -62,7 +62,7 @@ def density_line(density: Density) -> Points:
     return density.grid, [value if value > floor else math.nan for value in density.density]
 
 
-def landscapes(report: OptimizabilityReport) -> list[tuple[Measurement, Landscape]]:
+def landscapes(report: ReportData) -> list[tuple[Measurement, Landscape]]:
     """The first and the last measurement with slices through the loss landscape, or the only one."""
     known = [(m, m.landscape) for m in report.measurements if m.landscape is not None]
     return known[:: max(1, len(known) - 1)]

@@ -17,12 +17,18 @@ from ..linalg.estimate import Estimate
 from ..measurement.results import Measurement, SeveralTasks
 from ..objective.parameter_blocks import EMBEDDINGS, HEAD
 from ..quantities.step_size import stability_limit
-from .formatting import format_estimate, format_interval, format_number, format_percent, format_with_error
-from .series import batch_items
+from ..report_data.number_format import (
+    format_estimate,
+    format_interval,
+    format_number,
+    format_percent,
+    format_with_error,
+)
+from ..report_data.series import batch_items
 
 
 if TYPE_CHECKING:
-    from .report import OptimizabilityReport
+    from ..report_data.data import ReportData
 
 Severity = Literal["problem", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note")
@@ -116,19 +122,19 @@ class Finding:
     source: str
 
 
-def find(report: OptimizabilityReport) -> tuple[Finding, ...]:
+def find(report: ReportData) -> tuple[Finding, ...]:
     """All findings of a report, worst first.
 
     Example:
-        >>> from hf_optimizability import OptimizabilityReport
-        >>> [finding.name for finding in find(OptimizabilityReport(training={"loss_scale": 3.0}))]
+        >>> from hf_optimizability.report_data.data import ReportData
+        >>> [finding.name for finding in find(ReportData(training={"loss_scale": 3.0}))]
         ['loss_scaled']
     """
     found = [finding for function in FINDINGS if (finding := function(report)) is not None]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-def learning_rate_above_limit(report: OptimizabilityReport) -> Finding | None:
+def learning_rate_above_limit(report: ReportData) -> Finding | None:
     """The run went astray, and its learning rate was above the stability limit."""
     peak, stable, troubles = _peak_rate(report), _largest_stable(report), _troubles(report)
     if peak is None or stable is None or not troubles or peak <= stable.low:
@@ -143,7 +149,7 @@ def learning_rate_above_limit(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def learning_rate_far_below_limit(report: OptimizabilityReport) -> Finding | None:
+def learning_rate_far_below_limit(report: ReportData) -> Finding | None:
     """The learning rate leaves much of what the curvature allows, and the loss did not get far."""
     peak, stable = _peak_rate(report), _largest_stable(report)
     if peak is None or stable is None or peak >= stable.low / FAR_BELOW or _troubles(report):
@@ -161,7 +167,7 @@ def learning_rate_far_below_limit(report: OptimizabilityReport) -> Finding | Non
     )
 
 
-def training_unstable(report: OptimizabilityReport) -> Finding | None:
+def training_unstable(report: ReportData) -> Finding | None:
     """The run went astray, by its own log."""
     troubles = _troubles(report)
     if not troubles or learning_rate_above_limit(report) is not None:
@@ -177,7 +183,7 @@ def training_unstable(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def gradients_dead(report: OptimizabilityReport) -> Finding | None:
+def gradients_dead(report: ReportData) -> Finding | None:
     """Blocks that no gradient reaches."""
     last = _last(report)
     dead = [] if last is None else _dead(last)
@@ -198,7 +204,7 @@ def gradients_dead(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def gradients_vanishing(report: OptimizabilityReport) -> Finding | None:
+def gradients_vanishing(report: ReportData) -> Finding | None:
     """Layers whose gradient is tiny beside their weights, compared with the other layers."""
     relative = _relative_gradients(report)
     exploding = _exploding(relative)
@@ -214,7 +220,7 @@ def gradients_vanishing(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def gradients_exploding(report: OptimizabilityReport) -> Finding | None:
+def gradients_exploding(report: ReportData) -> Finding | None:
     """Layers whose gradient is huge beside their weights, compared with the other layers."""
     relative = _relative_gradients(report)
     return _off_the_others(
@@ -228,7 +234,7 @@ def gradients_exploding(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def curvature_concentrated(report: OptimizabilityReport) -> Finding | None:
+def curvature_concentrated(report: ReportData) -> Finding | None:
     """One block of many holds most of the curvature."""
     last = _last(report)
     if last is None or len(last.blocks) < LEAST_BLOCKS:
@@ -257,7 +263,7 @@ def curvature_concentrated(report: OptimizabilityReport) -> Finding | None:
     return None
 
 
-def saddle(report: OptimizabilityReport) -> Finding | None:
+def saddle(report: ReportData) -> Finding | None:
     """Significant negative curvature where training ended."""
     last = _end(report)
     if last is None or last.hessian.lambda_min is None:
@@ -275,7 +281,7 @@ def saddle(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def not_converged(report: OptimizabilityReport) -> Finding | None:
+def not_converged(report: ReportData) -> Finding | None:
     """The loss was still falling at the end."""
     last, falling = _end(report), _still_falling(report)
     if last is None or falling is None:
@@ -294,7 +300,7 @@ def not_converged(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def overfitting(report: OptimizabilityReport) -> Finding | None:
+def overfitting(report: ReportData) -> Finding | None:
     """The evaluation loss has risen again while the training loss is below it."""
     gap = report.dynamics.get("generalization_gap") or {}
     error, rise = gap.get("std_error"), gap.get("rise_since_best")
@@ -314,7 +320,7 @@ def overfitting(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def underfitting(report: OptimizabilityReport) -> Finding | None:
+def underfitting(report: ReportData) -> Finding | None:
     """The loss is about where it started, on training and evaluation data alike."""
     gap = report.dynamics.get("generalization_gap") or {}
     learnt = _nothing_learnt(report)
@@ -334,7 +340,7 @@ def underfitting(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def evaluation_unstable(report: OptimizabilityReport) -> Finding | None:
+def evaluation_unstable(report: ReportData) -> Finding | None:
     """The evaluation loss rises and falls again by more than its error."""
     gap = report.dynamics.get("generalization_gap") or {}
     error = gap.get("std_error")
@@ -360,7 +366,7 @@ def evaluation_unstable(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def batch_below_noise_scale(report: OptimizabilityReport) -> Finding | None:
+def batch_below_noise_scale(report: ReportData) -> Finding | None:
     """A step's gradient is nearly all noise."""
     batch, noise = batch_items(report), _noise_interval(report)
     if batch is None or noise is None or noise[0] <= FAR_BATCH * batch:
@@ -376,7 +382,7 @@ def batch_below_noise_scale(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def batch_above_noise_scale(report: OptimizabilityReport) -> Finding | None:
+def batch_above_noise_scale(report: ReportData) -> Finding | None:
     """A step spends examples on a gradient that fewer would give as well."""
     batch, noise = batch_items(report), _noise_interval(report)
     if batch is None or noise is None or noise[1] * FAR_BATCH >= batch:
@@ -391,7 +397,7 @@ def batch_above_noise_scale(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def tasks_conflict(report: OptimizabilityReport) -> Finding | None:
+def tasks_conflict(report: ReportData) -> Finding | None:
     """Steps that lower one task's loss raise another's."""
     several = _several(report)
     if several is None:
@@ -425,7 +431,7 @@ def tasks_conflict(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def one_task_dominates(report: OptimizabilityReport) -> Finding | None:
+def one_task_dominates(report: ReportData) -> Finding | None:
     """One task makes most of the joint gradient, beyond its share of the examples."""
     several = _several(report)
     if several is None or tasks_conflict(report) is not None:  # what is left of gradients that cancel is no share
@@ -447,7 +453,7 @@ def one_task_dominates(report: OptimizabilityReport) -> Finding | None:
     return None
 
 
-def loss_scaled(report: OptimizabilityReport) -> Finding | None:
+def loss_scaled(report: ReportData) -> Finding | None:
     """The loss is not the mean over a step's items."""
     factor = report.training.get("loss_scale") or 1.0
     if factor == 1:  # what may be rounding has been taken out where it was measured
@@ -463,7 +469,7 @@ def loss_scaled(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def measurement_failed(report: OptimizabilityReport) -> Finding | None:
+def measurement_failed(report: ReportData) -> Finding | None:
     """A measurement could not be made."""
     if not report.failures:
         return None
@@ -478,7 +484,7 @@ def measurement_failed(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def errors_wide(report: OptimizabilityReport) -> Finding | None:
+def errors_wide(report: ReportData) -> Finding | None:
     """The last measurement did not come near its tolerances."""
     last = _last(report)
     if last is None:
@@ -504,7 +510,7 @@ def errors_wide(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def central_differences_off(report: OptimizabilityReport) -> Finding | None:
+def central_differences_off(report: ReportData) -> Finding | None:
     """Products by central differences are far from exact."""
     last = _last(report)
     if last is None or last.engine_error is None or last.engine_error <= OFF:
@@ -520,7 +526,7 @@ def central_differences_off(report: OptimizabilityReport) -> Finding | None:
     )
 
 
-def _several(report: OptimizabilityReport) -> SeveralTasks | None:
+def _several(report: ReportData) -> SeveralTasks | None:
     last = _last(report)
     return None if last is None else last.several
 
@@ -529,7 +535,7 @@ def _interval(estimate: Estimate) -> str:
     return format_interval(estimate.value, estimate.low, estimate.high)
 
 
-def _last(report: OptimizabilityReport) -> Measurement | None:
+def _last(report: ReportData) -> Measurement | None:
     return report.measurements[-1] if report.measurements else None
 
 
@@ -558,7 +564,7 @@ class _Stable:
         )
 
 
-def _largest_stable(report: OptimizabilityReport) -> _Stable | None:
+def _largest_stable(report: ReportData) -> _Stable | None:
     """From the sharpness after the start; where the learning rate is 0, it is that of the peak.
 
     There is none of models with BatchNorm: the sharpness in eval mode is not that of training.
@@ -581,14 +587,14 @@ def _largest_stable(report: OptimizabilityReport) -> _Stable | None:
     )
 
 
-def _peak_rate(report: OptimizabilityReport) -> float | None:
+def _peak_rate(report: ReportData) -> float | None:
     """The largest learning rate of the schedule."""
     rate = (report.training.get("optimizer_settings") or {}).get("lr")
     sizes = [m.step_size.learning_rate for m in report.measurements if m.step_size is not None]
     return max([rate, *sizes]) if rate else None
 
 
-def _still_falling(report: OptimizabilityReport) -> str | None:
+def _still_falling(report: ReportData) -> str | None:
     """That more than a tenth of the loss's drop was to come, if so."""
     speed = report.dynamics.get("convergence_speed") or {}
     if speed.get("drop") is None or not report.measurements:
@@ -603,7 +609,7 @@ def _still_falling(report: OptimizabilityReport) -> str | None:
     return None
 
 
-def _nothing_learnt(report: OptimizabilityReport) -> str | None:
+def _nothing_learnt(report: ReportData) -> str | None:
     """That the loss on the probe set ended about where it started, if so."""
     last = _end(report)
     if last is None:
@@ -615,7 +621,7 @@ def _nothing_learnt(report: OptimizabilityReport) -> str | None:
     return f"loss on the probe set: {ends}"
 
 
-def _end(report: OptimizabilityReport) -> Measurement | None:
+def _end(report: ReportData) -> Measurement | None:
     """The measurement of the weights that training ended with."""
     last = _last(report)
     if last is None or not report.dynamics or last.step == 0:
@@ -623,7 +629,7 @@ def _end(report: OptimizabilityReport) -> Measurement | None:
     return None if report.failures and report.failures[-1].step > last.step else last
 
 
-def _troubles(report: OptimizabilityReport) -> tuple[str, ...]:
+def _troubles(report: ReportData) -> tuple[str, ...]:
     """What of the run itself says that it went astray."""
     found = []
     series = (report.dynamics.get("stability") or {}).get("loss") or {}
@@ -646,7 +652,7 @@ def _troubles(report: OptimizabilityReport) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _risen(report: OptimizabilityReport) -> str | None:
+def _risen(report: ReportData) -> str | None:
     """The training loss rose above its start by more than its scatter."""
     losses = [entry["loss"] for entry in report.log_history if _is_finite(entry.get("loss"))]
     if len(losses) < LEAST_LOSSES:
@@ -665,7 +671,7 @@ def _dead(measurement: Measurement) -> list[str]:
     return [name for name, block in measurement.blocks.items() if block.grad_norm <= DEAD * measurement.grad_norm]
 
 
-def _relative_gradients(report: OptimizabilityReport) -> dict[str, float]:
+def _relative_gradients(report: ReportData) -> dict[str, float]:
     """‖g_b‖/‖θ_b‖ of the layers, which are built alike; embeddings get few gradients, a new head has small weights."""
     last = _last(report)
     if last is None:
@@ -680,7 +686,7 @@ def _exploding(relative: dict[str, float]) -> list[str]:
 
 
 def _off_the_others(
-    report: OptimizabilityReport,
+    report: ReportData,
     relative: dict[str, float],
     layers: Sequence[str],
     *,
@@ -719,13 +725,13 @@ def _bumps(losses: Sequence[float], *, least: float) -> list[tuple[float, int]]:
     return found
 
 
-def _noise_interval(report: OptimizabilityReport) -> tuple[float, float] | None:
+def _noise_interval(report: ReportData) -> tuple[float, float] | None:
     """Lowest and highest end of the noise scale over the run, which usually grows as training goes on."""
     scales = [measurement.noise_scale for measurement in report.measurements if measurement.noise_scale is not None]
     return (min(scale.low for scale in scales), max(scale.high for scale in scales)) if scales else None
 
 
-def _batch_evidence(report: OptimizabilityReport, batch: float) -> tuple[str, ...]:
+def _batch_evidence(report: ReportData, batch: float) -> tuple[str, ...]:
     scales = [
         f"noise scale at step {measurement.step:,}: "
         + format_interval(measurement.noise_scale.value, measurement.noise_scale.low, measurement.noise_scale.high)
@@ -760,7 +766,7 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-FINDINGS: tuple[Callable[[OptimizabilityReport], Finding | None], ...] = (
+FINDINGS: tuple[Callable[[ReportData], Finding | None], ...] = (
     learning_rate_above_limit,
     training_unstable,
     gradients_dead,

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a comparison holds, to plain data and back, and the ranking that follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..files import finite
+from ..log_keys import PREFIX
+from ..report import OptimizabilityReport
+from ..scoring.checkpoint import CheckpointScores
+from .ranking import Ranking, normal_draws, paired_bootstrap, rank
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+Quality = Literal["accuracy", "loss"]
+
+SCHEMA_VERSION = 1
+"""Version of the layout of `comparison.json`."""
+
+SCREENED_BY = "logme"
+"""The score that drops candidates before any training; none of four is shown to be better (docs/prediction.md)."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a trained model did on each evaluation example, in eval mode.
+
+    Attributes:
+        losses: Cross-entropy of each example, without label smoothing, whatever the model was trained with.
+        correct: Whether the most likely class is the right one, by example.
+    """
+
+    losses: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+
+    def of(self, quality: Quality) -> NDArray[np.float64]:
+        """The scores that a quality is the mean of."""
+        return self.losses if quality == "loss" else self.correct.astype(float)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Six digits of each loss, and a string of 0 and 1."""
+        losses = [float(f"{loss:.6g}") for loss in self.losses]
+        return {"losses": losses, "correct": "".join("01"[int(hit)] for hit in self.correct)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scores:
+        """Rebuilds scores from `to_dict`."""
+        return cls(np.array(data["losses"], dtype=float), np.array([hit == "1" for hit in data["correct"]]))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one candidate.
+
+    Attributes:
+        seed: Of the new weights, of dropout and of the order of the data; `None` where it is not known.
+        report: Model, log and dynamics of the training, and measurements if it was measured.
+        scores: How the trained model did; `None` where only a report is known.
+        train_seconds: Time of all steps, data loading included, without evaluations, checkpoints and measurements.
+        predict_seconds: Time of the trained model for an evaluation example.
+        peak_bytes: Most memory of the accelerator in use while it trained; `None` on the CPU.
+    """
+
+    seed: int | None
+    report: OptimizabilityReport
+    scores: Scores | None = None
+    train_seconds: float | None = None
+    predict_seconds: float | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def result(self) -> str:
+        """Accuracy and loss in a few words."""
+        if self.scores is None:
+            return "not scored"
+        return f"accuracy {self.scores.correct.mean():.1%}, loss {self.scores.losses.mean():.4f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as plain data."""
+        scores = None if self.scores is None else self.scores.to_dict()
+        return {**vars(self), "report": self.report.to_dict(), "scores": scores}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Run:
+        """Rebuilds a run from `to_dict`."""
+        scores = None if data["scores"] is None else Scores.from_dict(data["scores"])
+        return cls(**{**data, "report": OptimizabilityReport.from_dict(data["report"]), "scores": scores})
+
+    def logged(self, key: str) -> float:
+        """The last number logged as `key`; NaN if there is none."""
+        found = [entry[key] for entry in self.report.log_history if isinstance(entry.get(key), (int, float))]
+        return float(found[-1]) if found else math.nan
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a candidate is not ranked.
+
+    Attributes:
+        seed: Of the training that failed.
+        reason: What went wrong, and what to do.
+    """
+
+    seed: int
+    reason: str
+
+
+@dataclass
+class Entry:
+    """A candidate, and what became of it.
+
+    Attributes:
+        name: What it is called.
+        changes: Flags that are its own.
+        runs: Its trainings under the largest budget it got, one for each seed.
+        failure: Why it is not ranked; `None` if all its trainings finished.
+        dropped: Number of the round after which successive halving dropped it, 0 if its score did so before any
+            training; `None` if it got the whole budget.
+        scores: What was known of it before any training; `None` if that was not asked for.
+    """
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    failure: Failure | None = None
+    dropped: int | None = None
+    scores: CheckpointScores | None = None
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What its reports say about the model; empty if there is none."""
+        return self.runs[0].report.model if self.runs else {}
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of successive halving, or the only one.
+
+    Attributes:
+        budget: Steps, examples or seconds of each training in it.
+        ranking: Of the candidates that finished it.
+        kept: Those that go on, or at the end all.
+    """
+
+    budget: float
+    ranking: Ranking | None
+    kept: tuple[str, ...]
+
+
+@dataclass
+class ComparisonData:
+    """Candidates that were fine-tuned under one equal budget, and which of them is better.
+
+    Attributes:
+        setting: `task`, `dataset`, `budget` (with `unit` and `amount`), `seeds`, `rank_by`, `examples`, `settings`
+            (flags that all share), `versions`, and `screen_to` if scores were asked for.
+        entries: The candidates, in the order in which they were given.
+        rounds: Of successive halving; one if there was none.
+        schema_version: Layout of the JSON file.
+    """
+
+    setting: dict[str, Any] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+    @cached_property
+    def ranking(self) -> Ranking | None:
+        """The ranking by `setting["rank_by"]` of the candidates that got the whole budget; `None` if there is none."""
+        return rank_entries(self.entries, self.setting["rank_by"])
+
+    def by(self, quality: Quality) -> Ranking | None:
+        """The ranking by another quality."""
+        return rank_entries(self.entries, quality)
+
+    def entry(self, name: str) -> Entry:
+        """The candidate of that name."""
+        return next(entry for entry in self.entries if entry.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain data; numbers that are not finite become `None`."""
+        entries = [{**vars(entry), "runs": [run.to_dict() for run in entry.runs]} for entry in self.entries]
+        for held, entry in zip(entries, self.entries, strict=True):
+            held["failure"] = None if entry.failure is None else asdict(entry.failure)
+            held["scores"] = None if entry.scores is None else entry.scores.to_dict()
+        rounds = [asdict(one) for one in self.rounds]
+        ranking = None if self.ranking is None else asdict(self.ranking)
+        data = {"schema_version": self.schema_version, "setting": self.setting, "ranking": ranking}
+        return finite({**data, "entries": entries, "rounds": rounds})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuilds a comparison from `to_dict`.
+
+        Raises:
+            ValueError: If the data was written by a later version of this package, or is none.
+        """
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"It has schema version {data.get('schema_version')!r}, this package reads {SCHEMA_VERSION}. "
+                "Upgrade hf-optimizability to open it, or compare again."
+            )
+        entries = [
+            Entry(
+                **{
+                    **entry,
+                    "runs": [Run.from_dict(run) for run in entry["runs"]],
+                    "failure": None if entry["failure"] is None else Failure(**entry["failure"]),
+                    "scores": entry.get("scores") and CheckpointScores.from_dict(entry["scores"]),
+                }
+            )
+            for entry in data["entries"]
+        ]
+        rounds = [
+            Round(one["budget"], one["ranking"] and _ranking_from(one["ranking"]), tuple(one["kept"]))
+            for one in data["rounds"]
+        ]
+        return cls(setting=dict(data["setting"]), entries=entries, rounds=rounds)
+
+
+def _ranking_from(data: Mapping[str, Any]) -> Ranking:
+    """Rebuilds a ranking; tables come as lists of lists."""
+    flat = {name: tuple(data[name]) for name in ("names", "values", "low", "high", "ranks", "best")}
+    better = tuple(map(tuple, data["better"]))
+    return Ranking(**flat, better=better, differences=tuple(tuple(map(tuple, row)) for row in data["differences"]))
+
+
+def rank_entries(entries: Sequence[Entry], quality: Quality) -> Ranking | None:
+    """Ranks the candidates that got as far as any, by the scores of their runs, or by what their reports know.
+
+    A report alone knows the loss and its error on a sample of the evaluation set; metrics have none there, so that
+    reports are ranked by the loss.
+
+    Returns:
+        The ranking; `None` if there are fewer than two to rank.
+    """
+    ranked = [entry for entry in entries if entry.failure is None and entry.dropped is None and entry.runs]
+    if len(ranked) < 2:
+        return None
+    names = [entry.name for entry in ranked]
+    scores = [[run.scores.of(quality) for run in entry.runs if run.scores is not None] for entry in ranked]
+    if all(scores):
+        table = np.array(scores)
+        draws = paired_bootstrap(table)
+        means = table.mean(axis=(1, 2)).tolist()
+        if quality == "loss":
+            return rank(names, means, draws, greater_is_better=False, bounds=(0, math.inf))
+        return rank(names, means, draws, bounds=(0, 1))
+    losses = [entry.runs[0].logged(f"{PREFIX}eval_loss") for entry in ranked]
+    errors = [entry.runs[0].logged(f"{PREFIX}eval_loss_std_error") for entry in ranked]
+    if quality != "loss" or not np.isfinite([*losses, *errors]).all():
+        return None
+    return rank(names, losses, normal_draws(losses, errors), greater_is_better=False)

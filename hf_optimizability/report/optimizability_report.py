@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizability report: its data, what follows from them, and the files that show both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import finite, write_atomically
+from ..report_data.data import ReportData
+from ..report_data.schema import parse
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ..diagnosis.findings import Finding
+
+
+class OptimizabilityReport(ReportData):
+    """A report with the conclusions drawn from its data, and the files that show both; see `ReportData`."""
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the numbers say, worst first; computed from them each time."""
+        from ..diagnosis.findings import find
+
+        return find(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
+        return {**super().to_dict(), "findings": finite([asdict(finding) for finding in self.findings])}
+
+    def save_json(self, folder: str | Path) -> Path:
+        """Write `report.json` alone; at any moment the file holds either the old report or the new one, whole.
+
+        Returns:
+            The file's path.
+        """
+        path = Path(folder) / "report.json"
+        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
+        return path
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `report.json`, `report.md`, `report.html` and the plots into `folder`, each file atomically.
+
+        Returns:
+            The path of `report.md`.
+        """
+        from .figures import plot_all
+        from .markdown import to_markdown
+
+        folder = Path(folder)
+        self.save_json(folder)
+        plots = plot_all(self)
+        for name, images in plots.items():
+            for kind, image in images.items():
+                write_atomically(folder / f"{name}.{kind}", image)
+        write_atomically(folder / "report.html", self.to_html().encode())
+        path = folder / "report.md"
+        write_atomically(path, to_markdown(self, plots=list(plots)).encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a report from `report.json` or the folder that holds it.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file was written by a later version of this package, is damaged or is no report; the
+                message names the file, what is wrong and what to do.
+        """
+        path = Path(path)
+        file = path / "report.json" if path.is_dir() else path
+        try:
+            return cls.from_dict(parse(file.read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{file} can't be read as a report. {error}") from None
+
+    def to_html(self) -> str:
+        """Return the report as one page that needs no other file and no network."""
+        from .html import to_html
+
+        return to_html(self)
+
+    def summary(self) -> str:
+        """Return the report in ten lines of plain text."""
+        from .markdown import to_summary
+
+        return to_summary(self)

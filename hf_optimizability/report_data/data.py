@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report holds, to plain data and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..files import finite
+from ..measurement.results import Measurement, MeasurementFailure
+from .schema import SCHEMA_VERSION, upgraded
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass
+class ReportData:
+    """Everything known about how a checkpoint optimized on a task.
+
+    `OptimizabilityReport` draws conclusions from it and writes it to files.
+
+    Attributes:
+        model: `id`, `class`, `parameters`, `trainable_parameters`, `batch_norm` (whether it has any).
+        task: `task` (the head's task, from the model class), `loss` (whose loss was measured).
+        data: `dataset` (its name), `train_examples`, `eval_examples`, `probe_examples`, `probe_items`,
+            `probe_batches`, `probe_fingerprint`.
+        training: `optimizer`, its settings, learning rate, batch size and the like; empty outside a Trainer.
+        config: The `OptimizabilityConfig` in use.
+        versions: Library versions.
+        measurements: In the order of the steps.
+        failures: Measurements that could not be made.
+        dynamics: Results of the training dynamics, by name.
+        log_history: The Trainer's log, from which the dynamics were computed and the plots are drawn.
+        created: UTC time of writing, ISO 8601.
+        schema_version: Layout of the JSON file.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    failures: list[MeasurementFailure] = field(default_factory=list)
+    dynamics: dict[str, Any] = field(default_factory=dict)
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    created: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
+        measurements = [measurement.to_dict() for measurement in self.measurements]
+        return finite({**asdict(self), "measurements": measurements})
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Rebuild a report from `to_dict`, of this version of the package or an earlier one.
+
+        Raises:
+            ValueError: If the data was written by a later version of this package, or is damaged.
+        """
+        data = upgraded(data)
+        measurements = [Measurement.from_dict(measurement) for measurement in data["measurements"]]
+        failures = [MeasurementFailure(**failure) for failure in data["failures"]]
+        held = {key: value for key, value in data.items() if key != "findings"}  # computed anew from the rest
+        return cls(**{**held, "measurements": measurements, "failures": failures})
