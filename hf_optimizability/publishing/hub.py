@@ -59,8 +59,8 @@ def push(
 
     `report.json`, `report.md`, `report.html` and the plots go into its folder `optimizability`. The model card gets a
     section "Optimizability", the tag `optimizability`, and trace, eigenvalues and noise scale as `model-index`
-    metrics; [`~hf_optimizability.publishing.model_card.with_report`] tells what stays as it is. Pushing again replaces all
-    of this; pushing what is there already makes no commit.
+    metrics; [`~hf_optimizability.publishing.model_card.with_report`] says what stays as it is. Pushing again replaces
+    all of this; pushing what is there already makes no commit.
 
     Args:
         folder: Where `OptimizabilityReport.save` wrote the report.
