@@ -74,7 +74,7 @@ OPTIMIZERS: dict[OptimizerName, Callable[..., Optimizer]] = {
 GOOD = 1.05
 """A rate is as good as the best if its loss is within this factor of the best loss."""
 PROBES = 32
-MOST_RATES = 16
+MAX_RATES = 16
 CLIP = 1.0
 
 
@@ -358,7 +358,7 @@ def sweep(problem: Problem, optimizer: OptimizerName) -> dict[str, Any]:
 
     for power in (0, -1, 1):
         run(power)
-    while len(losses) < MOST_RATES:
+    while len(losses) < MAX_RATES:
         best, low, high = min(losses, key=losses.__getitem__), min(losses), max(losses)
         open_ends = [
             end + side
@@ -531,7 +531,7 @@ def batch_size_case(problem: Problem, optimizer: OptimizerName) -> dict[str, Any
     for size in BATCH_SIZES:
         steps[size] = None
         for rate in rates:
-            most = steps[size] or MOST_STEPS
+            most = steps[size] or MAX_STEPS
             losses = curve(problem, optimizer, rate, size, steps=most, until=target)
             if losses[-1] <= target:
                 steps[size] = EVERY * len(losses)
@@ -541,7 +541,7 @@ def batch_size_case(problem: Problem, optimizer: OptimizerName) -> dict[str, Any
 
 
 BATCH_SIZES = (4, 16, 64, 256)
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 EVERY = 3
 """Steps between two looks at the loss."""
 

@@ -149,7 +149,7 @@ def table(results: dict[str, Any]) -> str:
             here = loss["names"].index(candidate)
             following = f"{accuracy['better'][at][at + 1]:.4f}" if at + 1 < len(accuracy["names"]) else "–"
             cells = [_interval(accuracy, at, 100, 1), _interval(loss, here, 1, 3), following]
-            lines.append(f"| {accuracy['ranks'][at]} | {candidate} | {' | '.join(cells)} |")
+            lines.append(f"| {accuracy['group'][at]} | {candidate} | {' | '.join(cells)} |")
         lines.append("")
         if "splits" in result:
             lines += [_splits(result["splits"]), ""]

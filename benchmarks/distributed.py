@@ -26,8 +26,8 @@ from transformers.utils import logging
 from workloads import BATCH_SIZE, TITLES, load, text, vision
 
 from hf_optimizability import OptimizabilityConfig
-from hf_optimizability.distributed.process_group import ProcessGroupRanks
-from hf_optimizability.linalg.communicator import ALONE, Item
+from hf_optimizability.distributed.process_group import TorchProcessGroup
+from hf_optimizability.linalg.communicator import SINGLE_PROCESS, Item
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 
@@ -38,25 +38,25 @@ PROCESSES = (1, 2)
 CPU = torch.device("cpu")
 
 
-class Timed(ProcessGroupRanks):
+class Timed(TorchProcessGroup):
     """Counts what goes from rank to rank, and how long the ranks are at it, waiting for each other included."""
 
     def __init__(self) -> None:
         super().__init__(CPU)
         self.seconds, self.bytes, self.sums = 0.0, 0, 0
 
-    def sum_each(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_many_(self, tensors: Sequence[Tensor]) -> None:
         """Adds up each of several tensors, in place."""
         started = time.perf_counter()
-        super().sum_each(tensors)
+        super().all_reduce_many_(tensors)
         self.seconds += time.perf_counter() - started
         self.bytes += sum(tensor.nbytes for tensor in tensors)
         self.sums += 1
 
-    def gather(self, items: list[Item]) -> list[Item]:
+    def all_gather_interleaved(self, items: list[Item]) -> list[Item]:
         """What all ranks hold."""
         started = time.perf_counter()
-        found = super().gather(items)
+        found = super().all_gather_interleaved(items)
         self.seconds += time.perf_counter() - started
         return found
 
@@ -67,14 +67,14 @@ def run(rank: int, number: int, name: str, profile: str, folder: str) -> None:
     logging.set_verbosity_error()
     if number > 1:
         dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=number)
-    ranks = Timed() if number > 1 else ALONE
+    group = Timed() if number > 1 else SINGLE_PROCESS
     config = OptimizabilityConfig(profile=profile)  # type: ignore[arg-type]
     _, batches = BATCHES[name](config.budget.probe_examples // BATCH_SIZE)
     model = load(name).model  # type: ignore[arg-type]
-    objective = Objective(model, batches).shared(ranks)
+    objective = Objective(model, batches).shared(group)
     next(objective.losses())[0].backward()  # warms up
     model.zero_grad()
-    ranks.sum(torch.zeros(1))
+    group.all_reduce_(torch.zeros(1))
     measurement = measure_objective(objective, config)[0]
     hessian = measurement.hessian
     found: dict[str, Any] = {
@@ -82,8 +82,8 @@ def run(rank: int, number: int, name: str, profile: str, folder: str) -> None:
         "hvps": measurement.hvps,
         "values": [hessian.trace.value, hessian.lambda_max.value, measurement.loss],
     }
-    if isinstance(ranks, Timed):
-        found |= {"communication": ranks.seconds / measurement.seconds, "bytes": ranks.bytes, "sums": ranks.sums}
+    if isinstance(group, Timed):
+        found |= {"communication": group.seconds / measurement.seconds, "bytes": group.bytes, "sums": group.sums}
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
 

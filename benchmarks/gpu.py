@@ -33,7 +33,7 @@ from tables import table
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
-from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.compact_embeddings import drop_unused_embedding_rows
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.model_state.measuring import full_precision, math_attention, measuring
@@ -41,7 +41,7 @@ from hf_optimizability.objective.objective import Batch, Objective
 
 
 RESULTS = Path(__file__).parent / "results"
-LOCKSTEP = 4
+PROBE_BLOCK_SIZE = 4
 SEED = 0
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -109,7 +109,7 @@ def measured(
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "gradient": partial(timed, partial(gradient, objective), device=device, repeats=repeats),
         "product": partial(products, objective, 1, device=device, repeats=repeats),
-        "lockstep": partial(products, objective, LOCKSTEP, device=device, repeats=repeats),
+        "lockstep": partial(products, objective, PROBE_BLOCK_SIZE, device=device, repeats=repeats),
         "card": partial(card, model, batch, device=device),
     }
     for name in parts:
@@ -173,7 +173,7 @@ def as_measured(objective: Objective) -> Iterator[None]:
         full_precision(objective.model),
         math_attention(),
         CheapSecondDerivatives(),
-        used_rows(objective),
+        drop_unused_embedding_rows(objective),
     ):
         yield
 
@@ -227,7 +227,7 @@ def peak_gib(device: torch.device) -> float | None:
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as one table."""
-    columns = ["model", "weights", "texts", "gradient", "one product / gradient", f"{LOCKSTEP} at once, each"]
+    columns = ["model", "weights", "texts", "gradient", "one product / gradient", f"{PROBE_BLOCK_SIZE} at once, each"]
     rows = []
     for model in results["models"]:
         gradient_seconds = model.get("gradient", {}).get("seconds")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
 
-from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.compact_embeddings import drop_unused_embedding_rows
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.model_state.measuring import math_attention
@@ -46,7 +46,7 @@ def cases() -> dict[str, tuple[PreTrainedModel, dict[str, Tensor]]]:
 @contextmanager
 def fast(objective: Objective) -> Iterator[None]:
     """Everything that makes products cheaper."""
-    with used_rows(objective), CheapSecondDerivatives():
+    with drop_unused_embedding_rows(objective), CheapSecondDerivatives():
         yield
 
 

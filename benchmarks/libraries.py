@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_optimizability import OptimizabilityConfig, measure
-from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.compact_embeddings import drop_unused_embedding_rows
 from hf_optimizability.curvature.gauss_newton import split_trace
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
@@ -39,7 +39,7 @@ from hf_optimizability.objective.objective import Objective
 
 
 Batch = dict[str, Tensor]
-LOCKSTEP = 4
+PROBE_BLOCK_SIZE = 4
 MIN_PROBES = 8
 LANCZOS_STEPS = 30
 SEED = 0
@@ -90,7 +90,7 @@ class Products:
         return time.perf_counter() - self._started
 
 
-class Way(NamedTuple):
+class HvpEngine(NamedTuple):
     """A way to multiply: `build()` makes ready and gives the action that multiplies `columns` vectors."""
 
     name: str
@@ -157,7 +157,7 @@ class Library(ABC):
         return cls(model, batches, Products()).product(vector)
 
     @abstractmethod
-    def ways(self, vectors: Tensor) -> Iterator[Way]:
+    def ways(self, vectors: Tensor) -> Iterator[HvpEngine]:
         """The ways to multiply the columns of a matrix of shape (n, LOCKSTEP)."""
 
     @abstractmethod
@@ -236,7 +236,7 @@ class Ours(Library):
         with self._twice_differentiable():
             return self._hessian().matvec(vector)
 
-    def ways(self, vectors: Tensor) -> Iterator[Way]:
+    def ways(self, vectors: Tensor) -> Iterator[HvpEngine]:
         def kept() -> Callable[[], object]:
             hessian = self._hessian()
             multiply(hessian, vectors[:, :1])  # shows that there is one part, whose graph is kept from the next on
@@ -246,9 +246,9 @@ class Ours(Library):
             with self._twice_differentiable():
                 return hessian.matmat(columns)
 
-        yield Way("one, graph kept", 1, kept)
-        yield Way("one", 1, lambda: lambda: multiply(self._hessian(), vectors[:, :1]))
-        yield Way("four at once", LOCKSTEP, lambda: lambda: multiply(self._hessian(), vectors))
+        yield HvpEngine("one, graph kept", 1, kept)
+        yield HvpEngine("one", 1, lambda: lambda: multiply(self._hessian(), vectors[:, :1]))
+        yield HvpEngine("four at once", PROBE_BLOCK_SIZE, lambda: lambda: multiply(self._hessian(), vectors))
 
     def card(self) -> list[Call]:
         return [Call("measure(model, batches)", self._measure)]
@@ -262,7 +262,7 @@ class Ours(Library):
     def trace_to(self, tolerances: Sequence[float]) -> Iterator[dict[str, Any]]:
         for tolerance in tolerances:
             started = self.products.now()
-            with self._twice_differentiable(), used_rows(self._objective):
+            with self._twice_differentiable(), drop_unused_embedding_rows(self._objective):
                 everything = [[slice(0, sum(parameter.numel() for parameter in self._objective.parameters))]]
                 options: dict[str, Any] = {"tolerance": tolerance, "max_hvps": 4000, "seed": SEED}
                 total = split_trace(self._objective, everything, on_products=self.products.add, **options).total
@@ -288,7 +288,7 @@ class Ours(Library):
 
     def _quadrature(self, steps: int) -> tuple[Quadrature, int]:
         """That of the rows in use, and how many others there are."""
-        with self._twice_differentiable(), used_rows(self._objective) as left_out:
+        with self._twice_differentiable(), drop_unused_embedding_rows(self._objective) as left_out:
             run = lanczos(self._hessian(), tolerance=0, max_hvps=steps, seed=len(self.products.ended))
         return Quadrature(run.nodes, run.weights[0]), left_out
 
@@ -372,7 +372,7 @@ class PyHessian(Library):
             product = self._module.hessian_vector_product(self._hessian.gradsH, self._hessian.params, pieces)
         return torch.cat([piece.flatten() for piece in product])
 
-    def ways(self, vectors: Tensor) -> Iterator[Way]:
+    def ways(self, vectors: Tensor) -> Iterator[HvpEngine]:
         pieces = _pieces(vectors[:, 0].contiguous(), self.parameters)
 
         def kept() -> Callable[[], object]:
@@ -384,8 +384,8 @@ class PyHessian(Library):
             return lambda: hessian.dataloader_hv_product(pieces)
 
         self._hessian = None
-        yield Way("one, graph kept", 1, kept)
-        yield Way("one", 1, rebuilt)
+        yield HvpEngine("one, graph kept", 1, kept)
+        yield HvpEngine("one", 1, rebuilt)
 
     def card(self) -> list[Call]:
         return [
@@ -442,9 +442,9 @@ class HessianEigenthings(Library):
     def product(self, vector: Tensor) -> Tensor:
         return self._operator.matvec(vector)
 
-    def ways(self, vectors: Tensor) -> Iterator[Way]:
+    def ways(self, vectors: Tensor) -> Iterator[HvpEngine]:
         vector = vectors[:, 0].contiguous()
-        yield Way("one", 1, lambda: lambda: self._operator.matvec(vector))
+        yield HvpEngine("one", 1, lambda: lambda: self._operator.matvec(vector))
 
     def card(self) -> list[Call]:
         package, operator = self._package, self._operator
@@ -518,10 +518,10 @@ class Curvlinops(Library):
     def product(self, vector: Tensor) -> Tensor:
         return self._operator @ vector
 
-    def ways(self, vectors: Tensor) -> Iterator[Way]:
+    def ways(self, vectors: Tensor) -> Iterator[HvpEngine]:
         vector = vectors[:, 0].contiguous()
-        yield Way("one", 1, lambda: lambda: self._operator @ vector)
-        yield Way("four at once", LOCKSTEP, lambda: lambda: self._operator @ vectors)
+        yield HvpEngine("one", 1, lambda: lambda: self._operator @ vector)
+        yield HvpEngine("four at once", PROBE_BLOCK_SIZE, lambda: lambda: self._operator @ vectors)
 
     def card(self) -> list[Call]:
         def trace() -> dict[str, Any]:

@@ -32,7 +32,7 @@ from unittest.mock import patch
 
 import torch
 from features import failure, try_features
-from libraries import LIBRARIES, LOCKSTEP, Call, Ends, Library, OutOfTimeError, Products, Quadrature, Way
+from libraries import LIBRARIES, PROBE_BLOCK_SIZE, Call, Ends, HvpEngine, Library, OutOfTimeError, Products, Quadrature
 from tables import OURS, markdown, problems
 from transformers.utils import logging
 from truth import EFFORT, Truth, pooled, truth
@@ -42,7 +42,7 @@ from workloads import ROOT, WORKLOADS, Batch, Workload, WorkloadName, load
 RESULTS = Path(__file__).parent / "results"
 TABLES = ROOT / "docs" / "side_by_side.md"
 LIMIT = 120.0
-MOST_CALLS = 3  # parts of a row that each have all the time
+MAX_CALLS = 3  # parts of a row that each have all the time
 REPEATS = 5
 EIGENVALUE_TARGETS = (0.01, 0.001)
 TRACE_TARGETS = (0.1, 0.05)
@@ -65,7 +65,7 @@ def cost(library: type[Library], name: WorkloadName, products: Products) -> dict
     default = workload.model.config._attn_implementation
     peer, note = opened(library, workload, products)
     eager = note is not None
-    vectors = torch.randn(LOCKSTEP, workload.size, generator=torch.Generator().manual_seed(0)).T
+    vectors = torch.randn(PROBE_BLOCK_SIZE, workload.size, generator=torch.Generator().manual_seed(0)).T
     base += vectors.nbytes / 2**20
     ways = {}
     for way in peer.ways(vectors):
@@ -242,7 +242,7 @@ def probe_set(library: type[Library], name: WorkloadName) -> Workload:
     return workload
 
 
-def built(way: Way) -> tuple[Callable[[], object], float]:
+def built(way: HvpEngine) -> tuple[Callable[[], object], float]:
     """The action that multiplies, and the peak memory of building it and multiplying once."""
     made = []
 
@@ -370,7 +370,7 @@ def watch(process: subprocess.Popen[Any], *, limit: float, max_mebibytes: float)
         except OSError:
             continue
         stopped = f"over {max_mebibytes / 1024:.0f} GiB" if used > max_mebibytes else None
-        if time.perf_counter() - started > (MOST_CALLS + 1) * limit:  # a product does not end
+        if time.perf_counter() - started > (MAX_CALLS + 1) * limit:  # a product does not end
             stopped = over(limit)
         if stopped:
             process.kill()

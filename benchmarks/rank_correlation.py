@@ -63,7 +63,7 @@ def _tau(one: Array, other: Array) -> float:
     return float(np.sum(one * other) / untied) if untied else 0.0
 
 
-def ranks(columns: Array) -> Array:
+def group(columns: Array) -> Array:
     """Ranks within each column, from −½ to ½; ties share theirs."""
     places = np.apply_along_axis(lambda column: rankdata(filled(column)), 0, columns)
     return (places - (len(columns) + 1) / 2) / max(len(columns) - 1, 1)
@@ -71,14 +71,14 @@ def ranks(columns: Array) -> Array:
 
 def fit(known: Table, final: Table, tasks: Sequence[str]) -> Array:
     """Weights of the ranks, by ridge regression of the final ranks on some tasks. Their signs are learnt as well."""
-    x = np.concatenate([ranks(known[task]) for task in tasks])
-    y = np.concatenate([ranks(final[task][:, None])[:, 0] for task in tasks])
+    x = np.concatenate([group(known[task]) for task in tasks])
+    y = np.concatenate([group(final[task][:, None])[:, 0] for task in tasks])
     return np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y)
 
 
 def out_of_sample(known: Table, final: Table) -> dict[str, Array]:
     """By task, the combination fitted on all others."""
     return {
-        task: ranks(columns) @ fit(known, final, [other for other in known if other != task])
+        task: group(columns) @ fit(known, final, [other for other in known if other != task])
         for task, columns in known.items()
     }

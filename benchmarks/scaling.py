@@ -38,9 +38,9 @@ from hf_optimizability.curvature.central_difference import CentralDifferenceHess
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.distributed import fsdp
 from hf_optimizability.distributed.fsdp import on_shards, unsharded
-from hf_optimizability.distributed.process_group import training_ranks
-from hf_optimizability.linalg.row_partition import Rows
-from hf_optimizability.measurement.cost_model import Price, Prices, count_products, list_stages
+from hf_optimizability.distributed.process_group import training_process_group
+from hf_optimizability.linalg.row_partition import RowPartition
+from hf_optimizability.measurement.cost_model import CostModel, HvpCost, allocate_hvps, list_stages
 from hf_optimizability.measurement.forecast import PeakMemory
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.model_state.measuring import measuring
@@ -68,7 +68,7 @@ class Case:
         parameters: n, all of them trained.
         root: Parameters outside the layers (embeddings and head), which stay unsharded from forward to backward pass.
         layer: Parameters of one layer.
-        ranks: R.
+        group: R.
         batches: B, of the probe set.
         tokens: In the probe set.
         flops: Of one device in float32, each second.
@@ -80,7 +80,7 @@ class Case:
     parameters: float
     root: float
     layer: float
-    ranks: int
+    group: int
     batches: int
     tokens: int
     flops: float
@@ -96,33 +96,33 @@ CASES = [
 float32, NVLink in one machine, 400 Gb/s for each device between machines."""
 
 
-def sent_by_product(route: Route, parameters: float, root: float, ranks: int, batches: int) -> float:
+def sent_by_product(route: Route, parameters: float, root: float, group: int, batches: int) -> float:
     """Bytes that each rank sends for one product, by collectives along a ring."""
-    share = (ranks - 1) / ranks
+    share = (group - 1) / group
     if route != "FSDP2, shards":
         return 2 * WORD * parameters * share  # one sum
     gathered = parameters + (parameters - root)  # before the forward, and again before the backward pass
     return 2 * batches * WORD * (gathered + parameters) * share
 
 
-def sent_once(route: Route, parameters: float, ranks: int) -> float:
+def sent_once(route: Route, parameters: float, group: int) -> float:
     """Bytes that each rank sends to put the parameters together."""
-    return WORD * parameters * (ranks - 1) / ranks if route == "FSDP2, whole parameters" else 0.0
+    return WORD * parameters * (group - 1) / group if route == "FSDP2, whole parameters" else 0.0
 
 
 def vectors(route: Route, config: OptimizabilityConfig, size: int) -> tuple[int, int]:
     """Vectors of a measurement at most: in all, and without the Lanczos basis, which may lie on the CPU."""
-    nothing = Price(0.0, 0)
-    prices = Prices(size, 1, 1, nothing, nothing, None, 0.0)
-    stages = list_stages(config, count_products(config, prices, preconditions=True), prices)
+    nothing = HvpCost(0.0, 0)
+    prices = CostModel(size, 1, 1, nothing, nothing, None, 0.0)
+    stages = list_stages(config, allocate_hvps(config, prices, preconditions=True), prices)
     trace = stages[2].vectors  # the stage that has no basis
     return BESIDES[route] + max(stage.vectors for stage in stages), BESIDES[route] + trace
 
 
-def memory(route: Route, number: int, parameters: float, root: float, layer: float, ranks: int) -> float:
+def memory(route: Route, number: int, parameters: float, root: float, layer: float, group: int) -> float:
     """Bytes on each rank for so many vectors, and for the parameters besides the training's own."""
     if route == "FSDP2, shards":  # what FSDP puts together at once: the root, a layer and the next one
-        return WORD * (number * parameters / ranks + root + 2 * layer)
+        return WORD * (number * parameters / group + root + 2 * layer)
     return WORD * (number * parameters + (parameters if route == "FSDP2, whole parameters" else 0))
 
 
@@ -134,17 +134,17 @@ class Sent(TorchDispatchMode):
         self.bytes = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        ranks = dist.get_world_size()
+        group = dist.get_world_size()
         name = func.name().split("::")[-1].split(".")[0]
         if func.namespace in ("c10d", "_c10d_functional"):
             if name in ("allreduce_", "all_reduce", "all_reduce_"):
-                self.bytes += 2 * _bytes(args[0]) * (ranks - 1) / ranks
+                self.bytes += 2 * _bytes(args[0]) * (group - 1) / group
             elif name in ("_reduce_scatter_base_", "reduce_scatter_tensor"):
-                self.bytes += _bytes(args[1] if name.startswith("_") else args[0]) * (ranks - 1) / ranks
+                self.bytes += _bytes(args[1] if name.startswith("_") else args[0]) * (group - 1) / group
             elif name in ("_allgather_base_", "allgather_"):
-                self.bytes += _bytes(args[1]) * (ranks - 1)
+                self.bytes += _bytes(args[1]) * (group - 1)
             elif name == "all_gather_into_tensor":
-                self.bytes += _bytes(args[0]) * (ranks - 1)
+                self.bytes += _bytes(args[0]) * (group - 1)
             elif name not in ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_"):
                 raise NotImplementedError(f"{func.name()} sends something that is not counted.")
         return func(*args, **(kwargs or {}))
@@ -177,11 +177,11 @@ def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def checked(route: Route) -> dict[str, float]:
     """What formulas say and what is counted, on this rank."""
-    ranks = training_ranks(torch.device("cpu"))
+    group = training_process_group(torch.device("cpu"))
     model = tower(route)
     size = sum(parameter.numel() for parameter in model.parameters())
     data = [(torch.randn(2, WIDTH), torch.randn(2, 2)) for _ in range(BATCHES)]
-    objective = Objective(model, data, loss_fn=squares).shared(ranks)
+    objective = Objective(model, data, loss_fn=squares).shared(group)
     sent = {}
     with measuring(model, seed=0), Sent() as before:
         if route == "FSDP2, shards":
@@ -191,9 +191,9 @@ def checked(route: Route) -> dict[str, float]:
         elif route == "FSDP2, whole parameters":
             with unsharded(model):
                 sent["once"] = before.bytes
-                sent["product"] = _second(HessianOperator(objective, ranks=ranks))
+                sent["product"] = _second(HessianOperator(objective, group=group))
         else:
-            sent["product"] = _second(HessianOperator(objective, ranks=ranks))
+            sent["product"] = _second(HessianOperator(objective, group=group))
     config = OptimizabilityConfig(profile="light", eigen_tolerance=1e-12, trace_tolerance=1e-12)  # takes all it may
     free = fsdp.free_memory
     # Their copies in float64 have a fixed length, which is nothing beside long vectors.
@@ -208,11 +208,11 @@ def checked(route: Route) -> dict[str, float]:
     root, layer = 2 * WIDTH, WIDTH**2
     number, _ = vectors(route, config, size)
     return {
-        "bytes a product, formula": sent_by_product(route, size, root, ranks.number, BATCHES),
+        "bytes a product, formula": sent_by_product(route, size, root, group.world_size, BATCHES),
         "bytes a product, counted": sent["product"],
-        "bytes once, formula": sent_once(route, size, ranks.number),
+        "bytes once, formula": sent_once(route, size, group.world_size),
         "bytes once, counted": sent.get("once", 0.0),
-        "memory, formula": memory(route, number, size, root, layer, ranks.number),
+        "memory, formula": memory(route, number, size, root, layer, group.world_size),
         "memory, counted": peak.bytes,
     }
 
@@ -226,9 +226,9 @@ def _second(operator: Any) -> float:
     return sent.bytes
 
 
-def _rank(rank: int, ranks: int, folder: str, function: Callable[[], Any]) -> None:
+def _rank(rank: int, group: int, folder: str, function: Callable[[], Any]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=group)
     found = function()
     if rank == 0:
         torch.save(found, f"{folder}/found")
@@ -251,7 +251,7 @@ def tables() -> str:
     """The tables of the docs."""
     lines = []
     for case in CASES:
-        n, R = case.parameters, case.ranks
+        n, R = case.parameters, case.group
         gradient = 6 * n * case.tokens / R / case.flops
         lines += [
             f"**{case.name}**: n = {n:.3g}, R = {R}, B = {case.batches}.",
@@ -285,7 +285,7 @@ def tables() -> str:
 
 def sign_seconds(size: int = 8 * 10**8) -> float:
     """How long drawing takes for each sign, on a rank that has next to none of them."""
-    rows = Rows(size, (slice(0, 1),))
+    rows = RowPartition(size, (slice(0, 1),))
     started = time.perf_counter()
     rows.rademacher(generator=torch.Generator().manual_seed(0), dtype=torch.float32, device=torch.device("cpu"))
     return (time.perf_counter() - started) / size

@@ -16,10 +16,10 @@ OURS = "ours"
 PROMISED_ERROR = 0.01
 """Relative error that this package's own calls promise for an eigenvalue."""
 
-MOST_VECTOR_WORK = 0.1
+MAX_VECTOR_WORK = 0.1
 """Promised share of a card's time that is not spent in passes through the model."""
 
-MOST_GRADIENTS = {"one": 3.3, "four at once": 2.4}
+MAX_GRADIENTS = {"one": 3.3, "four at once": 2.4}
 """Promised time of a product, in gradients."""
 
 SHARE_OF_DEFAULTS = {"pyhessian": 1 / 5, "hessian_eigenthings": 1 / 5}
@@ -93,7 +93,7 @@ def _own_problems(row: str, result: dict[str, Any]) -> Iterator[str]:
     for target, reached in result.get("targets", {}).items():
         if reached is None or "expected_hvps" in reached:
             yield f"{row}: {target} is not reached"
-    if 1 - result.get("passes", 1) > MOST_VECTOR_WORK:
+    if 1 - result.get("passes", 1) > MAX_VECTOR_WORK:
         yield f"profile: {1 - result['passes']:.0%} of the time is not spent in passes through the model"
     if row == "density" and result and "runs" not in result:
         yield f"{row}: the target is not reached"
@@ -106,7 +106,7 @@ def _costly(row: dict[str, Any]) -> Iterator[str]:
     """Products that cost more than promised, or more time or memory than the lowest peer's."""
     ways = {library: result.get("ways", {}) for library, result in _each(row)}
     ours = ways.pop(OURS, {})
-    for name, most in MOST_GRADIENTS.items():
+    for name, most in MAX_GRADIENTS.items():
         if name in ours and ours[name]["time_ratio"] > most:
             yield f"cost: {name} takes {ours[name]['time_ratio']:.1f} gradients, more than {most}"
     for what, one_vector in (("time_ratio", True), ("time_ratio", False), ("mebibytes", True)):

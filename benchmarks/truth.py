@@ -32,7 +32,7 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 from workloads import CACHE, WORKLOADS, Workload, WorkloadName, load
 
-from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.compact_embeddings import drop_unused_embedding_rows
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
 from hf_optimizability.model_state.measuring import math_attention, measuring
@@ -68,7 +68,7 @@ PROBES_AT_ONCE = 4
 SUBSPACE = 16  # dimensions of the decoupled matrix that are treated exactly
 CONVERGED = 1e-3  # relative residual of a Ritz value that counts as an eigenvalue
 EIGENVALUE_TOLERANCE = 1e-5
-MOST_STEPS = 200  # of the plain recurrence
+MAX_STEPS = 200  # of the plain recurrence
 EXACT = 1e-5  # relative difference allowed between two ways to one product; a decoder takes its loss in float32
 
 
@@ -259,7 +259,7 @@ class _Exact:
         objective = Objective(workload.model, workload.batches)
         self._held.enter_context(measuring(workload.model, seed=0))
         self._held.enter_context(math_attention())
-        self._held.enter_context(used_rows(objective))
+        self._held.enter_context(drop_unused_embedding_rows(objective))
         return objective
 
     def check(self) -> dict[str, Any]:
@@ -298,7 +298,7 @@ class _Exact:
         before = torch.zeros_like(vector)
         diagonal: list[float] = []
         off_diagonal = [0.0]
-        for _ in range(MOST_STEPS):
+        for _ in range(MAX_STEPS):
             product = self.hessian.matvec(vector)
             product.add_(before, alpha=-off_diagonal[-1])
             diagonal.append(float(vector @ product))
@@ -310,19 +310,19 @@ class _Exact:
             residuals = off_diagonal[-1] * np.abs(vectors[-1, ends])
             if len(diagonal) > 1 and (residuals <= CONVERGED * np.abs(values[ends])).all():
                 return {"lambda_max": values[-1], "lambda_min": values[0], "residuals": residuals.tolist()}
-        raise RuntimeError(f"The ends of the spectrum of {self._name} are not known after {MOST_STEPS} products.")
+        raise RuntimeError(f"The ends of the spectrum of {self._name} are not known after {MAX_STEPS} products.")
 
     def hessian_samples(self, seed: int) -> list[float]:
         """Samples of vᵀHv."""
         probes = _rademacher(self.hessian.size, PROBES_AT_ONCE, seed)
-        return _along(probes, self.hessian.matmat(probes.T).T).tolist()
+        return _directional_curvature(probes, self.hessian.matmat(probes.T).T).tolist()
 
     def decoupled_samples(self, seed: int) -> list[float]:
         """Samples with the mean tr D of the decoupled matrix D: `tr QDQᵀ + vᵀPDPv` with P = I − QᵀQ."""
         subspace, known = self._subspace
         probes = _rademacher(self.decoupled.size, PROBES_AT_ONCE, seed)
         probes -= (probes @ subspace.T) @ subspace
-        return (known + _along(probes, self.decoupled.matmat(probes.T).T)).tolist()
+        return (known + _directional_curvature(probes, self.decoupled.matmat(probes.T).T)).tolist()
 
     @cached_property
     def _subspace(self) -> tuple[Tensor, float]:
@@ -334,7 +334,8 @@ class _Exact:
             vectors = torch.linalg.solve_triangular(torch.linalg.cholesky(vectors @ vectors.T), vectors, upper=False)
         products = (self.decoupled.matmat(rows.T).T for rows in vectors.split(PROBES_AT_ONCE))
         known = sum(
-            float(_along(rows, some).sum()) for rows, some in zip(vectors.split(PROBES_AT_ONCE), products, strict=True)
+            float(_directional_curvature(rows, some).sum())
+            for rows, some in zip(vectors.split(PROBES_AT_ONCE), products, strict=True)
         )
         return vectors, known
 
@@ -347,7 +348,7 @@ class _Exact:
         for step in range(effort.steps):
             basis[:, step] = vectors
             products = self.hessian.matmat(vectors.T).T
-            diagonals[:, step] = _along(vectors, products)
+            diagonals[:, step] = _directional_curvature(vectors, products)
             for product, known in zip(products, basis[:, : step + 1], strict=True):
                 for _ in range(2):
                     product -= known.T @ (known @ product)
@@ -391,7 +392,7 @@ def _fingerprint(parameters: Sequence[Tensor], multiply: Callable[[Tensor], Tens
     return float(vector @ product), float(product.norm())
 
 
-def _along(vectors: Tensor, products: Tensor) -> Tensor:
+def _directional_curvature(vectors: Tensor, products: Tensor) -> Tensor:
     """The dot product of each row with its product."""
     return (vectors * products).sum(dim=1)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from workloads import BATCH_SIZE, PROBE_BATCHES, SEED, Batch, text, vision
 
-from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.compact_embeddings import drop_unused_embedding_rows
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.linalg.estimate import Estimate
@@ -157,7 +157,12 @@ def fine_tune_and_measure(workload: Name, learning_rate: float, steps: list[int]
 
 @contextmanager
 def _hessian(objective: Objective) -> Iterator[SymmetricOperator]:
-    with measuring(objective.model, seed=SEED), math_attention(), used_rows(objective), CheapSecondDerivatives():
+    with (
+        measuring(objective.model, seed=SEED),
+        math_attention(),
+        drop_unused_embedding_rows(objective),
+        CheapSecondDerivatives(),
+    ):
         yield HessianOperator(objective)
 
 

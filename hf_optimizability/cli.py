@@ -268,7 +268,7 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
     from . import forecast, measure
     from .files import keep_aside, require_writable
     from .tasks.fine_tuning import load, report_folder
-    from .tasks.probe_only import measured_by, single_report
+    from .tasks.probe_only import measure_inputs, single_report
 
     task, parser = _task_and_parser(task_name, args)
     with tempfile.TemporaryDirectory() as scratch:
@@ -281,7 +281,7 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
         training_args.output_dir = scratch
         with _only_json_on_stdout(as_json):
             trainer = Trainer(args=training_args, **load(task, model_args, data_args, training_args))
-            measured = measured_by(trainer, config)
+            measured = measure_inputs(trainer, config)
             if forecast_only:
                 price = forecast(**measured)
             else:

@@ -40,20 +40,20 @@ class Budget:
         """
         each = self.max_hvps // 5
         taken = Shares(
-            sketch=0,
+            spectrum=0,
             along_gradient=2,
             along_eigenvectors=int(differences),
             sharpness=each * sharpness,
             blocks=each * blocks,
             tasks=each * tasks,
         )
-        return taken._replace(sketch=self.max_hvps - sum(taken))
+        return taken._replace(spectrum=self.max_hvps - sum(taken))
 
 
 class Shares(NamedTuple):
     """Products for the ends, density and trace; along the gradient and eigenvectors; the sharpness; blocks; tasks."""
 
-    sketch: int
+    spectrum: int
     along_gradient: int
     along_eigenvectors: int
     sharpness: int
@@ -75,7 +75,7 @@ PROFILES = {
 """Presets, each several times the price of the one before."""
 
 
-LEAST_HVPS = 16
+MIN_HVPS = 16
 """Products that every part of a measurement has enough of to give an estimate and an error."""
 
 
@@ -216,7 +216,7 @@ class OptimizabilityConfig:
             "probe_examples": 2,
             "probe_batch_size": 1,
             "num_eigenvalues": 1,
-            "max_hvps": LEAST_HVPS,
+            "max_hvps": MIN_HVPS,
         }.items():
             value = getattr(self, name)
             if value is not None and value < least:

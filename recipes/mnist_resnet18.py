@@ -113,10 +113,10 @@ def plot(spectra: dict[str, tuple[np.ndarray, Density]]) -> Figure:
     panels = figure.subplots(1, len(spectra), squeeze=False)[0]
     for axes, (block, (eigenvalues, spread)) in zip(panels, spectra.items(), strict=True):
         size, weights = len(eigenvalues), np.array(spread.weights[::-1])
-        ranks = np.maximum(size * (np.cumsum(weights) - weights / 2), 1)
+        group = np.maximum(size * (np.cumsum(weights) - weights / 2), 1)
         least = 1e-4 * np.abs(eigenvalues).max()
         axes.plot(np.arange(1, size + 1), eigenvalues[::-1], color=BLUE, label="exact")
-        axes.plot(ranks, spread.nodes[::-1], "o", color=VERMILLION, ms=4, mfc="none", label="from a few products")
+        axes.plot(group, spread.nodes[::-1], "o", color=VERMILLION, ms=4, mfc="none", label="from a few products")
         axes.set(xscale="log", xlabel="rank of the eigenvalue", ylabel="eigenvalue", title=f"{block}: {size} × {size}")
         axes.set_yscale("symlog", linthresh=least)
         axes.set_ylim(bottom=min(1.1 * eigenvalues[0], -least / 2))

@@ -36,7 +36,7 @@ GLOBAL_GENERATOR = np.random.default_rng(0)
 GLOBAL_COUNT = 0
 
 
-class Rows(Dataset):
+class RowPartition(Dataset):
     """What `draw` gives, row by row."""
 
     def __init__(self, draw: Callable[[int], float]):
@@ -155,8 +155,10 @@ def test_what_rows_and_collators_draw_from_comes_back(name: str, part: str):
     def loader() -> DataLoader:
         draw = STATES[name]()
         if part == "data set":
-            return DataLoader(Rows(draw), batch_size=4)
-        return DataLoader(Rows(float), batch_size=4, collate_fn=lambda rows: torch.stack(rows) + float(draw(0)))
+            return DataLoader(RowPartition(draw), batch_size=4)
+        return DataLoader(
+            RowPartition(float), batch_size=4, collate_fn=lambda rows: torch.stack(rows) + float(draw(0))
+        )
 
     untouched = list(loader())
     drawn_from = loader()
@@ -319,12 +321,12 @@ def test_a_stream_with_a_state_of_its_own_is_set_back():
 def test_a_generator_that_rows_come_from_is_refused_in_any_data_set():
     numbers = reading()
     with pytest.raises(MeasurementError, match="generator"):
-        probe_batches(DataLoader(Rows(lambda index: next(numbers)), batch_size=4), **PROBE)
+        probe_batches(DataLoader(RowPartition(lambda index: next(numbers)), batch_size=4), **PROBE)
     assert len(list(numbers)) == 20
 
 
 def test_large_data_is_neither_copied_nor_walked_through():
-    class Large(Rows):
+    class Large(RowPartition):
         def __init__(self) -> None:
             super().__init__(float)
             self.rows = [{"n": [index]} for index in range(300_000)]
@@ -343,5 +345,5 @@ def test_state_comes_back_where_the_collator_raises():
         raise KeyError(generator.normal())
 
     with pytest.raises(MeasurementError, match="refused rows"):
-        probe_batches(DataLoader(Rows(float), batch_size=4, collate_fn=refuse), **PROBE)
+        probe_batches(DataLoader(RowPartition(float), batch_size=4, collate_fn=refuse), **PROBE)
     assert generator.normal() == np.random.default_rng(0).normal()

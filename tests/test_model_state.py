@@ -33,7 +33,7 @@ from hf_optimizability.curvature.hessian import HessianOperator, ObjectiveOperat
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.model_state import snapshot_tensors
 from hf_optimizability.model_state.measuring import measuring
-from hf_optimizability.model_state.snapshot import MOST_ITEMS, Snapshot
+from hf_optimizability.model_state.snapshot import MAX_ITEMS, Snapshot
 from hf_optimizability.model_state.state import ModelState, eval_mode, settle
 from hf_optimizability.objective.objective import Objective
 
@@ -425,7 +425,7 @@ def test_tensors_of_every_layout_and_modules_of_torchscript_are_given_back():
 def test_what_others_use_is_left_alone(tmp_path: Path):
     """Also where it can't be copied, is huge, or is not a state at all."""
     model = Stateful(lambda model: 0, unchanged)
-    lock, rows = threading.Lock(), [[0.0]] * (MOST_ITEMS + 1)
+    lock, rows = threading.Lock(), [[0.0]] * (MAX_ITEMS + 1)
     with (tmp_path / "log").open("w") as file:
         model.things = {"lock": lock, "file": file, "rows": rows, "function": len, "class": Tracker, "self": model}
         model.things["cycle"] = model.things

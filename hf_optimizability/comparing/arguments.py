@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..scoring.logme import LEAST_EXAMPLES
+from ..scoring.logme import MIN_EXAMPLES
 
 
 @dataclass
@@ -76,8 +76,8 @@ class ComparisonArguments:
                 raise ValueError(f"--{name} is {vars(self)[name]}; it must be at least {bound}.")
         if self.screen_to is not None and self.screen_to < 1:
             raise ValueError(f"--screen_to is {self.screen_to}; it must be at least 1, or left out to train them all.")
-        if self.screen_examples < LEAST_EXAMPLES:
-            raise ValueError(f"--screen_examples is {self.screen_examples}; it must be at least {LEAST_EXAMPLES}.")
+        if self.screen_examples < MIN_EXAMPLES:
+            raise ValueError(f"--screen_examples is {self.screen_examples}; it must be at least {MIN_EXAMPLES}.")
         if self.rank_by not in ("accuracy", "loss"):
             raise ValueError(f"--rank_by is {self.rank_by!r}; choose accuracy or loss.")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from .hessian import ObjectiveOperator, SumOfLosses
 from .hessian_vector_product import first_backward
 from .selective_grad import differentiate
@@ -26,7 +26,7 @@ class BlockDiagonalHessian(ObjectiveOperator):
     Args:
         objective: The loss, in parts.
         blocks: Indices into `objective.parameters`, block by block. Parameters in no block get zeros.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -50,10 +50,10 @@ class BlockDiagonalHessian(ObjectiveOperator):
         objective: SumOfLosses,
         blocks: Sequence[Sequence[int]],
         *,
-        ranks: Ranks = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
         on_products: Callable[[int], object] | None = None,
     ):
-        super().__init__(objective, ranks=ranks, on_products=on_products)
+        super().__init__(objective, group=group, on_products=on_products)
         indices = [index for block in blocks for index in block]
         if len(set(indices)) < len(indices):
             raise ValueError("A parameter is in two of the `blocks`, or in one of them twice.")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.operator import SymmetricOperator
-from ..linalg.row_partition import Rows
+from ..linalg.row_partition import RowPartition
 from ..linalg.vectors import norm
 from .gradient import gradient_sum, norm_of
 from .hessian import ObjectiveOperator, SumOfLosses
@@ -50,7 +50,7 @@ class CentralDifferenceHessian(ObjectiveOperator):
     Args:
         objective: The loss, in parts.
         relative_step: Size of the step beside the parameters; by default `RELATIVE_STEP` of their dtype.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
         rows: How the parameters lie over ranks, if the objective's are the shards that are here; its losses must have
             the gradient of what all ranks evaluate.
@@ -74,12 +74,12 @@ class CentralDifferenceHessian(ObjectiveOperator):
         objective: SumOfLosses,
         *,
         relative_step: float | None = None,
-        ranks: Ranks = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
         on_products: Callable[[int], object] | None = None,
-        rows: Rows | None = None,
+        rows: RowPartition | None = None,
     ):
-        super().__init__(objective, ranks=ranks, on_products=on_products)
-        self._rows = Rows.whole(self.size) if rows is None else rows
+        super().__init__(objective, group=group, on_products=on_products)
+        self._rows = RowPartition.whole(self.size) if rows is None else rows
         self.size = self._rows.size
         low = next((p.dtype for p in objective.parameters if torch.finfo(p.dtype).bits < 32), None)
         if low is not None:
@@ -91,15 +91,15 @@ class CentralDifferenceHessian(ObjectiveOperator):
         self._relative_step = usual_step(objective.parameters) if relative_step is None else relative_step
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowPartition:
         """Which rows of the vectors are here."""
         return self._rows
 
-    def matmat_by_part(
+    def matmat_per_batch(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
     ) -> tuple[Tensor, np.ndarray, list[int]]:
         """`A V`; a difference is of the whole gradient, so that there is one part, however many ranks share it."""
-        return SymmetricOperator.matmat_by_part(self, vectors, segments)
+        return SymmetricOperator.matmat_per_batch(self, vectors, segments)
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
         products = (self._product(vector) for vector in vectors)
@@ -109,8 +109,8 @@ class CentralDifferenceHessian(ObjectiveOperator):
     def _product(self, vector: Tensor) -> tuple[list[Tensor], int]:
         """The product, summed over the items, and their number."""
         parameters = self._objective.parameters
-        length = norm(vector, self.rows.ranks) or 1.0
-        scale = float(norm_of([parameter.detach() for parameter in parameters], self.rows.ranks)) or 1.0
+        length = norm(vector, self.rows.group) or 1.0
+        scale = float(norm_of([parameter.detach() for parameter in parameters], self.rows.group)) or 1.0
         step = self._relative_step * scale / length
         direction = self._split(vector, parameters)
         with _moved(parameters, direction, step):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..model_state.state import settle
 from .hessian import SumOfLosses
 
@@ -31,7 +31,7 @@ class LossesOfAModel(SumOfLosses, Protocol):
 
 
 @contextmanager
-def used_rows(objective: LossesOfAModel, *, ranks: Ranks = ALONE) -> Iterator[int]:
+def drop_unused_embedding_rows(objective: LossesOfAModel, *, group: ProcessGroup = SINGLE_PROCESS) -> Iterator[int]:
     """Puts compact weights, of the rows that are looked up, in the place of embedding weights; and the originals back.
 
     Inside, the objective's loss is the same and its variables are fewer, in the same order: its Hessian is the one
@@ -44,7 +44,7 @@ def used_rows(objective: LossesOfAModel, *, ranks: Ranks = ALONE) -> Iterator[in
 
     Args:
         objective: The loss; its `parameters` must be read from the model each time.
-        ranks: The processes that share the parts; all leave out the same rows.
+        group: The processes that share the parts; all leave out the same rows.
 
     Yields:
         The number of parameters left out.
@@ -57,7 +57,7 @@ def used_rows(objective: LossesOfAModel, *, ranks: Ranks = ALONE) -> Iterator[in
         >>> model = nn.Sequential(nn.Embedding(1000, 2), nn.Flatten(), nn.Linear(4, 1))
         >>> batch = (torch.tensor([[7, 900]]),)
         >>> objective = Objective(model, [batch], loss_fn=lambda model, batch: model(batch[0]).square().mean())
-        >>> with used_rows(objective) as left_out:
+        >>> with drop_unused_embedding_rows(objective) as left_out:
         ...     print(left_out, [tuple(parameter.shape) for parameter in objective.parameters])
         1996 [(2, 2), (1, 4), (1,)]
         >>> tuple(model[0].weight.shape)
@@ -65,13 +65,13 @@ def used_rows(objective: LossesOfAModel, *, ranks: Ranks = ALONE) -> Iterator[in
     """
     with ExitStack() as stack:
         left_out = 0
-        for embedding, rows in _looked_up(objective, ranks).items():
+        for embedding, rows in _looked_up(objective, group).items():
             left_out += (embedding.num_embeddings - len(rows)) * embedding.embedding_dim
             stack.enter_context(_compact(embedding, rows))
         yield left_out
 
 
-def _looked_up(objective: LossesOfAModel, ranks: Ranks) -> dict[nn.Embedding, Tensor]:
+def _looked_up(objective: LossesOfAModel, group: ProcessGroup) -> dict[nn.Embedding, Tensor]:
     """The embeddings that can be compacted, and the rows that they look up, ascending."""
     lookups: dict[nn.Embedding, list[tuple[Tensor, Any]]] = {}
     used = {
@@ -102,7 +102,7 @@ def _looked_up(objective: LossesOfAModel, ranks: Ranks) -> dict[nn.Embedding, Te
     for embedding, times in used.items():
         if embedding.weight in reads.found:
             times += 1
-    ranks.sum_each(list(used.values()))
+    group.all_reduce_many_(list(used.values()))
     return {embedding: times.nonzero()[:, 0] for embedding, times in used.items() if times.any() and not times.all()}
 
 

@@ -109,7 +109,7 @@ def check_eigenvalues(
         operator = differences(step)
         product = operator.matvec(torch.stack([vectors[index] for index in waiting]).sum(dim=0))
         for index in waiting:
-            found[index].append(dot(vectors[index], product, operator.rows.ranks))
+            found[index].append(dot(vectors[index], product, operator.rows.group))
         waiting = [
             index for index in waiting if abs(found[index][-1] - values[index]) > tolerance * abs(values[index])
         ]

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.vectors import dot
 from .hessian import ObjectiveOperator, SumOfLosses
 
@@ -34,7 +34,7 @@ class EmpiricalFisherOperator(ObjectiveOperator):
 
     Args:
         objective: The loss, which must be able to be cut into examples.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -53,9 +53,13 @@ class EmpiricalFisherOperator(ObjectiveOperator):
     """
 
     def __init__(
-        self, objective: CuttableLosses, *, ranks: Ranks = ALONE, on_products: Callable[[int], object] | None = None
+        self,
+        objective: CuttableLosses,
+        *,
+        group: ProcessGroup = SINGLE_PROCESS,
+        on_products: Callable[[int], object] | None = None,
     ):
-        super().__init__(objective, ranks=ranks, on_products=on_products)
+        super().__init__(objective, group=group, on_products=on_products)
         self._examples = objective.cut(1)
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:

@@ -12,7 +12,7 @@ from torch.func import grad, jvp, vmap
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from .hessian import ObjectiveOperator, Variables
 
 
@@ -41,7 +41,7 @@ class ForwardOverReverseHessian(ObjectiveOperator):
 
     Args:
         objective: The loss, in parts.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -60,11 +60,15 @@ class ForwardOverReverseHessian(ObjectiveOperator):
     """
 
     def __init__(
-        self, objective: FunctionalLosses, *, ranks: Ranks = ALONE, on_products: Callable[[int], object] | None = None
+        self,
+        objective: FunctionalLosses,
+        *,
+        group: ProcessGroup = SINGLE_PROCESS,
+        on_products: Callable[[int], object] | None = None,
     ):
         if objective.quantized is not None:
             raise RuntimeError(objective.quantized)
-        super().__init__(objective, ranks=ranks, on_products=on_products)
+        super().__init__(objective, group=group, on_products=on_products)
         self._objective = objective
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.estimate import Estimate
-from ..linalg.trace import PartTraces, Segments, Tally, TraceResult, average, exact_estimates
+from ..linalg.trace import BatchTraces, HutchinsonAccumulator, Segments, TraceResult, average, exact_estimates
 from ..linalg.vectors import norm, segment_sums
 from .hessian import ObjectiveOperator, Variables
 from .hessian_vector_product import require_second_derivative
@@ -57,7 +57,7 @@ class GaussNewtonOperator(ObjectiveOperator):
 
     Args:
         objective: The loss, in parts, with the outputs it is a function of.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -77,11 +77,15 @@ class GaussNewtonOperator(ObjectiveOperator):
     """
 
     def __init__(
-        self, objective: LossesOfOutputs, *, ranks: Ranks = ALONE, on_products: Callable[[int], object] | None = None
+        self,
+        objective: LossesOfOutputs,
+        *,
+        group: ProcessGroup = SINGLE_PROCESS,
+        on_products: Callable[[int], object] | None = None,
     ):
         if objective.quantized is not None:
             raise RuntimeError(objective.quantized)
-        super().__init__(objective, ranks=ranks, on_products=on_products)
+        super().__init__(objective, group=group, on_products=on_products)
         self._objective = objective
         self._checked = False
 
@@ -142,7 +146,11 @@ def _require_no_other_path(outputs: Sequence[Tensor], loss: Tensor, parameters: 
 
 
 def gauss_newton_trace(
-    objective: LossesOfOutputs, segments: Segments, *, max_outputs: int = MAX_OUTPUTS, ranks: Ranks = ALONE
+    objective: LossesOfOutputs,
+    segments: Segments,
+    *,
+    max_outputs: int = MAX_OUTPUTS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[Estimate, tuple[Estimate, ...]]:
     """The trace of the generalized Gauss-Newton matrix, in all and by segment, without error and without probes.
 
@@ -155,7 +163,7 @@ def gauss_newton_trace(
         objective: The loss, in parts, with the outputs it is a function of.
         segments: Slices of the rows; together they must hold each row once.
         max_outputs: Most outputs of an example to do this for.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
 
     Returns:
         The trace, and the traces of the segments' diagonal blocks, with standard error 0 and no product spent; the
@@ -180,7 +188,7 @@ def gauss_newton_trace(
         >>> total.value
         972.0
     """
-    known = _known_part(objective, segments, max_outputs=max_outputs, ranks=ranks)
+    known = _known_part(objective, segments, max_outputs=max_outputs, group=group)
     return exact_estimates(known.traces, known.items, hvps=0)
 
 
@@ -191,7 +199,7 @@ def split_trace(
     tolerance: float,
     max_hvps: int,
     seed: int,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     on_products: Callable[[int], object] | None = None,
 ) -> TraceResult:
     """Estimates the trace of the Hessian, that of its Gauss-Newton part exactly.
@@ -211,7 +219,7 @@ def split_trace(
         tolerance: Standard error to stop at, relative to the whole trace.
         max_hvps: Most products with R to spend, at least 2.
         seed: Seed of the probes.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
         on_products: Called with the number of products with R just made; for progress bars.
 
     Returns:
@@ -236,9 +244,9 @@ def split_trace(
         >>> split_trace(Cubic(), [[slice(0, 1)]], tolerance=0.1, max_hvps=8, seed=0).total.value
         30.0
     """
-    known = _known_part(objective, segments, max_outputs=MAX_SPLIT_OUTPUTS, ranks=ranks)
-    rest = DecoupledHessian(_WithSlopesHeld(objective), ranks=ranks, on_products=on_products)
-    tally = Tally(rest, segments, parts=PartTraces(segments, known.traces))
+    known = _known_part(objective, segments, max_outputs=MAX_SPLIT_OUTPUTS, group=group)
+    rest = DecoupledHessian(_WithSlopesHeld(objective), group=group, on_products=on_products)
+    tally = HutchinsonAccumulator(rest, segments, parts=BatchTraces(segments, known.traces))
     tally.exact += np.average(known.traces, axis=0, weights=known.items)
     generator = torch.Generator().manual_seed(seed)
     method = "gauss-newton + hutchinson"
@@ -271,18 +279,18 @@ class _Known(NamedTuple):
     diagonal: Tensor
 
 
-def _known_part(objective: LossesOfOutputs, segments: Segments, *, max_outputs: int, ranks: Ranks) -> _Known:
+def _known_part(objective: LossesOfOutputs, segments: Segments, *, max_outputs: int, group: ProcessGroup) -> _Known:
     if objective.quantized is not None:
         raise RuntimeError(objective.quantized)
     sums, items = [], []
     diagonal = _flat_zeros(objective.parameters)
-    with ranks.agreed():  # a loss that can't be split is no end
+    with group.propagate_errors():  # a loss that can't be split is no end
         for part, count in _diagonal_by_part(objective, max_outputs=max_outputs):
             sums.append(segment_sums(part, segments))
             items.append(count)
             diagonal += part
-    ranks.sum(diagonal)
-    sums, items = ranks.gather(sums), ranks.gather(items)
+    group.all_reduce_(diagonal)
+    sums, items = group.all_gather_interleaved(sums), group.all_gather_interleaved(items)
     return _Known(np.array(sums) / np.array(items)[:, None], items, diagonal.div_(sum(items)))
 
 

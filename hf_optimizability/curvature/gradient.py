@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from .hessian import SumOfLosses
 
 
@@ -28,11 +28,11 @@ class Gradient:
     tensors: tuple[Tensor, ...]
 
 
-def gradient(objective: SumOfLosses, *, ranks: Ranks = ALONE) -> Gradient:
+def gradient(objective: SumOfLosses, *, group: ProcessGroup = SINGLE_PROCESS) -> Gradient:
     """Loss and gradient over all parts of an objective, and of the objectives of all ranks; leaves `.grad` alone."""
     totals, loss_sum, items = gradient_sum(objective)
-    ranks.sum_each(totals)
-    loss_sums, counts = zip(*ranks.gather([(loss_sum, items)]), strict=True)
+    group.all_reduce_many_(totals)
+    loss_sums, counts = zip(*group.all_gather_interleaved([(loss_sum, items)]), strict=True)
     items = sum(counts)
     return Gradient(sum(loss_sums) / items, items, tuple(total / items for total in totals))
 
@@ -50,7 +50,7 @@ def gradient_sum(objective: SumOfLosses) -> tuple[list[Tensor], float, int]:
     return totals, loss_sum, items
 
 
-def norm_of(tensors: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
+def norm_of(tensors: Sequence[Tensor], group: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """Return the 2-norm of all entries of all tensors, on the first one's device: reading it synchronizes.
 
     In float64 where the device has it: squares of float32 numbers overflow, and vanish below 1e-23. Tensors may be of
@@ -58,7 +58,7 @@ def norm_of(tensors: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
 
     Args:
         tensors: What is here of them.
-        ranks: The processes that hold all entries between them.
+        group: The processes that hold all entries between them.
 
     Example:
         >>> norm_of([torch.tensor([3.0]), torch.tensor([[4.0]])])
@@ -70,4 +70,4 @@ def norm_of(tensors: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
     real = [torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor for tensor in entries]
     norms = [torch.linalg.vector_norm(tensor, dtype=dtype).to(device) for tensor in real]
     total = torch.linalg.vector_norm(torch.stack(norms))
-    return total if ranks is ALONE else ranks.sum(total.square()).sqrt()
+    return total if group is SINGLE_PROCESS else group.all_reduce_(total.square()).sqrt()

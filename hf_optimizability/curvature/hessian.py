@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.operator import SymmetricOperator, _forms
 from .hessian_vector_product import first_backward, second_backward
 
@@ -44,7 +44,7 @@ class ObjectiveOperator(SymmetricOperator):
 
     Args:
         objective: What depends on the parameters.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -55,11 +55,11 @@ class ObjectiveOperator(SymmetricOperator):
         self,
         objective: Variables,
         *,
-        ranks: Ranks = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
         on_products: Callable[[int], object] | None = None,
     ):
         parameters = objective.parameters
-        self.ranks = ranks
+        self.group = group
         self._on_products = on_products
         self._items: int | None = None  # of all ranks, once a product has shown them
         self._sizes = [parameter.numel() for parameter in parameters]
@@ -82,7 +82,7 @@ class ObjectiveOperator(SymmetricOperator):
             items += count
         return self._mean(self._zeros(vectors.shape[1]) if total is None else total, items)
 
-    def matmat_by_part(
+    def matmat_per_batch(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
     ) -> tuple[Tensor, np.ndarray, list[int]]:
         """`A V`, and what each part tells; see `SymmetricOperator`. Several parts take one more product's memory."""
@@ -90,20 +90,20 @@ class ObjectiveOperator(SymmetricOperator):
         forms, items = [], []
         for products, count in self._parts(vectors.T):
             part = self._add(products, None, number=vectors.shape[1])
-            forms.append(_forms(vectors.T, part, segments, self.rows.ranks) / count)
+            forms.append(_forms(vectors.T, part, segments, self.rows.group) / count)
             items.append(count)
             total = part if total is None else total.add_(part)
             del part  # before the next one is made
         total = self._zeros(vectors.shape[1]) if total is None else total
         product = self._mean(total, sum(items))
-        return product, np.array(self.ranks.gather(forms)), self.ranks.gather(items)
+        return product, np.array(self.group.all_gather_interleaved(forms)), self.group.all_gather_interleaved(items)
 
     def _mean(self, total: Tensor, items: int) -> Tensor:
         """`A V` from the sum over this rank's items."""
         if self._items is None:
-            self._items = sum(self.ranks.gather([items]))
-        self.ranks.sum(total).div_(self._items)
-        _require_finite(total, self.rows.ranks)
+            self._items = sum(self.group.all_gather_interleaved([items]))
+        self.group.all_reduce_(total).div_(self._items)
+        _require_finite(total, self.rows.group)
         self._count(len(total))
         return total.T
 
@@ -144,7 +144,7 @@ class HessianOperator(ObjectiveOperator):
 
     Args:
         objective: The loss, in parts.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
         on_products: Called with the number of Hessian-vector products just made; for progress bars.
 
     Raises:
@@ -163,10 +163,10 @@ class HessianOperator(ObjectiveOperator):
         self,
         objective: SumOfLosses,
         *,
-        ranks: Ranks = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
         on_products: Callable[[int], object] | None = None,
     ):
-        super().__init__(objective, ranks=ranks, on_products=on_products)
+        super().__init__(objective, group=group, on_products=on_products)
         self._objective = objective
         self._one_part = False  # until the first product has shown it
         self._kept: _Kept | None = None
@@ -201,9 +201,9 @@ class _Kept(NamedTuple):
     items: int
 
 
-def _require_finite(products: Tensor, ranks: Ranks) -> None:
+def _require_finite(products: Tensor, group: ProcessGroup) -> None:
     # The sum is finite if all entries are, unless it overflows, and is had far sooner than a look at each of them.
-    if math.isfinite(ranks.sum(products.sum())):
+    if math.isfinite(group.all_reduce_(products.sum())):
         return
-    if ranks.sum((~torch.isfinite(products)).sum()):
+    if group.all_reduce_((~torch.isfinite(products)).sum()):
         raise FloatingPointError("A product with the curvature matrix is not finite.")

@@ -45,7 +45,7 @@ def first_backward(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, 
     Raises:
         RuntimeError: If an operation of the loss is marked to have no second derivative.
     """
-    gradients = differentiate(loss, parameters, graph_alone=True)
+    gradients = differentiate(loss, parameters, graph_only=True)
     require_second_derivative(gradients)
     return gradients
 

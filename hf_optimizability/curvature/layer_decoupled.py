@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from .hessian import HessianOperator, SumOfLosses
 from .twice_differentiable import linear_without_coupling
 
@@ -33,7 +33,7 @@ class DecoupledHessian(HessianOperator):
 
     Args:
         objective: The loss, in parts.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
         on_products: Called with the number of products just made; for progress bars.
 
     Raises:
@@ -50,12 +50,16 @@ class DecoupledHessian(HessianOperator):
     """
 
     def __init__(
-        self, objective: SumOfLosses, *, ranks: Ranks = ALONE, on_products: Callable[[int], object] | None = None
+        self,
+        objective: SumOfLosses,
+        *,
+        group: ProcessGroup = SINGLE_PROCESS,
+        on_products: Callable[[int], object] | None = None,
     ):
-        super().__init__(objective, ranks=ranks, on_products=on_products)
+        super().__init__(objective, group=group, on_products=on_products)
         parameters = objective.parameters
-        shared = {index for loss, _ in objective.losses() for index in _used_again(loss, parameters)}
-        shared = set(ranks.gather(list(shared)))
+        shared = {index for loss, _ in objective.losses() for index in _reused_parameters(loss, parameters)}
+        shared = set(group.all_gather_interleaved(list(shared)))
         self._decoupled = [index for index in range(len(parameters)) if index not in shared]
 
     def _losses(self) -> Iterator[tuple[Tensor, int]]:
@@ -99,10 +103,10 @@ class _Decouple(TorchFunctionMode):
         by_parameters = without(inputs)
         if not isinstance(by_parameters, Tensor) or not by_parameters.is_floating_point():
             return func(*args, **(kwargs or {}))
-        return _SameValue.apply(by_parameters, without(own))
+        return _SplitGradient.apply(by_parameters, without(own))
 
 
-class _SameValue(torch.autograd.Function):
+class _SplitGradient(torch.autograd.Function):
     """One of two equal tensors, with the derivatives of both; a difference would be NaN where they are infinite."""
 
     @staticmethod
@@ -121,7 +125,7 @@ def _writes(func: Any, kwargs: dict[str, Any] | None) -> bool:
     return in_place or "out" in (kwargs or {})
 
 
-def _used_again(loss: Tensor, parameters: Sequence[Tensor]) -> set[int]:
+def _reused_parameters(loss: Tensor, parameters: Sequence[Tensor]) -> set[int]:
     """Indices of the parameters that more than one place of the loss's graph takes."""
     uses = {id(parameter): 0 for parameter in parameters}
     waiting, seen = [loss.grad_fn], set()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .selective_grad import Mask, is_asked
+from .selective_grad import Mask, is_requested
 
 
 aten = torch.ops.aten
@@ -52,7 +52,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, *statistics = ctx.saved_tensors
         by_x, _, by_w, by_b, _ = ctx.needs_input_grad
-        mask = by_x, by_w and is_asked(w), by_b and is_asked(b)
+        mask = by_x, by_w and is_requested(w), by_b and is_requested(b)
         gx, gw, gb = _Adjoints.apply(gy, x, w, b, *statistics, ctx.shape, ctx.eps, mask)
         return gx, None, gw, gb, None
 
@@ -102,7 +102,7 @@ class _Adjoints(torch.autograd.Function):
             q, h = pulled_back(vx), gy if w is None else gy * w
             if by_gy:
                 for_gy = q if w is None else q * w
-            if by_w and is_asked(w):
+            if by_w and is_requested(w):
                 for_w = (gy * q).sum_to_size(w.shape)
             if by_x:
                 for_x = -r * (dot(q, h) * u + dot(u, h) * q)

@@ -23,7 +23,7 @@ def differentiate(
     *,
     grad_outputs: Sequence[Tensor] | None = None,
     retain_graph: bool = False,
-    graph_alone: bool = False,
+    graph_only: bool = False,
 ) -> tuple[Tensor, ...]:
     """`torch.autograd.grad`, for which operations of `twice_differentiable.py` do no more than is asked.
 
@@ -32,7 +32,7 @@ def differentiate(
         variables: The leaves to differentiate by; those that are not used get zeros.
         grad_outputs: As torch has them.
         retain_graph: As torch has it.
-        graph_alone: Whether the gradients are to have a graph, and values only where these come for free: the
+        graph_only: Whether the gradients are to have a graph, and values only where these come for free: the
             derivative of ⟨∇L, v⟩ needs none, and of a linear layer they are a third of a gradient's work. Gradients
             by a bilinear operation's weights and offsets then are zeros.
 
@@ -41,19 +41,19 @@ def differentiate(
         >>> x, w = torch.ones(1, 2), torch.ones(3, 2, requires_grad=True)
         >>> with CheapSecondDerivatives():
         ...     loss = torch.nn.functional.linear(x, w).square().sum()
-        >>> (slope,) = differentiate(loss, [w], graph_alone=True)
+        >>> (slope,) = differentiate(loss, [w], graph_only=True)
         >>> slope[0], differentiate(slope.sum(), [w])[0][0]
         (tensor([0., 0.], grad_fn=<SelectBackward0>), tensor([4., 4.]))
     """
     global _asked
-    before, _asked = _asked, _Asked(frozenset(map(id, variables)), values=not graph_alone)
+    before, _asked = _asked, _Asked(frozenset(map(id, variables)), values=not graph_only)
     try:
         return torch.autograd.grad(
             outputs,
             variables,
             grad_outputs,
-            retain_graph=retain_graph or graph_alone,
-            create_graph=graph_alone,
+            retain_graph=retain_graph or graph_only,
+            create_graph=graph_only,
             materialize_grads=True,
         )
     finally:
@@ -75,7 +75,7 @@ def is_variable(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_leaf and tensor.requires_grad
 
 
-def is_asked(tensor: Tensor | None) -> bool:
+def is_requested(tensor: Tensor | None) -> bool:
     """Whether the gradient by a tensor is of use: not that by another leaf than those of the pass under way."""
     return _asked is None or id(tensor) in _asked.variables or not is_variable(tensor)
 

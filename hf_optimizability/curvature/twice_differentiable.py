@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .ctc_loss import ctc_loss
 from .layer_norm import layer_norm
-from .selective_grad import Blank, Mask, blank, is_asked, is_variable
+from .selective_grad import Blank, Mask, blank, is_requested, is_variable
 
 
 aten = torch.ops.aten
@@ -178,7 +178,7 @@ class _Apply(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b = ctx.saved_tensors
         by_x, by_w, by_b = ctx.needs_input_grad[1:]
-        mask = by_x, by_w and is_asked(w), by_b and is_asked(b)
+        mask = by_x, by_w and is_requested(w), by_b and is_requested(b)
         return None, *_Adjoints.apply(ctx.bilinear, gy, x, w, mask, (blank(w), blank(b)))
 
 
@@ -209,7 +209,9 @@ class _Adjoints(torch.autograd.Function):
         coupled = ctx.bilinear.coupled
         if vx is not None:
             linear = ctx.bilinear.without_offset()
-            for_w = linear.adjoints(gy, vx, w, (False, True, False))[1] if coupled and by_w and is_asked(w) else None
+            for_w = (
+                linear.adjoints(gy, vx, w, (False, True, False))[1] if coupled and by_w and is_requested(w) else None
+            )
             for_gy = linear.apply(vx, w, vb) if by_gy else None
         if vw is not None:
             for_x = ctx.bilinear.adjoints(gy, x, vw, (True, False, False))[0] if coupled and by_x else None

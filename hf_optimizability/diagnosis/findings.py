@@ -44,7 +44,7 @@ UNEVEN = 1000.0
 """Factor between one layer's ‖g_b‖/‖θ_b‖ and another's. Layers of healthy small runs stayed within 5; not yet measured
 on large ones."""
 
-LEAST_BLOCKS = 4
+MIN_BLOCKS = 4
 """Blocks without which there is no \"most\" of them to compare one with."""
 
 CONCENTRATED = 2 / 3
@@ -75,7 +75,7 @@ WINDOW = 3
 RISEN_SIGMAS = 3.0
 """... robust standard deviations of a single one by which the average is above the start."""
 
-LEAST_LOSSES = 6
+MIN_LOSSES = 6
 """Logged losses from which a scatter can be told."""
 
 SWING = 3.0
@@ -96,7 +96,7 @@ OFF = 0.1
 DOMINANT = 2 / 3
 """Share of the joint gradient above which a task has twice as much as all others together."""
 
-MOST_NAMED = 3
+MAX_NAMED = 3
 """Blocks to name before \"and others\"."""
 
 
@@ -196,7 +196,7 @@ def gradients_dead(report: ReportData) -> Finding | None:
         evidence=tuple(
             f"{name}: ‖g_b‖ = {format_number(last.blocks[name].grad_norm, digits=3)} at step {last.step:,}, "
             f"‖g‖ = {format_number(last.grad_norm, digits=3)}"
-            for name in dead[:MOST_NAMED]
+            for name in dead[:MAX_NAMED]
         ),
         advice="Look for units stuck at 0 behind a ReLU (too high a learning rate, a bias far below 0), and for "
         "parameters that the loss does not depend on; freeze those.",
@@ -237,7 +237,7 @@ def gradients_exploding(report: ReportData) -> Finding | None:
 def curvature_concentrated(report: ReportData) -> Finding | None:
     """One block of many holds most of the curvature."""
     last = _last(report)
-    if last is None or len(last.blocks) < LEAST_BLOCKS:
+    if last is None or len(last.blocks) < MIN_BLOCKS:
         return None
     total = sum(abs(block.trace.value) for block in last.blocks.values())
     margin = Z * math.hypot(*(_error(block.trace) for block in last.blocks.values()))
@@ -420,9 +420,9 @@ def tasks_conflict(report: ReportData) -> Finding | None:
             *(
                 f"cosine of the gradients of {pair.first} and {pair.second} at step {report.measurements[-1].step:,}: "
                 f"{_interval(cosine)}"
-                for pair, cosine in opposed[:MOST_NAMED]
+                for pair, cosine in opposed[:MAX_NAMED]
             ),
-            *worsened[:MOST_NAMED],
+            *worsened[:MAX_NAMED],
         ),
         advice="Look at the blocks where they conflict: layers of their own for each task there, or other weights, "
         "may help. Check that the labels of these tasks do not contradict each other. A conflict at one step need not "
@@ -557,7 +557,7 @@ class _Stable:
         """The rate beside its limit."""
         low, high = format_number(self.low, digits=2), format_number(self.high, digits=2)
         span = f"{low} to {high}" if math.isfinite(self.high) else f"at least {low}"
-        steps = ", ".join(f"{step:,}" for step in self.steps[-MOST_NAMED:])
+        steps = ", ".join(f"{step:,}" for step in self.steps[-MAX_NAMED:])
         return (
             f"peak learning rate {format_number(peak, digits=2)}",
             f"largest stable one, by the sharpness at step {steps}: {span}",
@@ -655,7 +655,7 @@ def _troubles(report: ReportData) -> tuple[str, ...]:
 def _risen(report: ReportData) -> str | None:
     """The training loss rose above its start by more than its scatter."""
     losses = [entry["loss"] for entry in report.log_history if _is_finite(entry.get("loss"))]
-    if len(losses) < LEAST_LOSSES:
+    if len(losses) < MIN_LOSSES:
         return None
     scale = report.training.get("loss_scale") or 1.0
     # Before the first step, in eval mode; the log begins after the first ones, in training mode.
@@ -702,7 +702,7 @@ def _off_the_others(
         severity="warning",
         sentence=sentence.format(_listed(layers)),
         evidence=(
-            *(f"‖g_b‖/‖θ_b‖ of {layer}: {format_number(relative[layer], digits=3)}" for layer in layers[:MOST_NAMED]),
+            *(f"‖g_b‖/‖θ_b‖ of {layer}: {format_number(relative[layer], digits=3)}" for layer in layers[:MAX_NAMED]),
             f"median of the layers: {median}, at step {report.measurements[-1].step:,}",
         ),
         advice=advice,
@@ -735,7 +735,7 @@ def _batch_evidence(report: ReportData, batch: float) -> tuple[str, ...]:
     scales = [
         f"noise scale at step {measurement.step:,}: "
         + format_interval(measurement.noise_scale.value, measurement.noise_scale.low, measurement.noise_scale.high)
-        for measurement in report.measurements[-MOST_NAMED:]
+        for measurement in report.measurements[-MAX_NAMED:]
         if measurement.noise_scale is not None
     ]
     return (f"items in a step: {format_number(batch, digits=3)}", *scales)
@@ -761,8 +761,8 @@ def _listed(names: Sequence[str]) -> str:
         >>> [_listed(["a"]), _listed(["a", "b"]), _listed(["a", "b", "c", "d", "e"])]
         ['a', 'a and b', 'a, b, c and 2 more']
     """
-    if len(names) > MOST_NAMED:
-        return f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED} more"
+    if len(names) > MAX_NAMED:
+        return f"{', '.join(names[:MAX_NAMED])} and {len(names) - MAX_NAMED} more"
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 

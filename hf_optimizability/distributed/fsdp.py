@@ -19,12 +19,12 @@ from ..config import OptimizabilityConfig
 from ..curvature.gradient import norm_of
 from ..device_memory import free_memory
 from ..errors import MeasurementError
-from ..linalg.communicator import Ranks
-from ..linalg.row_partition import Rows
+from ..linalg.communicator import ProcessGroup
+from ..linalg.row_partition import RowPartition
 from ..model_state.state import settle
 from ..objective.batches import batch_size
 from ..objective.objective import Objective, ProbeBatch
-from ..quantities.preconditioner import Held
+from ..quantities.preconditioner import TensorReader
 
 
 _SHARE = 0.5
@@ -60,7 +60,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         try:
             for module, name, shard in shards:
                 if id(shard) not in whole:
-                    tensor = whole_tensor(shard.detach())
+                    tensor = full_tensor(shard.detach())
                     tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
                     whole[id(shard)] = nn.Parameter(tensor, requires_grad=shard.requires_grad)
                 setattr(module, name, whole[id(shard)])
@@ -72,9 +72,9 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def measurable(
+def materialize_parameters(
     objective: Objective, config: OptimizabilityConfig, *, required_bytes: int
-) -> Iterator[tuple[Objective, Held]]:
+) -> Iterator[tuple[Objective, TensorReader]]:
     """Gives an objective whose gradient can be had, and how to read of an optimizer's tensors what belongs to it.
 
     Without FSDP these are the objective itself and the tensors themselves. Under FSDP it is the objective over the
@@ -92,10 +92,10 @@ def measurable(
     if not is_sharded(model):
         yield objective, lambda tensor: tensor
         return
-    free = min(objective.ranks.gather([free_memory(objective.parameters[0].device)]))
+    free = min(objective.group.all_gather_interleaved([free_memory(objective.parameters[0].device)]))
     if required_bytes <= _SHARE * free:
         with unsharded(model):
-            yield objective, whole_tensor
+            yield objective, full_tensor
         return
     if config.curvature != "hessian" or config.engine not in ("auto", "central_difference"):
         raise MeasurementError(
@@ -132,7 +132,7 @@ def class_name(module: nn.Module) -> str:
     return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that lies over ranks as one plain tensor; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -163,10 +163,10 @@ def on_shards(objective: Objective) -> Iterator[Objective]:
     model = objective.model
     reshard(model)
     parameters = [cast(DTensor, parameter) for parameter in objective.parameters]
-    rows = _rows(model, parameters, objective.ranks)
+    rows = _rows(model, parameters, objective.group)
     gradients = [parameter.grad for parameter in parameters]
     try:
-        with _in_own_precision(model), _meeting_before_collectives(model, objective.ranks):
+        with _in_own_precision(model), _synchronize_collectives(model, objective.group):
             for parameter in parameters:
                 parameter.grad = None
             yield ShardedObjective(objective, parameters, rows)
@@ -184,7 +184,7 @@ class ShardedObjective(Objective):
         rows: How vectors over them lie.
     """
 
-    def __init__(self, objective: Objective, parameters: Sequence[DTensor], rows: Rows):
+    def __init__(self, objective: Objective, parameters: Sequence[DTensor], rows: RowPartition):
         vars(self).update(vars(objective.whole()))
         self._sharded = parameters
         self._rows = rows
@@ -204,7 +204,7 @@ class ShardedObjective(Objective):
         )
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowPartition:
         """Which rows of vectors over the whole parameters belong to the shards that are here."""
         return self._rows
 
@@ -216,14 +216,14 @@ class ShardedObjective(Objective):
             loss, items = self._share(batch)
             gradients = self._backward(loss) if torch.is_grad_enabled() else []
             reshard(self.model)  # what stays unsharded would not see that the shards are moved
-            both = self.rows.ranks.sum(torch.tensor([float(loss.detach()), items], dtype=torch.float64))
+            both = self.rows.group.all_reduce_(torch.tensor([float(loss.detach()), items], dtype=torch.float64))
             total = both[0].to(loss)
             yield (_Known.apply(total, gradients, *self._shards) if gradients else total), int(both[1])
 
     def _share(self, batch: ProbeBatch) -> tuple[Tensor, int]:
         """The loss of this rank's examples of a batch; of others and times 0 where it has none that count."""
         pieces = self._pieces_for_ranks(batch)
-        mine = pieces[self.rows.ranks.index : self.rows.ranks.index + 1]
+        mine = pieces[self.rows.group.rank : self.rows.group.rank + 1]
         if mine and mine[0].items:
             return self._pass(mine[0])
         other = next(piece for piece in pieces if piece.items)
@@ -232,7 +232,7 @@ class ShardedObjective(Objective):
     def _pieces_for_ranks(self, batch: ProbeBatch) -> list[ProbeBatch]:
         """At most one piece for each rank; a batch that can't be cut is the first rank's."""
         try:
-            return self.pieces(batch, math.ceil(batch_size(batch.inputs) / self.rows.ranks.number))
+            return self.pieces(batch, math.ceil(batch_size(batch.inputs) / self.rows.group.world_size))
         except ValueError:
             return [batch]
 
@@ -243,7 +243,9 @@ class ShardedObjective(Objective):
         for parameter, shard in zip(self._sharded, self._shards, strict=True):
             gradient = parameter.grad
             gradients.append(
-                torch.zeros_like(shard) if gradient is None else local_tensor(gradient).mul_(self.rows.ranks.number)
+                torch.zeros_like(shard)
+                if gradient is None
+                else local_tensor(gradient).mul_(self.rows.group.world_size)
             )
             parameter.grad = None
         return gradients
@@ -263,7 +265,7 @@ class _Known(torch.autograd.Function):
         return None, None, *(gradient.mul_(scale) for gradient in ctx.gradients)  # in place: it is asked for once
 
 
-def _rows(model: nn.Module, parameters: Sequence[DTensor], ranks: Ranks) -> Rows:
+def _rows(model: nn.Module, parameters: Sequence[DTensor], group: ProcessGroup) -> RowPartition:
     """How vectors over parameters lie over the ranks that hold their shards."""
     half = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None)
     if half is not None:
@@ -275,18 +277,18 @@ def _rows(model: nn.Module, parameters: Sequence[DTensor], ranks: Ranks) -> Rows
     places, before = [], 0
     for parameter in parameters:
         placements = parameter.placements if isinstance(parameter, DTensor) else ()
-        if placements != (Shard(0),) or parameter.device_mesh.size() != ranks.number:
+        if placements != (Shard(0),) or parameter.device_mesh.size() != group.world_size:
             raise MeasurementError(
                 "The whole parameters do not fit into memory, and not all of them are sharded over all processes "
                 "along their first dimension alone.",
                 "Free memory, or shard by `fully_shard` over all processes, with neither replicas nor "
                 "`ignored_params` nor `shard_placement_fn`.",
             )
-        length = math.ceil(parameter.shape[0] / ranks.number) * (parameter.numel() // parameter.shape[0])
+        length = math.ceil(parameter.shape[0] / group.world_size) * (parameter.numel() // parameter.shape[0])
         start = min(parameter.device_mesh.get_local_rank() * length, parameter.numel())
         places.append(slice(before + start, before + min(start + length, parameter.numel())))
         before += parameter.numel()
-    return Rows(before, tuple(places), ranks)
+    return RowPartition(before, tuple(places), group)
 
 
 def _fsdp_modules(model: nn.Module) -> list[FSDPModule]:
@@ -377,26 +379,27 @@ def _in_own_precision(model: nn.Module) -> Iterator[None]:
             reshard(model)
 
 
-class _MeetFirst:
+class _SynchronizedCollective:
     """A collective of FSDP's, before which the ranks exchange whether all of them got there."""
 
-    def __init__(self, collective: Any, ranks: Ranks):
+    def __init__(self, collective: Any, group: ProcessGroup):
         self.allocate = collective.allocate
         self._collective = collective
-        self._ranks = ranks
+        self._group = group
 
     def __call__(self, *args: Any, **options: Any) -> Work | None:
-        self._ranks.meet()
+        self._group.barrier()
         return self._collective(*args, **options)
 
 
 @contextmanager
-def _meeting_before_collectives(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+def _synchronize_collectives(model: nn.Module, group: ProcessGroup) -> Iterator[None]:
     """Lets no rank wait in FSDP's collectives for one whose pass has failed: its error is raised on all instead."""
     with ExitStack() as stack:
-        for group in _groups(model):
-            gather, scatter = _MeetFirst(group._all_gather_comm, ranks), _MeetFirst(group._reduce_scatter_comm, ranks)
-            stack.enter_context(_held(group, _all_gather_comm=gather, _reduce_scatter_comm=scatter))
+        for parameters in _groups(model):
+            gather = _SynchronizedCollective(parameters._all_gather_comm, group)
+            scatter = _SynchronizedCollective(parameters._reduce_scatter_comm, group)
+            stack.enter_context(_held(parameters, _all_gather_comm=gather, _reduce_scatter_comm=scatter))
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 
 
 Item = TypeVar("Item")
@@ -22,22 +22,22 @@ class RankLostError(Exception):
     """A collective that failed: another process has ended or hangs, and nothing can be trained any more."""
 
 
-def training_ranks(device: torch.device) -> Ranks:
+def training_process_group(device: torch.device) -> ProcessGroup:
     """The processes of the default process group, as `torchrun` and `accelerate launch` start them; or one alone.
 
     Args:
         device: Where tensors are that the ranks add up.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return ProcessGroupRanks(device) if several else ALONE
+    return TorchProcessGroup(device) if several else SINGLE_PROCESS
 
 
-class ProcessGroupRanks(Ranks):
+class TorchProcessGroup(ProcessGroup):
     """The ranks of the default process group.
 
     Before each collective the ranks exchange whether all of them got there. One that failed says so instead, from the
-    end of the innermost `agreed` around its failure, and its error is raised on all of them: none waits for a rank
-    that is not coming.
+    end of the innermost `propagate_errors` around its failure, and its error is raised on all of them: none waits
+    for a rank that is not coming.
 
     Args:
         device: Where the tensors are, and where the backend wants its own.
@@ -47,18 +47,18 @@ class ProcessGroupRanks(Ranks):
     """
 
     def __init__(self, device: torch.device):
-        self.number, self.index = dist.get_world_size(), dist.get_rank()
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self._device = device if dist.get_backend() != "gloo" else torch.device("cpu")
         self._told: BaseException | None = None  # an error of another rank that this one has raised
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Adds up what the ranks hold, in place; every rank gets the same bits."""
-        self.sum_each([tensor])
+        self.all_reduce_many_([tensor])
         return tensor
 
-    def sum_each(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_many_(self, tensors: Sequence[Tensor]) -> None:
         """Adds up each of several tensors, in place."""
-        self.meet(sum(tensor.numel() for tensor in tensors))
+        self.barrier(sum(tensor.numel() for tensor in tensors))
         with _collective():
             for tensor in tensors:
                 there = tensor.to(self._device)
@@ -66,19 +66,19 @@ class ProcessGroupRanks(Ranks):
                 if there is not tensor:
                     tensor.copy_(there)
 
-    def gather(self, items: list[Item]) -> list[Item]:
+    def all_gather_interleaved(self, items: list[Item]) -> list[Item]:
         """What all ranks hold, in the order in which it was dealt to them: one to each, again and again."""
-        self.meet()
+        self.barrier()
         held = self._exchange(items)
         return [item for turn in range(max(map(len, held))) for items in held for item in items[turn : turn + 1]]
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def propagate_errors(self) -> Iterator[None]:
         """Around what may raise, wherever that is not the end of the work: all ranks raise the same error, or none."""
-        self.meet()
+        self.barrier()
         try:
             yield
-            self.meet()
+            self.barrier()
         except RankLostError:
             raise
         except Exception as error:
@@ -90,7 +90,7 @@ class ProcessGroupRanks(Ranks):
                 raise
             raise agreed from error
 
-    def meet(self, size: int = 0) -> None:
+    def barrier(self, size: int = 0) -> None:
         """Waits for all ranks; raises the error of one that failed, and on calls that do not fit together."""
         statuses = self._statuses(failed=False, size=size)
         if any(failed for failed, _ in statuses):
@@ -107,7 +107,7 @@ class ProcessGroupRanks(Ranks):
 
     def _statuses(self, *, failed: bool, size: int) -> list[tuple[int, int]]:
         mine = torch.tensor([int(failed), size], device=self._device)
-        statuses = [torch.empty_like(mine) for _ in range(self.number)]
+        statuses = [torch.empty_like(mine) for _ in range(self.world_size)]
         with _collective():
             dist.all_gather(statuses, mine)
         return [(failed, size) for failed, size in torch.stack(statuses).tolist()]
@@ -115,10 +115,10 @@ class ProcessGroupRanks(Ranks):
     def _first_error(self, error: Exception | None) -> Exception:
         errors = self._exchange(None if error is None else _portable(error))
         index, first = next((index, found) for index, found in enumerate(errors) if found is not None)
-        return error if error is not None and index == self.index else first
+        return error if error is not None and index == self.rank else first
 
     def _exchange(self, held: Item) -> list[Item]:
-        everyones: list[Item] = [held] * self.number
+        everyones: list[Item] = [held] * self.world_size
         with _collective():
             dist.all_gather_object(everyones, held)
         return everyones

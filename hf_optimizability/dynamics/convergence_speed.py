@@ -19,10 +19,10 @@ from scipy.optimize import least_squares
 
 Array = NDArray[np.float64]
 
-LEAST_POINTS = 4
+MIN_POINTS = 4
 """Points that a fit needs: one more than it has parameters."""
 
-MOST_POINTS = 500
+MAX_POINTS = 500
 """Longer curves are averaged into as many windows. Equal windows leave τ as it is."""
 
 LONGEST = 10.0
@@ -121,8 +121,8 @@ def fit_convergence(step: Sequence[float], loss: Sequence[float | None], *, seed
     steps, losses = _finite_points(step, loss)
     result: dict[str, Any] = {**dict.fromkeys(VALUES), "points": len(losses), "note": ""}
     distinct = len(np.unique(steps))
-    if distinct < LEAST_POINTS:
-        return {**result, "note": f"Too few points: {distinct} different steps; a fit needs {LEAST_POINTS}."}
+    if distinct < MIN_POINTS:
+        return {**result, "note": f"Too few points: {distinct} different steps; a fit needs {MIN_POINTS}."}
     span = float(steps[-1] - steps[0])
     elapsed, losses = _windows((steps - steps[0]) / span), _windows(losses)
     first_gap = float(np.diff(np.unique(elapsed))[0])
@@ -163,10 +163,10 @@ def _finite_points(step: Sequence[float], loss: Sequence[float | None]) -> tuple
 
 
 def _windows(values: Array) -> Array:
-    """The values, or the means of `MOST_POINTS` windows if there are more of them."""
-    if len(values) <= MOST_POINTS:
+    """The values, or the means of `MAX_POINTS` windows if there are more of them."""
+    if len(values) <= MAX_POINTS:
         return values
-    return np.array([window.mean() for window in np.array_split(values, MOST_POINTS)])
+    return np.array([window.mean() for window in np.array_split(values, MAX_POINTS)])
 
 
 def _projections(elapsed: Array, log_taus: Array, curves: Array) -> Array:
@@ -182,11 +182,11 @@ def _projections(elapsed: Array, log_taus: Array, curves: Array) -> Array:
 
 def _falls(elapsed: Array, losses: Array, log_taus: Array, rng: np.random.Generator) -> bool:
     """Whether the fall is significant; ranks, so that a spike counts no more than any other large loss."""
-    ranks = stats.rankdata(losses)
-    if len(ranks) <= 6:
-        curves = np.array(list(permutations(ranks)))  # all there are, the curve itself first
+    group = stats.rankdata(losses)
+    if len(group) <= 6:
+        curves = np.array(list(permutations(group)))  # all there are, the curve itself first
     else:
-        curves = np.vstack([ranks, rng.permuted(np.tile(ranks, (RESAMPLES, 1)), axis=1)])
+        curves = np.vstack([group, rng.permuted(np.tile(group, (RESAMPLES, 1)), axis=1)])
     best = _projections(elapsed, log_taus, curves.T).max(axis=0)
     return bool(np.mean(best >= best[0] - 1e-9 * abs(best[0])) < 0.05)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 
-LEAST_POINTS_FOR_SPIKES = 16
+MIN_POINTS_FOR_SPIKES = 16
 """With fewer points the scatter is too uncertain to call one of them a spike."""
 
 SPIKE_SIGMAS = 6
@@ -116,8 +116,8 @@ def count_setbacks(
     result |= {"setback_share_low": float(share.low), "setback_share_high": float(share.high)}
     sizes = setbacks / np.ptp(values) if len(setbacks) else np.zeros(1)
     result |= {"mean_setback": float(sizes.mean()), "largest_setback": float(sizes.max())}
-    if points < LEAST_POINTS_FOR_SPIKES:
-        note = f"Too few points to tell spikes from scatter: {points}; that needs {LEAST_POINTS_FOR_SPIKES}."
+    if points < MIN_POINTS_FOR_SPIKES:
+        note = f"Too few points to tell spikes from scatter: {points}; that needs {MIN_POINTS_FOR_SPIKES}."
         return {**result, "note": note}
     return {**result, "spikes": _count_spikes(values)}
 

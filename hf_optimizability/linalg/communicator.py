@@ -13,40 +13,40 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 
-class Ranks:
+class ProcessGroup:
     """Processes that each hold a share of a sum; this one stands for a single process, which holds it all.
 
     All ranks must call the same methods in the same order, with tensors of the same shape. What one of them raises in
     between, the others raise at their next call: nobody waits for a rank that has gone another way.
 
     Attributes:
-        number: How many there are.
-        index: Which of them this process is.
+        world_size: How many there are.
+        rank: Which of them this process is.
 
     Example:
-        >>> Ranks().gather([1, 2])
+        >>> ProcessGroup().all_gather_interleaved([1, 2])
         [1, 2]
     """
 
-    number = 1
-    index = 0
+    world_size = 1
+    rank = 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Adds up what the ranks hold, in place; every rank gets the same bits."""
         return tensor
 
-    def sum_each(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_many_(self, tensors: Sequence[Tensor]) -> None:
         """Adds up each of several tensors, in place."""
 
-    def gather(self, items: list[Item]) -> list[Item]:
+    def all_gather_interleaved(self, items: list[Item]) -> list[Item]:
         """What all ranks hold, in the order in which it was dealt to them: one to each, again and again."""
         return items
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Waits for all ranks, before a collective of somebody else's."""
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def propagate_errors(self) -> Iterator[None]:
         """Around what may raise, wherever that is not the end of the work: all ranks raise the same error, or none.
 
         Whoever catches an error and goes on another way must catch it outside of this, or the ranks part.
@@ -54,5 +54,5 @@ class Ranks:
         yield
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 """A single process."""

@@ -17,17 +17,17 @@ from torch.nn import functional
 from ..device_memory import free_memory
 from .estimate import Estimate, Spectrum
 from .operator import SymmetricOperator
-from .row_partition import Rows
+from .row_partition import RowPartition
 from .vectors import as_rows
 
 
-_BEYOND = 0.2
+OUTLIER_MARGIN = 0.2
 """How far beyond a found end of the spectrum, as a share of it, an eigenvalue that was missed is looked for."""
 
-SLAB = 8
+BASIS_CHUNK = 8
 """Vectors that a basis grows by at once."""
 
-_UNLUCKY = 0.1
+MISS_PROBABILITY = 0.1
 """A random start is shorter than this share of its typical length along a given vector with a chance of 8 %."""
 
 
@@ -217,7 +217,7 @@ def lanczos_by_segment(
     # Not signs: in a small block these are orthogonal to an eigenvector too often.
     start = torch.randn(1, operator.size, generator=generator, dtype=operator.dtype).to(operator.device)
     starts = [functional.normalize(_gather(start, segment)) for segment in segments]
-    processes = [_Krylov(start, Rows.whole(start.shape[1])) for start in starts]
+    processes = [_Krylov(start, RowPartition.whole(start.shape[1])) for start in starts]
     vector = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
     active = dict(enumerate(processes))
     hvps = 0
@@ -263,7 +263,9 @@ def _roomy_device(operator: SymmetricOperator, vectors: int) -> torch.device:
 def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
     """How many of the operator's vectors half of a device's free memory holds."""
     fit = free_memory(device) // 2 // (max(len(operator.rows), 1) * operator.dtype.itemsize)
-    return min(operator.rows.ranks.gather(operator.ranks.gather([fit])))  # all go the same way
+    return min(
+        operator.rows.group.all_gather_interleaved(operator.group.all_gather_interleaved([fit]))
+    )  # all go the same way
 
 
 def _start_rows(operator: SymmetricOperator, number: int, seed: int, device: torch.device) -> Tensor:
@@ -294,7 +296,7 @@ class _Krylov:
         vectors: Eigenvectors of T as columns, of shape (m, m).
     """
 
-    def __init__(self, starts: Tensor, rows: Rows):
+    def __init__(self, starts: Tensor, rows: RowPartition):
         number = len(starts)
         self.basis = _Basis(rows, starts.dtype, starts.device)
         self._rows = rows
@@ -332,7 +334,7 @@ class _Krylov:
 
     def absorb(self, product: Tensor) -> None:
         """Takes `Az` for each row z of the block that `extend` returned, as rows, and overwrites it."""
-        corner = self._rows.ranks.sum(_gram(self.basis.last(len(product)), product)).cpu().numpy()
+        corner = self._rows.group.all_reduce_(_gram(self.basis.last(len(product)), product)).cpu().numpy()
         self._T = np.block([[self._T, self._C], [self._C.T, (corner + corner.T) / 2]])
         self.values, self.vectors = np.linalg.eigh(self._T)
         old = len(self._C)
@@ -393,14 +395,14 @@ class _Krylov:
         converged = residuals <= np.maximum(tolerance * np.abs(values), 2 * self._rounding)
         if converged.any():
             scale = max(abs(values[0]), tolerance * float(np.abs(self.values).max()))
-            converged &= self._would_have_shown(values[0] + sign * _BEYOND * scale)
+            converged &= self._missed_eigenvalue_unlikely(values[0] + sign * OUTLIER_MARGIN * scale)
         return values, residuals, converged
 
     def _residuals(self, vectors: np.ndarray) -> np.ndarray:
         """`‖Aq − θq‖` of Ritz vectors whose coordinates in Q are these columns."""
         return np.linalg.norm(vectors.T @ self._C, axis=1)
 
-    def _would_have_shown(self, eigenvalue: float) -> bool:
+    def _missed_eigenvalue_unlikely(self, eigenvalue: float) -> bool:
         """Whether an eigenvalue there is unlikely to have been missed.
 
         Its eigenvector u has `uᵀQᵀ(λ − T) = uᵀZᵀCᵀ`. So its share in a start with coordinates c in Q is at most
@@ -409,7 +411,7 @@ class _Krylov:
         if self.exhausted or self.restarted:  # a run that restarted has made steps enough
             return True
         shares = (self.starts @ self.vectors) / (eigenvalue - self.values) @ self.vectors.T @ self._C
-        return bool(np.linalg.norm(shares, axis=1).min() <= _UNLUCKY / math.sqrt(self.basis.size))
+        return bool(np.linalg.norm(shares, axis=1).min() <= MISS_PROBABILITY / math.sqrt(self.basis.size))
 
     @property
     def _rounding(self) -> float:
@@ -444,7 +446,7 @@ class _Basis:
     Whatever is done with them is done columns by columns that fit into the cache: memory traffic is what it costs.
     """
 
-    def __init__(self, rows: Rows, dtype: torch.dtype, device: torch.device):
+    def __init__(self, rows: RowPartition, dtype: torch.dtype, device: torch.device):
         self.size = rows.size
         self._rows = rows
         self._dtype, self._device = dtype, device
@@ -458,7 +460,7 @@ class _Basis:
         """Appends `mix @ rows`, and returns a view of it."""
         number = len(mix)
         if not self._slabs or self._used[-1] + number > len(self._slabs[-1]):
-            shape = (max(SLAB, number), len(self._rows))
+            shape = (max(BASIS_CHUNK, number), len(self._rows))
             self._slabs.append(torch.empty(shape, dtype=self._dtype, device=self._device))
             self._used.append(0)
         self._used[-1] += number
@@ -484,7 +486,7 @@ class _Basis:
                 along += part @ basis.T
             part = part.double()
             gram += part @ part.T
-        found = self._rows.ranks.sum(found).cpu()
+        found = self._rows.group.all_reduce_(found).cpu()
         return found[:, :number].numpy(), found[:, number:].numpy()
 
     def combine(self, coordinates: np.ndarray) -> Tensor:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .communicator import ALONE, Ranks
-from .row_partition import Rows
+from .communicator import SINGLE_PROCESS, ProcessGroup
+from .row_partition import RowPartition
 from .vectors import segment_dots
 
 
@@ -27,18 +27,18 @@ class SymmetricOperator(ABC):
         size: n.
         dtype: Dtype of the vectors it multiplies.
         device: Device of the vectors it multiplies.
-        ranks: The processes that share the work on its products, and get the same ones.
+        group: The processes that share the work on its products, and get the same ones.
     """
 
     size: int
     dtype: torch.dtype
     device: torch.device
-    ranks: Ranks = ALONE
+    group: ProcessGroup = SINGLE_PROCESS
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowPartition:
         """Which rows of the vectors are here: all n, unless they lie over ranks. Shapes below are of those."""
-        return Rows.whole(self.size)
+        return RowPartition.whole(self.size)
 
     @abstractmethod
     def matmat(self, vectors: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class SymmetricOperator(ABC):
         """`A v`, of shape (n,)."""
         return self.matmat(vector[:, None])[:, 0]
 
-    def matmat_by_part(
+    def matmat_per_batch(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
     ) -> tuple[Tensor, np.ndarray, list[int]]:
         """`A V`, and what each part p tells: A is the mean of the A_p, weighted by items.
@@ -64,7 +64,7 @@ class SymmetricOperator(ABC):
             each part.
         """
         product = self.matmat(vectors)
-        return product, _forms(vectors.T, product.T, segments, self.rows.ranks)[None], [1]
+        return product, _forms(vectors.T, product.T, segments, self.rows.group)[None], [1]
 
     def to_scipy(self) -> LinearOperator:
         """The same matrix for SciPy's solvers, on NumPy arrays."""
@@ -110,49 +110,49 @@ class SharedColumns(SymmetricOperator):
 
     Args:
         operator: The matrix, by itself on every rank.
-        ranks: The processes that share the columns.
+        group: The processes that share the columns.
         on_products: Called with the number of products that all of them just made.
 
     Example:
-        >>> from hf_optimizability.linalg.communicator import Ranks
-        >>> SharedColumns(DenseOperator(torch.eye(2)), Ranks()).matmat(torch.ones(2, 1)).T
+        >>> from hf_optimizability.linalg.communicator import ProcessGroup
+        >>> SharedColumns(DenseOperator(torch.eye(2)), ProcessGroup()).matmat(torch.ones(2, 1)).T
         tensor([[1., 1.]])
     """
 
     def __init__(
-        self, operator: SymmetricOperator, ranks: Ranks, *, on_products: Callable[[int], object] | None = None
+        self, operator: SymmetricOperator, group: ProcessGroup, *, on_products: Callable[[int], object] | None = None
     ):
-        self._operator, self.ranks = operator, ranks
+        self._operator, self.group = operator, group
         self._on_products = on_products
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """`A V` for the columns of V, of shape (n, k)."""
-        rows, mine = torch.zeros_like(vectors.T), slice(self.ranks.index, None, self.ranks.number)
+        rows, mine = torch.zeros_like(vectors.T), slice(self.group.rank, None, self.group.world_size)
         if len(rows[mine]):
             rows[mine] = self._operator.matmat(vectors[:, mine]).T
         return self._summed(rows)
 
-    def matmat_by_part(
+    def matmat_per_batch(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
     ) -> tuple[Tensor, np.ndarray, list[int]]:
         """`A V`, and what each part tells; see `SymmetricOperator`."""
-        rows, mine = torch.zeros_like(vectors.T), slice(self.ranks.index, None, self.ranks.number)
+        rows, mine = torch.zeros_like(vectors.T), slice(self.group.rank, None, self.group.world_size)
         # A rank without a column multiplies one all the same, and so knows the parts.
         own = mine if len(rows[mine]) else slice(1)
-        product, found, items = self._operator.matmat_by_part(vectors[:, own], segments)
+        product, found, items = self._operator.matmat_per_batch(vectors[:, own], segments)
         forms = torch.zeros(len(items), len(rows), len(segments), dtype=torch.float64)
         if own is mine:
             rows[mine], forms[:, mine] = product.T, torch.from_numpy(found)
-        return self._summed(rows), self.ranks.sum(forms).numpy(), items
+        return self._summed(rows), self.group.all_reduce_(forms).numpy(), items
 
     def _summed(self, rows: Tensor) -> Tensor:
         if self._on_products is not None:
             self._on_products(len(rows))
-        return self.ranks.sum(rows).T
+        return self.group.all_reduce_(rows).T
 
 
-def _forms(vectors: Tensor, products: Tensor, segments: Sequence[Sequence[slice]], ranks: Ranks) -> np.ndarray:
+def _forms(vectors: Tensor, products: Tensor, segments: Sequence[Sequence[slice]], group: ProcessGroup) -> np.ndarray:
     """`v_sᵀ(Av)_s` for rows v and their products, of shape (k, segments)."""
     forms = [segment_dots(v, row, segments) for v, row in zip(vectors, products, strict=True)]
-    return ranks.sum(torch.tensor(forms, dtype=torch.float64)).numpy()
+    return group.all_reduce_(torch.tensor(forms, dtype=torch.float64)).numpy()

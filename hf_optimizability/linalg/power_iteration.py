@@ -66,16 +66,16 @@ def _dominant(
 ) -> tuple[float, float, int, Tensor]:
     """Eigenvalue of A whose distance from `shift` is largest, its residual, the products spent, its eigenvector."""
     generator = torch.Generator().manual_seed(seed)
-    ranks = operator.rows.ranks
+    group = operator.rows.group
     vector = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
     vector /= math.sqrt(operator.size)
     hvps = 0
     while True:
         product = operator.matvec(vector)
         hvps += 1
-        value = dot(vector, product, ranks)
-        residual = norm(product - value * vector, ranks)
+        value = dot(vector, product, group)
+        residual = norm(product - value * vector, group)
         if residual <= tolerance * abs(value) or hvps == max_hvps:
             return value, residual, hvps, vector
         product = product - shift * vector
-        vector = product / norm(product, ranks)
+        vector = product / norm(product, group)

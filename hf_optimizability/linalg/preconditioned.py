@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .operator import SymmetricOperator
-from .row_partition import Rows
+from .row_partition import RowPartition
 
 
 class PreconditionedOperator(SymmetricOperator):
@@ -35,10 +35,10 @@ class PreconditionedOperator(SymmetricOperator):
         self._operator = operator
         self._scale = diagonal.to(device=operator.device, dtype=operator.dtype).rsqrt()[:, None]
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
-        self.ranks = operator.ranks
+        self.group = operator.group
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowPartition:
         """As those of A."""
         return self._operator.rows
 

@@ -8,36 +8,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .communicator import ALONE, Ranks
+from .communicator import SINGLE_PROCESS, ProcessGroup
 
 
-_LEAST = torch.iinfo(torch.int64).min  # up to the greatest: each bit is a sign
+_MIN = torch.iinfo(torch.int64).min  # up to the greatest: each bit is a sign
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowPartition:
     """How the long vectors of an n × n operator lie over ranks.
 
     A vector, or a block of them, is held as the tensor of the rows that are here. Arithmetic by rows is the same
-    everywhere; what is summed over rows (dot products, Gram matrices) must be summed over `ranks` as well.
+    everywhere; what is summed over rows (dot products, Gram matrices) must be summed over `group` as well.
 
     Attributes:
         size: n.
         here: Places in the whole vector of the rows that this process holds, ascending.
-        ranks: The processes that hold each row once between them.
+        group: The processes that hold each row once between them.
 
     Example:
-        >>> rows = Rows(5, (slice(0, 1), slice(3, 5)))
+        >>> rows = RowPartition(5, (slice(0, 1), slice(3, 5)))
         >>> len(rows), rows.of(torch.arange(5.0))
         (3, tensor([0., 3., 4.]))
     """
 
     size: int
     here: tuple[slice, ...]
-    ranks: Ranks = ALONE
+    group: ProcessGroup = SINGLE_PROCESS
 
     @classmethod
-    def whole(cls, size: int) -> Rows:
+    def whole(cls, size: int) -> RowPartition:
         """All rows, in one process."""
         return cls(size, (slice(0, size),))
 
@@ -64,7 +64,7 @@ class Rows:
 
         Drawn on the CPU, 64 signs to a number, all n of them; they are spread out on the device.
         """
-        numbers = torch.empty(-(-self.size // 64), dtype=torch.int64).random_(_LEAST, None, generator=generator)
+        numbers = torch.empty(-(-self.size // 64), dtype=torch.int64).random_(_MIN, None, generator=generator)
         drawn = numbers.view(torch.uint8)
         bits = torch.arange(8, dtype=torch.uint8, device=device)
         signs = torch.empty(len(self), dtype=dtype, device=device)

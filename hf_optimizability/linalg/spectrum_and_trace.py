@@ -15,7 +15,7 @@ from .estimate import Estimate, Spectrum
 from .lanczos import lanczos
 from .operator import SymmetricOperator
 from .power_iteration import leading_eigenpair
-from .trace import MIN_PROBES, Deflation, PartTraces, Segments, TraceResult, exact_trace, hutchinson, hutchplusplus
+from .trace import MIN_PROBES, BatchTraces, Deflation, Segments, TraceResult, exact_trace, hutchinson, hutchplusplus
 from .vectors import as_rows
 from .xtrace import xtrace
 
@@ -57,7 +57,7 @@ class HessianEstimates(Spectrum):
 
 
 @dataclass(frozen=True)
-class Sketch:
+class SpectrumAndTrace:
     """What one pass found.
 
     Attributes:
@@ -75,11 +75,11 @@ class Sketch:
     diagonal: Tensor | None = field(compare=False, repr=False)
     eigenvalues: tuple[Estimate, ...] = ()
     eigenvectors: Tensor | None = field(default=None, compare=False, repr=False)
-    parts: PartTraces | None = field(default=None, compare=False, repr=False)
+    parts: BatchTraces | None = field(default=None, compare=False, repr=False)
     extremal: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
 
-def sketch(
+def estimate_spectrum_and_trace(
     matrix: Callable[[], SymmetricOperator],
     segments: Segments,
     *,
@@ -94,7 +94,7 @@ def sketch(
     num_eigenvalues: int = 1,
     left_out: int = 0,
     deflate: bool = True,
-) -> Sketch:
+) -> SpectrumAndTrace:
     """Estimates both ends of the spectrum, the density and the trace, each to its tolerance.
 
     A Lanczos run from one random start gives the ends and, as a quadrature, the density, with at most half the budget.
@@ -122,7 +122,7 @@ def sketch(
         >>> import torch
         >>> from hf_optimizability.curvature.hessian import DenseOperator
         >>> matrix = DenseOperator(torch.diag(torch.tensor([-1.0, 2.0, 5.0])))
-        >>> found = sketch(
+        >>> found = estimate_spectrum_and_trace(
         ...     lambda: matrix, [[slice(0, 3)]], eigen_tolerance=0.01, trace_tolerance=0.1, max_hvps=16, seed=0
         ... )
         >>> round(found.estimates.lambda_max.value, 3), round(found.estimates.trace.value, 3)
@@ -149,7 +149,9 @@ def sketch(
         seed=seed + 1,
     )
     estimates = HessianEstimates(trace=trace.total, density=found, **vars(spectrum))
-    return Sketch(estimates, trace.segments, trace.diagonal, eigenvalues, eigenvectors, trace.parts, extremal)
+    return SpectrumAndTrace(
+        estimates, trace.segments, trace.diagonal, eigenvalues, eigenvectors, trace.parts, extremal
+    )
 
 
 def _ends(
@@ -207,6 +209,6 @@ def _trace(
     operator = matrix()
     if vectors is None or options["max_hvps"] < len(vectors) + MIN_PROBES:
         return hutchinson(operator, segments, **options)
-    deflation = Deflation(vectors, as_rows(operator.matmat(vectors.T)), operator.rows.ranks)
+    deflation = Deflation(vectors, as_rows(operator.matmat(vectors.T)), operator.rows.group)
     options["max_hvps"] -= len(vectors)
     return hutchinson(operator, segments, deflation=deflation, **options)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .communicator import ALONE, Ranks
+from .communicator import SINGLE_PROCESS, ProcessGroup
 from .estimate import Estimate
 from .operator import SymmetricOperator
 from .statistics import jackknife
@@ -25,7 +25,7 @@ from .vectors import as_rows
 MIN_PROBES = 8
 """Probes before their spread is trusted to stop: with fewer, the standard error itself is a guess."""
 
-LOCKSTEP = 4
+PROBE_BLOCK_SIZE = 4
 """Probes multiplied at once: they share the forward and the first backward pass; more save little and cost memory."""
 
 _CHUNK = 1 << 16  # columns of a float64 copy: of 32 vectors it takes 16 MB, however long they are
@@ -54,7 +54,7 @@ class TraceResult:
     segments: tuple[Estimate, ...]
     frobenius_squared: Estimate | None
     diagonal: Tensor | None = field(default=None, compare=False, repr=False)
-    parts: PartTraces | None = field(default=None, compare=False, repr=False)
+    parts: BatchTraces | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,21 @@ class Deflation:
         vectors: Q: orthonormal rows, of shape (k, n). They must not depend on the probes: a Krylov basis grown from a
             probe contains it.
         products: The rows A q, of shape (k, n).
-        ranks: The processes that hold the n columns between them.
+        group: The processes that hold the n columns between them.
     """
 
     vectors: Tensor
     products: Tensor
-    ranks: Ranks = ALONE
+    group: ProcessGroup = SINGLE_PROCESS
 
     def reduce(self, probes: Tensor, products: Tensor) -> Tensor:
         """`PAPv` for rows v, from their products Av; written over `products`."""
-        products.addmm_(self.ranks.sum(probes @ self.vectors.T), self.products, alpha=-1)
-        return products.addmm_(self.ranks.sum(products @ self.vectors.T), self.vectors, alpha=-1)
+        products.addmm_(self.group.all_reduce_(probes @ self.vectors.T), self.products, alpha=-1)
+        return products.addmm_(self.group.all_reduce_(products @ self.vectors.T), self.vectors, alpha=-1)
 
     def extend(self, vectors: Tensor, products: Tensor) -> Deflation:
         """A larger subspace; the new rows must be orthonormal, and orthogonal to those it has."""
-        return Deflation(torch.cat([self.vectors, vectors]), torch.cat([self.products, products]), self.ranks)
+        return Deflation(torch.cat([self.vectors, vectors]), torch.cat([self.products, products]), self.group)
 
     def traces(self, segments: Segments) -> tuple[np.ndarray, float]:
         """The trace of A − PAP by segment, and `‖A − PAP‖_F²`, by which `‖A‖_F²` exceeds `‖PAP‖_F²`.
@@ -89,14 +89,14 @@ class Deflation:
         The diagonal is `2 Σ q ⊙ Aq − Σ h_ij q_i ⊙ q_j` with H = Q A Qᵀ.
         """
         size, both = len(self.vectors), [self.vectors, self.products]
-        gram = gram_matrices(both, both, segments, self.ranks)
+        gram = gram_matrices(both, both, segments, self.group)
         inner = symmetric(gram[:, :size, size:].sum(0))
         traces = 2 * np.trace(gram[:, :size, size:], axis1=1, axis2=2) - np.tensordot(gram[:, :size, :size], inner)
         return traces, float(2 * np.trace(gram[:, size:, size:].sum(0)) - (inner**2).sum())
 
     def diagonal(self) -> Tensor:
         """The diagonal of A − PAP, of shape (n,)."""
-        gram = gram_matrices([self.vectors], [self.products], ranks=self.ranks).sum(0)
+        gram = gram_matrices([self.vectors], [self.products], group=self.group).sum(0)
         inner = torch.from_numpy(symmetric(gram)).to(self.vectors)
         diagonal = torch.empty_like(self.vectors[0])
         chunk = _chunk(diagonal)
@@ -127,7 +127,7 @@ def hutchinson(
     ‖A‖_F² − Σ aᵢᵢ² in all: twice the sum of their sample variances is the same number from n times as much data.
 
     How far the traces would move with other data, `data_std_error`, is told by the jackknife over the operator's
-    parts, whose traces the same products estimate (see `PartTraces`).
+    parts, whose traces the same products estimate (see `BatchTraces`).
 
     Args:
         operator: The matrix.
@@ -150,7 +150,7 @@ def hutchinson(
         >>> result.total.value, [segment.value for segment in result.segments]
         (6.0, [1.0, 5.0])
     """
-    tally = Tally(operator, segments, deflation)
+    tally = HutchinsonAccumulator(operator, segments, deflation)
     if known is not None:
         tally.add(known[0], known[1].clone())
     return average(
@@ -195,26 +195,26 @@ def hutchplusplus(
         (2470.0, 0.0)
     """
     generator = torch.Generator().manual_seed(seed)
-    parts = PartTraces(segments)
-    tally = Tally(operator, segments, deflation, parts=parts)
-    while max_hvps - tally.hvps >= 2 * LOCKSTEP + MIN_PROBES:
-        remainder = tally.multiply(sign_rows(operator, LOCKSTEP, generator))
+    parts = BatchTraces(segments)
+    tally = HutchinsonAccumulator(operator, segments, deflation, parts=parts)
+    while max_hvps - tally.hvps >= 2 * PROBE_BLOCK_SIZE + MIN_PROBES:
+        remainder = tally.multiply(sign_rows(operator, PROBE_BLOCK_SIZE, generator))
         rest = float(np.mean(np.sum(tally.squares, axis=1)))  # ‖PAP‖_F²
         target = tolerance * abs(tally.mean())
         left = max_hvps - tally.hvps
         probes = min(2 * rest / target**2, left) if target > 0 else left
         if probes <= MIN_PROBES or rest == 0:  # then the sketch stays what it has been so far: the first probes
             break
-        vectors = orthonormalize(remainder, [] if deflation is None else [deflation.vectors], operator.rows.ranks)
+        vectors = orthonormalize(remainder, [] if deflation is None else [deflation.vectors], operator.rows.group)
         products = as_rows(operator.matmat(vectors.T))
         if deflation is None:
-            deflation = Deflation(vectors, products, operator.rows.ranks)
+            deflation = Deflation(vectors, products, operator.rows.group)
         else:
             deflation = deflation.extend(vectors, products)
-        grown = Tally(operator, segments, deflation, parts=parts, hvps=tally.hvps + len(vectors))
+        grown = HutchinsonAccumulator(operator, segments, deflation, parts=parts, hvps=tally.hvps + len(vectors))
         gain = grown.exact_squared - tally.exact_squared
         tally = grown
-        if gain * probes <= 2 * LOCKSTEP * rest:
+        if gain * probes <= 2 * PROBE_BLOCK_SIZE * rest:
             break
     return average(tally, generator, tolerance=tolerance, max_hvps=max_hvps, method="hutch++")
 
@@ -229,7 +229,7 @@ def exact_trace(operator: SymmetricOperator, segments: Segments) -> TraceResult:
     Returns:
         The trace, the segments' traces, `‖A‖_F²` and the diagonal, with standard error 0.
     """
-    tally = Tally(operator, segments)
+    tally = HutchinsonAccumulator(operator, segments)
     for probes in _unit_vectors(operator):
         tally.multiply(probes)
     total, parts = exact_estimates(tally.parts.sums(), tally.parts.items, hvps=operator.size)
@@ -258,7 +258,7 @@ def exact_estimates(traces: np.ndarray, items: Sequence[int], *, hvps: int) -> t
     return exactly(traces.sum(axis=1)), tuple(map(exactly, traces.T))
 
 
-class Tally:
+class HutchinsonAccumulator:
     """What deflation tells of A − PAP, and what the probes have told of PAP so far.
 
     Args:
@@ -285,11 +285,11 @@ class Tally:
         segments: Segments,
         deflation: Deflation | None = None,
         *,
-        parts: PartTraces | None = None,
+        parts: BatchTraces | None = None,
         hvps: int = 0,
     ):
         self.operator = operator
-        self.parts = PartTraces(segments) if parts is None else parts
+        self.parts = BatchTraces(segments) if parts is None else parts
         self.hvps = hvps
         self.exact, self.exact_squared = np.zeros(len(segments)), 0.0
         if deflation is not None:
@@ -315,12 +315,12 @@ class Tally:
             products: Rows Av.
             samples: `v_sᵀ(Av)_s`, of shape (k, segments), if known.
         """
-        segments, ranks = self._segments, self.operator.rows.ranks
+        segments, group = self._segments, self.operator.rows.group
         if self._deflation is not None:
             products, samples = self._deflation.reduce(probes, products), None
         if samples is None:
-            samples = np.diagonal(gram_matrices([products], [probes], segments, ranks), axis1=1, axis2=2).T
-        squares = gram_matrices([products], [products], segments, ranks)
+            samples = np.diagonal(gram_matrices([products], [probes], segments, group), axis1=1, axis2=2).T
+        squares = gram_matrices([products], [products], segments, group)
         self.samples += list(samples)
         self.squares += list(np.diagonal(squares, axis1=1, axis2=2).T)
         self.pairs += squared_pairs(squares.sum(0))
@@ -338,7 +338,7 @@ class Tally:
         # Over the probes, the sample variances of the terms of each segment add up to
         # (m Σ ‖PAPv‖² − ‖Σ v ⊙ PAPv‖²) / (m (m − 1)), since v ⊙ v = 1.
         terms = [self.terms[None]]
-        squared_sums = gram_matrices(terms, terms, self._segments, self.operator.rows.ranks)[:, 0, 0]
+        squared_sums = gram_matrices(terms, terms, self._segments, self.operator.rows.group)[:, 0, 0]
         spreads = (number * np.sum(self.squares, axis=0) - squared_sums) / (number * (number - 1))
         return trace_result(
             self.exact + self.samples,
@@ -358,7 +358,7 @@ class Tally:
         return diagonal if self._deflation is None else diagonal.add_(self._deflation.diagonal())
 
 
-class PartTraces:
+class BatchTraces:
     """The traces of the parts that an operator is the mean of, as its probes tell them on the way.
 
     The jackknife over the parts tells how far the mean would move with other data. Here, part p deviates from the
@@ -382,7 +382,7 @@ class PartTraces:
 
     def multiply(self, operator: SymmetricOperator, probes: Tensor) -> tuple[Tensor, np.ndarray]:
         """The rows Av for rows v, whose entries are ±1 or 0, and `v_sᵀ(Av)_s`, of shape (k, segments)."""
-        products, forms, self.items = operator.matmat_by_part(probes.T, self._segments)
+        products, forms, self.items = operator.matmat_per_batch(probes.T, self._segments)
         self._forms += list(forms.swapaxes(0, 1))
         return products.T, np.average(forms, axis=0, weights=self.items)
 
@@ -390,9 +390,9 @@ class PartTraces:
         """Sum of `v_sᵀ(A_p v)_s` over the probes, of shape (parts, segments)."""
         return np.sum(self._forms, axis=0)
 
-    def known(self, traces: np.ndarray) -> PartTraces:
+    def known(self, traces: np.ndarray) -> BatchTraces:
         """The same parts with traces that are known without error, of shape (parts, segments)."""
-        known = PartTraces(self._segments, traces)
+        known = BatchTraces(self._segments, traces)
         known.items = self.items
         return known
 
@@ -412,7 +412,7 @@ class PartTraces:
         if not self._forms:
             total, segments = exact_estimates(np.asarray(self._exact)[places], items, hvps=hvps)
             return (total, *segments)
-        chosen = PartTraces(self._segments, None if isinstance(self._exact, float) else self._exact[places])
+        chosen = BatchTraces(self._segments, None if isinstance(self._exact, float) else self._exact[places])
         chosen.items, chosen._forms = items, [forms[places] for forms in self._forms]
         samples = np.average(chosen._exact + np.array(chosen._forms), axis=1, weights=items)
         samples = np.concatenate([samples.sum(axis=1, keepdims=True), samples], axis=1)
@@ -445,14 +445,16 @@ class PartTraces:
         return np.sqrt(np.maximum(spread - noise, 0))
 
 
-def average(tally: Tally, generator: torch.Generator, *, tolerance: float, max_hvps: int, method: str) -> TraceResult:
+def average(
+    tally: HutchinsonAccumulator, generator: torch.Generator, *, tolerance: float, max_hvps: int, method: str
+) -> TraceResult:
     """Multiplies probes until the trace's standard error is small enough or the budget is spent."""
     while True:
         if len(tally.samples) >= MIN_PROBES or tally.hvps >= max_hvps:
             result = tally.result(tolerance=tolerance, method=method)
             if result.total.converged or tally.hvps >= max_hvps:
                 return replace(result, diagonal=tally.diagonal(), parts=tally.parts)
-        tally.multiply(sign_rows(tally.operator, min(LOCKSTEP, max_hvps - tally.hvps), generator))
+        tally.multiply(sign_rows(tally.operator, min(PROBE_BLOCK_SIZE, max_hvps - tally.hvps), generator))
 
 
 def trace_result(
@@ -480,7 +482,7 @@ def trace_result(
         tolerance: Relative standard error of a converged estimate.
         method: Recorded in the estimates.
         hvps: Recorded in the estimates.
-        data_std_errors: From `PartTraces`.
+        data_std_errors: From `BatchTraces`.
     """
     number = len(samples)
     over_data = [None] * (1 + len(spreads)) if data_std_errors is None else data_std_errors.tolist()
@@ -515,7 +517,7 @@ def trace_result(
     return TraceResult(total, segments, frobenius_squared)
 
 
-def orthonormalize(rows: Tensor, bases: Sequence[Tensor], ranks: Ranks = ALONE) -> Tensor:
+def orthonormalize(rows: Tensor, bases: Sequence[Tensor], group: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """Orthonormal rows that span what `rows` add to the span of `bases`, whose rows are orthonormal.
 
     Twice: removes the bases, then whitens by the eigenvectors of the Gram matrix (Stathopoulos & Wu 2002), which needs
@@ -523,10 +525,10 @@ def orthonormalize(rows: Tensor, bases: Sequence[Tensor], ranks: Ranks = ALONE) 
     """
     smallest = max(10 * torch.finfo(rows.dtype).eps, 1e-7)
     for _ in range(2):
-        largest = ranks.sum(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()).max().sqrt()
+        largest = group.all_reduce_(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()).max().sqrt()
         for basis in bases:
-            rows = torch.addmm(rows, ranks.sum(rows @ basis.T), basis, alpha=-1)
-        values, vectors = np.linalg.eigh(gram_matrices([rows], [rows], ranks=ranks).sum(0))
+            rows = torch.addmm(rows, group.all_reduce_(rows @ basis.T), basis, alpha=-1)
+        values, vectors = np.linalg.eigh(gram_matrices([rows], [rows], group=group).sum(0))
         keep = values > (smallest * float(largest)) ** 2
         if not keep.any():
             return rows[:0]
@@ -535,7 +537,10 @@ def orthonormalize(rows: Tensor, bases: Sequence[Tensor], ranks: Ranks = ALONE) 
 
 
 def gram_matrices(
-    x: Sequence[Tensor], y: Sequence[Tensor], segments: Segments = ((slice(None),),), ranks: Ranks = ALONE
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    segments: Segments = ((slice(None),),),
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> np.ndarray:
     """X_s Y_sᵀ in float64 for the columns of each segment s, where X and Y are blocks of rows on one another."""
     grams, chunk = [], _chunk(x[0])
@@ -549,7 +554,7 @@ def gram_matrices(
                 right = left if y is x else torch.cat([rows[:, columns].double() for rows in y])
                 gram.addmm_(left, right.T)
         grams.append(gram)
-    return ranks.sum(torch.stack(grams)).cpu().numpy()
+    return group.all_reduce_(torch.stack(grams)).cpu().numpy()
 
 
 def _chunk(tensor: Tensor) -> int:
@@ -582,7 +587,7 @@ def sign_rows(operator: SymmetricOperator, number: int, generator: torch.Generat
 
 
 def _unit_vectors(operator: SymmetricOperator) -> Iterator[Tensor]:
-    """All unit vectors as the rows of matrices of at most `LOCKSTEP` rows."""
-    for first in range(0, operator.size, LOCKSTEP):
-        indices = range(first, min(first + LOCKSTEP, operator.size))
+    """All unit vectors as the rows of matrices of at most `PROBE_BLOCK_SIZE` rows."""
+    for first in range(0, operator.size, PROBE_BLOCK_SIZE):
+        indices = range(first, min(first + PROBE_BLOCK_SIZE, operator.size))
         yield torch.stack([operator.rows.unit(i, dtype=operator.dtype, device=operator.device) for i in indices])

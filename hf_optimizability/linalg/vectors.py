@@ -9,20 +9,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .communicator import ALONE, Ranks
+from .communicator import SINGLE_PROCESS, ProcessGroup
 
 
 _CACHED = 1 << 14  # entries of a product that stay in a CPU's cache until they are summed
 _CHUNK = 1 << 20  # keeps the float64 copies of a dot product at 8 MB, however long the vectors
 
 
-def dot(x: Tensor, y: Tensor, ranks: Ranks = ALONE) -> float:
+def dot(x: Tensor, y: Tensor, group: ProcessGroup = SINGLE_PROCESS) -> float:
     """`x · y`, accumulated in float64 whatever the dtype of the vectors.
 
     Args:
         x: The rows of x that are here.
         y: The rows of y that are here.
-        ranks: The processes that hold all rows between them.
+        group: The processes that hold all rows between them.
 
     Example:
         >>> dot(torch.full((3,), 1e4), torch.full((3,), 1e4))
@@ -32,12 +32,12 @@ def dot(x: Tensor, y: Tensor, ranks: Ranks = ALONE) -> float:
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for a, b in chunks:
         total += torch.dot(a.double(), b.double())
-    return float(ranks.sum(total))
+    return float(group.all_reduce_(total))
 
 
-def norm(x: Tensor, ranks: Ranks = ALONE) -> float:
+def norm(x: Tensor, group: ProcessGroup = SINGLE_PROCESS) -> float:
     """2-norm of `x`, accumulated in float64; of the rows on all ranks."""
-    return math.sqrt(dot(x, x, ranks))
+    return math.sqrt(dot(x, x, group))
 
 
 def segment_sums(x: Tensor, segments: Sequence[Sequence[slice]]) -> list[float]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .operator import SymmetricOperator
 from .trace import (
-    LOCKSTEP,
-    PartTraces,
+    PROBE_BLOCK_SIZE,
+    BatchTraces,
     Segments,
     TraceResult,
     gram_matrices,
@@ -32,7 +32,7 @@ def xtrace(
     XTrace (Epperly, Tropp & Webber 2024, arXiv 2301.07825): with Q spanning A Ω for k test vectors Ω, each test vector
     in turn is the probe of what the others' span leaves of A; the trace is the mean of these k leave-one-out values,
     none of which needs a product beyond A Ω and A Q. All of them, by segment too, follow from the Gram matrix of Q,
-    A Q and Ω. Grows by `LOCKSTEP` test vectors until the standard error is below `tolerance` times the trace.
+    A Q and Ω. Grows by `PROBE_BLOCK_SIZE` test vectors until the standard error is below `tolerance` times the trace.
 
     The paper's error estimate, `√(Σ (tᵢ − t̄)² / (k (k − 1)))`, takes the leave-one-out values tᵢ for independent. They
     are positively correlated once k is not small beside the effective rank: its 95 % intervals then hold the truth in
@@ -61,16 +61,16 @@ def xtrace(
     generator = torch.Generator().manual_seed(seed)
     rows: list[Tensor] = []  # Q, A Q and Ω of each round
     gram = np.zeros((len(segments), 0, 0))
-    parts = PartTraces(segments)
+    parts = BatchTraces(segments)
     hvps = 0
     while True:
-        probes = sign_rows(operator, min(LOCKSTEP, (max_hvps - hvps) // 2), generator)
+        probes = sign_rows(operator, min(PROBE_BLOCK_SIZE, (max_hvps - hvps) // 2), generator)
         products, _ = parts.multiply(operator, probes)
-        vectors = orthonormalize(products, rows[0::3], operator.rows.ranks)
+        vectors = orthonormalize(products, rows[0::3], operator.rows.group)
         hvps += len(probes) + len(vectors)
         new = [vectors, as_rows(operator.matmat(vectors.T)) if len(vectors) else vectors, probes.to(torch.int8)]
         rows += new
-        border = gram_matrices(rows, new, segments, operator.rows.ranks)
+        border = gram_matrices(rows, new, segments, operator.rows.group)
         gram = np.block([[gram, border[:, : gram.shape[1]]], [border.swapaxes(1, 2)]])
         owner = np.repeat(np.arange(len(rows)) % 3, [len(block) for block in rows])
         q, z, w = (np.flatnonzero(owner == kind) for kind in range(3))

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..config import OptimizabilityConfig
-from ..linalg.lanczos import SLAB
+from ..linalg.lanczos import BASIS_CHUNK
 from ..linalg.spectrum_and_trace import DEFLATED
-from ..linalg.trace import LOCKSTEP
+from ..linalg.trace import PROBE_BLOCK_SIZE
 from ..objective.objective import Objective
 
 
@@ -16,14 +16,14 @@ _CHECK = 6
 """Vectors that a check along eigenvectors takes: of λ_min, their sum, saved parameters, two gradients, a product."""
 
 
-class Price(NamedTuple):
+class HvpCost(NamedTuple):
     """What one product takes: seconds over all batches, and bytes for the largest one."""
 
     seconds: float
     memory: int
 
 
-class Prices(NamedTuple):
+class CostModel(NamedTuple):
     """What each kind of product takes.
 
     Attributes:
@@ -31,8 +31,8 @@ class Prices(NamedTuple):
         vector_bytes: Bytes of a vector of that size.
         all_bytes: Bytes of a vector with all rows.
         one: One product.
-        lockstep: One of `LOCKSTEP` products at once with the matrix that the trace is estimated from; the memory is
-            that of all of them.
+        lockstep: One of `PROBE_BLOCK_SIZE` products at once with the matrix that the trace is estimated from; the
+            memory is that of all of them.
         block: One with the block-diagonal matrix; `None` where the eigenvalues of blocks are not asked for.
         known_part: Seconds for the part of the trace that takes no products.
     """
@@ -40,13 +40,13 @@ class Prices(NamedTuple):
     size: int
     vector_bytes: int
     all_bytes: int
-    one: Price
-    lockstep: Price
-    block: Price | None
+    one: HvpCost
+    lockstep: HvpCost
+    block: HvpCost | None
     known_part: float
 
 
-class Products(NamedTuple):
+class HvpBudget(NamedTuple):
     """How many products `measure` makes of each kind at most."""
 
     ends: int
@@ -62,9 +62,9 @@ class Products(NamedTuple):
         return sum(self)
 
 
-def count_products(
-    config: OptimizabilityConfig, prices: Prices, *, preconditions: bool, update: bool = False, judged: bool = False
-) -> Products:
+def allocate_hvps(
+    config: OptimizabilityConfig, prices: CostModel, *, preconditions: bool, update: bool = False, judged: bool = False
+) -> HvpBudget:
     """The products of a measurement.
 
     Args:
@@ -79,10 +79,10 @@ def count_products(
     shares = config.budget.shares(
         sharpness=preconditions, blocks=prices.block is not None, tasks=tasks, differences=differences
     )
-    ends = shares.sketch // 2
-    return Products(
+    ends = shares.spectrum // 2
+    return HvpBudget(
         ends=ends,
-        trace=prices.size if config.trace_method == "exact" else shares.sketch - ends,
+        trace=prices.size if config.trace_method == "exact" else shares.spectrum - ends,
         blocks=shares.blocks,
         tasks=shares.tasks,
         sharpness=shares.sharpness,
@@ -98,17 +98,17 @@ class Stage(NamedTuple):
     graph_memory: int
 
 
-def list_stages(config: OptimizabilityConfig, products: Products, prices: Prices) -> list[Stage]:
+def list_stages(config: OptimizabilityConfig, products: HvpBudget, prices: CostModel) -> list[Stage]:
     """The stages that may be the largest; each gives back what it took, but for the Ritz vectors."""
     lanczos = config.eigen_method == "lanczos"
     ritz = min(DEFLATED, prices.size) if lanczos else 0
     ends = _basis(products.ends, prices.size) if lanczos else 3
     left = products.ends + products.trace  # for the trace, if the ends took next to none
     trace = {
-        "hutchinson": 2 * LOCKSTEP,  # Ritz vectors' products, and probes
-        "exact": LOCKSTEP,
+        "hutchinson": 2 * PROBE_BLOCK_SIZE,  # Ritz vectors' products, and probes
+        "exact": PROBE_BLOCK_SIZE,
         "hutch++": 2 * left,  # two for each column, which takes two products, and a copy of both
-        "xtrace": left + LOCKSTEP,
+        "xtrace": left + PROBE_BLOCK_SIZE,
     }[config.trace_method]
     counts = [
         (ends + 1, prices.vector_bytes, prices.one.memory),
@@ -130,8 +130,8 @@ def measurement_bytes(objective: Objective, config: OptimizabilityConfig) -> int
     """Return the bytes that a measurement on whole parameters takes on each rank, without graphs."""
     itemsize = max(4, *(parameter.dtype.itemsize for parameter in objective.parameters))
     size = sum(parameter.numel() for parameter in objective.parameters)
-    nothing = Price(0.0, 0)
-    prices = Prices(
+    nothing = HvpCost(0.0, 0)
+    prices = CostModel(
         size=size,
         vector_bytes=itemsize * size,
         all_bytes=itemsize * size,
@@ -140,11 +140,11 @@ def measurement_bytes(objective: Objective, config: OptimizabilityConfig) -> int
         block=nothing if config.budget.block_eigenvalues else None,
         known_part=0.0,
     )
-    stages = list_stages(config, count_products(config, prices, preconditions=True), prices)
+    stages = list_stages(config, allocate_hvps(config, prices, preconditions=True), prices)
     parameters = itemsize * sum(parameter.numel() for parameter in objective.model.parameters())
     return parameters + 2 * itemsize * size + max(stage.vector_memory for stage in stages)  # 2: gradient, P
 
 
 def _basis(steps: int, size: int) -> int:
     """Vectors that a Krylov basis holds after so many steps."""
-    return -(-min(steps, size) // SLAB) * SLAB
+    return -(-min(steps, size) // BASIS_CHUNK) * BASIS_CHUNK

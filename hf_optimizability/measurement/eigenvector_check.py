@@ -18,11 +18,11 @@ from ..curvature.eigenvalue_check import AGREEMENT, STEPS, EigenvalueCheck, chec
 from ..curvature.gradient import Gradient, norm_of
 from ..errors import MeasurementError, WrongDerivativeError
 from ..linalg.operator import SymmetricOperator
-from ..linalg.spectrum_and_trace import Sketch
+from ..linalg.spectrum_and_trace import SpectrumAndTrace
 from ..linalg.vectors import dot, norm
 from ..objective.objective import Objective
 from ..objective.padding_rows import without_padding_rows
-from .engines import LARGEST_DIFFERENCE_ERROR, OnProducts, Way
+from .engines import LARGEST_DIFFERENCE_ERROR, HvpEngine, OnProducts
 
 
 LARGEST_ASYMMETRY = 1e-4
@@ -39,7 +39,7 @@ by heart stays below 0.15, over losses from 1e-3 to 3e-7."""
 _OFF = 0.01
 """Relative error of a parameter's part of a product that is worth a name."""
 
-_MOST_NAMED = 4
+_MAX_NAMED = 4
 
 _KINKS = "The loss has kinks (ReLU), so many that differences settle on a value with their jumps."
 
@@ -65,7 +65,7 @@ def require_symmetric(
     second: tuple[Tensor, Tensor],
     objective: Objective,
     point: Gradient,
-    way: Way,
+    way: HvpEngine,
     count: OnProducts,
 ) -> None:
     """Refuse a matrix that is less symmetric than rounding makes it, or of which rounding leaves nothing.
@@ -83,8 +83,8 @@ def require_symmetric(
         MeasurementError: If it is not symmetric otherwise, or rounding leaves nothing of it.
     """
     (u, along_u), (v, along_v) = first, second
-    ranks = objective.rows.ranks
-    asymmetry = abs(dot(u, along_v, ranks) - dot(v, along_u, ranks)) / ((norm(u, ranks) * norm(along_v, ranks)) or 1.0)
+    group = objective.rows.group
+    asymmetry = abs(dot(u, along_v, group) - dot(v, along_u, group)) / ((norm(u, group) * norm(along_v, group)) or 1.0)
     if way.engine == "central_difference":
         if asymmetry > LARGEST_ASYMMETRY_OF_DIFFERENCES:
             raise MeasurementError(
@@ -112,7 +112,12 @@ def require_symmetric(
 
 
 def check_along_eigenvectors(
-    found: Sketch, objective: Objective, point: Gradient, way: Way, config: OptimizabilityConfig, count: OnProducts
+    found: SpectrumAndTrace,
+    objective: Objective,
+    point: Gradient,
+    way: HvpEngine,
+    config: OptimizabilityConfig,
+    count: OnProducts,
 ) -> tuple[EigenvalueCheck, ...]:
     """Check λ_max and λ_min along their Ritz vectors; of the Hessian alone, since differences have no other matrix.
 
@@ -126,7 +131,7 @@ def check_along_eigenvectors(
     ends = [found.estimates.lambda_max, found.estimates.lambda_min]
     by_differences = way.engine == "central_difference"
     usual = usual_step(objective.parameters)
-    differences = partial(CentralDifferenceHessian, objective, ranks=objective.ranks, rows=objective.rows)
+    differences = partial(CentralDifferenceHessian, objective, group=objective.group, rows=objective.rows)
     checks = check_eigenvalues(
         [end.value for end in ends[: len(found.extremal)] if end is not None],
         found.extremal,
@@ -143,18 +148,18 @@ def check_along_eigenvectors(
     wrong = next((check for check in checks if check.verdict == "disagrees"), None)
     if wrong is None:
         return checks
-    if by_differences or not any(objective.ranks.gather([has_kinks(objective)])):
+    if by_differences or not any(objective.group.all_gather_interleaved([has_kinks(objective)])):
         raise _no_eigenvalue(wrong, objective, way)
     return tuple(replace(c, verdict="not checked", reason=_KINKS) if c.verdict == "disagrees" else c for c in checks)
 
 
 def _unless_rounded(check: EigenvalueCheck, objective: Objective, point: Gradient) -> EigenvalueCheck:
     """Return the check, undecided where rounding of the gradient may be all that its differences show."""
-    ranks = objective.rows.ranks
+    group = objective.rows.group
     parameters = [parameter.detach() for parameter in objective.parameters]
-    step = min(check.steps) * (float(norm_of(parameters, ranks)) or 1.0)
+    step = min(check.steps) * (float(norm_of(parameters, group)) or 1.0)
     precision = max(torch.finfo(parameter.dtype).eps for parameter in parameters)
-    rounding = precision * max(1.0, CANCELLATION / (abs(point.loss) or 1.0)) * float(norm_of(point.tensors, ranks))
+    rounding = precision * max(1.0, CANCELLATION / (abs(point.loss) or 1.0)) * float(norm_of(point.tensors, group))
     if check.verdict != "disagrees" or check.error * abs(check.value) > rounding / (2 * step):
         return check
     return replace(check, verdict="not checked", reason=_ROUNDING)
@@ -164,7 +169,7 @@ def _unless_padding(
     check: EigenvalueCheck,
     vector: Tensor,
     objective: Objective,
-    way: Way,
+    way: HvpEngine,
     differences: Callable[..., SymmetricOperator],
     count: OnProducts,
 ) -> EigenvalueCheck:
@@ -179,20 +184,20 @@ def _unless_padding(
         return check
     product = way.operator(objective, curvature="hessian", on_products=count).matvec(inner)
     by_differences = differences(relative_step=min(check.steps), on_products=count).matvec(inner)
-    value, other = (dot(inner, along, objective.rows.ranks) for along in (product, by_differences))
+    value, other = (dot(inner, along, objective.rows.group) for along in (product, by_differences))
     if abs(value - other) > AGREEMENT * abs(value):
         return check
     return replace(check, verdict="not checked", reason=_PADDING)
 
 
-def engine_error(way: Way, checks: tuple[EigenvalueCheck, ...]) -> float | None:
+def engine_error(way: HvpEngine, checks: tuple[EigenvalueCheck, ...]) -> float | None:
     """Relative error of central differences, the largest along a random vector and eigenvectors; `None` if exact."""
     if way.error is None:
         return None
     return max(way.error, *(check.error for check in checks if check.verdict != "not checked"), 0.0)
 
 
-def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, way: Way) -> MeasurementError:
+def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, way: HvpEngine) -> MeasurementError:
     there = ", ".join(f"{difference:.4g}" for difference in check.differences)
     if way.engine == "central_difference":
         return MeasurementError(
@@ -208,21 +213,21 @@ def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, way: Way) -> Me
     )
 
 
-def _because(way: Way) -> str:
+def _because(way: HvpEngine) -> str:
     return "" if way.fallback is None else f" There is no exact product: {way.fallback}"
 
 
 def _suspects(objective: Objective, vector: Tensor, product: Tensor, count: OnProducts) -> str:
     """Name the parameters whose part of a product is off, and the operations that may be why."""
-    differences = CentralDifferenceHessian(objective, ranks=objective.ranks, rows=objective.rows, on_products=count)
+    differences = CentralDifferenceHessian(objective, group=objective.group, rows=objective.rows, on_products=count)
     sizes = [parameter.numel() for parameter in objective.parameters]
     pairs = zip(objective.names, product.split(sizes), differences.matvec(vector).split(sizes), strict=True)
     errors = {name: norm(a - b) / (norm(b) or 1.0) for name, a, b in pairs}
     off = sorted((name for name, error in errors.items() if error > _OFF), key=lambda name: -errors[name])
     where = ""
     if 0 < len(off) < len(errors):
-        names = ", ".join(f"`{name}`" for name in off[:_MOST_NAMED])
-        where = f" Off are the derivatives by {names}{' and others' if len(off) > _MOST_NAMED else ''}."
+        names = ", ".join(f"`{name}`" for name in off[:_MAX_NAMED])
+        where = f" Off are the derivatives by {names}{' and others' if len(off) > _MAX_NAMED else ''}."
     return where + _named(doubtful_operations(objective))
 
 

@@ -56,7 +56,7 @@ _ENGINES: dict[str, Callable[..., ObjectiveOperator]] = {
 
 
 @dataclass(frozen=True)
-class Way:
+class HvpEngine:
     """One way to multiply.
 
     Attributes:
@@ -86,7 +86,7 @@ class Way:
         self, objective: Objective, *, curvature: str, on_products: OnProducts | None = None
     ) -> ObjectiveOperator:
         """The curvature matrix of an objective, multiplied this way."""
-        options: dict[str, Any] = {"ranks": objective.ranks, "on_products": on_products}
+        options: dict[str, Any] = {"ranks": objective.group, "on_products": on_products}
         if curvature == "gauss_newton":
             return GaussNewtonOperator(objective, **options)
         if curvature == "empirical_fisher":
@@ -105,9 +105,9 @@ class Way:
             yield
 
 
-def first_that_works(
-    objective: Objective, config: OptimizabilityConfig, found_by: Callable[[Way], Found], on_products: OnProducts
-) -> tuple[Found, Way]:
+def run_with_engine_fallback(
+    objective: Objective, config: OptimizabilityConfig, found_by: Callable[[HvpEngine], Found], on_products: OnProducts
+) -> tuple[Found, HvpEngine]:
     """Tries the ways that the configuration allows, each held, until one has the derivatives it needs.
 
     Args:
@@ -127,8 +127,10 @@ def first_that_works(
         if config.curvature != "empirical_fisher" and way.exact and objective.quantized is not None:
             raise MeasurementError(objective.quantized, "Set `engine='central_difference'`, or leave it at 'auto'.")
         try:
-            with objective.ranks.agreed():
-                way = _judged(_reasoned(way, objective, config, refusals), objective, config, refusals, on_products)
+            with objective.group.propagate_errors():
+                way = _validate_engine(
+                    _reasoned(way, objective, config, refusals), objective, config, refusals, on_products
+                )
                 with way.held(objective.model):
                     if way.exact:
                         require_second_derivatives(objective)
@@ -159,18 +161,18 @@ def first_that_works(
     ) from refusals[0]
 
 
-def _ways(objective: Objective, config: OptimizabilityConfig) -> list[Way]:
+def _ways(objective: Objective, config: OptimizabilityConfig) -> list[HvpEngine]:
     kernels = ["math", "eager"] if pretrained(objective.model) is not None else ["math"]
-    differences = Way("central_difference", "unchanged")
+    differences = HvpEngine("central_difference", "unchanged")
     if config.curvature == "empirical_fisher":
-        return [Way("single_backward", "unchanged")]
+        return [HvpEngine("single_backward", "unchanged")]
     if config.engine == "central_difference" and config.curvature == "hessian":
         return [differences]
     if config.curvature == "hessian" and config.engine == "auto" and objective.quantized is not None:
         return [differences]
     exact = "double_backward" if config.engine == "auto" or config.curvature == "gauss_newton" else config.engine
     plain = [False] if exact == "double_backward" else []
-    ways = [Way(exact, kernel, cheap=cheap) for cheap in [True, *plain] for kernel in kernels]
+    ways = [HvpEngine(exact, kernel, cheap=cheap) for cheap in [True, *plain] for kernel in kernels]
     return [*ways, differences] if config.engine == "auto" and config.curvature == "hessian" else ways
 
 
@@ -181,7 +183,9 @@ def _attention(model: nn.Module, kernel: str) -> AbstractContextManager[None]:
     return math_attention() if kernel == "math" else nullcontext()
 
 
-def _reasoned(way: Way, objective: Objective, config: OptimizabilityConfig, refusals: Sequence[RuntimeError]) -> Way:
+def _reasoned(
+    way: HvpEngine, objective: Objective, config: OptimizabilityConfig, refusals: Sequence[RuntimeError]
+) -> HvpEngine:
     """The way with why it was taken, where it was not asked for."""
     if config.engine != "auto" or config.curvature == "empirical_fisher":
         return way
@@ -190,13 +194,13 @@ def _reasoned(way: Way, objective: Objective, config: OptimizabilityConfig, refu
     return replace(way, fallback=objective.quantized) if way.engine == "central_difference" else way
 
 
-def _judged(
-    way: Way,
+def _validate_engine(
+    way: HvpEngine,
     objective: Objective,
     config: OptimizabilityConfig,
     refusals: Sequence[RuntimeError],
     on_products: OnProducts,
-) -> Way:
+) -> HvpEngine:
     """The way with its error; refuses differences that are no derivative, unless they were asked for."""
     if way.engine != "central_difference":
         return way
@@ -235,13 +239,13 @@ def _difference_error(
         on_products: Called with the number of products just made.
         exact: Whether exact products, where there are any, can be trusted.
     """
-    options: dict[str, Any] = {"ranks": objective.ranks, "on_products": on_products}
+    options: dict[str, Any] = {"ranks": objective.group, "on_products": on_products}
     differences = CentralDifferenceHessian(objective, rows=objective.rows, **options)
     generator = torch.Generator().manual_seed(config.probe_seed)
     probe = differences.rows.rademacher(generator=generator, dtype=differences.dtype, device=differences.device)
     product = differences.matvec(probe)
     try:
-        with objective.ranks.agreed(), math_attention(), CheapSecondDerivatives():
+        with objective.group.propagate_errors(), math_attention(), CheapSecondDerivatives():
             if objective.quantized is not None or not exact:
                 raise RuntimeError("There is no exact product.")
             require_second_derivatives(objective)
@@ -253,5 +257,5 @@ def _difference_error(
         reference = CentralDifferenceHessian(objective, relative_step=half, rows=objective.rows, **options).matvec(
             probe
         )
-    ranks = differences.rows.ranks
-    return norm(product - reference, ranks) / (norm(reference, ranks) or 1.0)
+    group = differences.rows.group
+    return norm(product - reference, group) / (norm(reference, group) or 1.0)

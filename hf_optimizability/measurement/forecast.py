@@ -18,20 +18,20 @@ from torch.utils._pytree import tree_leaves
 
 from ..config import OptimizabilityConfig
 from ..curvature.block_diagonal import BlockDiagonalHessian
-from ..curvature.compact_embeddings import used_rows
+from ..curvature.compact_embeddings import drop_unused_embedding_rows
 from ..curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
 from ..curvature.hessian import ObjectiveOperator
 from ..curvature.layer_decoupled import DecoupledHessian
-from ..distributed.fsdp import measurable, reshard
-from ..linalg.trace import LOCKSTEP
+from ..distributed.fsdp import materialize_parameters, reshard
+from ..linalg.trace import PROBE_BLOCK_SIZE
 from ..model_state.measuring import full_precision, measuring
 from ..objective.batches import Batch, batch_size
 from ..objective.objective import LossFunction, Objective
 from ..quantities.loss_landscape import LINE_POINTS, PLANE_POINTS
 from ..quantities.preconditioner import read_preconditioner
-from .cost_model import Price, Prices, Products, count_products, list_stages, measurement_bytes
-from .engines import Way, first_that_works
-from .measure import block_indices, checked, finite_gradient
+from .cost_model import CostModel, HvpBudget, HvpCost, allocate_hvps, list_stages, measurement_bytes
+from .engines import HvpEngine, run_with_engine_fallback
+from .measure import block_indices, checked, compute_gradient
 from .out_of_memory import in_memory
 
 
@@ -147,7 +147,7 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
     preconditions = False
     with (
         measuring(objective.model, seed=config.probe_seed, state=objective.state),
-        measurable(objective, config, required_bytes=measurement_bytes(objective, config)) as (
+        materialize_parameters(objective, config, required_bytes=measurement_bytes(objective, config)) as (
             objective,
             of_parameters,
         ),
@@ -155,17 +155,17 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
     ):
         objective = objective.whole()
         started = time.perf_counter()
-        point = finite_gradient(objective)
+        point = compute_gradient(objective)
         gradient_seconds = time.perf_counter() - started
         if optimizer is not None:
             preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors, held=of_parameters)
             preconditions = not preconditioner.is_identity
-        prices, way = first_that_works(
+        prices, way = run_with_engine_fallback(
             objective, config, lambda way: _prices(way, objective, config), lambda products: None
         )
         copied = sum(_size(tensor) for tensor in _tensors(objective.model) if id(tensor) not in before)
     steps = optimizer is not None
-    products = count_products(
+    products = allocate_hvps(
         config,
         prices,
         preconditions=preconditions,
@@ -190,9 +190,9 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
     )
 
 
-def _prices(way: Way, objective: Objective, config: OptimizabilityConfig) -> Prices:
+def _prices(way: HvpEngine, objective: Objective, config: OptimizabilityConfig) -> CostModel:
     exact = way.exact and config.curvature == "hessian"
-    with used_rows(objective) as left_out:
+    with drop_unused_embedding_rows(objective) as left_out:
         part, share = objective.largest()
         calls = 2 if objective.parts > 1 else 3  # the graph of an only part is kept, from the second product on
 
@@ -200,7 +200,7 @@ def _prices(way: Way, objective: Objective, config: OptimizabilityConfig) -> Pri
             return way.operator(part, curvature=config.curvature, on_products=lambda products: None)
 
         one = _price(matrix(), 1, calls, share)
-        lockstep = _price(DecoupledHessian(part) if exact and way.cheap else matrix(), LOCKSTEP, calls, share)
+        lockstep = _price(DecoupledHessian(part) if exact and way.cheap else matrix(), PROBE_BLOCK_SIZE, calls, share)
         block = None
         if exact and config.budget.block_eigenvalues:
             blocks = list(block_indices(objective.names, config).values())
@@ -209,7 +209,7 @@ def _prices(way: Way, objective: Objective, config: OptimizabilityConfig) -> Pri
         known_part = _known_part_seconds(objective) if split else 0.0
         operator = matrix()
     itemsize = operator.dtype.itemsize
-    return Prices(
+    return CostModel(
         size=operator.size,
         vector_bytes=operator.size * itemsize,
         all_bytes=(operator.size + left_out) * itemsize,
@@ -233,7 +233,7 @@ def _known_part_seconds(objective: Objective) -> float:
     return seconds * sum(batch_size(batch) for batch in objective.batches)
 
 
-def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) -> Price:
+def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) -> HvpCost:
     """Makes `columns` products at once, `calls` times: the last by the clock, with bytes counted in those before."""
     vectors = torch.ones(operator.size, columns, dtype=operator.dtype, device=operator.device)
     with PeakMemory() as memory:
@@ -241,10 +241,10 @@ def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) 
             operator.matmat(vectors)
     started = time.perf_counter()
     operator.matmat(vectors)  # looks at its sum, so that it has ended
-    return Price(share * (time.perf_counter() - started) / columns, memory.bytes)
+    return HvpCost(share * (time.perf_counter() - started) / columns, memory.bytes)
 
 
-def _seconds(products: Products, prices: Prices) -> float:
+def _seconds(products: HvpBudget, prices: CostModel) -> float:
     blocks = 0.0 if prices.block is None else products.blocks * prices.block.seconds
     alone = products.ends + products.tasks + products.sharpness + products.checks
     return alone * prices.one.seconds + products.trace * prices.lockstep.seconds + blocks + prices.known_part

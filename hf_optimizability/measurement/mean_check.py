@@ -29,7 +29,7 @@ MAX_MEAN_ERROR = 0.02
 """Difference between a batch's mean loss and that of its halves, relative to the difference between the halves: other
 weights show in that, however alike the losses are."""
 
-LEAST_SPREAD = 1e-4
+MIN_SPREAD = 1e-4
 """Difference between the halves, relative to the loss, below which it counts as this large: rounding in float32 makes
 1e-6 of the loss."""
 
@@ -55,7 +55,7 @@ def check_mean(objective: Objective) -> SelfCheck:
     Raises:
         MeasurementError: If the loss of a batch differs between two passes.
     """
-    draws = any(objective.ranks.gather([objective.draws()]))
+    draws = any(objective.group.all_gather_interleaved([objective.draws()]))
     _require_repeatable(objective)
     unit, mean_error = ("items", None) if draws else _find_unit(objective)
     return SelfCheck(
@@ -74,7 +74,7 @@ def _require_repeatable(objective: Objective) -> None:
         first, second = (_means(objective, objective.local_batches)[0] for _ in range(2))
     with np.errstate(invalid="ignore"):  # a loss that is not finite is refused with its gradient
         errors = np.abs(first - second) / np.maximum(np.abs(first), torch.finfo(torch.float32).tiny)
-    error = max(objective.ranks.gather(errors.tolist()), default=0.0)
+    error = max(objective.group.all_gather_interleaved(errors.tolist()), default=0.0)
     if error > MAX_REPEAT_ERROR:
         raise MeasurementError(
             f"The loss of the same batch differs by {error:.1e} between two passes in eval mode, although random "
@@ -103,7 +103,7 @@ def weights_left_alone(objective: Objective) -> Iterator[None]:
 def mean_loss(objective: Objective) -> float:
     """Return the mean loss over all batches of all ranks, without a graph."""
     means, items = _means(objective, objective.local_batches)
-    pairs = objective.ranks.gather(list(zip(means.tolist(), items.tolist(), strict=True)))
+    pairs = objective.group.all_gather_interleaved(list(zip(means.tolist(), items.tolist(), strict=True)))
     return math.fsum(mean * count for mean, count in pairs) / math.fsum(count for _, count in pairs)
 
 
@@ -118,14 +118,14 @@ def _means(objective: Objective, batches: Sequence[ProbeBatch]) -> tuple[np.ndar
 def _find_unit(objective: Objective) -> tuple[Unit, float | None]:
     """Return the first unit in which the mean losses of batches are those of their halves, and the difference."""
     halves = _Halves(objective, "items")
-    if objective.rows.ranks.number > 1 or not any(objective.ranks.gather([bool(halves.batches)])):
+    if objective.rows.group.world_size > 1 or not any(objective.group.all_gather_interleaved([bool(halves.batches)])):
         return "items", None  # shards lie over ranks, which cut each batch
     means = halves.means_near_and_far()
     for unit in _UNITS:
         if (error := halves.error(means, unit)) <= MAX_MEAN_ERROR:
             return unit, error
     pairs = _Halves(objective, "pairs")
-    if all(objective.ranks.gather([len(pairs.batches) == len(halves.batches)])):
+    if all(objective.group.all_gather_interleaved([len(pairs.batches) == len(halves.batches)])):
         error = pairs.error(pairs.means_near_and_far(), "pairs")
         if error <= MAX_MEAN_ERROR:
             return "pairs", error
@@ -168,7 +168,7 @@ class _Halves:
         near = self._means()
         with moved_far(self._objective):
             far = self._means()
-        finite = all(self._objective.ranks.gather([bool(np.isfinite(far.whole).all())]))
+        finite = all(self._objective.group.all_gather_interleaved([bool(np.isfinite(far.whole).all())]))
         return [near, far] if finite else [near]
 
     def _means(self) -> _Means:
@@ -192,10 +192,10 @@ class _Halves:
             with np.errstate(invalid="ignore", divide="ignore"):
                 mean = (weights * halves).sum(1) / weights.sum(1)
                 counted = np.where(weights == 0, mean[:, None], halves)
-                spread = np.maximum(np.ptp(counted, axis=1), LEAST_SPREAD * np.abs(counted).max(1))
+                spread = np.maximum(np.ptp(counted, axis=1), MIN_SPREAD * np.abs(counted).max(1))
                 difference = np.where(mean == whole, 0.0, np.abs(mean - whole) / spread)
             errors += np.nan_to_num(difference, nan=math.inf).tolist()
-        return max(self._objective.ranks.gather(errors))
+        return max(self._objective.group.all_gather_interleaved(errors))
 
     def _weights(self, unit: Unit) -> np.ndarray:
         counts = [count_units(self._objective.model, half.inputs, unit) for half in self._halves]

@@ -21,28 +21,28 @@ from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
 from ..curvature.block_diagonal import BlockDiagonalHessian
-from ..curvature.compact_embeddings import used_rows
+from ..curvature.compact_embeddings import drop_unused_embedding_rows
 from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..curvature.gauss_newton import split_trace
 from ..curvature.gradient import Gradient, gradient, norm_of
 from ..curvature.hessian import ObjectiveOperator
 from ..curvature.layer_decoupled import DecoupledHessian
-from ..distributed.fsdp import ShardedObjective, is_sharded, measurable, reshard
-from ..distributed.process_group import training_ranks
+from ..distributed.fsdp import ShardedObjective, is_sharded, materialize_parameters, reshard
+from ..distributed.process_group import training_process_group
 from ..distributed.supported import require_supported
 from ..errors import MeasurementError
 from ..linalg.estimate import Estimate, Spectrum
 from ..linalg.lanczos import lanczos, lanczos_by_segment
 from ..linalg.operator import SharedColumns, SymmetricOperator
 from ..linalg.preconditioned import PreconditionedOperator
-from ..linalg.spectrum_and_trace import Sketch, sketch
-from ..linalg.trace import LOCKSTEP
+from ..linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum_and_trace
+from ..linalg.trace import PROBE_BLOCK_SIZE
 from ..linalg.vectors import dot, norm
 from ..model_state.measuring import full_precision, measuring
 from ..objective.objective import Batch, LossFunction, Objective
 from ..objective.parameter_blocks import match_blocks, name_blocks
 from ..objective.self_check import SelfCheck
-from ..objective.task_labels import require_several, split_by_task
+from ..objective.task_labels import assign_tasks, require_several
 from ..quantities.loss_landscape import Landscape, LossLine, LossPlane, loss_line, loss_plane
 from ..quantities.noise_scale import MIN_PARTS, noise_scale
 from ..quantities.preconditioner import Preconditioner, optimizer_update, read_preconditioner
@@ -50,7 +50,7 @@ from ..quantities.preconditioner import unwrapped as unwrapped_optimizer
 from ..quantities.step_size import QuadraticModel, critical_learning_rate, loss_along, quadratic_model
 from .cost_model import measurement_bytes
 from .eigenvector_check import check_along_eigenvectors, engine_error, require_symmetric
-from .engines import OnProducts, Way, first_that_works
+from .engines import HvpEngine, OnProducts, run_with_engine_fallback
 from .mean_check import check_mean, weights_left_alone
 from .multitask import TaskCurvature, eigenvalues_by_task, means_by_task, several_tasks, traces_by_task
 from .out_of_memory import in_memory, out_of_memory
@@ -133,11 +133,11 @@ def checked(
     require_supported(model)
     tasks = None
     if config.task_column is not None:
-        batches, tasks = split_by_task(model, batches, config.task_column, drop=loss_fn is None)
+        batches, tasks = assign_tasks(model, batches, config.task_column, drop=loss_fn is None)
         require_several(tasks, config.task_column)
     objective = Objective(model, batches, loss_fn=loss_fn, tasks=tasks, seed=config.probe_seed)
     if is_sharded(model):
-        objective = objective.shared(training_ranks(objective.parameters[0].device))
+        objective = objective.shared(training_process_group(objective.parameters[0].device))
     block_indices(objective.names, config)
     try:
         objective.check()
@@ -219,7 +219,10 @@ def _with_known_mean(objective: Objective, config: OptimizabilityConfig) -> Obje
         reshard(objective.model)
         with (
             measuring(objective.model, seed=config.probe_seed, state=objective.state),
-            measurable(objective, config, required_bytes=measurement_bytes(objective, config)) as (objective, _),
+            materialize_parameters(objective, config, required_bytes=measurement_bytes(objective, config)) as (
+                objective,
+                _,
+            ),
             full_precision(objective.model),
         ):
             return check_mean(objective)
@@ -247,12 +250,15 @@ def _found(
     in_optimizer = objective.parameters  # others may be put in their place
     with (
         measuring(objective.model, seed=config.probe_seed, state=objective.state),
-        measurable(objective, config, required_bytes=measurement_bytes(objective, config)) as (objective, held),
+        materialize_parameters(objective, config, required_bytes=measurement_bytes(objective, config)) as (
+            objective,
+            held,
+        ),
         full_precision(objective.model),
     ):
         if isinstance(objective, ShardedObjective) and isinstance(optimizer, Adafactor):
             optimizer = None  # what it makes of a part of a gradient is no part of what it makes of the whole
-        point = finite_gradient(objective)
+        point = compute_gradient(objective)
         check = objective.self_check
         assert check is not None
         if check.slope_errors is None:
@@ -265,29 +271,29 @@ def _found(
             except ValueError as error:
                 logger.warning_once(f"How far the optimizer may step is not measured. {error}")
 
-        def curvature_by(way: Way) -> _Curvature:
+        def curvature_by(way: HvpEngine) -> _Curvature:
             return _curvature(way, objective, config, point, preconditioner, next_update, count)
 
-        curvature, way = first_that_works(objective, config, curvature_by, count)
+        curvature, way = run_with_engine_fallback(objective, config, curvature_by, count)
         step_size = line = None
         if next_update is not None and preconditioner is not None and curvature.sharpness is not None:
             update = next_update()
             step_size = _step_size(objective, preconditioner, update, curvature.sharpness)
             if curvature.along_update is not None:
                 line = _line(objective, point, update, curvature.along_update, step_size)
-        landscape = Landscape(line, _plane(objective, curvature.sketch)) if config.landscape else None
+        landscape = Landscape(line, _plane(objective, curvature.spectrum)) if config.landscape else None
         indices = block_indices(objective.names, config, strict=False)
         blocks = _blocks(objective, indices, point, curvature)
         noise = None
         if objective.parts >= MIN_PARTS:
             noise = noise_scale(
-                objective, mean_gradient=point.tensors, ranks=objective.ranks, holders=objective.rows.ranks
+                objective, mean_gradient=point.tensors, group=objective.group, parameter_group=objective.rows.group
             )
         return {
             "loss": point.loss,
             "items": point.items,
             "grad_norm": math.hypot(*(block.grad_norm for block in blocks.values())),
-            "hessian": curvature.sketch.estimates,
+            "hessian": curvature.spectrum.estimates,
             "blocks": blocks,
             "curvature": config.curvature,
             "along_gradient": curvature.along_gradient,
@@ -307,21 +313,21 @@ def _found(
         }
 
 
-def finite_gradient(objective: Objective) -> Gradient:
+def compute_gradient(objective: Objective) -> Gradient:
     """The gradient, once it is known to be finite and the model to leave its weights alone.
 
     Raises:
         MeasurementError: If it is not, or the model does not.
     """
     with weights_left_alone(objective):
-        point = gradient(objective, ranks=objective.ranks)
+        point = gradient(objective, group=objective.group)
     if not math.isfinite(point.loss):
         raise MeasurementError(
             f"The loss on the probe set is {point.loss}.",
             "Look for a learning rate that is too high, or for inputs and labels that are not finite.",
         )
     finite = all(torch.isfinite(tensor).all() for tensor in point.tensors)
-    if not all(objective.rows.ranks.gather([finite])):
+    if not all(objective.rows.group.all_gather_interleaved([finite])):
         raise MeasurementError(
             "The gradient on the probe set is not finite.", "Look for operations whose derivative is infinite."
         )
@@ -332,7 +338,7 @@ def finite_gradient(objective: Objective) -> Gradient:
 class _Curvature:
     """What one way to multiply found."""
 
-    sketch: Sketch
+    spectrum: SpectrumAndTrace
     left_out: int
     by_block: tuple[Spectrum, ...] | None
     along_gradient: QuadraticModel
@@ -343,7 +349,7 @@ class _Curvature:
 
 
 def _curvature(
-    way: Way,
+    way: HvpEngine,
     objective: Objective,
     config: OptimizabilityConfig,
     point: Gradient,
@@ -351,7 +357,9 @@ def _curvature(
     next_update: Callable[[], Tensor] | None,
     count: OnProducts,
 ) -> _Curvature:
-    preconditions = preconditioner is not None and not all(objective.rows.ranks.gather([preconditioner.is_identity]))
+    preconditions = preconditioner is not None and not all(
+        objective.rows.group.all_gather_interleaved([preconditioner.is_identity])
+    )
     twice = way.exact and config.curvature == "hessian"  # the Hessian itself, by differentiating twice
     by_task = config.task_column is not None and way.engine != "central_difference"
     shares = config.budget.shares(
@@ -361,23 +369,25 @@ def _curvature(
         differences=config.curvature == "hessian",
     )
     options: dict[str, Any] = {"tolerance": config.budget.eigen_tolerance, "seed": config.probe_seed}
-    shared: dict[str, Any] = {"ranks": objective.ranks, "on_products": count}
+    shared: dict[str, Any] = {"ranks": objective.group, "on_products": count}
     matrix = partial(way.operator, objective, curvature=config.curvature, on_products=count)
     update = next_update() if config.landscape and next_update is not None else None
     # First, since it finds what is no Hessian.
-    along_gradient, along_update, along_parts = _along(matrix(), objective, point, update, config, way, count)
+    along_gradient, along_update, along_parts = _directional_curvature(
+        matrix(), objective, point, update, config, way, count
+    )
     del update
-    with used_rows(objective, ranks=objective.ranks) as left_out:
+    with drop_unused_embedding_rows(objective, group=objective.group) as left_out:
         blocks = list(block_indices(objective.names, config, strict=False).values())
         segments = _segments(objective, blocks)
-        found = sketch(
+        found = estimate_spectrum_and_trace(
             matrix,
             segments,
             trace_matrix=_trace_matrix(objective, way, config, count),
             split_trace=partial(split_trace, objective, segments, **shared) if twice and way.cheap else None,
             eigen_tolerance=config.budget.eigen_tolerance,
             trace_tolerance=config.budget.trace_tolerance,
-            max_hvps=shares.sketch,
+            max_hvps=shares.spectrum,
             seed=config.probe_seed,
             eigen_method=config.eigen_method,
             trace_method=config.trace_method,
@@ -408,7 +418,7 @@ def _curvature(
 
 
 def _trace_matrix(
-    objective: Objective, way: Way, config: OptimizabilityConfig, count: OnProducts
+    objective: Objective, way: HvpEngine, config: OptimizabilityConfig, count: OnProducts
 ) -> Callable[[], SymmetricOperator]:
     """Builds the matrix that the trace is estimated from.
 
@@ -418,14 +428,14 @@ def _trace_matrix(
 
     def whole(objective: Objective, **options: Any) -> ObjectiveOperator:
         if way.exact and way.cheap and config.curvature == "hessian":
-            return DecoupledHessian(objective, ranks=objective.ranks, **options)
+            return DecoupledHessian(objective, group=objective.group, **options)
         return way.operator(objective, curvature=config.curvature, **options)
 
-    ranks, parts = objective.ranks, objective.parts
-    by_part = math.ceil(parts / ranks.number) * (_GRAPH + LOCKSTEP * _PRODUCT)
-    by_vector = parts * (_GRAPH + math.ceil(LOCKSTEP / ranks.number) * _PRODUCT)
+    group, parts = objective.group, objective.parts
+    by_part = math.ceil(parts / group.world_size) * (_GRAPH + PROBE_BLOCK_SIZE * _PRODUCT)
+    by_vector = parts * (_GRAPH + math.ceil(PROBE_BLOCK_SIZE / group.world_size) * _PRODUCT)
     if by_vector < by_part:
-        return lambda: SharedColumns(whole(objective.whole()), ranks, on_products=count)
+        return lambda: SharedColumns(whole(objective.whole()), group, on_products=count)
     return lambda: whole(objective, on_products=count)
 
 
@@ -440,13 +450,13 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _along(
+def _directional_curvature(
     operator: ObjectiveOperator,
     objective: Objective,
     point: Gradient,
     update: Tensor | None,
     config: OptimizabilityConfig,
-    way: Way,
+    way: HvpEngine,
     count: OnProducts,
 ) -> tuple[QuadraticModel, float | None, tuple[np.ndarray, list[int]]]:
     """The quadratic model along −g, the curvature uᵀHu along an update, and gᵀHg and the items of each part.
@@ -454,24 +464,24 @@ def _along(
     A further product in lockstep tells whether the matrix is symmetric at all. The gradient is multiplied as a vector
     of norm 1: where the loss is scaled down, products of small numbers would vanish.
     """
-    ranks = operator.rows.ranks
+    group = operator.rows.group
     flat = _flat(point.tensors).to(operator.device, operator.dtype)
-    length = norm(flat, ranks) or 1.0
+    length = norm(flat, group) or 1.0
     direction = flat / length
     generator = torch.Generator().manual_seed(config.probe_seed)
     probe = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
     columns = [direction, probe] if update is None else [direction, probe, update.to(operator.device, operator.dtype)]
-    products, forms, items = operator.matmat_by_part(torch.stack(columns, dim=1), [[slice(0, len(flat))]])
+    products, forms, items = operator.matmat_per_batch(torch.stack(columns, dim=1), [[slice(0, len(flat))]])
     along, other, *along_update = products.T
     require_symmetric((direction, along), (probe, other), objective, point, way, count)
-    bend = dot(columns[2], along_update[0], ranks) if along_update else None
-    return quadratic_model(flat, along * length, ranks), bend, (forms[:, 0, 0] * length**2, items)
+    bend = dot(columns[2], along_update[0], group) if along_update else None
+    return quadratic_model(flat, along * length, group), bend, (forms[:, 0, 0] * length**2, items)
 
 
 def _step_size(
     objective: Objective, preconditioner: Preconditioner, update: Tensor, sharpness: Estimate
 ) -> StepMeasurement:
-    with loss_along(objective, update, ranks=objective.ranks) as loss:
+    with loss_along(objective, update, group=objective.group) as loss:
         critical = critical_learning_rate(loss, start=preconditioner.learning_rate or _START)
     return StepMeasurement(
         optimizer=preconditioner.name,
@@ -494,25 +504,25 @@ def _line(
         curvature=curvature,
         reach=critical.value if critical.converged else step_size.learning_rate or _START,
         step=step_size.learning_rate,
-        ranks=objective.ranks,
-        holders=objective.rows.ranks,
+        group=objective.group,
+        parameter_group=objective.rows.group,
     )
 
 
-def _plane(objective: Objective, found: Sketch) -> LossPlane | None:
+def _plane(objective: Objective, found: SpectrumAndTrace) -> LossPlane | None:
     """The loss over the plane of the top two eigenvectors."""
     if found.eigenvectors is None:
         return None
-    with used_rows(objective, ranks=objective.ranks):  # as where the eigenvectors were found
-        point = gradient(objective, ranks=objective.ranks)
+    with drop_unused_embedding_rows(objective, group=objective.group):  # as where the eigenvectors were found
+        point = gradient(objective, group=objective.group)
         return loss_plane(
             objective,
             found.eigenvectors,
             found.eigenvalues,
             gradient=_flat(point.tensors).to(found.eigenvectors),
             present=point.loss,
-            ranks=objective.ranks,
-            holders=objective.rows.ranks,
+            group=objective.group,
+            parameter_group=objective.rows.group,
         )
 
 
@@ -520,14 +530,14 @@ def _blocks(
     objective: Objective, blocks: Mapping[str, list[int]], point: Gradient, curvature: _Curvature
 ) -> dict[str, BlockMeasurement]:
     parameters = [parameter.detach() for parameter in objective.parameters]
-    ranks, sizes = objective.rows.ranks, objective.sizes
-    traces = curvature.sketch.segments
+    group, sizes = objective.rows.group, objective.sizes
+    traces = curvature.spectrum.segments
     ends = curvature.by_block or [None] * len(blocks)
     return {
         name: BlockMeasurement(
             parameters=sum(sizes[index] for index in indices),
-            grad_norm=float(norm_of([point.tensors[index] for index in indices], ranks)),
-            weight_norm=float(norm_of([parameters[index] for index in indices], ranks)),
+            grad_norm=float(norm_of([point.tensors[index] for index in indices], group)),
+            weight_norm=float(norm_of([parameters[index] for index in indices], group)),
             trace=trace,
             lambda_max=None if spectrum is None else spectrum.lambda_max,
             lambda_min=None if spectrum is None else spectrum.lambda_min,

@@ -14,11 +14,11 @@ import numpy as np
 from ..config import OptimizabilityConfig
 from ..linalg.estimate import Estimate
 from ..linalg.lanczos import lanczos
-from ..linalg.spectrum_and_trace import Sketch
+from ..linalg.spectrum_and_trace import SpectrumAndTrace
 from ..linalg.trace import student_quantile
 from ..objective.objective import Objective
 from ..quantities.task_conflict import BatchProducts, TaskGram, batch_products
-from .engines import OnProducts, Way
+from .engines import HvpEngine, OnProducts
 from .results import Conflict, SeveralTasks, TaskBlock, TaskMeasurement
 
 
@@ -51,7 +51,9 @@ def means_by_task(objective: Objective, values: np.ndarray, items: Sequence[int]
     }
 
 
-def traces_by_task(objective: Objective, found: Sketch, *, tolerance: float) -> dict[str, tuple[Estimate, ...]]:
+def traces_by_task(
+    objective: Objective, found: SpectrumAndTrace, *, tolerance: float
+) -> dict[str, tuple[Estimate, ...]]:
     """The trace of each task and of its blocks, from the probes of the joint one."""
     joint, parts = found.estimates.trace, found.parts
     assert parts is not None  # `xtrace` is refused where tasks are measured one by one
@@ -60,7 +62,7 @@ def traces_by_task(objective: Objective, found: Sketch, *, tolerance: float) -> 
 
 
 def eigenvalues_by_task(
-    objective: Objective, way: Way, config: OptimizabilityConfig, *, max_hvps: int, on_products: OnProducts
+    objective: Objective, way: HvpEngine, config: OptimizabilityConfig, *, max_hvps: int, on_products: OnProducts
 ) -> dict[str, Estimate]:
     """The largest eigenvalue of each task's own matrix.
 
@@ -81,7 +83,7 @@ def several_tasks(objective: Objective, blocks: Mapping[str, Sequence[int]], cur
     names = list(places)
     owners = [names.index(task) for task in objective.part_tasks or []]
     products = batch_products(
-        objective, owners, list(blocks.values()), ranks=objective.ranks, holders=objective.rows.ranks
+        objective, owners, list(blocks.values()), group=objective.group, parameter_group=objective.rows.group
     )
     gram = TaskGram(products)
     equal, shortest = gram.equal_norm_weights(), gram.min_norm_weights()

@@ -36,7 +36,7 @@ def in_memory(objective: Objective, attempt: Callable[[Objective], Found]) -> tu
     """
     while True:
         try:
-            with objective.ranks.agreed():
+            with objective.group.propagate_errors():
                 return attempt(objective), objective
         except (MeasurementError, RankLostError):
             raise
@@ -57,7 +57,7 @@ def _halved(objective: Objective) -> Objective:
     size = -(-objective.batch_size // 2)
     logger.warning_once(f"The device ran out of memory while measuring; trying again with batches of {size}.")
     try:
-        return objective.whole().cut(size).shared(objective.ranks)
+        return objective.whole().cut(size).shared(objective.group)
     except ValueError as error:
         raise MeasurementError(
             f"The device ran out of memory while measuring. {error}",

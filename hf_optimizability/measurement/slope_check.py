@@ -62,7 +62,7 @@ def slope_errors(objective: Objective, point: Gradient) -> tuple[float | None, .
         return _Slopes(objective, point).check()
     except MeasurementError:
         with moved_far(objective):
-            elsewhere = gradient(objective, ranks=objective.ranks)
+            elsewhere = gradient(objective, group=objective.group)
             if not math.isfinite(elsewhere.loss):
                 raise
             _Slopes(objective, elsewhere).check()
@@ -76,7 +76,7 @@ class _Slopes:
         self._objective = objective
         self._gradient = without_padding_rows(objective, point.tensors)
         self._loss = point.loss
-        self._parameter_ranks = objective.rows.ranks
+        self._parameter_ranks = objective.rows.group
         self._squares = [dot(g.flatten(), g.flatten(), self._parameter_ranks) for g in self._gradient]
         self._square = math.fsum(self._squares)
         self._size = float(norm_of([p.detach() for p in objective.parameters], self._parameter_ranks)) or 1.0

@@ -48,7 +48,7 @@ LIBRARIES = {"peft", "sentence_transformers", "transformers", "trl"}
 
 _WITHOUT_STATE = OTHERS_BUSINESS | LIBRARIES
 
-MOST_ITEMS = 10_000
+MAX_ITEMS = 10_000
 """Entries of the largest container that is looked into; larger ones are data, and get their entries back only."""
 
 _LARGE_ARRAY = 2**24
@@ -176,7 +176,7 @@ class Snapshot:
 
     def _add_container(self, value: Any, where: str) -> None:
         self._parts.append(_Mapping(value) if isinstance(value, dict) else _Collection(value))
-        if not isinstance(value, bytearray) and len(value) <= MOST_ITEMS:
+        if not isinstance(value, bytearray) and len(value) <= MAX_ITEMS:
             items = value.items() if isinstance(value, dict) else enumerate(value)
             self._wait((item, f"{where}[{key!r}]") for key, item in items if type(item) not in _ATOMS)
         if type(value) not in _BUILT_IN:

@@ -34,7 +34,7 @@ MANY = 1000
 LARGE, ALL_COPIES = 1 << 16, 1 << 24
 """Entries above which an array is data, and not copied; entries of all copies together."""
 
-MOST_OBJECTS = 100_000
+MAX_OBJECTS = 100_000
 """Objects that are looked at; what is found after them is data."""
 
 _OPAQUE = (
@@ -114,7 +114,7 @@ class DataState:
             MeasurementError: If something can't be set back.
         """
         waiting = deque((type(root).__name__, root) for root in self._roots)
-        while waiting and len(self._seen) < MOST_OBJECTS:
+        while waiting and len(self._seen) < MAX_OBJECTS:
             place, value = waiting.popleft()
             if isinstance(value, _OPAQUE) or id(value) in self._seen:
                 continue

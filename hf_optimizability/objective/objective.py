@@ -16,8 +16,8 @@ from torch.func import functional_call
 from transformers.utils.generic import find_labels
 
 from ..errors import MeasurementInterruptedError
-from ..linalg.communicator import ALONE, Ranks
-from ..linalg.row_partition import Rows
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
+from ..linalg.row_partition import RowPartition
 from ..model_state.measuring import measuring, pretrained, quantization, rng_state, seed_all
 from ..model_state.state import ModelState
 from .batches import (
@@ -73,7 +73,7 @@ class Objective:
         should_stop: Asked before each batch's pass, which raises `MeasurementInterruptedError` where it is true.
 
     Attributes:
-        ranks: The processes that share the batches; one alone, unless `shared` made it.
+        group: The processes that share the batches; one alone, unless `shared` made it.
         state: What comes back after a measurement.
         unit: What the mean losses of the batches are over.
         self_check: The outcome of the self-check, once there is one.
@@ -99,7 +99,7 @@ class Objective:
         self.state = ModelState(model, others=preserved)
         self.unit: Unit = "items"
         self.self_check: SelfCheck | None = None
-        self.ranks = ALONE
+        self.group = SINGLE_PROCESS
         moved = [send_to_device(batch, self.parameters[0].device) for batch in batches]
         self._all = [
             ProbeBatch(batch, count_items(model, batch), index, None if tasks is None else tasks[index])
@@ -128,9 +128,9 @@ class Objective:
         return [self.model.get_parameter(name).numel() for name in self.names]
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowPartition:
         """How vectors over the variables lie: each rank holds them whole."""
-        return Rows.whole(sum(parameter.numel() for parameter in self.parameters))
+        return RowPartition.whole(sum(parameter.numel() for parameter in self.parameters))
 
     @property
     def quantized(self) -> str | None:
@@ -166,19 +166,19 @@ class Objective:
 
     def of_task(self, task: str) -> Objective:
         """Return the mean loss of one task, shared by the same ranks."""
-        return self._with([batch for batch in self._all if batch.task == task]).shared(self.ranks)
+        return self._with([batch for batch in self._all if batch.task == task]).shared(self.group)
 
-    def shared(self, ranks: Ranks) -> Objective:
+    def shared(self, group: ProcessGroup) -> Objective:
         """Return the share of this rank, where all have the same batches: those that count are dealt in turn."""
         objective = copy(self)
-        objective.ranks = ranks
-        objective._local = _counted(self._all)[ranks.index :: ranks.number]
+        objective.group = group
+        objective._local = _counted(self._all)[group.rank :: group.world_size]
         return objective
 
     def whole(self) -> Objective:
         """Return the objective of all ranks, for one alone."""
         objective = copy(self)
-        objective.ranks, objective._local = ALONE, self._all
+        objective.group, objective._local = SINGLE_PROCESS, self._all
         return objective
 
     def over(self, batches: Sequence[ProbeBatch]) -> Objective:

@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from transformers.utils import logging
 
 from ..errors import MeasurementError
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..model_state.measuring import preserved_rng
 from ..redaction import without_secrets
 from .batches import batch_size as examples_in
@@ -27,7 +27,7 @@ from .task_labels import require_several, smaller_batches, tasks_of_rows
 
 logger = logging.get_logger(__name__)
 
-LEAST_EXAMPLES = 2
+MIN_EXAMPLES = 2
 
 
 def dataset_of(dataloader: Any) -> Dataset | None:
@@ -57,7 +57,7 @@ def probe_batches(
     batch_size: int,
     seed: int,
     required: bool = False,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[Any]:
     """Draw the probe set from a data loader's data set, without running the loader.
 
@@ -70,7 +70,7 @@ def probe_batches(
         batch_size: Examples to collate at a time. Where the collator refuses that, as many as training does.
         seed: Seed of the draw, and of whatever augmentation or masking does to the examples.
         required: Whether fewer examples are an error; otherwise all there are are taken.
-        ranks: Processes that train together: the first one draws for all.
+        group: Processes that train together: the first one draws for all.
 
     Returns:
         The collated batches, on the CPU.
@@ -79,7 +79,7 @@ def probe_batches(
         ValueError: If fewer examples are there than are required.
         MeasurementError: If no probe set can be drawn; it says what to do.
     """
-    return [batch for batch, _ in _drawn_for_all(dataloader, examples, batch_size, seed, required, None, ranks)]
+    return [batch for batch, _ in _sample_and_broadcast(dataloader, examples, batch_size, seed, required, None, group)]
 
 
 def probe_batches_by_task(
@@ -91,7 +91,7 @@ def probe_batches_by_task(
     batch_size: int,
     seed: int,
     required: bool = False,
-    ranks: Ranks = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[list[Any], list[str]]:
     """Draw the same probe set, and collate the examples of each task by themselves.
 
@@ -103,7 +103,7 @@ def probe_batches_by_task(
         batch_size: Most examples to collate at a time; fewer where a task would have too few batches to show a spread.
         seed: As above.
         required: As above.
-        ranks: As above.
+        group: As above.
 
     Returns:
         The collated batches, on the CPU, and the task of each.
@@ -121,7 +121,7 @@ def probe_batches_by_task(
         places = {name: [place for place, own in enumerate(names) if own == name] for name in sorted(set(names))}
         return list(places.items())
 
-    found = _drawn_for_all(dataloader, examples, batch_size, seed, required, split, ranks)
+    found = _sample_and_broadcast(dataloader, examples, batch_size, seed, required, split, group)
     return [batch for batch, _ in found], [task for _, task in found]
 
 
@@ -129,21 +129,21 @@ Split = Callable[[list[int]], list[tuple[str, list[int]]]]
 """From the indices of rows to the places in them that belong to each task."""
 
 
-def _drawn_for_all(
+def _sample_and_broadcast(
     dataloader: DataLoader,
     examples: int,
     batch_size: int,
     seed: int,
     required: bool,
     split: Split | None,
-    ranks: Ranks,
+    group: ProcessGroup,
 ) -> list[tuple[Any, str]]:
-    with ranks.agreed():
+    with group.propagate_errors():
         found = []
-        if ranks.index == 0:
+        if group.rank == 0:
             with preserved_rng(seed), _preserved(dataloader) as state:
                 found = _drawn(dataloader, examples, batch_size, seed, required, split, state)
-    return ranks.gather(found)
+    return group.all_gather_interleaved(found)
 
 
 def _preserved(dataloader: Any) -> AbstractContextManager[DataState]:
@@ -250,7 +250,7 @@ def _readable_rows(dataset: Any, indices: Sequence[int]) -> tuple[list[int], lis
             rows[index] = dataset[index]
         except Exception as error:
             failures.append(error)
-    if failures and len(rows) < LEAST_EXAMPLES:
+    if failures and len(rows) < MIN_EXAMPLES:
         raise MeasurementError(
             f"The training set's rows can't be read: {_said(failures[0])}.",
             "Check `train_dataset[0]`, or whether its rows are taken by lists of indices alone.",
@@ -299,9 +299,9 @@ def _require_enough(number: int, examples: int, required: bool) -> None:
             f"The data set to measure on has only {number} examples, but `probe_examples` is {examples}. Pass a "
             "larger training set, or lower `probe_examples`."
         )
-    if number < LEAST_EXAMPLES:
+    if number < MIN_EXAMPLES:
         raise MeasurementError(
-            f"The data set to measure on has only {number} examples, but a probe set needs at least {LEAST_EXAMPLES}.",
+            f"The data set to measure on has only {number} examples, but a probe set needs at least {MIN_EXAMPLES}.",
             "Pass a larger training set.",
         )
 

@@ -17,7 +17,7 @@ from ..quantities.noise_scale import MIN_PARTS
 from .objective import Batch
 
 
-MOST_TASKS = 16
+MAX_TASKS = 16
 """Each holds a gradient as long as the parameters; a column with more values is hardly one of tasks."""
 
 BATCHES = 8
@@ -47,7 +47,7 @@ def require_several(tasks: Iterable[str], column: str) -> None:
     """Refuses what are no tasks.
 
     Raises:
-        ValueError: If there is one task only, or more than `MOST_TASKS`.
+        ValueError: If there is one task only, or more than `MAX_TASKS`.
     """
     names = sorted(set(tasks))
     if len(names) == 1:
@@ -55,10 +55,10 @@ def require_several(tasks: Iterable[str], column: str) -> None:
             f"All probe examples belong to one task, {names[0]!r}, by `task_column` {column!r}. Leave it unset, or "
             "raise `probe_examples` if others are rare."
         )
-    if len(names) > MOST_TASKS:
+    if len(names) > MAX_TASKS:
         raise ValueError(
             f"The probe set has {len(names)} different values of `task_column` {column!r}, such as "
-            f"{', '.join(map(repr, names[:3]))}; at most {MOST_TASKS} tasks can be told apart. Name a column of tasks."
+            f"{', '.join(map(repr, names[:3]))}; at most {MAX_TASKS} tasks can be told apart. Name a column of tasks."
         )
 
 
@@ -103,7 +103,7 @@ def tasks_of_rows(dataset: Dataset | None, column: str, *, rows: int | None) -> 
     return task
 
 
-def split_by_task(
+def assign_tasks(
     model: nn.Module, batches: Iterable[Batch], column: str, *, drop: bool
 ) -> tuple[list[Batch], list[str]]:
     """Cuts batches into ones that hold a single task.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..curvature.hessian import SumOfLosses
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.estimate import Estimate
 from ..linalg.vectors import dot, norm
 from .step_size import loss_along
@@ -139,8 +139,8 @@ def loss_line(
     curvature: float,
     reach: float,
     step: float,
-    ranks: Ranks = ALONE,
-    holders: Ranks = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
+    parameter_group: ProcessGroup = SINGLE_PROCESS,
 ) -> LossLine:
     """Evaluates the loss along an update, from half of `reach` before the weights to one and a half beyond.
 
@@ -151,8 +151,8 @@ def loss_line(
         curvature: uᵀHu.
         reach: A step at which the loss has come back, or the like.
         step: The next step, which gets a point of its own if it is in between.
-        ranks: The processes that share the parts.
-        holders: Those that hold the n rows between them.
+        group: The processes that share the parts.
+        parameter_group: Those that hold the n rows between them.
 
     Example:
         >>> import torch
@@ -169,9 +169,11 @@ def loss_line(
     """
     places = {reach * (index / (LINE_POINTS // 2) - 0.5) for index in range(LINE_POINTS)}
     at = tuple(sorted(places | ({step} if 0 < step < max(places) else set())))
-    with loss_along(objective, update, ranks=ranks) as loss:
+    with loss_along(objective, update, group=group) as loss:
         losses = tuple(_known(loss(s)) for s in at)
-    axis = Axis(at, length=norm(update, holders), slope=-dot(gradient, update, holders), curvature=curvature)
+    axis = Axis(
+        at, length=norm(update, parameter_group), slope=-dot(gradient, update, parameter_group), curvature=curvature
+    )
     return LossLine(axis, losses)
 
 
@@ -182,8 +184,8 @@ def loss_plane(
     *,
     gradient: Tensor,
     present: float,
-    ranks: Ranks = ALONE,
-    holders: Ranks = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
+    parameter_group: ProcessGroup = SINGLE_PROCESS,
 ) -> LossPlane | None:
     """Evaluates the loss over the plane of the first two eigenvectors, as far as one unit of `LossPlane` each way.
 
@@ -193,8 +195,8 @@ def loss_plane(
         eigenvalues: Of each, the largest first.
         gradient: g, of shape (n,).
         present: The present loss.
-        ranks: The processes that share the parts.
-        holders: Those that hold the n rows between them.
+        group: The processes that share the parts.
+        parameter_group: Those that hold the n rows between them.
 
     Returns:
         The plane; `None` where there are fewer than two eigenvectors, or the largest eigenvalue is 0.
@@ -206,10 +208,10 @@ def loss_plane(
     for vector, eigenvalue in zip(eigenvectors[:2], eigenvalues[:2], strict=True):
         curvature = max(abs(eigenvalue.value), _FLATTEST * abs(eigenvalues[0].value))
         unit = math.sqrt(2 * (abs(present) or 1.0) / curvature)
-        slope = dot(gradient, vector, holders) * unit
+        slope = dot(gradient, vector, parameter_group) * unit
         axes.append(Axis(at, length=unit, slope=-abs(slope), curvature=eigenvalue.value * unit**2))
         updates.append(math.copysign(unit, slope) * vector)
-    with loss_along(objective, *updates, ranks=ranks) as loss:
+    with loss_along(objective, *updates, group=group) as loss:
         losses = tuple(tuple(_known(loss(first, second)) for first in at) for second in at)
     return LossPlane((axes[0], axes[1]), (eigenvalues[0], eigenvalues[1]), losses)
 

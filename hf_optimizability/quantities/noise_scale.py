@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..curvature.gradient import gradient
 from ..curvature.hessian import SumOfLosses
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.estimate import Estimate
 from ..linalg.vectors import dot
 
@@ -47,8 +47,8 @@ def noise_scale(
     objective: SumOfLosses,
     *,
     mean_gradient: Sequence[Tensor] | None = None,
-    ranks: Ranks = ALONE,
-    holders: Ranks = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
+    parameter_group: ProcessGroup = SINGLE_PROCESS,
 ) -> NoiseScale:
     """Estimates the gradient noise scale from the gradients of an objective's parts (McCandlish et al., 1812.06162).
 
@@ -58,8 +58,8 @@ def noise_scale(
     Args:
         objective: The loss, in parts: micro-batches, or single examples.
         mean_gradient: Gradient of the mean loss, shaped like the parameters.
-        ranks: The processes that share the parts.
-        holders: The processes that hold the parameters between them, if this one has shards of them.
+        group: The processes that share the parts.
+        parameter_group: The processes that hold the parameters between them, if this one has shards of them.
 
     Raises:
         ValueError: If there are fewer than 3 parts.
@@ -74,15 +74,15 @@ def noise_scale(
         >>> round(found.noise_scale.value, 4), round(found.trace_covariance.value, 4)
         (0.1739, 0.6667)
     """
-    mean = gradient(objective, ranks=ranks).tensors if mean_gradient is None else mean_gradient
+    mean = gradient(objective, group=group).tensors if mean_gradient is None else mean_gradient
     found = []
     for loss, count in objective.losses():
         pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
         square = sum(dot(piece.reshape(-1), piece.reshape(-1)) for piece in pieces)
         product = sum(dot(p.reshape(-1), m.reshape(-1)) for p, m in zip(pieces, mean, strict=True))
-        square, product = holders.sum(torch.tensor([square, product], dtype=torch.float64)).tolist()
+        square, product = parameter_group.all_reduce_(torch.tensor([square, product], dtype=torch.float64)).tolist()
         found.append((square, product, count))
-    squares, products, counts = np.array(ranks.gather(found)).reshape(-1, 3).T
+    squares, products, counts = np.array(group.all_gather_interleaved(found)).reshape(-1, 3).T
     return noise_from_products(squares, products, counts.astype(int))
 
 

@@ -22,7 +22,7 @@ SUPPORTED = (SGD, Adam, AdamW, Adafactor)
 """Optimizers whose state can be read; with accelerate's wrapper around them or without."""
 
 Group = dict[str, Any]
-Held = Callable[[Tensor], Tensor]
+TensorReader = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def read_preconditioner(
     parameters: Sequence[Tensor],
     *,
     gradients: Sequence[Tensor] | None = None,
-    held: Held = lambda tensor: tensor,
+    held: TensorReader = lambda tensor: tensor,
 ) -> Preconditioner:
     """Reads the diagonal preconditioner P from an optimizer's state, and leaves the optimizer as it is.
 
@@ -115,7 +115,7 @@ def optimizer_update(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     *,
-    held: Held = lambda tensor: tensor,
+    held: TensorReader = lambda tensor: tensor,
 ) -> Tensor:
     """The direction u that the optimizer would step along: θ ← θ − ηu on its next step, if it met these gradients.
 
@@ -246,7 +246,7 @@ def _lone_step(
     return copy, alone.state[copy]
 
 
-def _held(state: dict[str, Any], held: Held) -> dict[str, Any]:
+def _held(state: dict[str, Any], held: TensorReader) -> dict[str, Any]:
     """A parameter's state with other tensors in the place of its own."""
     return {name: held(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 

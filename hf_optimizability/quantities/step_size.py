@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.hessian import SumOfLosses
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.vectors import dot
 
 
@@ -65,13 +65,13 @@ class QuadraticModel:
     predicted_decrease: float | None
 
 
-def quadratic_model(gradient: Tensor, product: Tensor, ranks: Ranks = ALONE) -> QuadraticModel:
+def quadratic_model(gradient: Tensor, product: Tensor, group: ProcessGroup = SINGLE_PROCESS) -> QuadraticModel:
     """The quadratic model of the loss along −g (Nocedal & Wright, Numerical Optimization, chapter 4.1).
 
     Args:
         gradient: g, of shape (n,).
         product: Hg, of shape (n,).
-        ranks: The processes that hold the n rows between them.
+        group: The processes that hold the n rows between them.
 
     Example:
         >>> gradient, product = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 3.0])  # H = diag(1, 3)
@@ -79,7 +79,7 @@ def quadratic_model(gradient: Tensor, product: Tensor, ranks: Ranks = ALONE) -> 
         >>> model.curvature, model.best_step, model.predicted_decrease
         (4.0, 0.5, 0.5)
     """
-    squared, curvature = dot(gradient, gradient, ranks), dot(gradient, product, ranks)
+    squared, curvature = dot(gradient, gradient, group), dot(gradient, product, group)
     if curvature <= 0:
         return QuadraticModel(squared, curvature, None, None)
     best_step = squared / curvature
@@ -158,7 +158,9 @@ def critical_learning_rate(
 
 
 @contextmanager
-def loss_along(objective: SumOfLosses, *updates: Tensor, ranks: Ranks = ALONE) -> Iterator[Callable[..., float]]:
+def loss_along(
+    objective: SumOfLosses, *updates: Tensor, group: ProcessGroup = SINGLE_PROCESS
+) -> Iterator[Callable[..., float]]:
     """Gives the mean loss at θ − ηu as a function of η; puts the weights back bit for bit at the end.
 
     The weights are moved in place, without gradients, and come back from a saved copy also where the loss raises.
@@ -168,7 +170,7 @@ def loss_along(objective: SumOfLosses, *updates: Tensor, ranks: Ranks = ALONE) -
         objective: The loss, in parts.
         updates: u, of shape (n,), in the order of the objective's parameters. With several of them the loss is that at
             θ − Σ ηᵢuᵢ, as a function of as many ηᵢ.
-        ranks: The processes that share the parts.
+        group: The processes that share the parts.
 
     Example:
         >>> class Parabola:
@@ -195,7 +197,7 @@ def loss_along(objective: SumOfLosses, *updates: Tensor, ranks: Ranks = ALONE) -
         for part, count in objective.losses():
             total += float(part)
             items += count
-        totals, counts = zip(*ranks.gather([(total, items)]), strict=True)
+        totals, counts = zip(*group.all_gather_interleaved([(total, items)]), strict=True)
         return sum(totals) / sum(counts)
 
     try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.hessian import SumOfLosses
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.estimate import Estimate
 from ..linalg.statistics import jackknife
 from ..linalg.vectors import dot
@@ -75,8 +75,8 @@ def batch_products(
     owners: Sequence[int],
     blocks: Sequence[Sequence[int]],
     *,
-    ranks: Ranks = ALONE,
-    holders: Ranks = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
+    parameter_group: ProcessGroup = SINGLE_PROCESS,
 ) -> BatchProducts:
     """Takes the gradient of every part twice: for the sums by task, and for its products with them.
 
@@ -86,21 +86,23 @@ def batch_products(
         objective: The loss, in parts that hold one task each.
         owners: The task of each part, counted from 0; of all ranks' parts, in the order in which they were dealt.
         blocks: Indices into the parameters.
-        ranks: The processes that share the parts.
-        holders: The processes that hold the parameters between them, if this one has shards of them.
+        group: The processes that share the parts.
+        parameter_group: The processes that hold the parameters between them, if this one has shards of them.
 
     """
-    mine, tasks = owners[ranks.index :: ranks.number], max(owners) + 1
+    mine, tasks = owners[group.rank :: group.world_size], max(owners) + 1
     sums = [[torch.zeros_like(parameter) for parameter in objective.parameters] for _ in range(tasks)]
     for pieces, _, _, owner in _gradients(objective, mine):
         for total, piece in zip(sums[owner], pieces, strict=True):
             total += piece
-    ranks.sum_each([total for totals in sums for total in totals])
+    group.all_reduce_many_([total for totals in sums for total in totals])
     found = []
     for pieces, loss, count, owner in _gradients(objective, mine):
         dots = torch.tensor([_dots(pieces, other, blocks) for other in (pieces, *sums)], dtype=torch.float64)
-        found.append((loss, count, owner, holders.sum(dots).numpy()))
-    losses, counts, of_parts, both = (np.array(column) for column in zip(*ranks.gather(found), strict=True))
+        found.append((loss, count, owner, parameter_group.all_reduce_(dots).numpy()))
+    losses, counts, of_parts, both = (
+        np.array(column) for column in zip(*group.all_gather_interleaved(found), strict=True)
+    )
     return BatchProducts(losses=losses, counts=counts, owners=of_parts, squares=both[:, 0], products=both[:, 1:])
 
 

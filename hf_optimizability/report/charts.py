@@ -28,7 +28,7 @@ from ..report_data.series import (
 
 Chart = dict[str, Any]
 Series = dict[str, Any]
-MOST_POINTS = 600
+MAX_POINTS = 600
 """Of one line; more would be less than a pixel apart on a phone and make the page large."""
 
 STEP = "optimizer step"
@@ -250,10 +250,10 @@ def _positive(series: Series) -> Series:
 
 
 def _thinned(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """The lowest and the highest point of each of equally long stretches, once there are more than `MOST_POINTS`."""
-    if len(points) <= MOST_POINTS:
+    """The lowest and the highest point of each of equally long stretches, once there are more than `MAX_POINTS`."""
+    if len(points) <= MAX_POINTS:
         return points
-    size = math.ceil(2 * len(points) / MOST_POINTS)
+    size = math.ceil(2 * len(points) / MAX_POINTS)
     kept = []
     for start in range(0, len(points), size):
         stretch = sorted(points[start : start + size], key=lambda point: (point[1] is not None, point[1] or 0.0))

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import OptimizabilityConfig
 from ..errors import MeasurementError
-from ..measurement.engines import Way, first_that_works
+from ..measurement.engines import HvpEngine, run_with_engine_fallback
 from ..model_state.measuring import full_precision, measuring
 from ..objective.batches import cut_batch
 from ..objective.objective import LossFunction, Objective
@@ -156,7 +156,7 @@ def _of_gradients(objective: Objective, *, seed: int) -> tuple[Score, Score | No
     config = OptimizabilityConfig(probe_seed=seed)
     with measuring(objective.model, seed=seed), full_precision(objective.model):
 
-        def scored(way: Way) -> tuple[Score, Score | None]:
+        def scored(way: HvpEngine) -> tuple[Score, Score | None]:
             return gradient_scores(objective, way.operator(objective, curvature="hessian"))
 
-        return first_that_works(objective, config, scored, lambda products: None)[0]
+        return run_with_engine_fallback(objective, config, scored, lambda products: None)[0]

@@ -16,7 +16,7 @@ from ..linalg.vectors import dot
 from .score import Score
 
 
-LEAST_PARTS = 4
+MIN_PARTS = 4
 """Parts without which there is too little to take an error from."""
 
 
@@ -26,7 +26,7 @@ def gradient_scores(objective: SumOfLosses, matrix: ObjectiveOperator) -> tuple[
     Memory: five vectors as long as the parameters. Leaves `.grad` alone.
 
     Args:
-        objective: The loss, in at least `LEAST_PARTS` parts.
+        objective: The loss, in at least `MIN_PARTS` parts.
         matrix: Its Hessian.
 
     Returns:
@@ -42,10 +42,10 @@ def gradient_scores(objective: SumOfLosses, matrix: ObjectiveOperator) -> tuple[
         mean += count * part
         units += _unit(part)
         counts.append(count)
-    if len(counts) < LEAST_PARTS:
-        raise ValueError(f"Gradients need at least {LEAST_PARTS} parts to be compared, not {len(counts)}.")
+    if len(counts) < MIN_PARTS:
+        raise ValueError(f"Gradients need at least {MIN_PARTS} parts to be compared, not {len(counts)}.")
     mean /= sum(counts)
-    product, forms, _ = matrix.matmat_by_part(mean[:, None], [[slice(0, matrix.size)]])
+    product, forms, _ = matrix.matmat_per_batch(mean[:, None], [[slice(0, matrix.size)]])
     along = product[:, 0]
     rows = [(dot(part, mean), dot(part, along), dot(_unit(part), units)) for part, _ in _by_part(objective)]
     slopes, bends, to_units = np.array(rows).T

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 GROUPS = 10
 """Parts of the examples, each left out once for the standard error."""
 
-LEAST_EXAMPLES = 2 * GROUPS
+MIN_EXAMPLES = 2 * GROUPS
 """Examples without which there is no score."""
 
 _DECADES = np.arange(-12, 13, 0.5)
@@ -42,7 +42,7 @@ def logme(features: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> Score:
         seed: Seed of the groups.
 
     Raises:
-        ValueError: If there are fewer than `LEAST_EXAMPLES` examples or two classes, or features are not finite.
+        ValueError: If there are fewer than `MIN_EXAMPLES` examples or two classes, or features are not finite.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def logme(features: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> Score:
         >>> logme(telling, labels).low > logme(noise, labels).high
         True
     """
-    F, y = checked_features(features, labels, least=LEAST_EXAMPLES)
+    F, y = checked_features(features, labels, least=MIN_EXAMPLES)
     F = in_their_span(F)
     targets = (y[:, None] == np.unique(y)).astype(float)
     group = np.random.default_rng(seed).permutation(len(F)) % GROUPS

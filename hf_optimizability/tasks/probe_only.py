@@ -16,7 +16,7 @@ from ..training import provenance
 from ..training.trainer_loss import trainer_loss
 
 
-def measured_by(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, Any]:
+def measure_inputs(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, Any]:
     """What `measure` and `forecast` take by these names: the Trainer's model and loss, and the probe set.
 
     Raises:

@@ -18,11 +18,11 @@ from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
 from ..distributed.fsdp import class_name
-from ..distributed.process_group import RankLostError, training_ranks
+from ..distributed.process_group import RankLostError, training_process_group
 from ..distributed.supported import deepspeed_limits, require_supported
 from ..errors import MeasurementError, MeasurementInterruptedError
 from ..files import keep_aside, require_writable
-from ..linalg.communicator import Ranks
+from ..linalg.communicator import ProcessGroup
 from ..log_keys import PREFIX
 from ..measurement.measure import block_indices, measure_objective, measuring_bar
 from ..measurement.out_of_memory import out_of_memory
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_DECISIONS = 100
+MAX_SCHEDULING_POLLS = 100
 """How often in a run several processes settle whether there is time to measure: each time takes a message."""
 
 
@@ -76,7 +76,7 @@ class OptimizabilityCallback(TrainerCallback):
     """
 
     _model: nn.Module  # all are set when training begins
-    _ranks: Ranks
+    _group: ProcessGroup
     _probe_set: tuple[list[Any], list[str] | None] | None
     _objective: Objective | None
     _optimizer: Optimizer | None
@@ -123,21 +123,21 @@ class OptimizabilityCallback(TrainerCallback):
         if limits := deepspeed_limits(args):
             logger.warning_once(limits)
         self._require_blocks(model)
-        self._model, self._ranks = model, training_ranks(next(model.parameters()).device)
+        self._model, self._group = model, training_process_group(next(model.parameters()).device)
         history = restore(state, config=provenance.describe_config(self.config))
         self._pending: list[dict[str, float]] = []
         self._gap: list[dict[str, Any]] = []
         self._begun = self._ended = False
         self._clock = Clock(trained=history.train_seconds, measured=history.measured_seconds)
         self._folder = Path(self.config.report_dir or f"{args.output_dir}/optimizability")
-        with self._ranks.agreed():
+        with self._group.propagate_errors():
             if state.is_world_process_zero:
                 require_writable(self._folder, "report_dir")
                 if not history.steps and (earlier := keep_aside(self._folder / "report.json")):
                     logger.info(f"The report of an earlier run is now {earlier}.")
         trainer, dataset = self._trainer, dataset_of(loader)
         eval_dataset = None if trainer is None or isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
-        self._optimizer = _readable(kwargs["optimizer"])
+        self._optimizer = _supported_optimizer(kwargs["optimizer"])
         self.report = OptimizabilityReport(
             model=provenance.describe_model(model),
             task=provenance.describe_task(model, own_loss=trainer is None),
@@ -197,7 +197,7 @@ class OptimizabilityCallback(TrainerCallback):
             return
         if self._trainer is not None:
             trainer = self._trainer
-            self._guarded("finding the scale of the loss", lambda: self._find_loss_scale(trainer, objective))
+            self._run_safely("finding the scale of the loss", lambda: self._find_loss_scale(trainer, objective))
 
     def _probe(self, loader: DataLoader, rows: Dataset | None) -> tuple[list[Any], list[str] | None]:
         """Return the probe set in batches, and the task of each where there are several."""
@@ -206,7 +206,7 @@ class OptimizabilityCallback(TrainerCallback):
             "batch_size": self.config.probe_batch_size,
             "seed": self.config.probe_seed,
             "required": self.config.probe_examples is not None,
-            "ranks": self._ranks,
+            "ranks": self._group,
         }
         if self.config.task_column is None:
             return probe_batches(loader, **drawn), None
@@ -223,7 +223,7 @@ class OptimizabilityCallback(TrainerCallback):
         if self._objective is None:
             assert self._probe_set is not None
             batches, tasks = self._probe_set
-            with self._ranks.agreed():
+            with self._group.propagate_errors():
                 self._objective = self._tried_objective(batches, tasks)
         return self._objective
 
@@ -238,7 +238,7 @@ class OptimizabilityCallback(TrainerCallback):
                 seed=self.config.probe_seed,
                 preserved=() if self._trainer is None else (self._trainer,),
                 should_stop=lambda: self._asked_to_stop(),
-            ).shared(self._ranks)
+            ).shared(self._group)
             self.report.data |= provenance.describe_probe_set(batches, self._model)
             self.report.model = provenance.describe_model(self._model)
             try:
@@ -271,8 +271,8 @@ class OptimizabilityCallback(TrainerCallback):
             return state.global_step % self.config.measure_steps == 0
         if self.config.measure_strategy != "auto" or not self.report.measurements:
             return False
-        ranks = self._ranks
-        if ranks.number > 1 and state.global_step % math.ceil(state.max_steps / _DECISIONS):
+        group = self._group
+        if group.world_size > 1 and state.global_step % math.ceil(state.max_steps / MAX_SCHEDULING_POLLS):
             return False
         due = affordable(
             state.global_step,
@@ -281,7 +281,7 @@ class OptimizabilityCallback(TrainerCallback):
             step_seconds=self._clock.step_seconds,
             measured_seconds=self._clock.measured,
         )
-        return ranks.gather([due])[0]  # by one clock
+        return group.all_gather_interleaved([due])[0]  # by one clock
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -320,21 +320,21 @@ class OptimizabilityCallback(TrainerCallback):
         if trainer is not None:
             from .train_eval_gap import measure_gap, measure_task_gaps
 
-            ranks = self._ranks
+            group = self._group
 
             def measured_gap() -> dict[str, float]:
-                with ranks.agreed():
-                    gaps = measure_task_gaps(trainer, self._tasks_at(step), self.config, ranks=ranks)
+                with group.propagate_errors():
+                    gaps = measure_task_gaps(trainer, self._tasks_at(step), self.config, group=group)
                     unit = "items" if self._objective is None else self._objective.unit
-                    return gaps or measure_gap(trainer, self.config, ranks=ranks, unit=unit)
+                    return gaps or measure_gap(trainer, self.config, group=group, unit=unit)
 
             with self._clock.paused():
-                gap = self._guarded("measuring the generalization gap", measured_gap)
+                gap = self._run_safely("measuring the generalization gap", measured_gap)
             if gap:
                 self._gap = [{**gap, "epoch": state.epoch, "step": step}]
                 self._log(gap, state)
         if state.is_world_process_zero:
-            self._guarded("writing the report", lambda: self._finish(state))
+            self._run_safely("writing the report", lambda: self._finish(state))
 
     def _tasks_at(self, step: int | None) -> Mapping[str, TaskMeasurement]:
         """The tasks as they were measured at a step; none if they were not."""
@@ -380,12 +380,12 @@ class OptimizabilityCallback(TrainerCallback):
             self._record(measurement, state)
             self._log(log_entry(measurement), state)
         if state.is_world_process_zero:
-            self._guarded("writing the report", lambda: self._stamp().save_json(self._folder))
+            self._run_safely("writing the report", lambda: self._set_timestamp().save_json(self._folder))
 
     def _stopping(self, control: TrainerControl) -> bool:
         """Return whether training, on any rank, has been asked to stop; from now on it may be."""
         self._asked_to_stop = self._stops.during(control)
-        return any(self._ranks.gather([self._asked_to_stop()]))
+        return any(self._group.all_gather_interleaved([self._asked_to_stop()]))
 
     def _record_failure(self, error: Exception, step: int, state: TrainerState) -> None:
         if isinstance(error, MeasurementError):
@@ -427,7 +427,7 @@ class OptimizabilityCallback(TrainerCallback):
         trainer = self._trainer
         if trainer is not None:
             for logs in pending:
-                self._guarded("logging a measurement", partial(_tell_callbacks, trainer, logs))
+                self._run_safely("logging a measurement", partial(_tell_callbacks, trainer, logs))
 
     def _finish(self, state: TrainerState) -> None:
         from ..dynamics import compute_dynamics
@@ -438,14 +438,14 @@ class OptimizabilityCallback(TrainerCallback):
         tasks = [] if last is None else list(last.tasks)
         self.report.dynamics = compute_dynamics(self.report.log_history, tasks=tasks, seed=self.config.probe_seed)
         self.report.training["overhead"] = self._clock.overhead
-        path = self._stamp().save(self._folder)
+        path = self._set_timestamp().save(self._folder)
         logger.info(f"Optimizability report: {path}")
 
-    def _stamp(self) -> OptimizabilityReport:
+    def _set_timestamp(self) -> OptimizabilityReport:
         self.report.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return self.report
 
-    def _guarded(self, what: str, action: Callable[[], Any]) -> Any:
+    def _run_safely(self, what: str, action: Callable[[], Any]) -> Any:
         """Runs what must not take the training down; a failure becomes a warning."""
         try:
             return action()
@@ -483,7 +483,7 @@ def _no_loss(error: Exception, batches: list[Any], *, own_loss: bool) -> Measure
     )
 
 
-def _readable(optimizer: Optimizer) -> Optimizer | None:
+def _supported_optimizer(optimizer: Optimizer) -> Optimizer | None:
     """The optimizer, if its state can be read."""
     try:
         return unwrapped(optimizer)

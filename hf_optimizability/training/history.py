@@ -95,7 +95,7 @@ def restore(state: TrainerState, *, config: dict[str, Any]) -> History:
     _move_out_of_log(state)
     history = History([], [], [], 0.0)
     others: list[dict[str, Any]] = []
-    for held in _readable(state):
+    for held in _supported_optimizer(state):
         if _what(held.config) != _what(config):
             others.append(held.config)
         elif held.found.step not in history.steps:  # two callbacks with the same options measure the same
@@ -120,7 +120,7 @@ class _Record(NamedTuple):
     train_seconds: float
 
 
-def _readable(state: TrainerState) -> Iterator[_Record]:
+def _supported_optimizer(state: TrainerState) -> Iterator[_Record]:
     """Yield the records in the state; one that is damaged is named in a warning and left where it is."""
     for entry in _records(state):
         try:

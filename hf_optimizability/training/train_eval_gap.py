@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import OptimizabilityConfig
-from ..linalg.communicator import ALONE, Ranks
+from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..log_keys import PREFIX
 from ..measurement.results import TaskMeasurement
 from ..model_state.measuring import measuring, preserved_rng, pretrained
 from ..model_state.state import eval_mode
 from ..objective.batches import Unit
 from ..objective.objective import Objective
-from ..objective.probe_set import LEAST_EXAMPLES, num_examples, probe_batches
+from ..objective.probe_set import MIN_EXAMPLES, num_examples, probe_batches
 from .provenance import describe_task
 from .trainer_loss import trainer_loss
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 GAP_EXAMPLES = 512
 """Most examples of each set. Losses that spread by 1 among examples then give a mean that is known to ±0.044."""
 
-LEAST_BATCHES = 8
+MIN_BATCHES = 8
 """Batches to cut a small sample into: the standard error comes from the spread between them."""
 
 _ONE_LABEL_EACH = ("text-classification", "image-classification")
@@ -39,7 +39,7 @@ _ONE_LABEL_EACH = ("text-classification", "image-classification")
 
 
 def measure_gap(
-    trainer: Trainer, config: OptimizabilityConfig, *, ranks: Ranks = ALONE, unit: Unit = "items"
+    trainer: Trainer, config: OptimizabilityConfig, *, group: ProcessGroup = SINGLE_PROCESS, unit: Unit = "items"
 ) -> dict[str, float]:
     """Return the loss on equally many training and evaluation examples, both in eval mode.
 
@@ -49,7 +49,7 @@ def measure_gap(
     Args:
         trainer: Its data and loss are used.
         config: Seed and batch size.
-        ranks: Processes that train together: they share the examples.
+        group: Processes that train together: they share the examples.
         unit: What the mean loss of a batch is over, as the self-check found it.
 
     Returns:
@@ -67,12 +67,16 @@ def measure_gap(
             return {}
         numbers: dict[str, float] = {f"{PREFIX}gap_examples": examples}
         for split, loader in loaders.items():
-            numbers |= _mean_loss(trainer, split, loader, examples, config, ranks, unit)
+            numbers |= _mean_loss(trainer, split, loader, examples, config, group, unit)
     return numbers
 
 
 def measure_task_gaps(
-    trainer: Trainer, tasks: Mapping[str, TaskMeasurement], config: OptimizabilityConfig, *, ranks: Ranks = ALONE
+    trainer: Trainer,
+    tasks: Mapping[str, TaskMeasurement],
+    config: OptimizabilityConfig,
+    *,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
     """Loss of each task on the evaluation set of its name, in eval mode, beside that on its probe examples.
 
@@ -80,7 +84,7 @@ def measure_task_gaps(
         trainer: Its evaluation sets and loss are used.
         tasks: What was measured with the same weights.
         config: Seed and batch size.
-        ranks: Processes that train together: they share the examples.
+        group: Processes that train together: they share the examples.
 
     Returns:
         What to log, behind the common prefix and `task/<name>/`: `train_loss` and `eval_loss`, each with `_std_error`.
@@ -92,9 +96,9 @@ def measure_task_gaps(
         for name in [name for name in tasks if name in sets]:
             loader, split = trainer.get_eval_dataloader(name), f"task/{name}/"
             examples = min(GAP_EXAMPLES, num_examples(loader.dataset) or 0)
-            if examples < LEAST_EXAMPLES:
+            if examples < MIN_EXAMPLES:
                 continue
-            numbers |= _mean_loss(trainer, f"{split}eval", loader, examples, config, ranks)
+            numbers |= _mean_loss(trainer, f"{split}eval", loader, examples, config, group)
             loss = tasks[name].loss
             numbers[f"{PREFIX}{split}train_loss"] = loss.value
             if loss.std_error is not None:
@@ -108,17 +112,17 @@ def _mean_loss(
     loader: DataLoader,
     examples: int,
     config: OptimizabilityConfig,
-    ranks: Ranks,
+    group: ProcessGroup,
     unit: Unit = "items",
 ) -> dict[str, float]:
     """Mean loss over a sample, and its standard error from the spread between batches (that of a ratio of sums)."""
-    batch_size = min(config.probe_batch_size, -(-examples // LEAST_BATCHES))
-    batches = probe_batches(loader, examples=examples, batch_size=batch_size, seed=config.probe_seed, ranks=ranks)
+    batch_size = min(config.probe_batch_size, -(-examples // MIN_BATCHES))
+    batches = probe_batches(loader, examples=examples, batch_size=batch_size, seed=config.probe_seed, group=group)
     model = cast(nn.Module, trainer.model)
     objective = Objective(model, batches, loss_fn=trainer_loss(trainer), seed=config.probe_seed, preserved=(trainer,))
-    objective = objective.counted_by(unit).shared(ranks)
+    objective = objective.counted_by(unit).shared(group)
     with measuring(model, seed=config.probe_seed, state=objective.state), torch.no_grad():
-        sums, items, right = np.array(ranks.gather(_passes(objective))).T
+        sums, items, right = np.array(group.all_gather_interleaved(_passes(objective))).T
     number, mean = len(sums), sums.sum() / items.sum()
     numbers = {f"{PREFIX}{split}_loss": float(mean)}
     if number > 1:

@@ -84,8 +84,8 @@ def test_tau_is_scipys():
 
 
 def test_what_is_not_known_ranks_last_and_ties_share_a_rank():
-    ranks = rank_correlation.ranks(np.array([[3.0], [np.nan], [1.0], [3.0]]))[:, 0]
-    assert ranks == pytest.approx(np.array([1.0, -1.5, -0.5, 1.0]) / 3)
+    group = rank_correlation.group(np.array([[3.0], [np.nan], [1.0], [3.0]]))[:, 0]
+    assert group == pytest.approx(np.array([1.0, -1.5, -0.5, 1.0]) / 3)
     assert rank_correlation.tau(np.ones(5), np.arange(5.0)) == 0
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from hf_optimizability.linalg.density import Density, density
 from hf_optimizability.linalg.lanczos import LanczosRun, lanczos
 from hf_optimizability.linalg.operator import DenseOperator
-from hf_optimizability.linalg.row_partition import Rows
+from hf_optimizability.linalg.row_partition import RowPartition
 
 
 def signs(size: int, generator: torch.Generator) -> Tensor:
     """The start that a run draws."""
-    return Rows.whole(size).rademacher(generator=generator, dtype=torch.float64, device=torch.device("cpu"))
+    return RowPartition.whole(size).rademacher(generator=generator, dtype=torch.float64, device=torch.device("cpu"))
 
 
 def rotated(eigenvalues: np.ndarray) -> Tensor:

@@ -17,7 +17,7 @@ from hf_optimizability.linalg import lanczos as module
 from hf_optimizability.linalg.estimate import Spectrum
 from hf_optimizability.linalg.lanczos import LanczosRun, lanczos, lanczos_by_segment
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
-from hf_optimizability.linalg.row_partition import Rows
+from hf_optimizability.linalg.row_partition import RowPartition
 
 
 TOP, BOTTOM = [9.0, 5.0, 3.0], [-6.0, -2.0, -1.0]
@@ -345,7 +345,7 @@ class TestQuadrature:
     def test_one_start(self):
         run = lanczos(DenseOperator(matrix(network_like())), tolerance=1e-30, max_hvps=20, seed=0)
         values, weights = spectrum_of(run)
-        start = Rows.whole(300).rademacher(
+        start = RowPartition.whole(300).rademacher(
             generator=torch.Generator().manual_seed(0), dtype=torch.float64, device=torch.device("cpu")
         )
         moment = start @ matrix(network_like()) @ start / 300

@@ -109,7 +109,7 @@ def test_products_by_part():
     losses = CountedLosses(*parts(3))
     operator = HessianOperator(losses)
     vectors = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]], dtype=torch.float64)
-    product, forms, items = operator.matmat_by_part(vectors, [[slice(0, 1), slice(2, 3)], [slice(1, 2)]])
+    product, forms, items = operator.matmat_per_batch(vectors, [[slice(0, 1), slice(2, 3)], [slice(1, 2)]])
     assert items == [2, 5, 1] and losses.passes == 3
     assert torch.allclose(product, losses.dense() @ vectors, rtol=1e-12)
     for found, part in zip(forms, losses.parts, strict=True):

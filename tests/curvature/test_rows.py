@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_optimizability.linalg.communicator import Ranks
+from hf_optimizability.linalg.communicator import ProcessGroup
 from hf_optimizability.linalg.lanczos import lanczos
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.linalg.power_iteration import power_iteration
 from hf_optimizability.linalg.preconditioned import PreconditionedOperator
-from hf_optimizability.linalg.row_partition import Rows
-from hf_optimizability.linalg.spectrum_and_trace import Sketch, sketch
+from hf_optimizability.linalg.row_partition import RowPartition
+from hf_optimizability.linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum_and_trace
 from hf_optimizability.linalg.vectors import dot, norm
 
 
@@ -28,59 +28,59 @@ SHARES = [(slice(0, 11), slice(30, 41)), (slice(11, 30), slice(41, 60)), ()]
 """Rows of each rank, from two parameters of 30 rows; the last rank has none."""
 
 
-class Threads(Ranks):
+class Threads(ProcessGroup):
     """Ranks that share one process."""
 
     def __init__(self, index: int, number: int, barrier: threading.Barrier, board: list[Any]):
-        self.index, self.number = index, number
+        self.rank, self.world_size = index, number
         self._barrier, self._board = barrier, board
 
-    def gather(self, items: list[Any]) -> list[Any]:
-        self._board[self.index] = items
+    def all_gather_interleaved(self, items: list[Any]) -> list[Any]:
+        self._board[self.rank] = items
         self._barrier.wait(30)
         found = [item for held in self._board for item in held]
         self._barrier.wait(30)
         return found
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        total = sum(self.gather([tensor.clone()]))
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        total = sum(self.all_gather_interleaved([tensor.clone()]))
         return tensor.copy_(total)
 
 
 class SplitMatrix(SymmetricOperator):
     """A matrix whose products are made from, and cut into, the rows of each rank."""
 
-    def __init__(self, matrix: Tensor, rows: Rows):
+    def __init__(self, matrix: Tensor, rows: RowPartition):
         self._matrix, self._rows = matrix, rows
         self.size, self.dtype, self.device = len(matrix), matrix.dtype, matrix.device
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowPartition:
         return self._rows
 
     def matmat(self, vectors: Tensor) -> Tensor:
         whole = torch.zeros(self.size, vectors.shape[1], dtype=self.dtype)
         whole[_indices(self.rows)] = vectors
-        return self.rows.of(self._matrix @ self.rows.ranks.sum(whole))
+        return self.rows.of(self._matrix @ self.rows.group.all_reduce_(whole))
 
 
-def _indices(rows: Rows) -> list[int]:
+def _indices(rows: RowPartition) -> list[int]:
     return [index for part in rows.here for index in range(part.start, part.stop)]
 
 
-def _on_all_ranks(action: Callable[[Rows], Any]) -> list[Any]:
+def _on_all_ranks(action: Callable[[RowPartition], Any]) -> list[Any]:
     barrier, board = threading.Barrier(len(SHARES)), [None] * len(SHARES)
-    ranks = [Threads(index, len(SHARES), barrier, board) for index in range(len(SHARES))]
+    group = [Threads(index, len(SHARES), barrier, board) for index in range(len(SHARES))]
 
     def run(rank: Threads) -> Any:
         try:
-            return action(Rows(SIZE, SHARES[rank.index], rank))
+            return action(RowPartition(SIZE, SHARES[rank.rank], rank))
         except BaseException:
             barrier.abort()  # the others would wait
             raise
 
     with ThreadPoolExecutor(len(SHARES)) as pool:
-        return list(pool.map(run, ranks))
+        return list(pool.map(run, group))
 
 
 @pytest.fixture(scope="module")
@@ -96,26 +96,26 @@ def _whole(pieces: list[Tensor]) -> Tensor:
     """One tensor from the columns that each rank has of it."""
     whole = torch.zeros(*pieces[0].shape[:-1], SIZE, dtype=pieces[0].dtype)
     for share, piece in zip(SHARES, pieces, strict=True):
-        whole[..., _indices(Rows(SIZE, share))] = piece
+        whole[..., _indices(RowPartition(SIZE, share))] = piece
     return whole
 
 
 def test_every_rank_draws_its_part_of_the_one_random_vector():
-    def draw(rows: Rows) -> Tensor:
+    def draw(rows: RowPartition) -> Tensor:
         generator = torch.Generator().manual_seed(5)
         return torch.stack(
             [rows.rademacher(generator=generator, dtype=torch.float32, device=rows_device) for _ in "ab"]
         )
 
     rows_device = torch.device("cpu")
-    alone = draw(Rows.whole(SIZE))
+    alone = draw(RowPartition.whole(SIZE))
     assert not torch.equal(alone[0], alone[1])
     assert torch.equal(_whole(_on_all_ranks(draw)), alone)
 
 
 def test_dot_products_are_over_all_rows():
     x, y = torch.arange(60.0), torch.ones(60)
-    found = _on_all_ranks(lambda rows: (dot(rows.of(x), rows.of(y), rows.ranks), norm(rows.of(x), rows.ranks)))
+    found = _on_all_ranks(lambda rows: (dot(rows.of(x), rows.of(y), rows.group), norm(rows.of(x), rows.group)))
     assert all(pair == pytest.approx((dot(x, y), norm(x)), rel=1e-15) for pair in found)
 
 
@@ -124,7 +124,7 @@ def test_lanczos_keeps_its_basis_in_shares(max_basis: int | None, matrix: Tensor
     options = {"tolerance": 1e-8, "max_hvps": 40, "seed": 3, "num_eigenvalues": 2, "max_basis": max_basis}
     alone = lanczos(DenseOperator(matrix), **options)
 
-    def run(rows: Rows) -> tuple[Any, Tensor]:
+    def run(rows: RowPartition) -> tuple[Any, Tensor]:
         found = lanczos(SplitMatrix(matrix, rows), **options)
         assert found.ritz_vectors([-1]).shape == (1, len(rows))
         return found, found.ritz_vectors([-1])
@@ -152,7 +152,7 @@ def test_a_preconditioner_in_shares(matrix: Tensor):
     options = {"tolerance": 1e-6, "max_hvps": 40, "seed": 1}
     alone = lanczos(PreconditionedOperator(DenseOperator(matrix), diagonal), **options).lambda_max
 
-    def run(rows: Rows) -> Any:
+    def run(rows: RowPartition) -> Any:
         return lanczos(PreconditionedOperator(SplitMatrix(matrix, rows), rows.of(diagonal)), **options).lambda_max
 
     for found in _on_all_ranks(run):
@@ -161,8 +161,8 @@ def test_a_preconditioner_in_shares(matrix: Tensor):
 
 @pytest.mark.parametrize("trace_method", ["hutchinson", "hutch++", "xtrace", "exact"])
 def test_a_whole_sketch(trace_method: Any, matrix: Tensor):
-    def run(operator: SymmetricOperator, segments: list[list[slice]]) -> Sketch:
-        return sketch(
+    def run(operator: SymmetricOperator, segments: list[list[slice]]) -> SpectrumAndTrace:
+        return estimate_spectrum_and_trace(
             lambda: operator,
             segments,
             eigen_tolerance=1e-3,
@@ -174,7 +174,7 @@ def test_a_whole_sketch(trace_method: Any, matrix: Tensor):
 
     alone = run(DenseOperator(matrix), [[slice(0, 30)], [slice(30, 60)]])
 
-    def run_in_shares(rows: Rows) -> Sketch:
+    def run_in_shares(rows: RowPartition) -> SpectrumAndTrace:
         lengths = [part.stop - part.start for part in rows.here] or [0, 0]
         return run(SplitMatrix(matrix, rows), [[slice(0, lengths[0])], [slice(lengths[0], sum(lengths))]])
 
@@ -187,7 +187,7 @@ def test_a_whole_sketch(trace_method: Any, matrix: Tensor):
         assert torch.allclose(diagonal, alone.diagonal, rtol=0, atol=1e-10)
 
 
-def _numbers(found: Sketch) -> list[float]:
+def _numbers(found: SpectrumAndTrace) -> list[float]:
     estimates = found.estimates
     assert estimates.density is not None and estimates.lambda_min is not None
     traces = [estimates.trace, *found.segments]

@@ -14,7 +14,7 @@ from scipy.stats import ortho_group, wasserstein_distance
 from torch import Tensor
 
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
-from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates, Sketch, sketch
+from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates, SpectrumAndTrace, estimate_spectrum_and_trace
 
 
 SIZE = 200
@@ -40,9 +40,9 @@ def matrix() -> Tensor:
     return torch.from_numpy(axes * EIGENVALUES @ axes.T)
 
 
-def made(operator: SymmetricOperator, **options: object) -> Sketch:
+def made(operator: SymmetricOperator, **options: object) -> SpectrumAndTrace:
     given = {"eigen_tolerance": 1e-3, "trace_tolerance": 0.05, "max_hvps": 400, "seed": 0}
-    return sketch(lambda: operator, SEGMENTS, **{**given, **options})  # type: ignore[arg-type]
+    return estimate_spectrum_and_trace(lambda: operator, SEGMENTS, **{**given, **options})  # type: ignore[arg-type]
 
 
 def test_all_is_found_within_its_error(matrix: Tensor):

@@ -16,8 +16,8 @@ from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.linalg.statistics import jackknife
 from hf_optimizability.linalg.trace import (
-    LOCKSTEP,
     MIN_PROBES,
+    PROBE_BLOCK_SIZE,
     Deflation,
     TraceResult,
     exact_trace,
@@ -195,7 +195,7 @@ class TestHutchinson:
         for tolerance in (0.5, 0.02, 0.01):
             total = estimate("hutchinson", matrix("flat"), tolerance=tolerance, max_hvps=500, seed=0).total
             assert total.converged and total.std_error <= tolerance * total.value
-            assert total.hvps % LOCKSTEP == 0
+            assert total.hvps % PROBE_BLOCK_SIZE == 0
             spent.append(total.hvps)
         assert MIN_PROBES == spent[0] < spent[2] < 500
         short = estimate("hutchinson", matrix("network"), tolerance=0.01, max_hvps=7, seed=0).total
@@ -239,7 +239,7 @@ class TestHutchPlusPlus:
         flat = matrix("flat")
         plain = estimate("hutchinson", flat, tolerance=0.005, max_hvps=300, seed=0).total
         total = estimate("hutch++", flat, tolerance=0.005, max_hvps=300, seed=0).total
-        assert total.converged and total.hvps <= plain.hvps + 2 * LOCKSTEP + 24
+        assert total.converged and total.hvps <= plain.hvps + 2 * PROBE_BLOCK_SIZE + 24
 
     def test_starts_from_a_given_subspace(self):
         dense, options = matrix("network"), {"tolerance": 0.02, "max_hvps": 60, "seed": 0}
@@ -299,7 +299,7 @@ class Mean(SymmetricOperator):
     def matmat(self, vectors: Tensor) -> Tensor:
         return sum(n * (part @ vectors) for part, n in zip(self._parts, self._items, strict=True)) / sum(self._items)
 
-    def matmat_by_part(
+    def matmat_per_batch(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
     ) -> tuple[Tensor, np.ndarray, list[int]]:
         terms = [(vectors * (part @ vectors)).T for part in self._parts]

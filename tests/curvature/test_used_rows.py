@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_optimizability import OptimizabilityConfig, measure
-from hf_optimizability.curvature.compact_embeddings import used_rows
+from hf_optimizability.curvature.compact_embeddings import drop_unused_embedding_rows
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.model_state.measuring import math_attention, measuring
@@ -46,7 +46,7 @@ def test_the_hessian_is_the_full_one_without_zero_rows():
         rows[used.get(name, slice(None))] = True
         kept.append(rows.flatten())
     keep = torch.cat(kept)
-    with used_rows(objective) as left_out:
+    with drop_unused_embedding_rows(objective) as left_out:
         assert left_out == int((~keep).sum()) > 4 * 8
         for name, parameter in zip(objective.names, objective.parameters, strict=True):
             assert len(parameter) == len(used.get(name, named[name]))
@@ -63,7 +63,7 @@ def test_the_hessian_is_the_full_one_without_zero_rows():
 def test_the_order_of_parameters_stays():
     objective, _ = bert()
     before = objective.parameters
-    with used_rows(objective):
+    with drop_unused_embedding_rows(objective):
         inside = objective.parameters
         assert [id(p) for p in objective.model.parameters()] == [id(p) for p in inside]
     replaced = [a is not b for a, b in zip(before, inside, strict=True)]
@@ -84,7 +84,7 @@ def test_nothing_is_left_behind(error: type[BaseException] | None):
     before, parameters = state(objective.model), objective.parameters
     values = [parameter.detach().clone() for parameter in parameters]
     try:
-        with used_rows(objective):
+        with drop_unused_embedding_rows(objective):
             if error is not None:
                 raise error
     except (ValueError, KeyboardInterrupt) as raised:
@@ -106,7 +106,7 @@ def test_nothing_is_left_behind_by_a_first_pass_that_raises():
     objective, _ = bert()
     objective.batches[1]["labels"] = torch.tensor([17])
     before = state(objective.model)
-    with pytest.raises(IndexError), used_rows(objective):
+    with pytest.raises(IndexError), drop_unused_embedding_rows(objective):
         pass
     after = state(objective.model)
     assert all(before[name]["_forward_hooks"] == after[name]["_forward_hooks"] == {} for name in before)
@@ -117,14 +117,14 @@ def test_frozen_embeddings_are_left_alone():
     objective, _ = bert()
     objective.model.bert.embeddings.requires_grad_(False)
     objective = Objective(objective.model, objective.batches)
-    with used_rows(objective) as left_out:
+    with drop_unused_embedding_rows(objective) as left_out:
         assert left_out == 0
 
 
 def test_tied_weights_are_left_alone():
     model = tiny_models.make("gpt2").eval()
     objective = Objective(model, tiny_models.cut(tiny_models.examples("gpt2", 2), 2))
-    with used_rows(objective) as left_out:
+    with drop_unused_embedding_rows(objective) as left_out:
         assert left_out == 2 * 4  # two positions of eight
         assert model.get_input_embeddings().weight is model.lm_head.weight
         assert len(model.lm_head.weight) == tiny_models.VOCABULARY
@@ -153,7 +153,7 @@ def test_lookups_in_several_batches_and_by_keyword():
     torch.manual_seed(0)
     objective = objective_of(Words())
     full = dense(HessianOperator(objective))
-    with used_rows(objective) as left_out:
+    with drop_unused_embedding_rows(objective) as left_out:
         assert left_out == 6 * 3 and objective.parameters[0].shape == (3, 3)
         assert torch.equal(objective.parameters[0], objective.model.words.weight)
         compact = dense(HessianOperator(objective))
@@ -176,7 +176,7 @@ def test_weights_that_the_loss_reads_otherwise_are_left_alone(name: str):
     torch.manual_seed(0)
     objective = objective_of(Words(), PENALTIES[name])
     full = dense(HessianOperator(objective))
-    with used_rows(objective) as left_out:
+    with drop_unused_embedding_rows(objective) as left_out:
         assert left_out == 0
         assert torch.equal(dense(HessianOperator(objective)), full)
 
@@ -184,7 +184,7 @@ def test_weights_that_the_loss_reads_otherwise_are_left_alone(name: str):
 def test_a_penalty_in_the_last_batch_only():
     batches = iter(range(2))
     objective = objective_of(Words(), lambda model: next(batches) and model.words.weight.square().sum())
-    with used_rows(objective) as left_out:
+    with drop_unused_embedding_rows(objective) as left_out:
         assert left_out == 0
 
 
@@ -207,7 +207,7 @@ def test_modules_that_are_not_plain_are_left_alone():
     parametrized = Words()
     nn.utils.parametrizations.weight_norm(parametrized.words)
     for model in (shifted, patched, twins, sharded, parametrized, Words(max_norm=1.0), Words(sparse=True)):
-        with used_rows(objective_of(model)) as left_out:
+        with drop_unused_embedding_rows(objective_of(model)) as left_out:
             assert left_out == 0
 
 
@@ -217,7 +217,10 @@ def test_lookups_whose_graph_is_hidden_are_left_alone():
     def loss_fn(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
         return torch.utils.checkpoint.checkpoint(model, batch[0], use_reentrant=True) + model.head.bias.sum()
 
-    with pytest.warns(UserWarning, match="requires_grad"), used_rows(Objective(model, BATCHES, loss_fn=loss_fn)) as n:
+    with (
+        pytest.warns(UserWarning, match="requires_grad"),
+        drop_unused_embedding_rows(Objective(model, BATCHES, loss_fn=loss_fn)) as n,
+    ):
         assert n == 0
 
 
@@ -229,7 +232,7 @@ def test_checkpointed_lookups():
 
     objective = Objective(Words(), BATCHES, loss_fn=loss_fn)
     full = gradient(objective).tensors[0]
-    with used_rows(objective) as left_out:
+    with drop_unused_embedding_rows(objective) as left_out:
         assert left_out == 6 * 3
         assert torch.equal(gradient(objective).tensors[0], full[[1, 4, 7]])
 
@@ -242,7 +245,10 @@ def test_the_padding_row_has_no_derivative(padding: int):
     objective = objective_of(model)
     keep = torch.tensor([3, 4, 5, 12, 13, 14, 21, 22, 23, 27, 28, 29, 30])
     full = dense(HessianOperator(objective))[keep][:, keep]
-    with measuring(model, seed=0), used_rows(objective):  # each pass starts from the attributes that the model has
+    with (
+        measuring(model, seed=0),
+        drop_unused_embedding_rows(objective),
+    ):  # each pass starts from the attributes that the model has
         compact = dense(HessianOperator(objective))
         assert model.words.padding_idx == (1 if padding == 4 else None)
     assert torch.allclose(compact, full, atol=1e-12)
@@ -252,7 +258,7 @@ def test_the_padding_row_has_no_derivative(padding: int):
 
 def test_a_row_that_the_first_pass_did_not_see_is_refused():
     model = Words()
-    with used_rows(objective_of(model)), pytest.raises(RuntimeError, match="looked up"):
+    with drop_unused_embedding_rows(objective_of(model)), pytest.raises(RuntimeError, match="looked up"):
         model(torch.tensor([1, 5]))
 
 
@@ -273,7 +279,7 @@ def test_rows_that_are_compared_without_gradients_stay():
     torch.manual_seed(0)
     objective = Objective(Codebook(), [torch.randn(3, 2, dtype=torch.float64)], loss_fn=lambda model, x: model(x))
     full = dense(HessianOperator(objective))
-    with used_rows(objective) as left_out:
+    with drop_unused_embedding_rows(objective) as left_out:
         assert left_out == 0
         assert torch.equal(dense(HessianOperator(objective)), full)
 

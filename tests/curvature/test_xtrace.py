@@ -20,8 +20,8 @@ from test_trace import (
     with_eigenvalues,
 )
 
-from hf_optimizability.linalg.row_partition import Rows
-from hf_optimizability.linalg.trace import LOCKSTEP, Deflation
+from hf_optimizability.linalg.row_partition import RowPartition
+from hf_optimizability.linalg.trace import PROBE_BLOCK_SIZE, Deflation
 
 
 @pytest.mark.parametrize("tolerance", [NEVER, 0.1], ids=["fixed", "adaptive"])
@@ -38,7 +38,7 @@ class TestXTrace:
         """Against projectors computed anew without each test vector, in two rounds of them."""
         dense = matrix("network")
         generator = torch.Generator().manual_seed(3)
-        draw = partial(Rows.whole(200).rademacher, generator=generator, dtype=dense.dtype, device=dense.device)
+        draw = partial(RowPartition.whole(200).rademacher, generator=generator, dtype=dense.dtype, device=dense.device)
         tests = torch.stack([draw() for _ in range(7)])
         expected, squares = [], []
         for index in range(7):
@@ -69,7 +69,7 @@ class TestXTrace:
     def test_rank_one(self):
         dense = with_eigenvalues(np.eye(1, 100)[0] * -2)
         result = estimate("xtrace", dense, tolerance=1e-3, max_hvps=40, seed=0)
-        assert result.total.value == pytest.approx(-2, abs=1e-6) and result.total.hvps == LOCKSTEP + 1
+        assert result.total.value == pytest.approx(-2, abs=1e-6) and result.total.hvps == PROBE_BLOCK_SIZE + 1
 
     def test_stops_by_its_tolerance(self):
         spent = []

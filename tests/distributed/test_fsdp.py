@@ -26,7 +26,7 @@ from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.distributed import fsdp
 from hf_optimizability.distributed.fsdp import norms_over_ranks, on_shards, unsharded
-from hf_optimizability.distributed.process_group import training_ranks
+from hf_optimizability.distributed.process_group import training_process_group
 from hf_optimizability.distributed.supported import require_supported
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective.objective import Objective
@@ -76,17 +76,17 @@ def little_memory() -> Iterator[None]:
 def products(name: str) -> dict[str, list[float]]:
     """The Hessian times two vectors by both routes, of what is sharded."""
     model = sharded(name)
-    objective = Objective(model, batches(name)).shared(training_ranks(torch.device("cpu")))
+    objective = Objective(model, batches(name)).shared(training_process_group(torch.device("cpu")))
     found = {}
     with measuring(model, seed=0), unsharded(model), math_attention():
-        operator = HessianOperator(objective, ranks=objective.ranks)
+        operator = HessianOperator(objective, group=objective.group)
         found["unsharded"] = operator.matmat(directions(operator.size)).tolist()
     with measuring(model, seed=0), on_shards(objective) as shards:
         differences = CentralDifferenceHessian(shards, rows=shards.rows)
         whole = torch.zeros(differences.size, 2, dtype=torch.float64)
         here = [i for part in differences.rows.here for i in range(part.start, part.stop)]
         whole[here] = differences.matmat(differences.rows.of(directions(differences.size)))
-        found["on shards"] = objective.ranks.sum(whole).tolist()
+        found["on shards"] = objective.group.all_reduce_(whole).tolist()
         found["rows"] = [len(differences.rows), sum(p.numel() for p in shards.parameters)]
     return found
 
@@ -138,7 +138,9 @@ def training(interrupt: Callable[[nn.Module], None] | None) -> str:
             model(**batch).loss.backward()
             if interrupt is not None and step == 1 and index != 1:
                 interrupt(model)
-                assert not any(isinstance(g._all_gather_comm, fsdp._MeetFirst) for g in fsdp._groups(model))
+                assert not any(
+                    isinstance(g._all_gather_comm, fsdp._SynchronizedCollective) for g in fsdp._groups(model)
+                )
         optimizer.step()
         optimizer.zero_grad()
     digest = hashlib.sha256(str(torch.rand(1)).encode())
@@ -200,12 +202,14 @@ def in_full_precision(shards: bool) -> list[float]:
     model = sharded("bert", dtype=torch.float32, policy=policy)
     data = batches("bert", dtype=torch.float32)
     model(**data[0]).loss.backward()
-    objective = Objective(model, data).shared(training_ranks(torch.device("cpu")))
+    objective = Objective(model, data).shared(training_process_group(torch.device("cpu")))
     if shards:
         with measuring(model, seed=0), on_shards(objective) as objective:
-            return objective.rows.ranks.gather([float(t.square().sum()) for t in gradient(objective).tensors])
+            return objective.rows.group.all_gather_interleaved(
+                [float(t.square().sum()) for t in gradient(objective).tensors]
+            )
     with measuring(model, seed=0), unsharded(model):
-        return [float(tensor.square().sum()) for tensor in gradient(objective, ranks=objective.ranks).tensors]
+        return [float(tensor.square().sum()) for tensor in gradient(objective, group=objective.group).tensors]
 
 
 def gradient_norms() -> dict[str, float]:

@@ -16,8 +16,8 @@ import torch
 from launch import Failed, on_ranks, results
 
 from hf_optimizability import MeasurementError
-from hf_optimizability.distributed.process_group import RankLostError, training_ranks
-from hf_optimizability.linalg.communicator import ALONE
+from hf_optimizability.distributed.process_group import RankLostError, training_process_group
+from hf_optimizability.linalg.communicator import SINGLE_PROCESS
 
 
 CPU = torch.device("cpu")
@@ -33,23 +33,23 @@ def raised(action: Callable[[], Any]) -> str:
 
 def checks(rank: int) -> dict[str, Any]:
     """One start of processes for all that works."""
-    ranks = training_ranks(CPU)
-    found: dict[str, Any] = {"number": ranks.number, "index": ranks.index}
-    found["sum"] = ranks.sum(torch.full((2, 3), 1.0 + rank)).tolist()
+    group = training_process_group(CPU)
+    found: dict[str, Any] = {"number": group.world_size, "index": group.rank}
+    found["sum"] = group.all_reduce_(torch.full((2, 3), 1.0 + rank)).tolist()
     several = [torch.tensor([rank]), torch.tensor([1.0])]
-    ranks.sum_each(several)
+    group.all_reduce_many_(several)
     found["sum_each"] = [float(tensor) for tensor in several]
     # Ten things dealt to the ranks in turn.
-    found["gather"] = ranks.gather(list(range(10))[rank :: ranks.number])
-    found["one has them"] = ranks.gather(["a", "b"] if rank == 0 else [])
+    found["gather"] = group.all_gather_interleaved(list(range(10))[rank :: group.world_size])
+    found["one has them"] = group.all_gather_interleaved(["a", "b"] if rank == 0 else [])
 
     def fail_on(failing: set[int], error: Exception, *, between: bool) -> None:
-        with ranks.agreed():
-            ranks.sum(torch.ones(1))
+        with group.propagate_errors():
+            group.all_reduce_(torch.ones(1))
             if rank in failing:
                 raise error
             if between:
-                ranks.sum(torch.ones(5))
+                group.all_reduce_(torch.ones(5))
 
     memory = torch.OutOfMemoryError("no memory")
     found["told in a collective"] = raised(lambda: fail_on({1}, memory, between=True))
@@ -58,52 +58,52 @@ def checks(rank: int) -> dict[str, Any]:
     found["can't be sent"] = raised(lambda: fail_on({1}, UnsendableError(), between=True))
 
     def nested() -> None:
-        """What is caught outside of an inner `agreed` is no end; a rank may come to it late or early."""
-        with ranks.agreed():
-            with suppress(ValueError), ranks.agreed():
+        """What is caught outside of an inner `propagate_errors` is no end; a rank may come to it late or early."""
+        with group.propagate_errors():
+            with suppress(ValueError), group.propagate_errors():
                 if rank == 0:
                     raise ValueError("no")
-                ranks.sum(torch.ones(2))
-            found["went on"] = float(ranks.sum(torch.ones(1)))
+                group.all_reduce_(torch.ones(2))
+            found["went on"] = float(group.all_reduce_(torch.ones(1)))
             if rank == 0:
                 raise KeyError("later")
-            with ranks.agreed():
+            with group.propagate_errors():
                 pass
 
     found["nested"] = raised(nested)
 
     def at_the_end_of_both() -> None:
         """The others are done with the inner one when they are told."""
-        with ranks.agreed(), ranks.agreed():
-            ranks.sum(torch.ones(1))
+        with group.propagate_errors(), group.propagate_errors():
+            group.all_reduce_(torch.ones(1))
             if rank == 0:
                 raise ValueError("last")
 
     found["at the end of both"] = raised(at_the_end_of_both)
-    found["after both"] = float(ranks.sum(torch.ones(1)))
+    found["after both"] = float(group.all_reduce_(torch.ones(1)))
 
     def before_another_s() -> None:
         """A collective that is not of the ranks themselves."""
-        with ranks.agreed():
+        with group.propagate_errors():
             if rank == 2:
                 raise ValueError("before")
-            ranks.meet()
+            group.barrier()
             torch.distributed.barrier()
 
     found["before another's"] = raised(before_another_s)
 
     def changed() -> None:
         """An error of another rank that is raised on as something else."""
-        with ranks.agreed():
+        with group.propagate_errors():
             try:
                 if rank == 1:
                     raise RuntimeError("at first")
-                ranks.sum(torch.ones(1))
+                group.all_reduce_(torch.ones(1))
             except RuntimeError as error:
                 raise ValueError("then") from error
 
     found["changed"] = raised(changed)
-    found["after all"] = float(ranks.sum(torch.ones(1)))
+    found["after all"] = float(group.all_reduce_(torch.ones(1)))
     return found
 
 
@@ -143,18 +143,18 @@ def test_all_raise_what_one_raises(found: list[dict[str, Any]]):
 
 
 def going_apart(rank: int) -> str:
-    ranks = training_ranks(CPU)
-    return raised(lambda: ranks.sum(torch.ones(1 + rank)))
+    group = training_process_group(CPU)
+    return raised(lambda: group.all_reduce_(torch.ones(1 + rank)))
 
 
 def dying(rank: int) -> tuple[str, float]:
-    ranks = training_ranks(CPU)
-    ranks.sum(torch.ones(1))
+    group = training_process_group(CPU)
+    group.all_reduce_(torch.ones(1))
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
-    with ranks.agreed():
-        ranks.sum(torch.ones(1))
+    with group.propagate_errors():
+        group.all_reduce_(torch.ones(1))
     return "went on", time.monotonic() - started
 
 
@@ -171,7 +171,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path):
 
 
 def test_one_process_is_alone():
-    assert training_ranks(CPU) is ALONE
-    assert ALONE.gather([1]) == [1] and float(ALONE.sum(torch.ones(1))) == 1
-    with pytest.raises(KeyError), ALONE.agreed():
+    assert training_process_group(CPU) is SINGLE_PROCESS
+    assert SINGLE_PROCESS.all_gather_interleaved([1]) == [1] and float(SINGLE_PROCESS.all_reduce_(torch.ones(1))) == 1
+    with pytest.raises(KeyError), SINGLE_PROCESS.propagate_errors():
         raise KeyError

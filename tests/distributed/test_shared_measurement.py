@@ -18,8 +18,8 @@ from torch.optim import AdamW
 
 from hf_optimizability import OptimizabilityConfig
 from hf_optimizability.curvature.gauss_newton import gauss_newton_trace
-from hf_optimizability.distributed.process_group import training_ranks
-from hf_optimizability.linalg.communicator import ALONE, Ranks
+from hf_optimizability.distributed.process_group import training_process_group
+from hf_optimizability.linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective.objective import Objective
@@ -56,10 +56,10 @@ def cases_on(processes: int) -> list[tuple[Any, ...]]:
     return [case for case in CASES if processes > 2 or case[2:] not in ((2, "landscape"), (2, "forward_over_reverse"))]
 
 
-def measured(ranks: Ranks, name: str, dtype: torch.dtype, batch_size: int, options: str) -> dict[str, Any]:
+def measured(group: ProcessGroup, name: str, dtype: torch.dtype, batch_size: int, options: str) -> dict[str, Any]:
     model = tiny_models.make(name, dtype=dtype)
     rows = tiny_models.examples(name, 9, dtype=dtype)
-    objective = Objective(model, tiny_models.cut(rows, batch_size)).shared(ranks)
+    objective = Objective(model, tiny_models.cut(rows, batch_size)).shared(group)
     config = OptimizabilityConfig(max_hvps=40, trace_tolerance=0.05, **OPTIONS[options])
     found = measure_objective(objective, config, optimizer=AdamW(model.parameters(), lr=1e-3))[0].to_dict()
     _drop_rounding(found)
@@ -80,19 +80,19 @@ def _drop_rounding(measurement: dict[str, Any]) -> dict[str, Any]:
 
 
 def on_a_rank(rank: int) -> dict[str, Any]:
-    ranks = training_ranks(CPU)
-    found: dict[str, Any] = {str(case): measured(ranks, *case) for case in cases_on(ranks.number)}
-    found["exact trace"] = exact_trace(ranks)
-    found["memory"] = with_little_memory(ranks)
+    group = training_process_group(CPU)
+    found: dict[str, Any] = {str(case): measured(group, *case) for case in cases_on(group.world_size)}
+    found["exact trace"] = exact_trace(group)
+    found["memory"] = with_little_memory(group)
     return found
 
 
-def exact_trace(ranks: Ranks) -> list[float]:
+def exact_trace(group: ProcessGroup) -> list[float]:
     model = tiny_models.make("bert").eval()
-    objective = Objective(model, tiny_models.cut(tiny_models.examples("bert", 9), 2)).shared(ranks)
+    objective = Objective(model, tiny_models.cut(tiny_models.examples("bert", 9), 2)).shared(group)
     size = sum(parameter.numel() for parameter in objective.parameters)
     with math_attention():
-        total, [first, _] = gauss_newton_trace(objective, [[slice(0, 99)], [slice(99, size)]], ranks=ranks)
+        total, [first, _] = gauss_newton_trace(objective, [[slice(0, 99)], [slice(99, size)]], group=group)
     return [total.value, total.data_std_error or math.nan, first.value, first.data_std_error or math.nan]
 
 
@@ -110,12 +110,12 @@ class Small(nn.Module):
         return self.line(x).tanh()
 
 
-def with_little_memory(ranks: Ranks) -> dict[str, Any]:
+def with_little_memory(group: ProcessGroup) -> dict[str, Any]:
     """Only the rank that gets the large batch runs out of memory; both halve theirs."""
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(size, 3, generator=generator),) for size in (1, 4, 1)]
     objective = Objective(Small(), batches, loss_fn=lambda model, batch: model(batch[0]).square().mean())
-    measurement, objective = measure_objective(objective.shared(ranks), OptimizabilityConfig(profile="light"))
+    measurement, objective = measure_objective(objective.shared(group), OptimizabilityConfig(profile="light"))
     return {
         "measurement": _drop_rounding(measurement.to_dict()),
         "sizes": [len(batch[0]) for batch in objective.batches],
@@ -161,7 +161,7 @@ def test_is_that_of_one_process(found: list[dict[str, Any]]):
     torch.set_num_threads(1)
     first, *others = found
     for case in cases_on(len(found)):
-        expected = measured(ALONE, *case)
+        expected = measured(SINGLE_PROCESS, *case)
         for result in found:
             assert not differences(result[str(case)], expected, tolerance=TOLERANCES[case[1]]), case
         for result in others:  # to the last bit, or the ranks would part
@@ -170,11 +170,11 @@ def test_is_that_of_one_process(found: list[dict[str, Any]]):
 
 def test_the_exact_trace(found: list[dict[str, Any]]):
     for result in found:
-        assert result["exact trace"] == pytest.approx(exact_trace(ALONE), rel=1e-10)
+        assert result["exact trace"] == pytest.approx(exact_trace(SINGLE_PROCESS), rel=1e-10)
 
 
 def test_memory_that_one_rank_lacks(found: list[dict[str, Any]]):
-    expected = with_little_memory(ALONE)
+    expected = with_little_memory(SINGLE_PROCESS)
     assert expected["sizes"] == [1, 2, 2, 1]
     assert sorted(size for result in found for size in result["memory"]["sizes"]) == [1, 1, 2, 2]
     for result in found:

@@ -13,26 +13,26 @@ from launch import results
 from test_several_tasks import Heads, cut, of_task, rows
 
 from hf_optimizability import OptimizabilityConfig
-from hf_optimizability.distributed.process_group import training_ranks
-from hf_optimizability.linalg.communicator import ALONE, Ranks
+from hf_optimizability.distributed.process_group import training_process_group
+from hf_optimizability.linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 
 
-def measured(ranks: Ranks) -> list[Any]:
+def measured(group: ProcessGroup) -> list[Any]:
     """Of many batches, and of one for each task, which leaves a third rank without any."""
     found = []
     for size in (4, 40):
         batches = [piece for task in (0, 1) for piece in cut(of_task(rows(), task), size)]
         tasks = [str(int(batch["task"][0])) for batch in batches]
-        objective = Objective(Heads(), batches, tasks=tasks).shared(ranks)
+        objective = Objective(Heads(), batches, tasks=tasks).shared(group)
         config = OptimizabilityConfig(task_column="task", max_hvps=40)
         found.append(measure_objective(objective, config)[0].to_dict()["several"])
     return found
 
 
 def on_a_rank(rank: int) -> list[Any]:
-    return measured(training_ranks(torch.device("cpu")))
+    return measured(training_process_group(torch.device("cpu")))
 
 
 def assert_close(one: Any, other: Any, where: str = "") -> None:
@@ -52,6 +52,6 @@ def assert_close(one: Any, other: Any, where: str = "") -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 3])
 def test_shared_tasks_are_those_of_one_process(tmp_path: Path, number: int):
-    alone = measured(ALONE)
+    alone = measured(SINGLE_PROCESS)
     for found in results(on_a_rank, number, tmp_path / "ranks"):
         assert_close(found, alone)

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from hf_optimizability.dynamics.convergence_speed import MOST_POINTS, VALUES, ConvergenceSpeed, fit_convergence
+from hf_optimizability.dynamics.convergence_speed import MAX_POINTS, VALUES, ConvergenceSpeed, fit_convergence
 
 
 STEPS = np.arange(30) * 10.0
@@ -56,10 +56,10 @@ class TestWithoutNoise:
         assert result["half_life"] == pytest.approx(70 * math.log(2), rel=1e-6)
 
     def test_more_points_than_are_fitted(self):
-        steps = np.arange(4 * MOST_POINTS, dtype=float)
+        steps = np.arange(4 * MAX_POINTS, dtype=float)
         result = fit_convergence(steps, exponential(steps, 300.0))
         assert result["half_life"] == pytest.approx(300 * math.log(2), rel=1e-6)
-        assert result["points"] == 4 * MOST_POINTS
+        assert result["points"] == 4 * MAX_POINTS
 
     @pytest.mark.parametrize("tau", [0.05, 0.2, 0.8, 3.0])
     def test_area_has_its_closed_form(self, tau):

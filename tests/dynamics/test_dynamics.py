@@ -151,7 +151,7 @@ def test_log_of_a_real_run(tmp_path):
     assert gap["loss_gap"] == pytest.approx(eval_losses[-1] - losses[-1])
 
 
-ALONE = """
+SINGLE_PROCESS = """
 import sys, evaluate
 folder, calls = sys.argv[1], {
     "convergence_speed": dict(step=list(range(0, 100, 5)), loss=[1 + 0.5 ** (s / 10) for s in range(0, 100, 5)]),
@@ -172,6 +172,6 @@ def test_modules_load_alone_and_offline(tmp_path):
     folder = Path(hf_optimizability.dynamics.__file__).parent
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-W", "error::UserWarning", "-c", ALONE, str(folder)]
+    command = [sys.executable, "-W", "error::UserWarning", "-c", SINGLE_PROCESS, str(folder)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

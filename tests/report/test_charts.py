@@ -12,7 +12,7 @@ import pytest
 
 from hf_optimizability.quantities.loss_landscape import Landscape
 from hf_optimizability.report import OptimizabilityReport
-from hf_optimizability.report.charts import MOST_POINTS, charts
+from hf_optimizability.report.charts import MAX_POINTS, charts
 
 from .example import make_report
 
@@ -101,7 +101,7 @@ def test_a_long_log_keeps_its_extremes():
     log = [{"loss": float(loss), "step": step} for step, loss in enumerate(losses)]
     drawn = series(OptimizabilityReport(log_history=log), "loss")["training log"]
     assert drawn["thinned"] == 10_007
-    assert len(drawn["x"]) <= MOST_POINTS
+    assert len(drawn["x"]) <= MAX_POINTS
     assert drawn["x"] == sorted(drawn["x"])
     points = dict(zip(drawn["x"], drawn["y"], strict=True))
     assert points[1234] == 9.0 and points[8000] == -3.0 and points[9000] is None

@@ -29,7 +29,7 @@ from hf_optimizability.report.markdown import to_markdown
 from .example import make_dynamics, make_estimate, make_report, with_tasks
 
 
-Rows = list[dict[str, Any]]
+RowPartition = list[dict[str, Any]]
 Train = Callable[..., OptimizabilityReport]
 
 
@@ -52,7 +52,7 @@ class Perceptron(nn.Module):
         return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
 
-def digits(number: int, *, start: int = 0, wrong: float = 0.0) -> Rows:
+def digits(number: int, *, start: int = 0, wrong: float = 0.0) -> RowPartition:
     """Rows of scikit-learn's digits; labels are drawn at random with probability `wrong`."""
     images, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def ill_scaled() -> Perceptron:
     return model
 
 
-def two_tasks(*, turned: bool = False, loud: float = 1.0) -> Rows:
+def two_tasks(*, turned: bool = False, loud: float = 1.0) -> RowPartition:
     """Whether a digit is at least 5; or, turned, 0 on half of the rows and 1 on the other, which no pixel tells."""
     rows = []
     for index, row in enumerate(digits(400)):

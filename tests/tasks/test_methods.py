@@ -43,8 +43,8 @@ def test_lora_moves_its_matrices_and_the_head(name: str, head: str):
     assert all("lora_" in key or f"{head}.modules_to_save" in key for key in changed)
     assert any(f"{head}.modules_to_save" in key for key in changed)
     assert any("lora_A" in key for key in changed) and any("lora_B" in key for key in changed)
-    ranks = {value.shape[0] for key, value in model.state_dict().items() if "lora_A" in key}
-    assert ranks == {2}
+    group = {value.shape[0] for key, value in model.state_dict().items() if "lora_A" in key}
+    assert group == {2}
 
 
 def test_lora_needs_linear_layers_a_rank_and_peft(monkeypatch: pytest.MonkeyPatch):
