@@ -12,7 +12,7 @@ CHECKED := hf_optimizability recipes tests benchmarks docs
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-text demo-vision docs test test-slow quality style clean
+.PHONY: help demo demo-text demo-vision docs test test-slow golden quality style clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,6 +34,10 @@ test: $(STAMP)  ## Run the tests, without those that take minutes.
 
 test-slow: $(STAMP) $(VENV)/deepspeed  ## Run the tests that take minutes.
 	$(BIN)/python -m pytest -m slow
+
+golden: $(STAMP)  ## Compare the results of tiny runs, to the last bit, with those of BASE=<commit>; of ONLY=<cases>.
+	@test -n "$(BASE)" || { echo "Name the commit to compare with: make golden BASE=main"; exit 2; }
+	$(BIN)/python benchmarks/golden.py $(BASE) $(if $(ONLY),--only $(ONLY)) $(if $(JOBS),--jobs $(JOBS))
 
 quality: $(STAMP)  ## Check style and types.
 	$(BIN)/ruff check $(CHECKED)
