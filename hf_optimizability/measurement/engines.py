@@ -86,7 +86,7 @@ class HvpEngine:
         self, objective: Objective, *, curvature: str, on_products: OnProducts | None = None
     ) -> ObjectiveOperator:
         """The curvature matrix of an objective, multiplied this way."""
-        options: dict[str, Any] = {"ranks": objective.group, "on_products": on_products}
+        options: dict[str, Any] = {"group": objective.group, "on_products": on_products}
         if curvature == "gauss_newton":
             return GaussNewtonOperator(objective, **options)
         if curvature == "empirical_fisher":
@@ -239,7 +239,7 @@ def _difference_error(
         on_products: Called with the number of products just made.
         exact: Whether exact products, where there are any, can be trusted.
     """
-    options: dict[str, Any] = {"ranks": objective.group, "on_products": on_products}
+    options: dict[str, Any] = {"group": objective.group, "on_products": on_products}
     differences = CentralDifferenceHessian(objective, rows=objective.rows, **options)
     generator = torch.Generator().manual_seed(config.probe_seed)
     probe = differences.rows.rademacher(generator=generator, dtype=differences.dtype, device=differences.device)

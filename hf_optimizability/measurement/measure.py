@@ -369,7 +369,7 @@ def _curvature(
         differences=config.curvature == "hessian",
     )
     options: dict[str, Any] = {"tolerance": config.budget.eigen_tolerance, "seed": config.probe_seed}
-    shared: dict[str, Any] = {"ranks": objective.group, "on_products": count}
+    shared: dict[str, Any] = {"group": objective.group, "on_products": count}
     matrix = partial(way.operator, objective, curvature=config.curvature, on_products=count)
     update = next_update() if config.landscape and next_update is not None else None
     # First, since it finds what is no Hessian.

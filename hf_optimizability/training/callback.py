@@ -206,7 +206,7 @@ class OptimizabilityCallback(TrainerCallback):
             "batch_size": self.config.probe_batch_size,
             "seed": self.config.probe_seed,
             "required": self.config.probe_examples is not None,
-            "ranks": self._group,
+            "group": self._group,
         }
         if self.config.task_column is None:
             return probe_batches(loader, **drawn), None
