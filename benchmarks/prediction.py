@@ -40,7 +40,7 @@ from hf_optimizability.dynamics.convergence_speed import fit_convergence
 from hf_optimizability.errors import MeasurementError
 from hf_optimizability.files import finite, write_atomically
 from hf_optimizability.measurement.results import Measurement
-from hf_optimizability.objective.probe_set import probe_batches, probe_indices
+from hf_optimizability.objective.probe_set import ProbeSpec, draw_probe_set, probe_indices
 from hf_optimizability.scoring.checkpoint import NAMES, score_checkpoint
 from hf_optimizability.tasks.fine_tuning import TASKS, FlagParser, load, parse_arguments
 from hf_optimizability.training.trainer_loss import trainer_loss
@@ -197,7 +197,7 @@ class LookOnce(TrainerCallback):
     def _measure(self, optimizer: Any) -> None:
         trainer, started = self._trainer, time.perf_counter()
         config = OptimizabilityConfig(max_hvps=16, eigen_tolerance=0.2, trace_tolerance=0.4, probe_seed=0)
-        batches = probe_batches(trainer.get_train_dataloader(), examples=PROBED, batch_size=4, seed=0)
+        batches = draw_probe_set(trainer.get_train_dataloader(), ProbeSpec(PROBED, batch_size=4, seed=0)).batches
         inner = getattr(optimizer, "optimizer", optimizer)
         try:
             found = measure(trainer.model, batches, config, loss_fn=trainer_loss(trainer), optimizer=inner)
@@ -272,7 +272,7 @@ def made_short(flags: Flags, folder: Path) -> dict[str, Any]:
 
 def scored(trainer: Trainer) -> dict[str, Any]:
     """The scores of a checkpoint before its training."""
-    batches = probe_batches(trainer.get_train_dataloader(), examples=SCORED, batch_size=64, seed=0)
+    batches = draw_probe_set(trainer.get_train_dataloader(), ProbeSpec(SCORED, batch_size=64, seed=0)).batches
     loss_fn = trainer_loss(trainer)
     return score_checkpoint(trainer.model, batches, loss_fn=loss_fn, gradient_examples=GRADIENTS).to_dict()
 

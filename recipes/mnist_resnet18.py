@@ -42,7 +42,7 @@ from hf_optimizability.linalg.trace import hutchinson
 from hf_optimizability.measurement.measure import block_indices
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective.objective import Objective
-from hf_optimizability.objective.probe_set import probe_batches
+from hf_optimizability.objective.probe_set import ProbeSpec, draw_probe_set
 from hf_optimizability.report.figures import BLUE, VERMILLION
 from hf_optimizability.tasks import image_classification
 from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
@@ -128,12 +128,7 @@ def compare_blocks(
     trainer: OptimizabilityTrainer, config: OptimizabilityConfig, most: int
 ) -> tuple[list[Row], dict[str, tuple[np.ndarray, Density]]]:
     """Small blocks' Hessians in full and by estimates, on the examples that the callback measures on."""
-    batches = probe_batches(
-        trainer.get_train_dataloader(),
-        examples=config.budget.probe_examples,
-        batch_size=config.probe_batch_size,
-        seed=config.probe_seed,
-    )
+    batches = draw_probe_set(trainer.get_train_dataloader(), ProbeSpec.from_config(config)).batches
     model: Any = trainer.model
     objective = Objective(model, batches)
     rows, spectra = [], {}

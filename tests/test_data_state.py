@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_optimizability.errors import MeasurementError
-from hf_optimizability.objective.probe_set import probe_batches
+from hf_optimizability.objective.probe_set import ProbeSpec, draw_probe_set
 
 
-PROBE = {"examples": 6, "batch_size": 3, "seed": 0}
+PROBE = ProbeSpec(6, batch_size=3, seed=0)
 
 GLOBAL_GENERATOR = np.random.default_rng(0)
 GLOBAL_COUNT = 0
@@ -162,7 +162,7 @@ def test_what_rows_and_collators_draw_from_comes_back(name: str, part: str):
 
     untouched = list(loader())
     drawn_from = loader()
-    first, again = (probe_batches(drawn_from, **PROBE) for _ in range(2))
+    first, again = (draw_probe_set(drawn_from, PROBE).batches for _ in range(2))
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     torch.testing.assert_close(list(drawn_from), untouched, rtol=0, atol=0)
 
@@ -219,7 +219,7 @@ def test_a_stream_over_an_open_source_loses_no_row(tmp_path: Path, source: Calla
     stream = Stream(source(tmp_path))
     rows = iter(stream)
     skipped = [next(rows)] if isinstance(stream.source, Countdown) else []  # read in part already
-    batches = probe_batches(DataLoader(stream, batch_size=4), **PROBE)
+    batches = draw_probe_set(DataLoader(stream, batch_size=4), PROBE).batches
     left = [float(row) for row in rows] if skipped else [float(row) for row in stream]
     assert [len(batch) for batch in batches] == [3, 3]
     assert torch.cat(batches).tolist() == left[:6] and len(left) == (19 if skipped else 22 if len(left) > 20 else 20)
@@ -235,7 +235,7 @@ class Handed(IterableDataset):
 
 def test_a_stream_that_hands_out_its_only_iterator_loses_no_row():
     stream = Handed(iter([torch.tensor(float(n)) for n in range(20)]))
-    assert torch.cat(probe_batches(DataLoader(stream, batch_size=4), **PROBE)).tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.cat(draw_probe_set(DataLoader(stream, batch_size=4), PROBE).batches).tolist() == [0, 1, 2, 3, 4, 5]
     assert len(list(stream)) == 20
 
 
@@ -250,7 +250,7 @@ def test_a_stream_of_datasets_loses_no_row(tmp_path: Path):
         return datasets.IterableDataset.from_generator(rows).shuffle(seed=0, buffer_size=4)
 
     drawn_from = stream()
-    probe_batches(DataLoader(drawn_from, batch_size=4), **PROBE)
+    draw_probe_set(DataLoader(drawn_from, batch_size=4), PROBE)
     left = [row["x"] for row in drawn_from]
     opened.seek(0)
     assert left == [row["x"] for row in stream()] and sorted(left) == list(range(20))
@@ -287,7 +287,7 @@ def reading() -> Iterator[int]:
 def test_a_stream_that_cannot_be_set_back_is_refused_unread(source: Callable[[], Any], kind: str):
     stream = Stream(source())
     with pytest.raises(MeasurementError, match=rf"the position of Stream.source \({kind}\) can't be set back.*Pass a"):
-        probe_batches(DataLoader(stream, batch_size=4), **PROBE)
+        draw_probe_set(DataLoader(stream, batch_size=4), PROBE)
     assert len(list(stream)) == 20
 
 
@@ -295,7 +295,7 @@ def test_channels_are_refused_unread():
     ends = socket.socketpair()
     for channel in (ends[0], queue.SimpleQueue(), multiprocessing.Pipe()[0]):
         with pytest.raises(MeasurementError, match="can't be set back"):
-            probe_batches(DataLoader(Stream([channel]), batch_size=4), **PROBE)
+            draw_probe_set(DataLoader(Stream([channel]), batch_size=4), PROBE)
 
 
 def test_a_stream_with_a_state_of_its_own_is_set_back():
@@ -314,14 +314,14 @@ def test_a_stream_with_a_state_of_its_own_is_set_back():
             self.source, self.position = itertools.islice(reading(), state_dict["position"], None), 0
 
     stream = Numbered(reading())
-    assert torch.cat(probe_batches(DataLoader(stream, batch_size=4), **PROBE)).tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.cat(draw_probe_set(DataLoader(stream, batch_size=4), PROBE).batches).tolist() == [0, 1, 2, 3, 4, 5]
     assert len(list(stream)) == 20
 
 
 def test_a_generator_that_rows_come_from_is_refused_in_any_data_set():
     numbers = reading()
     with pytest.raises(MeasurementError, match="generator"):
-        probe_batches(DataLoader(RowPartition(lambda index: next(numbers)), batch_size=4), **PROBE)
+        draw_probe_set(DataLoader(RowPartition(lambda index: next(numbers)), batch_size=4), PROBE)
     assert len(list(numbers)) == 20
 
 
@@ -334,7 +334,7 @@ def test_large_data_is_neither_copied_nor_walked_through():
 
     dataset = Large()
     started = time.process_time()
-    probe_batches(DataLoader(dataset, batch_size=4), **PROBE)
+    draw_probe_set(DataLoader(dataset, batch_size=4), PROBE)
     assert time.process_time() - started < 1 and len(dataset.rows) == 300_000
 
 
@@ -345,5 +345,5 @@ def test_state_comes_back_where_the_collator_raises():
         raise KeyError(generator.normal())
 
     with pytest.raises(MeasurementError, match="refused rows"):
-        probe_batches(DataLoader(RowPartition(float), batch_size=4, collate_fn=refuse), **PROBE)
+        draw_probe_set(DataLoader(RowPartition(float), batch_size=4, collate_fn=refuse), PROBE)
     assert generator.normal() == np.random.default_rng(0).normal()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -17,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.objective.objective import Objective, batch_size, count_items, cut_batch
-from hf_optimizability.objective.probe_set import fingerprint, probe_batches, probe_indices
+from hf_optimizability.objective.probe_set import ProbeSpec, draw_probe_set, fingerprint, probe_indices
 
 
 LABELS = torch.tensor([[-100, 5, 6, -100], [7, -100, 8, 9]])
@@ -170,22 +171,22 @@ def test_a_batch_may_be_a_bare_tensor():
     assert [items for _, items in objective.cut(2).losses()] == [2, 2, 1, 2]
 
 
-PROBE = {"examples": 5, "batch_size": 2, "seed": 0}
+PROBE = ProbeSpec(5, batch_size=2, seed=0)
 
 
 class TestProbeSet:
     def test_it_is_the_same_for_the_same_seed_and_does_not_touch_the_rng(self):
         rows = tiny_models.examples("bert", 30)
         before = torch.get_rng_state()
-        first, again = (probe_batches(loader(rows), **PROBE) for _ in range(2))
-        other = probe_batches(loader(rows), **{**PROBE, "seed": 1})
+        first, again = (draw_probe_set(loader(rows), PROBE).batches for _ in range(2))
+        other = draw_probe_set(loader(rows), replace(PROBE, seed=1)).batches
         assert [len(batch["labels"]) for batch in first] == [2, 2, 1]
         assert fingerprint(first) == fingerprint(again) != fingerprint(other)
         assert torch.equal(torch.get_rng_state(), before)
 
     def test_it_holds_different_examples_of_the_data_set(self):
         rows = [{"x": torch.tensor(index)} for index in range(30)]
-        drawn = torch.cat([batch["x"] for batch in probe_batches(loader(rows), **PROBE)]).tolist()
+        drawn = torch.cat([batch["x"] for batch in draw_probe_set(loader(rows), PROBE).batches]).tolist()
         assert len(set(drawn)) == 5 and set(drawn) <= set(range(30))
 
     def test_indices_depend_on_the_seed_alone(self):
@@ -200,7 +201,7 @@ class TestProbeSet:
         tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
         collator = MaskingCollator(tokenizer=tokenizer, mlm_probability=0.5)
         rows = [{"input_ids": [2, 5 + index % 8, 6, 7, 3]} for index in range(30)]
-        first, again = (probe_batches(loader(rows, collate_fn=collator), **PROBE) for _ in range(2))
+        first, again = (draw_probe_set(loader(rows, collate_fn=collator), PROBE).batches for _ in range(2))
         assert fingerprint(first) == fingerprint(again)
         assert any((batch["labels"] == -100).any() for batch in first)
 
@@ -209,7 +210,7 @@ class TestProbeSet:
             def __iter__(self):
                 return iter([{"x": torch.tensor(index)} for index in range(100)])
 
-        batches = probe_batches(DataLoader(Stream()), **PROBE)
+        batches = draw_probe_set(DataLoader(Stream()), PROBE).batches
         assert torch.cat([batch["x"] for batch in batches]).tolist() == [0, 1, 2, 3, 4]
 
     def test_fingerprint_sees_values_shapes_names_and_types(self):

@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.model_state.measuring import eager_attention, full_precision, preserved_rng, unpatched_forward
-from hf_optimizability.objective.probe_set import probe_batches
+from hf_optimizability.objective.probe_set import ProbeSpec, draw_probe_set
 
 
 def draw() -> tuple[float, float, float]:
@@ -230,7 +230,7 @@ def test_drawing_the_probe_set_leaves_loader_and_sampler_where_they_are(ending: 
         if draws:
             broken.extend([] if ending is None else [ending])
             with nullcontext() if ending is None else pytest.raises(ending):
-                probe_batches(loader, examples=6, batch_size=3, seed=5)
+                draw_probe_set(loader, ProbeSpec(6, batch_size=3, seed=5))
             broken.clear()
         return [*found, *batches, *loader]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from scipy.stats import norm
 from transformers import Trainer
 
-from ..objective.probe_set import probe_batches
+from ..objective.probe_set import ProbeSpec, draw_probe_set
 from ..scoring.checkpoint import CheckpointScores, score_checkpoint
 from ..scoring.score import Score
 from ..training.trainer_loss import trainer_loss
@@ -30,12 +30,8 @@ def score_inputs(inputs: Inputs, *, examples: int) -> CheckpointScores:
     """
     loaded = inputs.loaded()
     trainer = Trainer(args=inputs.training, **loaded)
-    batches = probe_batches(
-        trainer.get_train_dataloader(),
-        examples=examples,
-        batch_size=inputs.training.per_device_eval_batch_size,
-        seed=inputs.data_seed,
-    )
+    spec = ProbeSpec(examples, batch_size=inputs.training.per_device_eval_batch_size, seed=inputs.data_seed)
+    batches = draw_probe_set(trainer.get_train_dataloader(), spec).batches
     return score_checkpoint(
         loaded["model"],
         batches,

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from transformers.utils import logging
 
+from ..config import OptimizabilityConfig
 from ..errors import MeasurementError
 from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..model_state.measuring import preserved_rng
@@ -40,25 +42,64 @@ def dataset_of(dataloader: Any) -> Dataset | None:
 
 
 def num_examples(dataset: Dataset | None) -> int | None:
-    """Size of a data set; `None` if it is streamed."""
+    """Return the size of a data set; `None` if it is streamed."""
     return len(dataset) if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) else None
 
 
 def probe_indices(total: int, examples: int, *, seed: int) -> list[int]:
-    """`examples` different indices below `total`, ascending, the same ones for the same seed."""
+    """Return `examples` different indices below `total`, ascending, the same ones for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(total, generator=generator)[:examples].sort().values.tolist()
 
 
-def probe_batches(
-    dataloader: DataLoader,
-    *,
-    examples: int,
-    batch_size: int,
-    seed: int,
-    required: bool = False,
-    group: ProcessGroup = SINGLE_PROCESS,
-) -> list[Any]:
+@dataclass(frozen=True)
+class ProbeSpec:
+    """How to draw a probe set.
+
+    Attributes:
+        examples: How many examples to draw; somewhat more where whole batches are drawn.
+        batch_size: Examples to collate at a time. Where the collator refuses that, as many as training does; with
+            tasks, fewer where a task would have too few batches to show a spread.
+        seed: Seed of the draw, and of whatever augmentation or masking does to the examples.
+        required: Whether fewer examples are an error; otherwise all there are are taken.
+        task_column: The column that holds the tasks, if the examples of each task are collated by themselves.
+        group: Processes that train together: the first one draws for all.
+    """
+
+    examples: int
+    batch_size: int
+    seed: int
+    required: bool = False
+    task_column: str | None = None
+    group: ProcessGroup = SINGLE_PROCESS
+
+    @classmethod
+    def from_config(cls, config: OptimizabilityConfig, *, group: ProcessGroup = SINGLE_PROCESS) -> ProbeSpec:
+        """Return what a configuration asks for."""
+        return cls(
+            examples=config.budget.probe_examples,
+            batch_size=config.probe_batch_size,
+            seed=config.probe_seed,
+            required=config.probe_examples is not None,
+            task_column=config.task_column,
+            group=group,
+        )
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """The examples that every measurement is made on.
+
+    Attributes:
+        batches: The examples, collated, on the CPU.
+        tasks: The task of each batch; `None` where tasks are not distinguished.
+    """
+
+    batches: list[Any]
+    tasks: list[str] | None = None
+
+
+def draw_probe_set(dataloader: DataLoader, spec: ProbeSpec, *, rows: Dataset | None = None) -> ProbeSet:
     """Draw the probe set from a data loader's data set, without running the loader.
 
     Rows are drawn at random. A batch sampler other than torch's own decides which rows may share a batch, so its first
@@ -66,84 +107,22 @@ def probe_batches(
 
     Args:
         dataloader: Its data set, collator and batch sampler are used.
-        examples: How many examples to draw; somewhat more where whole batches are drawn.
-        batch_size: Examples to collate at a time. Where the collator refuses that, as many as training does.
-        seed: Seed of the draw, and of whatever augmentation or masking does to the examples.
-        required: Whether fewer examples are an error; otherwise all there are are taken.
-        group: Processes that train together: the first one draws for all.
-
-    Returns:
-        The collated batches, on the CPU.
+        spec: How many examples to draw, and how to collate them.
+        rows: With `task_column`, the loader's data set as it was before columns were taken away.
 
     Raises:
-        ValueError: If fewer examples are there than are required.
+        ValueError: If fewer examples are there than are required; if there is no column of that name; if it names one
+            task only, or too many.
         MeasurementError: If no probe set can be drawn; it says what to do.
     """
-    return [batch for batch, _ in _sample_and_broadcast(dataloader, examples, batch_size, seed, required, None, group)]
-
-
-def probe_batches_by_task(
-    dataloader: DataLoader,
-    rows: Dataset | None,
-    column: str,
-    *,
-    examples: int,
-    batch_size: int,
-    seed: int,
-    required: bool = False,
-    group: ProcessGroup = SINGLE_PROCESS,
-) -> tuple[list[Any], list[str]]:
-    """Draw the same probe set, and collate the examples of each task by themselves.
-
-    Args:
-        dataloader: As above.
-        rows: The loader's data set as it was before columns were taken away.
-        column: The column of `rows` that holds the tasks.
-        examples: As above.
-        batch_size: Most examples to collate at a time; fewer where a task would have too few batches to show a spread.
-        seed: As above.
-        required: As above.
-        group: As above.
-
-    Returns:
-        The collated batches, on the CPU, and the task of each.
-
-    Raises:
-        ValueError: As above; if there is no such column; if it names one task only, or too many.
-        MeasurementError: As above.
-    """
-    total = num_examples(dataset_of(dataloader))
-
-    def split(indices: list[int]) -> list[tuple[str, list[int]]]:
-        task = tasks_of_rows(rows, column, rows=total)
-        names = [task(index) for index in indices]
-        require_several(names, column)
-        places = {name: [place for place, own in enumerate(names) if own == name] for name in sorted(set(names))}
-        return list(places.items())
-
-    found = _sample_and_broadcast(dataloader, examples, batch_size, seed, required, split, group)
-    return [batch for batch, _ in found], [task for _, task in found]
-
-
-Split = Callable[[list[int]], list[tuple[str, list[int]]]]
-"""From the indices of rows to the places in them that belong to each task."""
-
-
-def _sample_and_broadcast(
-    dataloader: DataLoader,
-    examples: int,
-    batch_size: int,
-    seed: int,
-    required: bool,
-    split: Split | None,
-    group: ProcessGroup,
-) -> list[tuple[Any, str]]:
-    with group.propagate_errors():
+    with spec.group.propagate_errors():
         found = []
-        if group.rank == 0:
-            with preserved_rng(seed), _preserved(dataloader) as state:
-                found = _drawn(dataloader, examples, batch_size, seed, required, split, state)
-    return group.all_gather_interleaved(found)
+        if spec.group.rank == 0:
+            with preserved_rng(spec.seed), _preserved(dataloader) as state:
+                found = _sample(dataloader, spec, rows, state)
+    found = spec.group.all_gather_interleaved(found)
+    batches = [batch for batch, _ in found]
+    return ProbeSet(batches, None if spec.task_column is None else [task for _, task in found])
 
 
 def _preserved(dataloader: Any) -> AbstractContextManager[DataState]:
@@ -155,32 +134,40 @@ def _preserved(dataloader: Any) -> AbstractContextManager[DataState]:
     return preserved_data(dataset, dataloader.collate_fn, dataloader.sampler, dataloader.batch_sampler, stream=stream)
 
 
-def _drawn(
-    dataloader: DataLoader,
-    examples: int,
-    batch_size: int,
-    seed: int,
-    required: bool,
-    split: Split | None,
-    state: DataState,
+def _sample(
+    dataloader: DataLoader, spec: ProbeSpec, rows_with_tasks: Dataset | None, state: DataState
 ) -> list[tuple[Any, str]]:
+    """Return batches, each with its task; the task is empty where they are not distinguished."""
     dataset = dataset_of(dataloader)
     total = num_examples(dataset)
-    whole = _whole_batches(dataloader, dataset, total, seed, state, by_task=split is not None)
+    by_task = spec.task_column is not None
+    whole = _whole_batches(dataloader, dataset, total, spec.seed, state, by_task=by_task)
     if whole is not None:
-        return [(batch, "") for batch in _enough(whole, examples, required)]
+        return [(batch, "") for batch in _enough(whole, spec.examples, spec.required)]
     if total is None:
-        rows = list(islice(_rows(dataset, state), examples))
+        rows = list(islice(_rows(dataset, state), spec.examples))
         indices = list(range(len(rows)))
-        _require_enough(len(rows), examples, required)
+        _require_enough(len(rows), spec.examples, spec.required)
     else:
-        _require_enough(min(total, examples), examples, required)
-        indices, rows = _readable_rows(dataset, probe_indices(total, examples, seed=seed))
-    found = []
-    for task, places in [("", list(range(len(rows))))] if split is None else split(indices):
-        size = batch_size if split is None else smaller_batches(len(places), batch_size)
-        found += [(batch, task) for batch in _collated(dataloader, [rows[place] for place in places], size)]
-    return found
+        _require_enough(min(total, spec.examples), spec.examples, spec.required)
+        indices, rows = _readable_rows(dataset, probe_indices(total, spec.examples, seed=spec.seed))
+    if spec.task_column is None:
+        return [(batch, "") for batch in _collated(dataloader, rows, spec.batch_size)]
+    return [
+        (batch, task)
+        for task, members in _members(rows_with_tasks, spec.task_column, indices, total).items()
+        for batch in _collated(
+            dataloader, [rows[member] for member in members], smaller_batches(len(members), spec.batch_size)
+        )
+    ]
+
+
+def _members(rows: Dataset | None, column: str, indices: list[int], total: int | None) -> dict[str, list[int]]:
+    """Return, for each task, the positions in `indices` of its rows."""
+    task_of = tasks_of_rows(rows, column, rows=total)
+    names = [task_of(index) for index in indices]
+    require_several(names, column)
+    return {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
 
 
 def _whole_batches(
@@ -329,7 +316,7 @@ def _said(error: Exception) -> str:
 
 
 def fingerprint(batches: Iterable[Any]) -> str:
-    """SHA-256 (first 16 hex digits) of all tensors of all batches: the same probe set, the same fingerprint."""
+    """Return the SHA-256 (first 16 hex digits) of all tensors of all batches: equal for equal probe sets."""
     digest = hashlib.sha256()
     for batch in batches:
         for name, tensor in tensors_in(batch):

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from ..config import OptimizabilityConfig
 from ..measurement.results import Measurement
-from ..objective.probe_set import probe_batches
+from ..objective.probe_set import ProbeSpec, draw_probe_set
 from ..report import OptimizabilityReport
 from ..training import provenance
 from ..training.trainer_loss import trainer_loss
@@ -27,13 +27,7 @@ def measure_inputs(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, 
             "`task_column` is not offered here: the command leaves the model nothing but its inputs. Train with "
             "`OptimizabilityTrainer`, or call `hf_optimizability.measure`."
         )
-    batches = probe_batches(
-        trainer.get_train_dataloader(),
-        examples=config.budget.probe_examples,
-        batch_size=config.probe_batch_size,
-        seed=config.probe_seed,
-        required=config.probe_examples is not None,
-    )
+    batches = draw_probe_set(trainer.get_train_dataloader(), ProbeSpec.from_config(config)).batches
     return {"model": trainer.model, "batches": batches, "config": config, "loss_fn": trainer_loss(trainer)}
 
 

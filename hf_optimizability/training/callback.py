@@ -29,7 +29,7 @@ from ..measurement.out_of_memory import out_of_memory
 from ..measurement.results import Measurement, MeasurementFailure, SeveralTasks, TaskMeasurement
 from ..model_state.measuring import pretrained
 from ..objective.objective import Objective
-from ..objective.probe_set import dataset_of, probe_batches, probe_batches_by_task, tensors_in
+from ..objective.probe_set import ProbeSet, ProbeSpec, dataset_of, draw_probe_set, tensors_in
 from ..quantities.preconditioner import unwrapped
 from ..redaction import anonymous, in_strings, without_secrets
 from ..report import OptimizabilityReport
@@ -77,7 +77,7 @@ class OptimizabilityCallback(TrainerCallback):
 
     _model: nn.Module  # all are set when training begins
     _group: ProcessGroup
-    _probe_set: tuple[list[Any], list[str] | None] | None
+    _probe_set: ProbeSet | None
     _objective: Objective | None
     _optimizer: Optimizer | None
     _folder: Path
@@ -187,7 +187,8 @@ class OptimizabilityCallback(TrainerCallback):
         try:
             if self._trainer is not None:
                 require_measurable_loss(self._trainer)
-            self._probe_set = self._probe(loader, rows)
+            spec = ProbeSpec.from_config(self.config, group=self._group)
+            self._probe_set = draw_probe_set(loader, spec, rows=rows)
             objective = self._present_objective()  # raises no ValueError
         except (ValueError, RankLostError):
             raise
@@ -199,19 +200,6 @@ class OptimizabilityCallback(TrainerCallback):
             trainer = self._trainer
             self._run_safely("finding the scale of the loss", lambda: self._find_loss_scale(trainer, objective))
 
-    def _probe(self, loader: DataLoader, rows: Dataset | None) -> tuple[list[Any], list[str] | None]:
-        """Return the probe set in batches, and the task of each where there are several."""
-        drawn: dict[str, Any] = {
-            "examples": self.config.budget.probe_examples,
-            "batch_size": self.config.probe_batch_size,
-            "seed": self.config.probe_seed,
-            "required": self.config.probe_examples is not None,
-            "group": self._group,
-        }
-        if self.config.task_column is None:
-            return probe_batches(loader, **drawn), None
-        return probe_batches_by_task(loader, rows, self.config.task_column, **drawn)
-
     def _present_objective(self) -> Objective:
         """Return the loss on the probe set, by the parameters that are trained now, once it is known to be one.
 
@@ -222,9 +210,8 @@ class OptimizabilityCallback(TrainerCallback):
             self._objective = None
         if self._objective is None:
             assert self._probe_set is not None
-            batches, tasks = self._probe_set
             with self._group.propagate_errors():
-                self._objective = self._tried_objective(batches, tasks)
+                self._objective = self._tried_objective(self._probe_set.batches, self._probe_set.tasks)
         return self._objective
 
     def _tried_objective(self, batches: list[Any], tasks: list[str] | None) -> Objective:

@@ -20,7 +20,7 @@ from ..model_state.measuring import measuring, preserved_rng, pretrained
 from ..model_state.state import eval_mode
 from ..objective.batches import Unit
 from ..objective.objective import Objective
-from ..objective.probe_set import MIN_EXAMPLES, num_examples, probe_batches
+from ..objective.probe_set import MIN_EXAMPLES, ProbeSpec, draw_probe_set, num_examples
 from .provenance import describe_task
 from .trainer_loss import trainer_loss
 
@@ -117,7 +117,8 @@ def _mean_loss(
 ) -> dict[str, float]:
     """Mean loss over a sample, and its standard error from the spread between batches (that of a ratio of sums)."""
     batch_size = min(config.probe_batch_size, -(-examples // MIN_BATCHES))
-    batches = probe_batches(loader, examples=examples, batch_size=batch_size, seed=config.probe_seed, group=group)
+    spec = ProbeSpec(examples, batch_size=batch_size, seed=config.probe_seed, group=group)
+    batches = draw_probe_set(loader, spec).batches
     model = cast(nn.Module, trainer.model)
     objective = Objective(model, batches, loss_fn=trainer_loss(trainer), seed=config.probe_seed, preserved=(trainer,))
     objective = objective.counted_by(unit).shared(group)
