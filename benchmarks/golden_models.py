@@ -28,29 +28,19 @@ _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_
 _SIZES = {"hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 6}
 _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "bert": (
-        BertForSequenceClassification,
-        BertConfig,
+        BertForSequenceClassification, BertConfig,
         {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 8, "num_labels": 3},
     ),
     "gpt2": (GPT2LMHeadModel, GPT2Config, {**_TOKENS, "n_positions": 8, "n_embd": 4, "n_layer": 2, "n_head": 2}),
     "llama": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        {**_TOKENS, **_SIZES, "num_key_value_heads": 1, "max_position_embeddings": 8},
+        LlamaForCausalLM, LlamaConfig, {**_TOKENS, **_SIZES, "num_key_value_heads": 1, "max_position_embeddings": 8},
     ),
     "resnet": (
-        ResNetForImageClassification,
-        ResNetConfig,
-        {
-            "num_channels": 1,
-            "embedding_size": 4,
-            "hidden_sizes": [4, 6],
-            "depths": [1, 1],
-            "layer_type": "basic",
-            "num_labels": 3,
-        },
+        ResNetForImageClassification, ResNetConfig,
+        {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic",
+         "num_labels": 3},
     ),
-}
+}  # fmt: skip
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
@@ -61,7 +51,9 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, **settings: Any) -> 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    return model.to(dtype).train()
+    moved: nn.Module = model
+    moved.to(dtype)
+    return model.train()
 
 
 def rows(name: str, number: int, *, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
@@ -84,6 +76,21 @@ def batches(examples: list[dict[str, Any]], size: int = 4) -> list[dict[str, Ten
     """Return the examples in batches of `size`, the last one smaller."""
     pieces = [examples[start : start + size] for start in range(0, len(examples), size)]
     return [{key: torch.stack([torch.as_tensor(row[key]) for row in piece]) for key in piece[0]} for piece in pieces]
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """The identity, with a backward pass that can't be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return the same values."""
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return the same gradient."""
+        return gradient
 
 
 class TwoHeads(nn.Module):
