@@ -19,6 +19,6 @@ LOOKED_AT = {"report", "recipes", "test_docs.py"}
 @pytest.fixture(autouse=True)
 def plots_are_drawn_where_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if LOOKED_AT.isdisjoint(request.path.relative_to(request.config.rootpath).parts):
-        from undrawn import leave_plots_undrawn  # loads the package, which reads the environment
+        from tests.support.blank_plots import leave_plots_undrawn  # loads the package, which reads the environment
 
         leave_plots_undrawn(monkeypatch)

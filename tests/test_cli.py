@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_texts
+from tests.support import tiny_texts
 import torch
 from datasets import Dataset
-from report.example import make_report
+from tests.support.example_report import make_report
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 

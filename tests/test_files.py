@@ -32,11 +32,11 @@ while True:
 MEASURING = """
 import sys
 from pathlib import Path
-import training
+from tests.support import tiny_training
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 config = OptimizabilityConfig(measure_strategy="steps", measure_steps=1, probe_examples=8, max_hvps=400,
                               trace_tolerance=1e-9, eigen_tolerance=1e-9)
-training.trainer(Path(sys.argv[1]), cls=OptimizabilityTrainer, optimizability=config, max_steps=1000).train()
+tiny_training.trainer(Path(sys.argv[1]), cls=OptimizabilityTrainer, optimizability=config, max_steps=1000).train()
 """
 
 

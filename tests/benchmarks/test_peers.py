@@ -18,7 +18,7 @@ from libraries import MIN_PROBES, Call, Ends, Library, Ours, OutOfTimeError, Pro
 from peers import called, reached, watch, within
 from scipy.stats import ortho_group
 from tables import markdown, problems
-from tiny_models import cut, dense_hessian, examples, make
+from tests.support.tiny_models import cut, dense_hessian, examples, make
 from truth import Mean, Run, Truth, _Exact, pooled, sharpened
 from workloads import Workload
 

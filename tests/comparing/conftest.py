@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_texts
+from tests.support import tiny_texts
 
 
 @pytest.fixture(scope="session")

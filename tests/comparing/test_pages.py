@@ -9,8 +9,8 @@ import re
 
 import pytest
 from markdown_it import MarkdownIt
-from report.damage import HOSTILE
-from report.page import read_page
+from tests.support.damaged_report import HOSTILE
+from tests.support.html_page import read_page
 from report.test_html import DESKTOP, PHONE, browser, show  # noqa: F401  (fixtures)
 
 from hf_optimizability import Comparison, OptimizabilityReport
@@ -18,7 +18,7 @@ from hf_optimizability.comparing.pages import charts, pareto_front, verdict
 from hf_optimizability.comparing.results import Entry, Failure, Run
 from hf_optimizability.report.markdown import format_interval
 
-from .example import make_comparison
+from tests.support.example_comparison import make_comparison
 
 
 TWO = {"good": 0.9, "bad": 0.5}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 
 import pytest
-import tiny_models
+from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 

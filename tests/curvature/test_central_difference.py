@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import tiny_models
+from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call

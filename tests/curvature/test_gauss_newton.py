@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-import tiny_models
+from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call

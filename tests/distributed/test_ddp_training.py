@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import training
-from launch import Failed, on_ranks, results
+from tests.support import tiny_training
+from tests.support.ranks import Failed, on_ranks, results
 from test_hands_off import assert_equal, run
 from test_resume import QUICK, SAVES, STEPS, StopBefore, StoppedError
 from test_shared_measurement import differences
@@ -28,7 +28,7 @@ CONFIG = {**QUICK, **STEPS}
 
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(training.dataset("bert"))
+        return iter(tiny_training.dataset("bert"))
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "split": {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 4},
     "stream": {"train_dataset": Stream()},
     "dispatch": {"train_dataset": Stream(), "accelerator_config": {"dispatch_batches": True}},
-    "uneven": {"train_dataset": training.dataset("bert", 7), "eval_dataset": training.dataset("bert", 5)},
+    "uneven": {"train_dataset": tiny_training.dataset("bert", 7), "eval_dataset": tiny_training.dataset("bert", 5)},
     "vit": {"name": "vit", "learning_rate": 1e-3},  # without dropout, and with a loss that is the mean
     "auto": {"config": {"measure_strategy": "auto", "overhead_budget": 0.9, "measure_steps": 500}},
 }
@@ -49,7 +49,7 @@ OFTEN = ["dispatch", "uneven", "plain"]
 
 def trainer(folder: Path, cls: type[Trainer] = Trainer, **options: Any) -> Trainer:
     settings = {"per_device_train_batch_size": 2, "max_steps": 4, "optim": "sgd", **options}
-    return training.trainer(folder, cls=cls, **settings)
+    return tiny_training.trainer(folder, cls=cls, **settings)
 
 
 def trainings(rank: int, folder: Path, names: list[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import training
+from tests.support import tiny_training
 from test_resume import QUICK, STEPS
 from test_shared_measurement import differences
 
@@ -53,7 +53,7 @@ def test_all_is_measured_but_how_far_an_optimizer_of_deepspeed_may_step(found: d
 def test_the_numbers_are_those_of_one_process_without_it(tmp_path: Path, found: dict[str, list[dict[str, Any]]]):
     """Before the first step: then dropout parts them. Where no step is measured, more products go to the Hessian."""
     callback = OptimizabilityCallback(OptimizabilityConfig(**QUICK, **STEPS))
-    training.trainer(tmp_path, callbacks=[callback], max_steps=4, learning_rate=1e-3).train()
+    tiny_training.trainer(tmp_path, callbacks=[callback], max_steps=4, learning_rate=1e-3).train()
     expected = callback.report.measurements[0].to_dict()
     zero, one, two = (found[f"ZeRO-{stage}"][0] for stage in (0, 1, 2))
     assert not differences(zero, expected, tolerance=1e-5)

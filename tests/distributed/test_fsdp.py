@@ -12,9 +12,9 @@ from functools import cache, partial
 from typing import Any
 
 import pytest
-import tiny_models
+from tests.support import tiny_models
 import torch
-from launch import results
+from tests.support.ranks import results
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

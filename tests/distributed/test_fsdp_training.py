@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import training
+from tests.support import tiny_training
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from launch import results
+from tests.support.ranks import results
 from test_fsdp import little_memory
 from test_hands_off import assert_equal, run
 from test_resume import QUICK, SAVES, STEPS, StopBefore, StoppedError
@@ -60,7 +60,7 @@ def fsdp_on_the_cpu() -> Iterator[None]:
 
 def trainer(folder: Path, cls: type[Trainer] = Trainer, **options: Any) -> Trainer:
     settings = {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-3, **FSDP, **options}
-    return training.trainer(folder, cls=cls, **settings)
+    return tiny_training.trainer(folder, cls=cls, **settings)
 
 
 def local(value: Any) -> Any:

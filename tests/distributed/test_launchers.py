@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_models
+from tests.support import tiny_models
 from accelerate import dispatch_model
 from test_hands_off import assert_equal
 from test_shared_measurement import differences

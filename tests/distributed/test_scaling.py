@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import scaling
-from launch import results
+from tests.support.ranks import results
 
 
 def checked(rank: int) -> dict[scaling.Route, dict[str, float]]:

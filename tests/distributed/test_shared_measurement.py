@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
+from tests.support import tiny_models
 import torch
-from launch import results
+from tests.support.ranks import results
 from torch import nn
 from torch.optim import AdamW
 

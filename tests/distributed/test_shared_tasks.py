@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launch import results
+from tests.support.ranks import results
 from test_several_tasks import Heads, cut, of_task, rows
 
 from hf_optimizability import OptimizabilityConfig

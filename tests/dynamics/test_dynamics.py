@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import training
+from tests.support import tiny_training
 
 import hf_optimizability.dynamics
 from hf_optimizability.dynamics import compute_dynamics
@@ -125,14 +125,14 @@ def test_log_of_a_real_run(tmp_path):
     def compute_metrics(prediction):
         return {"accuracy": np.mean(prediction.predictions.argmax(-1) == prediction.label_ids)}
 
-    trainer = training.trainer(
+    trainer = tiny_training.trainer(
         tmp_path,
         max_steps=12,
         logging_steps=1,
         eval_strategy="steps",
         eval_steps=4,
         eval_on_start=True,
-        eval_dataset=training.dataset("bert", 8),
+        eval_dataset=tiny_training.dataset("bert", 8),
         compute_metrics=compute_metrics,
     )
     trainer.train()

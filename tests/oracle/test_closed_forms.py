@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny_models
+from tests.support import tiny_models
 import torch
 from scipy.linalg import block_diag
 from torch import Tensor, nn

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-import tiny_models
+from tests.support import tiny_models
 import torch
 from torch import Tensor
 from torch.nn import functional

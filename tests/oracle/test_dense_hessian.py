@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import tiny_models
+from tests.support import tiny_models
 
 from hf_optimizability import Measurement, OptimizabilityConfig, measure
 from hf_optimizability.objective.parameter_blocks import name_blocks

@@ -10,8 +10,8 @@ from pathlib import Path
 import causal_language_modeling_lora
 import numpy as np
 import pytest
-import tiny_models
-import tiny_texts
+from tests.support import tiny_models
+from tests.support import tiny_texts
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction

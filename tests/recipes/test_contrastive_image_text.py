@@ -10,8 +10,8 @@ from pathlib import Path
 import contrastive_image_text
 import numpy as np
 import pytest
-import tiny_models
-import tiny_texts
+from tests.support import tiny_models
+from tests.support import tiny_texts
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.nn import functional as F

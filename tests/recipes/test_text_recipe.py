@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import text_classification
 import torch
-from tiny_texts import LABELS, SENTENCES, save_checkpoint, save_data
+from tests.support.tiny_texts import LABELS, SENTENCES, save_checkpoint, save_data
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 

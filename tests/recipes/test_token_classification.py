@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_texts
+from tests.support import tiny_texts
 import token_classification
 import torch
 from datasets import Dataset

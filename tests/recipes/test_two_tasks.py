@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import several_tasks
 from datasets import Dataset
-from tiny_texts import SENTENCES, save_checkpoint
+from tests.support.tiny_texts import SENTENCES, save_checkpoint
 from transformers import AutoConfig, AutoModel
 
 from hf_optimizability import OptimizabilityReport

@@ -14,7 +14,7 @@ from hf_optimizability.quantities.loss_landscape import Landscape
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.charts import MAX_POINTS, charts
 
-from .example import make_report
+from tests.support.example_report import make_report
 
 
 def series(report: OptimizabilityReport, chart: str) -> dict[str, dict]:

@@ -21,9 +21,9 @@ from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.figures import plot_blocks, plot_gradient_norm
 from hf_optimizability.report_data.number_format import format_estimate, format_interval, format_number
 
-from .damage import HOSTILE
-from .example import make_report, with_tasks
-from .page import read_page
+from tests.support.damaged_report import HOSTILE
+from tests.support.example_report import make_report, with_tasks
+from tests.support.html_page import read_page
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

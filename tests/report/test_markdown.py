@@ -24,7 +24,7 @@ from hf_optimizability.report_data.number_format import (
     format_with_error,
 )
 
-from .example import make_estimate, make_measurement, make_report
+from tests.support.example_report import make_estimate, make_measurement, make_report
 
 
 HOSTILE = "a|b <script>alert(1)</script> `c` *d* __e__ [f](http://g) ![h](i) $j$ ~~k~~ &lt; \\| \n# l\n\n- m\x1b[31m"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
+from tests.support import tiny_models
 import torch
 from torch import nn
 from transformers import GPT2ForSequenceClassification, RobertaConfig, RobertaForSequenceClassification

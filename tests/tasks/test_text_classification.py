@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-import tiny_texts
+from tests.support import tiny_texts
 from datasets import Dataset
 
 from hf_optimizability.tasks import text_classification

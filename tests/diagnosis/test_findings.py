@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Findings: small real runs that have an illness and that have not, and both sides of every threshold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.support import tiny_training
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
+from hf_optimizability.diagnosis.findings import FINDINGS, SEVERITIES, Finding, find
+from hf_optimizability.linalg.estimate import Estimate
+from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
+from hf_optimizability.report.markdown import to_markdown
+
+from tests.support.example_report import make_dynamics, make_estimate, make_report, with_tasks
+
+
+RowPartition = list[dict[str, Any]]
+Train = Callable[..., OptimizabilityReport]
+
+
+class Perceptron(nn.Module):
+    """Layers on digits, with the interface of a Transformers model."""
+
+    def __init__(self, *, layers: int = 3, width: int = 32, activation: Callable[[], nn.Module] = nn.ReLU):
+        super().__init__()
+        sizes = [64, *[width] * layers]
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
+        self.activation = activation()
+        self.classifier = nn.Linear(width, 10)
+        for layer in self.layers:
+            nn.init.kaiming_normal_(layer.weight)
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> SequenceClassifierOutput:
+        for layer in self.layers:
+            pixels = self.activation(layer(pixels))
+        logits = self.classifier(pixels)
+        return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+def digits(number: int, *, start: int = 0, wrong: float = 0.0) -> RowPartition:
+    """Rows of scikit-learn's digits; labels are drawn at random with probability `wrong`."""
+    images, labels = load_digits(return_X_y=True)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(labels))
+    labels = np.where(rng.random(len(labels)) < wrong, rng.integers(0, 10, len(labels)), labels)
+    chosen = order[start : start + number]
+    pixels = torch.tensor(images[chosen] / 8 - 1, dtype=torch.float32)
+    return [{"pixels": row, "labels": int(label)} for row, label in zip(pixels, labels[chosen], strict=True)]
+
+
+def trained(folder: Path, own: nn.Module | None = None, *, config: dict[str, Any] | None = None, **options: Any):
+    """The report of a run of a perceptron on digits, as it comes back from its file."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "train_dataset": digits(400), "eval_dataset": digits(400, start=1000), "max_steps": 90, "logging_steps": 2,
+        "per_device_train_batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 10, "optim": "adamw_torch",
+    }  # fmt: skip
+    probing: dict[str, Any] = {
+        "profile": "light", "measure_strategy": "no", "max_hvps": 16, "probe_examples": 32, "probe_batch_size": 8,
+    }  # fmt: skip
+    trainer = tiny_training.trainer(
+        folder,
+        cls=OptimizabilityTrainer,
+        own=own or Perceptron(),
+        optimizability=OptimizabilityConfig(**{**probing, **(config or {})}),
+        **{**settings, **options},
+    )
+    trainer.train()
+    loaded = OptimizabilityReport.load(folder / "optimizability")
+    assert loaded.findings == trainer.optimizability_report().findings
+    written = json.loads((folder / "optimizability" / "report.json").read_text())["findings"]
+    assert [Finding(**{**data, "evidence": tuple(data["evidence"])}) for data in written] == [*loaded.findings]
+    return loaded
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    monkeypatch.setattr("hf_optimizability.report.figures.plot_all", lambda report: {})  # takes longer than the run
+    return partial(trained, tmp_path)
+
+
+def names(report: OptimizabilityReport) -> list[str]:
+    return [finding.name for finding in report.findings]
+
+
+MEASURED_ON_THE_WAY = {"measure_strategy": "steps", "measure_steps": 30}
+ABOUT_THE_RATE = {function.__name__ for function in FINDINGS if function.__name__.startswith("learning_rate")}
+
+
+def test_a_healthy_run_has_nothing_to_complain_of(train: Train):
+    report = train(config=MEASURED_ON_THE_WAY, eval_strategy="steps", eval_steps=15)
+    assert names(report) == []
+    told = report.summary()
+    assert "Warning" not in told and "Problem" not in told
+
+
+def dead_layer() -> Perceptron:
+    model = Perceptron()
+    nn.init.constant_(model.layers[1].bias, -100.0)
+    return model
+
+
+def ill_scaled() -> Perceptron:
+    """The same function with one layer's weights a thousandth and the next one's a thousandfold."""
+    model = Perceptron()
+    with torch.no_grad():
+        model.layers[1].weight /= 1e3
+        model.layers[1].bias /= 1e3
+        model.layers[2].weight *= 1e3
+    return model
+
+
+def two_tasks(*, turned: bool = False, loud: float = 1.0) -> RowPartition:
+    """Whether a digit is at least 5; or, turned, 0 on half of the rows and 1 on the other, which no pixel tells."""
+    rows = []
+    for index, row in enumerate(digits(400)):
+        second, label = index % 2, int(row["labels"] > 4)
+        pixels = row["pixels"] * (loud if second else 1.0)
+        rows.append({"pixels": pixels, "labels": second if turned else label, "kind": second})
+    return rows
+
+
+BY_TASK = {"task_column": "kind", "probe_examples": 64}
+
+ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
+    # The healthy learning rate of SGD is 0.1.
+    (Perceptron, {"optim": "sgd", "learning_rate": 3.0, "config": MEASURED_ON_THE_WAY}, {"learning_rate_above_limit"}),
+    (Perceptron, {"optim": "sgd", "learning_rate": 1e-3, "max_steps": 40}, {"learning_rate_far_below_limit"}),
+    (Perceptron, {"learning_rate": 0.3}, {"training_unstable"}),
+    (Perceptron, {"learning_rate": 1e30, "max_steps": 6}, {"learning_rate_above_limit", "measurement_failed"}),
+    (dead_layer, {"max_steps": 10}, {"gradients_dead"}),
+    (
+        ill_scaled,
+        {"max_steps": 10, "learning_rate": 1e-6},
+        {"gradients_exploding", "gradients_vanishing", "curvature_concentrated"},
+    ),
+    (
+        ill_scaled,
+        {"max_steps": 10, "learning_rate": 1e-6, "config": {"engine": "central_difference"}},
+        {"measurement_failed"},
+    ),
+    (
+        partial(Perceptron, width=256),
+        {"max_steps": 30, "config": {"engine": "central_difference"}},
+        {"measurement_failed"},
+    ),
+    (partial(Perceptron, layers=10, activation=nn.Sigmoid), {"max_steps": 10}, {"gradients_vanishing"}),
+    (
+        Perceptron,
+        {"train_dataset": digits(60, wrong=0.5), "learning_rate": 0.02, "eval_strategy": "steps", "eval_steps": 20},
+        {"overfitting"},
+    ),
+    (Perceptron, {"train_dataset": digits(1400, wrong=1.0), "max_steps": 30}, {"underfitting"}),
+    (
+        Perceptron,
+        {"learning_rate": 0.05, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 5},
+        {"evaluation_unstable"},
+    ),
+    (
+        Perceptron,
+        {
+            "train_dataset": digits(400, wrong=0.8), "per_device_train_batch_size": 1, "max_steps": 8,
+            "learning_rate": 1e-3, "config": {"probe_examples": 128},
+        },
+        {"batch_below_noise_scale"},
+    ),
+    (
+        Perceptron,
+        {"train_dataset": digits(4) * 100, "per_device_train_batch_size": 200, "max_steps": 8},
+        {"batch_above_noise_scale", "not_converged", "saddle"},
+    ),
+    (Perceptron, {"train_dataset": two_tasks(turned=True), "max_steps": 30, "config": BY_TASK}, {"tasks_conflict"}),
+    (
+        Perceptron,
+        {"train_dataset": two_tasks(loud=8), "max_steps": 4, "learning_rate": 1e-6, "config": BY_TASK},
+        {"one_task_dominates"},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "options", "ills"), ILL, ids=lambda value: min(value) if type(value) is set else "")
+def test_an_ill_run_is_found_out(
+    train: Train, model: Callable[[], nn.Module], options: dict[str, Any], ills: set[str]
+):
+    torch.manual_seed(0)
+    assert ills <= {*names(train(model(), **options))}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_accumulation_scales_the_loss_of_bert(train: Train, steps: int):
+    rows = tiny_training.dataset("bert", 40)
+    options = {"train_dataset": rows, "eval_dataset": rows[:8], "gradient_accumulation_steps": steps, "max_steps": 2}
+    report = train(tiny_training.model("bert"), per_device_train_batch_size=4, **options)
+    assert ("loss_scaled" in names(report)) == (steps == 3)
+    assert report.training["examples_per_step"] == 4 * steps
+
+
+def test_a_smooth_model_has_good_central_differences(train: Train):
+    report = train(Perceptron(activation=nn.Tanh), max_steps=20, config={"engine": "central_difference"})
+    assert "central_differences_off" not in names(report)
+
+
+@pytest.mark.slow
+def test_nothing_is_said_about_the_learning_rate_of_a_model_with_batch_norm(train: Train):
+    rows = tiny_training.dataset("mobilenet", 40)
+    report = train(tiny_training.mobilenet(), train_dataset=rows, eval_dataset=rows[:8], max_steps=20)
+    assert report.model["batch_norm"] is True and report.measurements[-1].step_size is not None
+    assert not {*ABOUT_THE_RATE, "training_unstable"} & {*names(report)}
+
+
+def report_with(*, dynamics: dict[str, Any] | None = None, **fields: Any) -> OptimizabilityReport:
+    """A made-up report whose last measurement has other fields, and whose dynamics have other results."""
+    report = make_report()
+    report.measurements[-1] = dataclasses.replace(report.measurements[-1], **fields)
+    for name, results in (dynamics or {}).items():
+        report.dynamics[name] |= results
+    return report
+
+
+def hessian(lambda_max: float, lambda_min: float, error: float) -> HessianEstimates:
+    """Both ends of a spectrum with one error, not converged."""
+    ends = {"lambda_max": lambda_max, "lambda_min": lambda_min}
+    estimates = {name: make_estimate(value, error, converged=False) for name, value in ends.items()}
+    return dataclasses.replace(make_report().measurements[-1].hessian, **estimates)
+
+
+def alike(**changes: Any) -> OptimizabilityReport:
+    """One in which all layers have ‖g_b‖/‖θ_b‖ = 1 but for one, and one block all but a part of the curvature."""
+    blocks = {
+        name: dataclasses.replace(
+            block, grad_norm=1.0, weight_norm=1.0, trace=make_estimate(1.0, 0.0, kind="std_error")
+        )
+        for name, block in make_report().measurements[-1].blocks.items()
+    }
+    blocks["layer.2"] = dataclasses.replace(blocks["layer.2"], **changes)
+    return report_with(blocks=blocks, grad_norm=math.sqrt(8))
+
+
+def at_rate(rate: float, *, trouble: bool = False, sharpness: float = 38.0, **model: Any) -> OptimizabilityReport:
+    """A run of AdamW with a peak rate whose limit is 38/sharpness, within 10 %."""
+    report = report_with()
+    measured = [
+        dataclasses.replace(
+            measurement,
+            step_size=dataclasses.replace(
+                measurement.step_size, learning_rate=0.0, sharpness=make_estimate(sharpness, 0.1 * sharpness)
+            ),
+        )
+        for measurement in report.measurements
+    ]
+    report.measurements[:] = measured
+    report.model |= {"batch_norm": False, **model}
+    report.training["optimizer_settings"] = {"lr": rate, "betas": [0.9, 0.999]}
+    if trouble:
+        report.dynamics["stability"]["loss"] = {**report.dynamics["stability"]["loss"], "non_finite": 1}
+    return report
+
+
+def levelled(report: OptimizabilityReport, *, falling: bool) -> OptimizabilityReport:
+    """The same, with a loss that was still falling or not."""
+    report.dynamics["convergence_speed"] |= {"steps_to_90_low": 301.0 if falling else 299.0}
+    return report
+
+
+def noisy(low: float, high: float, *, batch: int = 100) -> OptimizabilityReport:
+    """A run whose noise scale lies between two values all the time."""
+    report = report_with()
+    scale = Estimate(math.sqrt(low * high), low, high, "jackknife", 0, converged=True)
+    report.measurements[:] = [dataclasses.replace(m, noise_scale=scale) for m in report.measurements]
+    report.training["examples_per_step"] = batch
+    return report
+
+
+def evaluated(*losses: float) -> OptimizabilityReport:
+    """A run with these evaluation losses, of a standard error of 0.02."""
+    report = report_with(dynamics={"generalization_gap": {"std_error": 0.02}})
+    report.log_history = [{"eval_loss": loss, "step": 10 * step} for step, loss in enumerate(losses, 1)]
+    return report
+
+
+def logged(*losses: float, **training: Any) -> OptimizabilityReport:
+    """A run with these training losses; the probe set had 0.7 at the start."""
+    report = report_with()
+    report.log_history = [{"loss": loss, "step": 10 * step} for step, loss in enumerate(losses, 1)]
+    report.training |= training
+    return report
+
+
+def spiking(**loss: Any) -> OptimizabilityReport:
+    return report_with(dynamics={"stability": {"loss": {**make_dynamics()["stability"]["loss"], **loss}}})
+
+
+def gap(**values: Any) -> OptimizabilityReport:
+    return report_with(dynamics={"generalization_gap": {"std_error": 0.1, "loss_gap": 0.3, **values}})
+
+
+def unlearnt(loss: float, high: float = 0.01) -> OptimizabilityReport:
+    """A run that ends at a loss on the probe set after 0.7 at the start, with that much of a gap at most."""
+    return report_with(loss=loss, dynamics={"generalization_gap": {"low": -0.1, "high": high}})
+
+
+def by_task(*, cosine: float = 0.5, share: float = 0.0, weight: float = 0.5) -> OptimizabilityReport:
+    """Two tasks, a cosine with that upper end, and a share of the second one with that lower end."""
+    report = with_tasks(make_report(1), ["a", "b"])
+    several = report.measurements[0].several
+    task = dataclasses.replace(
+        several.tasks["b"], weight=weight, share=Estimate(share + 0.1, share, share + 0.2, "jackknife", 0, True)
+    )
+    agreed = Estimate(cosine - 0.1, cosine - 0.2, cosine, "jackknife", 0, True, std_error=0.04)
+    conflict = dataclasses.replace(several.conflicts[0], cosine=agreed)
+    several = dataclasses.replace(several, tasks={**several.tasks, "b": task}, conflicts=(conflict,))
+    return dataclasses.replace(report, measurements=[dataclasses.replace(report.measurements[0], several=several)])
+
+
+SIDES: list[tuple[str, OptimizabilityReport, OptimizabilityReport]] = [
+    # name, a report that has it, and one that has it not for a little less of something
+    ("learning_rate_above_limit", at_rate(0.92, trouble=True), at_rate(0.90, trouble=True)),
+    ("learning_rate_above_limit", at_rate(100.0, trouble=True), at_rate(100.0)),
+    ("learning_rate_above_limit", at_rate(100.0, trouble=True), at_rate(100.0, trouble=True, batch_norm=True)),
+    ("training_unstable", at_rate(100.0, trouble=True, batch_norm=True), at_rate(100.0, trouble=True)),
+    ("learning_rate_far_below_limit", levelled(at_rate(0.09), falling=True), levelled(at_rate(0.092), falling=True)),
+    ("learning_rate_far_below_limit", levelled(at_rate(0.09), falling=True), levelled(at_rate(0.09), falling=False)),
+    ("training_unstable", spiking(spikes=1, largest_setback=0.26), spiking(spikes=1, largest_setback=0.24)),
+    ("training_unstable", spiking(spikes=1, largest_setback=0.26), spiking(spikes=0, largest_setback=0.26)),
+    ("training_unstable", spiking(setback_share_low=0.51), spiking(setback_share_low=0.5)),
+    ("training_unstable", logged(*[0.7, 0.71] * 3, *[0.85] * 3), logged(*[0.7, 0.71] * 3, *[0.83] * 3)),
+    ("training_unstable", logged(*[0.7, 0.71] * 3, *[0.85] * 3), logged(*[0.7, 1.2] * 5)),
+    ("training_unstable", logged(*[0.7] * 6, *[2.2] * 3), logged(*[0.7] * 6, *[2.2] * 3, loss_scale=3.0)),
+    ("gradients_dead", alike(grad_norm=3e-7), alike(grad_norm=4e-7)),
+    ("gradients_vanishing", alike(grad_norm=0.9e-3), alike(grad_norm=1.1e-3)),
+    ("gradients_exploding", alike(grad_norm=1.1e3), alike(grad_norm=0.9e3)),
+    ("curvature_concentrated", alike(trace=make_estimate(15.0, 0.0, kind="std_error")), alike()),
+    (
+        "curvature_concentrated",
+        alike(trace=make_estimate(15.0, 0.0, kind="std_error")),
+        alike(trace=make_estimate(15.0, 1.0, kind="std_error")),
+    ),
+    (
+        "saddle",
+        report_with(hessian=hessian(10.0, -1.2, 0.1)),
+        report_with(hessian=hessian(10.0, -1.2, 0.3)),
+    ),
+    ("saddle", report_with(hessian=hessian(10.0, -1.2, 0.1)), report_with(hessian=hessian(10.0, -1.0, 0.1))),
+    ("not_converged", levelled(report_with(), falling=True), levelled(report_with(), falling=False)),
+    ("overfitting", gap(low=0.1, rise_since_best=0.2), gap(low=0.1, rise_since_best=0.19)),
+    ("overfitting", gap(low=0.1, rise_since_best=0.2), gap(low=-0.1, rise_since_best=0.2)),
+    ("underfitting", unlearnt(0.64), unlearnt(0.62)),
+    ("underfitting", unlearnt(0.64), unlearnt(0.64, high=0.07)),
+    ("evaluation_unstable", evaluated(0.5, 0.4, 0.47, 0.4), evaluated(0.5, 0.4, 0.45, 0.4)),
+    ("evaluation_unstable", evaluated(0.5, 0.4, 0.47, 0.4), evaluated(0.5, 0.4, 0.44, 0.47, 0.55)),
+    ("tasks_conflict", by_task(cosine=-0.01), by_task(cosine=0.01)),
+    ("one_task_dominates", by_task(share=0.67), by_task(share=0.66)),
+    ("one_task_dominates", by_task(share=0.67), by_task(share=0.67, weight=0.7)),
+    ("loss_scaled", logged(0.7, loss_scale=3.0), logged(0.7, loss_scale=1.0)),
+    ("batch_below_noise_scale", noisy(1001, 9000), noisy(999, 9000)),
+    ("batch_above_noise_scale", noisy(2, 9.9), noisy(2, 10.1)),
+    ("errors_wide", report_with(hessian=hessian(10.0, -1.0, 5.1)), report_with(hessian=hessian(10.0, -1.0, 4.9))),
+    ("central_differences_off", report_with(engine_error=0.11), report_with(engine_error=0.1)),
+    ("measurement_failed", make_report(failures=1), make_report()),
+]
+
+
+@pytest.mark.parametrize(("name", "ill", "well"), SIDES, ids=[name for name, *_ in SIDES])
+def test_both_sides_of_the_threshold(name: str, ill: OptimizabilityReport, well: OptimizabilityReport):
+    (found,) = [finding for finding in find(ill) if finding.name == name]
+    assert name not in names(well)
+    assert found.severity in SEVERITIES and found.evidence and found.advice and found.source
+    assert all(any(character.isdigit() for character in text) for text in found.evidence)
+
+
+def test_every_finding_has_a_test_of_its_threshold():
+    assert {name for name, *_ in SIDES} == {function.__name__ for function in FINDINGS}
+
+
+def test_worst_first():
+    report = at_rate(100.0, trouble=True)
+    report.training["loss_scale"] = 3.0
+    report.measurements[-1] = dataclasses.replace(report.measurements[-1], engine_error=0.5)
+    severities = [SEVERITIES.index(finding.severity) for finding in report.findings]
+    assert severities == sorted(severities) and len({*severities}) > 1
+
+
+def test_an_empty_report_and_one_amid_training_have_no_verdict_on_the_run():
+    assert OptimizabilityReport().findings == ()
+    report = levelled(unlearnt(0.69), falling=True)
+    report.dynamics = {}
+    assert not {"not_converged", "underfitting", "saddle", "overfitting"} & {*names(report)}
+
+
+def test_shown_in_the_summary_and_the_markdown_without_markup_from_outside():
+    report = make_report(failures=1)
+    report.failures[0] = dataclasses.replace(report.failures[0], reason="<script>alert(1)</script>")
+    report.training["loss_scale"] = 3.0
+    assert "\nWarning         The loss that was trained is 3.00 times" in report.summary()
+    text = to_markdown(report)
+    assert "## Findings" in text and "**Warning: The loss that was trained is 3.00 times" in text
+    assert "<script>" not in text
+
+
+def test_a_loss_without_curvature_has_no_block_that_holds_most():
+    """A run that has diverged: every trace is 0, and the report is written all the same."""
+    report = alike(trace=make_estimate(0.0, 0.0, kind="std_error"))
+    for name, block in report.measurements[-1].blocks.items():
+        report.measurements[-1].blocks[name] = dataclasses.replace(
+            block, trace=make_estimate(0.0, 0.0, kind="std_error")
+        )
+    assert "curvature_concentrated" not in names(report)

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trace estimators on matrices whose every entry is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import pytest
+from tests.support import tiny_models
+import torch
+from torch import Tensor
+
+from hf_optimizability.curvature.hessian import HessianOperator
+from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
+from hf_optimizability.linalg.statistics import jackknife
+from hf_optimizability.linalg.trace import (
+    MIN_PROBES,
+    PROBE_BLOCK_SIZE,
+    Deflation,
+    TraceResult,
+    exact_trace,
+    hutchinson,
+    hutchplusplus,
+)
+from hf_optimizability.linalg.xtrace import xtrace
+from hf_optimizability.model_state.measuring import math_attention
+from hf_optimizability.objective.objective import Objective
+
+
+METHODS: dict[str, Callable[..., TraceResult]] = {"hutchinson": hutchinson, "hutch++": hutchplusplus, "xtrace": xtrace}
+NEVER = 1e-12  # a tolerance that no estimate reaches
+
+
+def with_eigenvalues(eigenvalues: np.ndarray) -> Tensor:
+    """A symmetric matrix with random eigenvectors."""
+    size = len(eigenvalues)
+    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
+    return torch.from_numpy((basis * eigenvalues) @ basis.T)
+
+
+@cache
+def matrix(name: str) -> Tensor:
+    """`network`: outliers at both ends, a bulk near zero; `decaying`: i⁻²; `flat`: 1 to 3; `bert`: a true Hessian."""
+    if name == "bert":
+        model = tiny_models.make("bert", num_hidden_layers=1).eval()
+        [batch] = tiny_models.cut(tiny_models.examples("bert", 5), 5)
+        return tiny_models.dense_hessian(model, batch)
+    bulk = 0.02 + np.random.default_rng(1).normal(size=196) / 50
+    return with_eigenvalues(
+        {
+            "network": np.concatenate([[-6.0, -2.0, 5.0, 9.0], bulk]),
+            "decaying": np.arange(1.0, 201.0) ** -2,
+            "flat": np.linspace(1, 3, 200),
+        }[name]
+    )
+
+
+def segments(dense: Tensor) -> list[list[slice]]:
+    """A third, the rest, and a small block between the rest's two parts."""
+    size = len(dense)
+    first, second = size // 3, size - 40
+    return [[slice(0, first)], [slice(first, second), slice(second + 20, size)], [slice(second, second + 20)]]
+
+
+def truths(dense: Tensor) -> list[float]:
+    """The trace, the segments' traces, and ‖A‖_F²."""
+    diagonal = dense.diagonal()
+    parts = [float(sum(diagonal[part].sum() for part in segment)) for segment in segments(dense)]
+    return [float(diagonal.sum()), *parts, float((dense**2).sum())]
+
+
+def values(result: TraceResult) -> list[float]:
+    return [estimate.value for estimate in (result.total, *result.segments, result.frobenius_squared)]
+
+
+def estimate(name: str, dense: Tensor, **options: object) -> TraceResult:
+    return METHODS[name](DenseOperator(dense), segments(dense), **options)
+
+
+def coverage(dense: Tensor, run: Callable[[int], TraceResult], *, seeds: int = 250) -> np.ndarray:
+    """How often the intervals hold the trace, the segments' traces and ‖A‖_F²."""
+    held = np.zeros(5)
+    for seed in range(seeds):
+        result = run(seed)
+        found = (result.total, *result.segments, result.frobenius_squared)
+        held += [e.low <= truth <= e.high for e, truth in zip(found, truths(dense), strict=True)]
+    return held / seeds
+
+
+def nearly_dominant(dense: Tensor, size: int) -> Deflation:
+    """Dominant eigenvectors as they come from an iteration that stopped at a few per cent."""
+    eigenvalues, vectors = torch.linalg.eigh(dense)
+    vectors = vectors[:, eigenvalues.abs().argsort(descending=True)[:size]]
+    noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0), dtype=dense.dtype)
+    vectors = torch.linalg.qr(vectors + 0.03 * noise / len(dense) ** 0.5)[0].T.contiguous()
+    return Deflation(vectors, vectors @ dense)
+
+
+def projected(dense: Tensor, deflation: Deflation) -> Tensor:
+    """PAP."""
+    projector = torch.eye(len(dense), dtype=dense.dtype) - deflation.vectors.T @ deflation.vectors
+    return projector @ dense @ projector
+
+
+def signs(number: int, size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (number, size), generator=generator).double() * 2 - 1
+
+
+class TestCoverage:
+    """95 % intervals hold the truth in 92 to 98 % of runs, give or take what 250 runs can tell (two deviations).
+
+    Higher for what is an upper bound by design: traces of segments that couple to others, and ‖A‖_F² of flat spectra.
+    """
+
+    LOW, HIGH = 0.92 - 0.015, 0.98 + 0.015
+
+    def check(self, dense: Tensor, run: Callable[[int], TraceResult]) -> None:
+        held = coverage(dense, run)
+        assert self.LOW <= held[0] <= self.HIGH, held
+        assert held.min() >= 0.9, held
+
+    @pytest.mark.parametrize("tolerance", [NEVER, 0.25], ids=["fixed", "adaptive"])
+    @pytest.mark.parametrize("name", ["network", "decaying", "bert"])
+    def test_hutchinson(self, name: str, tolerance: float):
+        dense = matrix(name)
+        self.check(dense, lambda seed: estimate("hutchinson", dense, tolerance=tolerance, max_hvps=24, seed=seed))
+
+    @pytest.mark.parametrize("tolerance", [NEVER, 0.03], ids=["fixed", "adaptive"])
+    @pytest.mark.parametrize("name", ["network", "decaying", "bert"])
+    def test_deflated(self, name: str, tolerance: float):
+        dense = matrix(name)
+        options = {"tolerance": tolerance, "max_hvps": 16, "deflation": nearly_dominant(dense, 5)}
+        self.check(dense, lambda seed: estimate("hutchinson", dense, seed=seed, **options))
+
+    @pytest.mark.parametrize("tolerance", [NEVER, 0.1], ids=["fixed", "adaptive"])
+    @pytest.mark.parametrize("name", ["network", "decaying", "bert"])
+    def test_hutchplusplus(self, name: str, tolerance: float):
+        dense = matrix(name)
+        self.check(dense, lambda seed: estimate("hutch++", dense, tolerance=tolerance, max_hvps=32, seed=seed))
+
+
+class TestHutchinson:
+    def test_standard_error_is_that_of_rademacher_probes(self):
+        """Var = 2 (‖A‖_F² − Σ aᵢᵢ²) / m, also as the spread of results over seeds."""
+        dense = matrix("network")
+        variance = 2 * float((dense**2).sum() - (dense.diagonal() ** 2).sum())
+        options = {"tolerance": NEVER, "max_hvps": 16}
+        results = [estimate("hutchinson", dense, seed=seed, **options).total for seed in range(400)]
+        assert np.var([total.value for total in results]) == pytest.approx(variance / 16, rel=0.2)
+        assert np.mean([total.std_error**2 for total in results]) == pytest.approx(variance / 16, rel=0.05)
+
+    def test_on_paper(self):
+        """Three probes: means, and variances term by term; 95 % of a normal distribution lie within 1.96."""
+        dense, probes = matrix("network"), signs(3, 200, seed=0)
+        result = estimate("hutchinson", dense, tolerance=NEVER, max_hvps=0, seed=0, known=(probes, probes @ dense))
+        terms = (probes * (probes @ dense)).numpy()
+        std_error = (2 * terms.var(axis=0, ddof=1).sum() / 3) ** 0.5
+        assert (result.total.value, result.total.std_error) == pytest.approx((terms.sum(1).mean(), std_error))
+        assert result.total.high - result.total.value == pytest.approx(1.96 * std_error, rel=1e-4)
+        assert result.total.value - result.total.low == pytest.approx(1.96 * std_error, rel=1e-4)
+        assert values(result)[4] == pytest.approx(float(((probes @ dense) ** 2).sum() / 3))
+        assert torch.allclose(result.diagonal, torch.from_numpy(terms.mean(axis=0)))
+
+    def test_a_diagonal_matrix_has_no_variance(self):
+        dense = torch.diag(torch.linspace(-3, 5, 60, dtype=torch.float64))
+        result = estimate("hutchinson", dense, tolerance=1e-7, max_hvps=100, seed=0)  # up to rounding
+        assert result.total.converged and result.total.hvps == MIN_PROBES
+        assert values(result) == pytest.approx(truths(dense), rel=1e-12) and result.total.std_error < 1e-6
+        assert torch.allclose(result.diagonal, dense.diagonal())
+
+    def test_diagonal(self):
+        """Its error, in the 2-norm, is the trace's standard error / √2."""
+        dense, options = matrix("network"), {"tolerance": NEVER, "max_hvps": 64}
+        results = [estimate("hutchinson", dense, seed=seed, **options) for seed in range(20)]
+        errors = [float((result.diagonal - dense.diagonal()).norm() ** 2) for result in results]
+        stated = [result.total.std_error**2 / 2 for result in results]
+        assert np.mean(errors) == pytest.approx(np.mean(stated), rel=0.2)
+
+    def test_known_products_are_not_paid_again(self):
+        dense, probes = matrix("network"), signs(4, 200, seed=7)
+        products = probes @ dense
+        options = {"tolerance": NEVER, "known": (probes, products), "deflation": nearly_dominant(dense, 4)}
+        result = estimate("hutchinson", dense, max_hvps=4, seed=0, **options)
+        fresh = estimate("hutchinson", dense, max_hvps=4, seed=0, **{**options, "known": None})
+        only = estimate("hutchinson", dense, max_hvps=0, seed=0, **options)
+        assert (result.total.hvps, only.total.hvps) == (4, 0)
+        assert 2 * np.array(values(result)) == pytest.approx(np.add(values(fresh), values(only)))
+        assert torch.equal(products, probes @ dense)  # not written over
+
+    def test_stops_by_its_tolerance_within_its_budget(self):
+        spent = []
+        for tolerance in (0.5, 0.02, 0.01):
+            total = estimate("hutchinson", matrix("flat"), tolerance=tolerance, max_hvps=500, seed=0).total
+            assert total.converged and total.std_error <= tolerance * total.value
+            assert total.hvps % PROBE_BLOCK_SIZE == 0
+            spent.append(total.hvps)
+        assert MIN_PROBES == spent[0] < spent[2] < 500
+        short = estimate("hutchinson", matrix("network"), tolerance=0.01, max_hvps=7, seed=0).total
+        assert short.hvps == 7 and not short.converged
+
+
+class TestDeflation:
+    @pytest.mark.parametrize("name", ["network", "bert"])
+    def test_splits_the_matrix(self, name: str):
+        dense = matrix(name)
+        deflation = nearly_dominant(dense, 6)
+        rest = projected(dense, deflation)
+        traces, squared = deflation.traces(segments(dense))
+        assert traces == pytest.approx(truths(dense - rest)[1:4], rel=1e-10)
+        assert squared == pytest.approx(truths(dense - rest)[4], rel=1e-10)
+        assert squared + truths(rest)[4] == pytest.approx(truths(dense)[4], rel=1e-10)
+        assert torch.allclose(deflation.diagonal(), (dense - rest).diagonal(), atol=1e-10)
+        probes = signs(3, len(dense), seed=0)
+        assert torch.allclose(deflation.reduce(probes, probes @ dense), probes @ rest, atol=1e-9)
+
+    def test_leaves_the_variance_of_the_rest(self):
+        dense = matrix("network")
+        deflation = nearly_dominant(dense, 4)
+        rest = projected(dense, deflation)
+        variance = 2 * float((rest**2).sum() - (rest.diagonal() ** 2).sum()) / 400
+        result = estimate("hutchinson", dense, tolerance=NEVER, max_hvps=400, seed=0, deflation=deflation)
+        assert result.total.std_error == pytest.approx(variance**0.5, rel=0.05)
+        assert abs(result.total.value - truths(dense)[0]) <= 4 * variance**0.5
+        assert torch.allclose(result.diagonal, dense.diagonal(), atol=5 * variance**0.5)
+
+
+class TestHutchPlusPlus:
+    def test_a_matrix_of_low_rank_is_exact(self):
+        dense = with_eigenvalues(np.concatenate([[-4.0, 3.0, 2.0], np.zeros(97)]))
+        result = estimate("hutch++", dense, tolerance=1e-6, max_hvps=40, seed=0)
+        assert values(result) == pytest.approx(truths(dense), abs=1e-9) and result.total.converged
+        assert result.total.hvps == 4 + 3 + MIN_PROBES  # sketch, its span, probes that see nothing
+
+    def test_a_flat_spectrum_gets_no_large_sketch(self):
+        """50 probes for 1 %; a sketch of thirds would take 100 more."""
+        flat = matrix("flat")
+        plain = estimate("hutchinson", flat, tolerance=0.005, max_hvps=300, seed=0).total
+        total = estimate("hutch++", flat, tolerance=0.005, max_hvps=300, seed=0).total
+        assert total.converged and total.hvps <= plain.hvps + 2 * PROBE_BLOCK_SIZE + 24
+
+    def test_starts_from_a_given_subspace(self):
+        dense, options = matrix("network"), {"tolerance": 0.02, "max_hvps": 60, "seed": 0}
+        cold = estimate("hutch++", dense, **options)
+        warm = estimate("hutch++", dense, **options, deflation=nearly_dominant(dense, 4))
+        assert cold.total.converged and warm.total.converged and warm.total.hvps < cold.total.hvps
+
+    def test_a_budget_too_small_for_a_sketch(self):
+        total = estimate("hutch++", matrix("network"), tolerance=NEVER, max_hvps=6, seed=0).total
+        assert total.hvps == 6 and not total.converged
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestEveryMethod:
+    def test_no_bias(self, name: str):
+        dense = matrix("network")
+        runs = [estimate(name, dense, tolerance=NEVER, max_hvps=20, seed=seed) for seed in range(150)]
+        means, spread = np.mean([values(run) for run in runs], axis=0), np.std([values(run) for run in runs], axis=0)
+        assert np.all(np.abs(means - truths(dense)) <= 3.5 * spread / 150**0.5 + 1e-9)
+
+    def test_segments_add_up(self, name: str):
+        result = estimate(name, matrix("network"), tolerance=NEVER, max_hvps=20, seed=0)
+        assert sum(segment.value for segment in result.segments) == pytest.approx(result.total.value, rel=1e-10)
+
+    def test_same_seed_same_numbers(self, name: str):
+        options = {"tolerance": 0.1, "max_hvps": 24}
+        first, again, other = (estimate(name, matrix("network"), seed=seed, **options) for seed in (0, 0, 1))
+        assert first == again != other
+
+    def test_float32(self, name: str):
+        dense, options = matrix("network"), {"tolerance": NEVER, "max_hvps": 20, "seed": 0}
+        single, double = (
+            values(estimate(name, dense.to(dtype), **options)) for dtype in (torch.float32, torch.float64)
+        )
+        assert single == pytest.approx(double, abs=2e-3)
+
+    def test_zero(self, name: str):
+        result = estimate(name, torch.zeros(100, 100), tolerance=0.1, max_hvps=40, seed=0)
+        assert result.total.converged and values(result) == [0, 0, 0, 0, 0]
+
+
+def test_exact():
+    dense = matrix("network")
+    result = exact_trace(DenseOperator(dense), segments(dense))
+    assert values(result) == pytest.approx(truths(dense), rel=1e-12)
+    assert torch.allclose(result.diagonal, dense.diagonal())
+    assert (result.total.hvps, result.total.std_error, result.total.converged) == (200, 0, True)
+
+
+class Mean(SymmetricOperator):
+    """The mean of dense matrices, each the share of so many items."""
+
+    def __init__(self, parts: Sequence[Tensor], items: Sequence[int]):
+        self._parts, self._items = parts, items
+        self.size, self.dtype, self.device = len(parts[0]), parts[0].dtype, parts[0].device
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return sum(n * (part @ vectors) for part, n in zip(self._parts, self._items, strict=True)) / sum(self._items)
+
+    def matmat_per_batch(
+        self, vectors: Tensor, segments: Sequence[Sequence[slice]]
+    ) -> tuple[Tensor, np.ndarray, list[int]]:
+        terms = [(vectors * (part @ vectors)).T for part in self._parts]
+        rows = [torch.cat([torch.arange(len(self._parts[0]))[piece] for piece in segment]) for segment in segments]
+        forms = np.array([[[float(row[index].sum()) for index in rows] for row in part] for part in terms])
+        return self.matmat(vectors), forms, list(self._items)
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestDataStdError:
+    """Twelve parts of different sizes, a common matrix and one of their own each."""
+
+    ITEMS = (4, 8, 8, 3, 8, 90, 8, 5, 8, 8, 8, 2)
+
+    def parts(self, *, differ: float) -> list[Tensor]:
+        generator, parts = torch.Generator().manual_seed(5), []
+        for _ in self.ITEMS:
+            own = torch.randn(200, 20, generator=generator, dtype=torch.float64)
+            size = torch.rand(1, generator=generator, dtype=torch.float64)
+            parts.append(matrix("network") + differ * size * own @ own.T / 200)
+        return parts
+
+    def found(
+        self, name: str, parts: Sequence[Tensor], *, items: Sequence[int] = ITEMS, **options: int
+    ) -> TraceResult:
+        run, rows = METHODS[name], segments(parts[0])
+        return run(Mean(parts, items), rows, tolerance=NEVER, **options)
+
+    def test_is_the_jackknife_of_the_parts_traces(self, name: str):
+        parts = self.parts(differ=1.0)
+        traces = np.array([truths(part)[:4] for part in parts])
+        expected = np.array([jackknife(column, self.ITEMS) for column in traces.T])
+        squares = []
+        for seed in range(40):
+            result = self.found(name, parts, max_hvps=24, seed=seed)
+            squares.append([e.data_std_error**2 for e in (result.total, *result.segments)])
+        # Without bias: the noise of the probes in it is taken off.
+        spread = np.std(squares, axis=0) / 40**0.5
+        assert np.all(np.abs(np.mean(squares, axis=0) - expected**2) <= 3.5 * spread), (
+            np.mean(squares, 0),
+            expected**2,
+        )
+        assert np.mean(squares, axis=0)[0] == pytest.approx(expected[0] ** 2, rel=0.1)
+
+    def test_parts_alike_have_none_however_noisy_the_probes(self, name: str):
+        result = self.found(name, self.parts(differ=0.0), max_hvps=16, seed=0)
+        assert result.total.std_error > 0.05
+        assert [e.data_std_error for e in (result.total, *result.segments)] == pytest.approx([0] * 4, abs=1e-6)
+        noisy = self.found(name, self.parts(differ=0.001), max_hvps=16, seed=0)
+        assert noisy.total.data_std_error < 0.03 * noisy.total.std_error
+
+    def test_does_not_touch_the_estimates(self, name: str):
+        parts = self.parts(differ=1.0)
+        mean = sum(n * part for part, n in zip(parts, self.ITEMS, strict=True)) / sum(self.ITEMS)
+        options = {"tolerance": NEVER, "max_hvps": 16, "seed": 0}
+        plain = METHODS[name](DenseOperator(mean), segments(mean), **options)
+        apart = METHODS[name](Mean(parts, self.ITEMS), segments(mean), **options)
+        assert values(apart) == pytest.approx(values(plain), rel=1e-9)
+        assert apart.total.std_error == pytest.approx(plain.total.std_error, rel=1e-9)
+
+    def test_one_part_tells_nothing_of_others(self, name: str):
+        [part, *_] = self.parts(differ=1.0)
+        result = self.found(name, [part], items=[7], max_hvps=16, seed=0)
+        assert [e.data_std_error for e in (result.total, *result.segments)] == [None] * 4
+
+
+def test_the_exact_trace_has_the_exact_jackknife():
+    test = TestDataStdError()
+    parts = test.parts(differ=1.0)
+    expected = [jackknife(column, test.ITEMS) for column in np.array([truths(part)[:4] for part in parts]).T]
+    result = exact_trace(Mean(parts, test.ITEMS), segments(parts[0]))
+    assert [e.data_std_error for e in (result.total, *result.segments)] == pytest.approx(expected, rel=1e-10)
+
+
+def test_of_a_mean_over_batches():
+    """Of the Hessian itself: what products with each batch's own would tell, to rounding."""
+    model = tiny_models.make("bert", num_hidden_layers=1).eval()
+    batches = tiny_models.cut(tiny_models.examples("bert", 5), 2)
+    whole = HessianOperator(Objective(model, batches))
+    rows = [[slice(0, whole.size)]]
+    with math_attention():
+        found = hutchinson(whole, rows, tolerance=NEVER, max_hvps=100, seed=0).total
+        traces = [exact_trace(HessianOperator(Objective(model, [batch])), rows).total.value for batch in batches]
+    assert found.data_std_error == pytest.approx(jackknife(traces, [2, 2, 1]), rel=0.1)
+
+
+class Quadratics:
+    """L = the mean of ½ xᵀ Aₚ x over parts of one item each."""
+
+    def __init__(self, matrices: torch.Tensor):
+        self.matrices = matrices
+        self.parameters = [torch.zeros(matrices.shape[1], dtype=matrices.dtype, requires_grad=True)]
+
+    def losses(self):
+        for matrix in self.matrices:
+            yield 0.5 * self.parameters[0] @ matrix @ self.parameters[0], 1
+
+
+def test_the_traces_of_some_parts_from_the_probes_of_all():
+    """They add up, their intervals hold the truth, and other parts do not enter."""
+    generator = torch.Generator().manual_seed(0)
+    roots = torch.randn(4, 30, 12, generator=generator, dtype=torch.float64)
+    matrices = roots @ roots.mT
+    operator, segments = HessianOperator(Quadratics(matrices)), [[slice(0, 10)], [slice(10, 30)]]
+    truth = float(matrices[:2].diagonal(dim1=1, dim2=2).sum(dim=1).mean())
+    options = {"tolerance": 0.1, "method": "hutchinson", "hvps": 12}
+    held = []
+    for seed in range(300):
+        found = hutchinson(operator, segments, tolerance=1e-9, max_hvps=12, seed=seed)
+        first, second = (found.parts.mean_of(places, **options) for places in ([0, 1], [2, 3]))
+        assert (first[0].value + second[0].value) / 2 == pytest.approx(found.total.value, rel=1e-12)
+        assert first[1].value + first[2].value == pytest.approx(first[0].value, rel=1e-12)
+        held.append(first[0].low <= truth <= first[0].high)
+    assert 0.92 <= np.mean(held) <= 0.985
+    exact = exact_trace(operator, segments).parts.mean_of([0, 1], **options)
+    assert exact[0].value == pytest.approx(truth, rel=1e-12) and exact[0].std_error == 0

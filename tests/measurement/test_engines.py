@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engine a measurement takes, what it says of it, and in what precision it is made."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from tests.support import tiny_models
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
+
+
+ROWS = tiny_models.cut(tiny_models.examples("bert", 6, dtype=torch.float32), 3)
+
+
+def bert(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return tiny_models.make("bert", dtype=dtype)
+
+
+class Once(nn.Module):
+    """The identity, without a second derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tiny_models.OnceDifferentiable.apply(x)
+
+
+def bert_once() -> nn.Module:
+    model = bert()
+    model.dropout = Once()
+    return model
+
+
+def config(**options: object) -> OptimizabilityConfig:
+    return OptimizabilityConfig(**{"trace_tolerance": 0.05, "max_hvps": 64, **options})  # type: ignore[arg-type]
+
+
+def test_the_exact_engine_is_the_first_choice():
+    measurement = measure(bert(), ROWS, config())
+    assert (measurement.engine, measurement.attention) == ("double_backward", "math")
+    assert measurement.fallback is None
+    assert measurement.engine_error is None
+
+
+def test_auto_falls_back_to_differences_and_says_why():
+    exact = measure(bert(), ROWS, config())
+    measurement = measure(bert_once(), ROWS, config())
+    assert measurement.engine == "central_difference"
+    assert "once_differentiable" in measurement.fallback
+    assert 0 < measurement.engine_error < 0.05
+    assert measurement.hessian.lambda_max.value == pytest.approx(exact.hessian.lambda_max.value, rel=0.02)
+    errors = measurement.hessian.trace.std_error + exact.hessian.trace.std_error
+    assert abs(measurement.hessian.trace.value - exact.hessian.trace.value) < 4 * errors
+
+
+def test_differences_across_kinks_are_refused():
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(6) for layer in (nn.Linear(400, 400), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), *hidden, Once(), nn.Linear(400, 1))
+    batch = (torch.randn(200, 20), torch.randn(200, 1))
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    with pytest.raises(MeasurementError, match="kinks"):
+        measure(model, [batch], config(), loss_fn=loss_fn)
+
+
+def test_differences_that_were_asked_for_are_held_against_the_exact_product():
+    measurement = measure(bert(), ROWS, config(engine="central_difference"))
+    assert measurement.fallback is None
+    assert 0 < measurement.engine_error < 0.05
+
+
+def test_an_engine_that_was_asked_for_is_not_replaced():
+    with pytest.raises(MeasurementError, match="once_differentiable"):
+        measure(bert_once(), ROWS, config(engine="double_backward"))
+
+
+@cache
+def exact_traces() -> Measurement:
+    return measure(bert(), ROWS, config(trace_method="exact"))
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
+def test_every_trace_method_gives_the_trace_and_its_blocks(method: str):
+    exact, found = exact_traces(), measure(bert(), ROWS, config(trace_method=method))
+    estimates = {"all": (found.hessian.trace, exact.hessian.trace)}
+    estimates |= {name: (block.trace, exact.blocks[name].trace) for name, block in found.blocks.items()}
+    for estimate, truth in estimates.values():
+        assert abs(estimate.value - truth.value) < 5 * estimate.std_error + 1e-4
+
+
+def test_half_precision_weights_are_measured_in_float32():
+    model = bert(torch.bfloat16)
+    measurement = measure(model, ROWS, config())
+    same = measure(bert(torch.bfloat16).float(), ROWS, config())
+    assert measurement.dtype == "float32"
+    assert measurement.hessian.lambda_max.value == pytest.approx(same.hessian.lambda_max.value, rel=1e-4)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

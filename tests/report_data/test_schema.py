@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`report.json`: its schema, checked with a validator of its own; older and damaged files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+
+from hf_optimizability.diagnosis.findings import SEVERITIES, Finding
+from hf_optimizability.linalg.density import Density
+from hf_optimizability.linalg.estimate import Estimate
+from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
+from hf_optimizability.measurement.results import (
+    BlockMeasurement,
+    Conflict,
+    Measurement,
+    MeasurementFailure,
+    SeveralTasks,
+    StepMeasurement,
+    TaskBlock,
+    TaskMeasurement,
+)
+from hf_optimizability.objective.self_check import SelfCheck
+from hf_optimizability.quantities.loss_landscape import Axis, Landscape, LossLine, LossPlane
+from hf_optimizability.quantities.step_size import CriticalLearningRate, QuadraticModel
+from hf_optimizability.report import SCHEMA_VERSION, OptimizabilityReport
+from hf_optimizability.report.markdown import to_markdown
+from hf_optimizability.report_data.schema import report_schema, upgraded
+
+from tests.support.damaged_report import HOSTILE, damaged, to_json
+from tests.support.example_report import make_report, with_tasks
+from tests.support.html_page import read_page
+
+
+OLDER = [Path(__file__).parent / "data" / f"version_{version}.json" for version in range(1, SCHEMA_VERSION)]
+"""Each written by a commit of this package that had that version, from a tiny BERT."""
+
+VERSION_1 = OLDER[0]
+
+CHECKS: dict[str, Any] = {"self_check": None, "eigenvalue_checks": []}
+"""Fields that came later."""
+
+REPORT: dict[str, Any] = json.loads(json.dumps(make_report(2, blocks=3, failures=1).to_dict()))
+ORACLE = jsonschema.Draft202012Validator(report_schema())
+QUIET = settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60
+)
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(REPORT), **values}
+
+
+class TestSchema:
+    def test_is_a_valid_schema(self):
+        jsonschema.Draft202012Validator.check_schema(report_schema())
+
+    @pytest.mark.parametrize(
+        "report",
+        [
+            OptimizabilityReport(),
+            make_report(0, failures=2),
+            make_report(1, converged=False),
+            make_report(3, failures=1),
+            with_tasks(make_report(2), ["a", "<b>|`x`\n"]),
+            OptimizabilityReport(log_history=[{"loss": float("nan"), "step": 1, "eval_f1": [0.1], "note": "x"}]),
+        ],
+        ids=["empty", "all failed", "one", "full", "several tasks", "odd log"],
+    )
+    def test_every_report_is_valid_and_comes_back_the_same(self, report, tmp_path):
+        data = json.loads(report.save_json(tmp_path).read_bytes())
+        ORACLE.validate(data)
+        assert OptimizabilityReport.load(tmp_path).to_dict() == report.to_dict()
+
+    @pytest.mark.parametrize(
+        ("definition", "of"),
+        [
+            ("estimate", Estimate),
+            ("density", Density),
+            ("hessian", HessianEstimates),
+            ("block", BlockMeasurement),
+            ("along_gradient", QuadraticModel),
+            ("critical", CriticalLearningRate),
+            ("step_size", StepMeasurement),
+            ("axis", Axis),
+            ("loss_line", LossLine),
+            ("loss_plane", LossPlane),
+            ("landscape", Landscape),
+            ("task", TaskMeasurement),
+            ("task_block", TaskBlock),
+            ("conflict", Conflict),
+            ("several", SeveralTasks),
+            ("self_check", SelfCheck),
+            ("measurement", Measurement),
+            ("failure", MeasurementFailure),
+            ("finding", Finding),
+            (None, OptimizabilityReport),
+        ],
+    )
+    def test_knows_every_field(self, definition, of):
+        schema = report_schema()["$defs"][definition] if definition else report_schema()
+        assert schema["additionalProperties"] is False
+        extra = {"measurement": {"converged"}, None: {"findings"}}.get(definition, set())
+        assert set(schema["properties"]) == {field.name for field in dataclasses.fields(of)} | extra
+
+    def test_versions_and_severities_are_those_of_the_code(self):
+        schema = report_schema()
+        assert schema["properties"]["schema_version"]["enum"] == [SCHEMA_VERSION]
+        assert tuple(schema["$defs"]["finding"]["properties"]["severity"]["enum"]) == SEVERITIES
+
+    @QUIET
+    @given(damaged(REPORT))
+    def test_our_check_agrees_with_jsonschema(self, data):
+        assume(data.get("schema_version") == SCHEMA_VERSION)
+        try:
+            upgraded(data)
+        except ValueError as error:
+            assert not ORACLE.is_valid(data) or "different lengths" in str(error)
+        else:
+            ORACLE.validate(data)
+
+
+class TestOlderVersions:
+    def test_version_1_loads_with_its_numbers(self):
+        written = json.loads(VERSION_1.read_bytes())
+        report = OptimizabilityReport.load(VERSION_1)
+        assert written["schema_version"] == 1
+        assert report.schema_version == SCHEMA_VERSION
+        for measurement, old in zip(report.measurements, written["measurements"], strict=True):
+            assert measurement.hessian.trace.value == old["hessian"]["trace"]["value"]
+            assert measurement.hessian.lambda_min.residual == old["hessian"]["lambda_min"]["residual"]
+            assert {name: block.grad_norm for name, block in measurement.blocks.items()} == {
+                name: block["grad_norm"] for name, block in old["blocks"].items()
+            }
+            assert measurement.noise_scale is measurement.step_size is measurement.hessian.density is None
+
+    def test_version_2_loads_with_its_numbers(self):
+        written = json.loads(OLDER[1].read_bytes())
+        report = OptimizabilityReport.load(OLDER[1])
+        assert written["schema_version"] == 2
+        assert [measurement.landscape for measurement in report.measurements] == [None] * 2
+        data = json.loads(json.dumps(report.to_dict()))
+        for measurement, old in zip(data["measurements"], written["measurements"], strict=True):
+            assert measurement == {
+                **old,
+                "landscape": None,
+                "several": None,
+                "self_check": None,
+                "eigenvalue_checks": [],
+            }
+
+    def test_version_3_loads_with_its_numbers(self):
+        written = json.loads(OLDER[2].read_bytes())
+        report = OptimizabilityReport.load(OLDER[2])
+        assert written["schema_version"] == 3
+        data = json.loads(json.dumps(report.to_dict()))
+        assert data["measurements"] == [{**old, **CHECKS, "several": None} for old in written["measurements"]]
+        assert data["measurements"][-1]["landscape"]["update"] is not None
+
+    @pytest.mark.parametrize("file", OLDER, ids=lambda file: file.stem)
+    def test_each_is_valid_in_the_present_layout_and_renders(self, file, tmp_path):
+        report = OptimizabilityReport.load(file)
+        assert report.schema_version == SCHEMA_VERSION
+        ORACLE.validate(json.loads(json.dumps(report.to_dict())))
+        report.save(tmp_path)
+        assert "BertForSequenceClassification on text-classification" in (tmp_path / "report.html").read_text()
+
+    def test_a_damaged_old_one_is_told(self, tmp_path):
+        data = json.loads(VERSION_1.read_bytes())
+        del data["measurements"][0]["hessian"]
+        (tmp_path / "report.json").write_bytes(to_json(data))
+        with pytest.raises(ValueError, match=r"not in the layout of schema version 1 \(KeyError: 'hessian'\)"):
+            OptimizabilityReport.load(tmp_path)
+
+
+class TestDamaged:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", r"no valid JSON .* Restore the file"),
+            (to_json(REPORT)[:5000], r"no valid JSON .* Restore the file"),
+            (b"\xff\xfe{}", r"no valid JSON \('utf-8' codec .* Restore the file"),
+            (b"[" * 100_000, r"nested too deep for a report\. Restore the file"),
+            (b"[1, 2]", r"holds a list, not a report\. Pass the `report\.json`"),
+            (b"{}", r"`schema_version` is None, not a number from 1 to 4\. Restore"),
+            (to_json(changed(schema_version=True)), r"`schema_version` is True"),
+            (to_json(changed(schema_version=SCHEMA_VERSION + 1)), r"reads up to 4\. Upgrade hf-optimizability"),
+            (to_json(changed(measurements=None)), r"report\.measurements is None, not of type array\. Restore"),
+            (to_json(changed(more=1)), r"report\.more is not known"),
+            (to_json(changed(log_history=[{"loss": 1.0}])), r"report\.log_history\[0\] lacks 'step'"),
+            (to_json(changed(log_history=[{"step": -1}])), r"report\.log_history\[0\]\.step is -1, less than 0"),
+            (to_json(changed(created=HOSTILE[0] * 10)), None),
+            (b'{"schema_version": 3, "created": NaN}', r"the number NaN is not finite"),
+            (b'{"schema_version": 3, "created": 1e999}', r"the number 1e999 is not finite"),
+            (b'{"schema_version": 3, "created": ' + b"9" * 5000 + b"}", r"the number 9+… is too large"),
+        ],
+    )
+    def test_the_error_names_the_file_what_is_wrong_and_what_to_do(self, content, message, tmp_path):
+        file = tmp_path / "report.json"
+        file.write_bytes(content)
+        if message is None:
+            OptimizabilityReport.load(file)
+            return
+        with pytest.raises(ValueError, match=message) as raised:
+            OptimizabilityReport.load(tmp_path)
+        assert str(raised.value).startswith(f"{file} can't be read as a report. ")
+        assert len(str(raised.value)) < len(str(file)) + 250
+        assert raised.value.__suppress_context__  # no traceback from inside
+
+    def test_lists_that_go_together_have_one_length(self):
+        data = copy.deepcopy(REPORT)
+        data["measurements"][1]["hessian"]["ritz_weights"].pop()
+        with pytest.raises(ValueError, match=r"measurements\[1\].hessian has `ritz_values` and `ritz_weights`"):
+            OptimizabilityReport.from_dict(data)
+
+    @pytest.mark.parametrize("slice_", ["update", "eigenvectors"])
+    def test_slices_have_a_loss_for_each_place(self, slice_):
+        data = copy.deepcopy(REPORT)
+        data["measurements"][1]["landscape"][slice_]["losses"].pop()
+        with pytest.raises(
+            ValueError, match=r"measurements\[1\].landscape has axes and `losses` of different lengths"
+        ):
+            OptimizabilityReport.from_dict(data)
+
+    def test_a_file_that_is_not_there_is_told_as_such(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            OptimizabilityReport.load(tmp_path)
+
+    @QUIET
+    @given(damaged(REPORT))
+    def test_a_damaged_report_is_a_clear_error_or_a_harmless_page(self, tmp_path_factory, data):
+        file = tmp_path_factory.getbasetemp() / "damaged.json"
+        file.write_bytes(to_json(data))
+        try:
+            report = OptimizabilityReport.load(file)
+        except ValueError as error:
+            assert re.match(rf"{re.escape(str(file))} can't be read as a report\. .*\.$", str(error))
+            return
+        page = read_page(report.to_html())
+        assert page.scripts == 3
+        assert page.tags <= PLAIN.tags
+        assert page.events == []
+        assert "<script" not in to_markdown(report)
+        report.summary().encode()
+
+
+PLAIN = read_page(make_report(2, blocks=3, failures=1, converged=False).to_html())
+"""The page of a report without hostile strings, with everything that a page may hold."""

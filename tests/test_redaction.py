@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No report tells who made it and where, whatever the exceptions say that it keeps."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from tests.support import tiny_models
+import torch
+from tests.support import tiny_training
+from test_everything_a_trainer_can_do import CONFIG
+from torch import Tensor, nn
+from torch.autograd import Function
+from transformers import TrainerCallback
+
+from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
+from hf_optimizability.redaction import anonymous, without_secrets
+from hf_optimizability.training.provenance import describe_model
+
+
+USER, HOST, SECRET = "adalovelace", "gpu-sentinel-17", "sentinel-of-an-api-key"
+HOME = f"/home/{USER}"
+TOKEN = "hf_" + "Sentinel" * 4
+LEAK = (
+    f"[Errno 2] No such file: '{HOME}/my thesis/train.csv' ({HOME}/x, ~/y/z.py, {HOME}, /scratch/{USER}/deep/z.bin:3) "
+    f"for {USER}@{HOST}.example.org:29500 with {TOKEN} and {SECRET}"
+)
+PRIVATE = (USER, HOST, TOKEN, SECRET, "/home", "thesis", "scratch", "deep", "example.org")
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user on another machine."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, HOME)
+    for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, USER)
+    monkeypatch.setenv("SOME_API_KEY", SECRET)
+    monkeypatch.setattr(socket, "gethostname", lambda: f"{HOST}.example.org")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"open {HOME} failed", "open ~ failed"),
+        (f"{HOME}/a/b.py:3: error", "…/b.py:3: error"),
+        (f"'{HOME}/a b/c d.csv'", "'…/c d.csv'"),
+        ("'/mnt/x y/z'", "'…/z'"),
+        ('File "/usr/lib/python3.11/ast.py", line 3', 'File "…/ast.py", line 3'),
+        ("/Users/grace/x and /root/.cache/y", "…/x and …/y"),
+        (r"C:\Users\Grace\x\model.bin", "…/model.bin"),
+        (r"'D:\\data of ours\\train.csv'", "'…/train.csv'"),
+        (r"\\server\share\deep\file", "…/file"),
+        ("file:///srv/data/x.csv", "file://…/x.csv"),
+        (f"{USER}@{HOST}:29500", "<user>@<host>:29500"),
+        (f"{HOST}.example.org refused", "<host> refused"),
+        (f"token {TOKEN}", "token <secret>"),
+        (f"key={SECRET}", "key=<secret>"),
+    ],
+)
+def test_what_goes(text: str, expected: str):
+    assert anonymous(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RuntimeError: derivative for aten::_scaled_dot_product_flash_attention is not implemented",
+        "See https://pytorch.org/docs/stable/notes/x.html and `hf_optimizability.measure`, and/or n/a.",
+        "torch/csrc/autograd/engine.cpp:1 expected 3/4, got 10/3/2 (shape [2, 3]/x)",
+        "org/adalovelaces-model is 5 % off: ±0.1 µ/s",
+        "/tmp and /dev",
+        "",
+    ],
+)
+def test_what_stays(text: str):
+    assert anonymous(text) == text
+
+
+def test_names_that_are_words_stay(monkeypatch: pytest.MonkeyPatch):
+    for name in ("root", "me"):
+        for variable in ("USER", "LOGNAME", "LNAME", "USERNAME"):
+            monkeypatch.setenv(variable, name)
+        assert anonymous("the root of all, to me") == "the root of all, to me"
+
+
+def test_a_secret_that_is_passed():
+    assert without_secrets("an opaque one, None", secrets=["opaque", None, ""]) == "an <secret> one, None"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (f"{HOME}/thesis/bert-tuned", "bert-tuned"),
+        (f"{HOME}/thesis/bert-tuned/", "bert-tuned"),
+        ("out/gone/checkpoint-50", "checkpoint-50"),
+        ("~/models/bert", "bert"),
+        ("./bert", "bert"),
+        (r"C:\Users\ada\bert", "bert"),
+        ("tests", "tests"),
+        ("google/bert_uncased", "google/bert_uncased"),
+        ("gpt2", "gpt2"),
+        ("", ""),
+    ],
+)
+def test_a_model_is_called_by_its_name(path: str, name: str):
+    model = tiny_models.bert()
+    model.config._name_or_path = model.name_or_path = path
+    assert describe_model(model)["id"] == name
+
+
+class Identity(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return NoFurther.apply(gradient)
+
+
+class NoFurther(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError(LEAK)
+
+
+class Talk(TrainerCallback):
+    """Fails at the second measurement, and logs a text."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            state.log_history.append({"note": LEAK, "step": 1})
+            self.hook = self.model.register_forward_pre_hook(self.fail)
+        elif state.global_step == 2:
+            self.hook.remove()
+
+    @staticmethod
+    def fail(module: nn.Module, inputs: Any) -> None:
+        if not module.training:
+            raise OSError(LEAK)
+
+
+def strings(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from (str(key), *strings(item))
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def test_a_report_names_neither_user_nor_place(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Where the model and the data are local, and every exception tells all there is to tell."""
+    torch.manual_seed(0)
+    model = tiny_models.bert()
+    model.config._name_or_path = model.name_or_path = f"{HOME}/thesis/bert-tuned"
+    model.bert.pooler.register_forward_hook(lambda module, inputs, output: Identity.apply(output))
+    rows = datasets.Dataset.from_list(tiny_training.dataset("bert"))
+    rows.info.dataset_name = "train"
+    config = OptimizabilityConfig(**CONFIG, report_dir=str(tmp_path / USER / "report"))
+    trainer = tiny_training.trainer(
+        tmp_path / USER, cls=OptimizabilityTrainer, own=model, train_dataset=rows, eval_dataset=rows, max_steps=4,
+        callbacks=[Talk(model)], optimizability=config, run_name=f"{USER} on {HOST}", hub_token=TOKEN,
+    )  # fmt: skip
+    monkeypatch.setattr(logging.getLogger("hf_optimizability"), "propagate", True)
+    trainer.train()
+    trainer.create_model_card()
+    said = caplog.text + "".join(capfd.readouterr())
+    assert said.count("No such file: ") == 2  # to the user's own log
+    assert TOKEN not in said and SECRET not in said
+
+    report = json.loads((tmp_path / USER / "report/report.json").read_text())
+    assert [failure["step"] for failure in report["failures"]] == [2]
+    assert {m["engine"] for m in report["measurements"]} == {"central_difference"}
+    for reason in (
+        report["failures"][0]["reason"],
+        report["measurements"][0]["fallback"],
+        next(entry["note"] for entry in report["log_history"] if "note" in entry),
+    ):
+        assert (
+            "No such file: '…/train.csv' (…/x, …/z.py, ~, …/z.bin:3) for <user>@<host>:29500 with <secret>" in reason
+        )
+    assert report["model"]["id"] == "bert-tuned"
+    for text in strings(report):
+        assert not [private for private in (*PRIVATE, str(tmp_path)) if private in text], text
+    section = (tmp_path / USER / "README.md").read_text().partition("<!-- optimizability:start")[2]
+    for text in (section, *((tmp_path / USER / "report" / name).read_text() for name in ("report.json", "report.md"))):
+        assert not [private for private in (*PRIVATE, str(tmp_path)) if private in text]
+
+
+NEVER = {"eval", "exec", "pickle.load", "pickle.Unpickler", "yaml.load", "yaml.full_load", "yaml.unsafe_load"}
+
+
+def unsafe(source: str) -> list[str]:
+    """Calls that may run what a file says."""
+    found = []
+    for call in [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]:
+        name = ast.unparse(call.func)
+        told = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if (
+            name in NEVER
+            or (name == "pickle.loads" and not ast.unparse(call.args[0]).startswith("pickle.dumps("))
+            or (name == "torch.load" and told.get("weights_only") != "True")
+            or told.get("trust_remote_code") == "True"
+            or told.get("allow_pickle") == "True"
+        ):
+            found.append(ast.unparse(call))
+    return found
+
+
+def test_no_file_is_run():
+    """Neither unpickled, nor as YAML with tags, nor as code that comes with a checkpoint unless the user asks."""
+    root = Path(__file__).parent.parent
+    for folder in ("hf_optimizability", "recipes"):
+        for path in (root / folder).rglob("*.py"):
+            assert unsafe(path.read_text()) == [], path
+    for call in ("pickle.loads(file.read())", "torch.load(path)", "yaml.load(x)", "f(trust_remote_code=True)"):
+        assert unsafe(call) == [call]
