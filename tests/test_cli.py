@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import tiny_texts
 import torch
 from datasets import Dataset
-from tests.support.example_report import make_report
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hf_optimizability import OptimizabilityReport, cli
+from tests.support import tiny_texts
+from tests.support.example_report import make_report
 
 
 ROOT = Path(__file__).parents[1]

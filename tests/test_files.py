@@ -17,7 +17,7 @@ from hf_optimizability import OptimizabilityReport
 from hf_optimizability.files import write_atomically
 
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 WRITING = """
 import sys
@@ -32,8 +32,8 @@ while True:
 MEASURING = """
 import sys
 from pathlib import Path
-from tests.support import tiny_training
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
+from tests.support import tiny_training
 config = OptimizabilityConfig(measure_strategy="steps", measure_steps=1, probe_examples=8, max_hvps=400,
                               trace_tolerance=1e-9, eigen_tolerance=1e-9)
 tiny_training.trainer(Path(sys.argv[1]), cls=OptimizabilityTrainer, optimizability=config, max_steps=1000).train()
@@ -41,7 +41,7 @@ tiny_training.trainer(Path(sys.argv[1]), cls=OptimizabilityTrainer, optimizabili
 
 
 def start(script: str, argument: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", script, str(argument)],
         env=environment,

@@ -38,9 +38,7 @@ def test_rendering_a_report_leaves_training_alone():
 
 
 def test_a_function_is_not_hidden_by_the_module_of_its_name():
-    script = (
-        "from hf_optimizability.forecast import forecast_objective; from hf_optimizability import forecast, measure"
-    )
+    script = "import hf_optimizability.measurement.forecast; from hf_optimizability import forecast, measure"
     assert loaded_by(f"{script}; assert callable(forecast) and callable(measure)")
 
 

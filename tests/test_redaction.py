@@ -13,10 +13,7 @@ from typing import Any
 
 import datasets
 import pytest
-from tests.support import tiny_models
 import torch
-from tests.support import tiny_training
-from test_everything_a_trainer_can_do import CONFIG
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import TrainerCallback
@@ -24,6 +21,8 @@ from transformers import TrainerCallback
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.redaction import anonymous, without_secrets
 from hf_optimizability.training.provenance import describe_model
+from tests.support import tiny_models, tiny_training
+from tests.support.tiny_training import CONFIG
 
 
 USER, HOST, SECRET = "adalovelace", "gpu-sentinel-17", "sentinel-of-an-api-key"

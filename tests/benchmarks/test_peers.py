@@ -18,12 +18,12 @@ from libraries import MIN_PROBES, Call, Ends, Library, Ours, OutOfTimeError, Pro
 from peers import called, reached, watch, within
 from scipy.stats import ortho_group
 from tables import markdown, problems
-from tests.support.tiny_models import cut, dense_hessian, examples, make
 from truth import Mean, Run, Truth, _Exact, pooled, sharpened
 from workloads import Workload
 
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.linalg.operator import DenseOperator
+from tests.support.tiny_models import cut, dense_hessian, examples, make
 
 
 def _way(time_ratio: float, mebibytes: float) -> dict[str, float]:

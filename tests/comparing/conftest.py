@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.support import tiny_texts
+from tests.support.browser import browser, show  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,15 @@ import re
 
 import pytest
 from markdown_it import MarkdownIt
-from tests.support.damaged_report import HOSTILE
-from tests.support.html_page import read_page
-from report.test_html import DESKTOP, PHONE, browser, show  # noqa: F401  (fixtures)
 
 from hf_optimizability import Comparison, OptimizabilityReport
 from hf_optimizability.comparing.pages import charts, pareto_front, verdict
 from hf_optimizability.comparing.results import Entry, Failure, Run
 from hf_optimizability.report.markdown import format_interval
-
+from tests.support.browser import DESKTOP, PHONE
+from tests.support.damaged_report import HOSTILE
 from tests.support.example_comparison import make_comparison
+from tests.support.html_page import read_page
 
 
 TWO = {"good": 0.9, "bad": 0.5}
@@ -149,7 +148,7 @@ class TestHostile:
         html = MarkdownIt("commonmark", {"html": True}).enable("table").render(make_hostile().to_markdown())
         assert not re.search(r"<(script|img|svg)", html)
 
-    def test_nothing_runs(self, show):  # noqa: F811
+    def test_nothing_runs(self, show):
         page = show(make_hostile().to_html(), size=PHONE)
         for details in page.locator("summary").all():
             details.click()
@@ -167,7 +166,7 @@ class TestBrowser:
             pytest.param(DESKTOP, "light", id="desktop, light", marks=pytest.mark.slow),
         ],
     )
-    def test_fits_is_quiet_and_accessible(self, show, size, scheme):  # noqa: F811
+    def test_fits_is_quiet_and_accessible(self, show, size, scheme):
         from axe_playwright_python.sync_playwright import Axe
 
         comparison = make_comparison({"a/rather-long-name-of-a-checkpoint": 0.9, "b": 0.85, "c": 0.5}, failed=True)
@@ -180,7 +179,7 @@ class TestBrowser:
         assert page.locator("canvas").count() == 7
         assert [heading.inner_text() for heading in page.locator("h2").all()] == SECTIONS
 
-    def test_the_points_of_the_pareto_plot_bear_their_numbers(self, show):  # noqa: F811
+    def test_the_points_of_the_pareto_plot_bear_their_numbers(self, show):
         page = show(make_comparison(TWO).to_html())
         page.locator("#pareto_training summary").click()
         rows = [row.split("\t") for row in page.locator("#pareto_training table").inner_text().splitlines()]

@@ -18,7 +18,7 @@ from hf_optimizability.comparing.results import Run
 from hf_optimizability.comparing.training import whole_checkpoint
 
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLOCK = ("seconds", "created", "overhead", "runtime", "per_second")
 
 
@@ -47,8 +47,8 @@ def page(folder: Path) -> tuple[dict[str, Any], str]:
 @pytest.mark.timeout(1800)
 def test_killed_and_resumed_it_has_the_same_page(tmp_path: Path):
     kills = 10
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TESTS / "comparing/kill.py"), str(tmp_path), str(kills), "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.support.killed_comparison", str(tmp_path), str(kills), "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     killed = re.findall(r"^killed 1, runs (\d+), checkpoints (\d+)$", done.stdout, flags=re.MULTILINE)

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.example_report import make_report
 from transformers import Trainer
 
 from hf_optimizability import Comparison, OptimizabilityReport, compare
 from hf_optimizability.comparing.results import Run, Scores
 from hf_optimizability.comparing.training import Inputs
+from tests.support.example_report import make_report
 
 
 def trained(inputs: Inputs, *, quality: float, examples: int = 200) -> Run:

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
-from tests.support.html_page import read_page
 
 from hf_optimizability import Comparison, compare
 from hf_optimizability.comparing.screening import kept
 from hf_optimizability.scoring.checkpoint import CheckpointScores
 from hf_optimizability.scoring.score import Score
-
 from tests.support.example_comparison import make_comparison
+from tests.support.html_page import read_page
 
 
 def score(value: float, std_error: float = 0.01) -> Score:

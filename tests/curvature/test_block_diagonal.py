@@ -6,7 +6,6 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from hf_optimizability.linalg.lanczos import lanczos_by_segment
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.objective.parameter_blocks import name_blocks
+from tests.support import tiny_models
 
 
 def places(objective: Objective, blocks: list[list[int]]) -> list[list[slice]]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,6 +16,7 @@ from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseH
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace
 from hf_optimizability.model_state.measuring import full_precision
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_models
 
 
 # Of float64; that of language models is computed in float32 by Transformers.

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pytest
-from tests.support import tiny_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_models
 
 
 def bert() -> tuple[Objective, dict[str, Tensor]]:

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_optimizability.curvature.fisher import EmpiricalFisherOperator
 from hf_optimizability.objective.objective import Objective, count_items
+from tests.support import tiny_models
 
 
 EXAMPLES = 5

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,6 +15,7 @@ from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseH
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_models
 
 
 # Transformers computes the loss of language models in float32.

@@ -9,7 +9,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -25,6 +24,7 @@ from hf_optimizability.linalg.statistics import jackknife
 from hf_optimizability.linalg.trace import MIN_PROBES
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_models
 
 
 NAMES = ["bert", "vit", "resnet", "gpt2"]

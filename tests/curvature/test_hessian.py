@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.support import tiny_models
 import torch
 
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
@@ -15,6 +14,7 @@ from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator
 from hf_optimizability.curvature.hessian import HessianOperator, ObjectiveOperator
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_models
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +14,7 @@ from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_models
 
 
 def dense(objective: Objective) -> tuple[Tensor, Tensor]:

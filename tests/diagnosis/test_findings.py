@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support import tiny_training
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -25,7 +24,7 @@ from hf_optimizability.diagnosis.findings import FINDINGS, SEVERITIES, Finding, 
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
 from hf_optimizability.report.markdown import to_markdown
-
+from tests.support import tiny_training
 from tests.support.example_report import make_dynamics, make_estimate, make_report, with_tasks
 
 

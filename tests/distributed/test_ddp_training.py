@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import tiny_training
-from tests.support.ranks import Failed, on_ranks, results
-from test_hands_off import assert_equal, run
-from test_resume import QUICK, SAVES, STEPS, StopBefore, StoppedError
-from test_shared_measurement import differences
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from hf_optimizability.curvature import hessian as operators
+from tests.support import tiny_training
+from tests.support.measurement_differences import differences
+from tests.support.ranks import Failed, on_ranks, results
+from tests.support.stopped_training import QUICK, SAVES, STEPS, StopBefore, StoppedError
+from tests.support.training_outcome import assert_equal, run
 
 
 CONFIG = {**QUICK, **STEPS}

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import tiny_training
-from test_resume import QUICK, STEPS
-from test_shared_measurement import differences
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
+from tests.support import tiny_training
+from tests.support.measurement_differences import differences
+from tests.support.stopped_training import QUICK, STEPS
 
 
-HERE = Path(__file__).parent
-DEEPSPEED = HERE.parents[1] / ".venv" / "deepspeed"
+ROOT = Path(__file__).parents[2]
+DEEPSPEED = ROOT / ".venv" / "deepspeed"
 """Where `make test-slow` puts it: beside the environment, as everything behaves another way where it is installed."""
 
 pytestmark = [
@@ -33,11 +33,11 @@ pytestmark = [
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What two processes measured, in trainings that ended as those without measurements: they check that."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    places = os.pathsep.join(map(str, (DEEPSPEED, HERE, HERE.parent)))
+    path = f"{DEEPSPEED}{os.pathsep}{ROOT}"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(HERE / "deepspeed_training.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+         "-m", "tests.support.deepspeed_training", str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

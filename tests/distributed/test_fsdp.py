@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import pytest
-from tests.support import tiny_models
 import torch
-from tests.support.ranks import results
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -30,6 +28,9 @@ from hf_optimizability.distributed.process_group import training_process_group
 from hf_optimizability.distributed.supported import require_supported
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_models
+from tests.support.little_memory import little_memory
+from tests.support.ranks import results
 
 
 MODELS = ["bert", "gpt2"]  # gpt2 has tied weights, and examples with different numbers of ignored labels
@@ -61,16 +62,6 @@ def batches(name: str, **options: Any) -> list[dict[str, Tensor]]:
 
 def directions(size: int) -> Tensor:
     return torch.randn(size, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-@contextmanager
-def little_memory() -> Iterator[None]:
-    """Whole parameters do not fit."""
-    free, fsdp.free_memory = fsdp.free_memory, lambda device: 1
-    try:
-        yield
-    finally:
-        fsdp.free_memory = free
 
 
 def products(name: str) -> dict[str, list[float]]:

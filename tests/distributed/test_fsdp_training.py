@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import tiny_training
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from tests.support.ranks import results
-from test_fsdp import little_memory
-from test_hands_off import assert_equal, run
-from test_resume import QUICK, SAVES, STEPS, StopBefore, StoppedError
-from test_shared_measurement import differences
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
+from tests.support import tiny_training
+from tests.support.little_memory import little_memory
+from tests.support.measurement_differences import differences
+from tests.support.ranks import results
+from tests.support.stopped_training import QUICK, SAVES, STEPS, StopBefore, StoppedError
+from tests.support.training_outcome import assert_equal, run
 
 
 FSDP = {

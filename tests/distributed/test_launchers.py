@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support import tiny_models
 from accelerate import dispatch_model
-from test_hands_off import assert_equal
-from test_shared_measurement import differences
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, measure
+from tests.support import tiny_models
+from tests.support.measurement_differences import differences
+from tests.support.training_outcome import assert_equal
 
 
 ROOT = Path(__file__).parents[2]

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.ranks import Failed, on_ranks, results
 
 from hf_optimizability import MeasurementError
 from hf_optimizability.distributed.process_group import RankLostError, training_process_group
 from hf_optimizability.linalg.communicator import SINGLE_PROCESS
+from tests.support.ranks import Failed, on_ranks, results
 
 
 CPU = torch.device("cpu")

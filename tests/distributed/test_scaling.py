@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import scaling
+
 from tests.support.ranks import results
 
 

@@ -4,15 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 import torch
-from tests.support.ranks import results
 from torch import nn
 from torch.optim import AdamW
 
@@ -23,6 +19,9 @@ from hf_optimizability.linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_models
+from tests.support.measurement_differences import differences
+from tests.support.ranks import results
 
 
 CPU = torch.device("cpu")
@@ -125,36 +124,6 @@ def with_little_memory(group: ProcessGroup) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return results(on_a_rank, request.param, tmp_path_factory.mktemp("ranks"))
-
-
-def numbers(value: Any, path: str = "", scale: float = 0.0) -> Iterator[tuple[str, Any, float]]:
-    """All that a measurement holds, with its place, and the size of the largest part of an estimate, or of a list."""
-    if isinstance(value, dict):
-        if "method" in value:
-            scale = max(abs(value[name]) for name in ("value", "low", "high"))
-        for key, item in value.items():
-            yield from numbers(item, f"{path}.{key}", scale)
-    elif isinstance(value, (list, tuple)):
-        scale = max((abs(item) for item in value if isinstance(item, float)), default=scale)
-        for index, item in enumerate(value):
-            yield from numbers(item, f"{path}.{index}", scale)
-    elif not path.endswith(".seconds"):
-        yield path, value, scale
-
-
-def differences(found: Any, expected: Any, *, tolerance: float) -> list[tuple[str, Any, Any]]:
-    pairs = list(zip_longest(numbers(found), numbers(expected), fillvalue=("missing", None, 0.0)))
-    return [
-        (place, a, b)
-        for (place, a, _), (other, b, scale) in pairs
-        if place != other or not alike(a, b, tolerance, scale)
-    ]
-
-
-def alike(a: Any, b: Any, tolerance: float, scale: float) -> bool:
-    if isinstance(b, float) and isinstance(a, float):
-        return a == b or abs(a - b) <= tolerance * max(abs(b), scale, 1e-3)
-    return bool(a == b)
 
 
 def test_is_that_of_one_process(found: list[dict[str, Any]]):

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.ranks import results
-from test_several_tasks import Heads, cut, of_task, rows
 
 from hf_optimizability import OptimizabilityConfig
 from hf_optimizability.distributed.process_group import training_process_group
 from hf_optimizability.linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
+from tests.support.ranks import results
+from tests.support.two_tasks import Heads, cut, of_task, rows
 
 
 def measured(group: ProcessGroup) -> list[Any]:

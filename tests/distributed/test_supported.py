@@ -6,8 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support import tiny_models
-from tests.support import tiny_training
 from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -16,6 +14,7 @@ from transformers.utils import logging
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
 from hf_optimizability.distributed.supported import deepspeed_limits, require_supported, zero_stage
+from tests.support import tiny_models, tiny_training
 
 
 def arguments(folder: Path, stage: int | None) -> TrainingArguments:

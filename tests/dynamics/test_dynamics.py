@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support import tiny_training
 
 import hf_optimizability.dynamics
 from hf_optimizability.dynamics import compute_dynamics
+from tests.support import tiny_training
 
 
 LOG = [

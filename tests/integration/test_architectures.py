@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 
 def load() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "architectures.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
     spec = importlib.util.spec_from_file_location("architectures", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules["architectures"] = importlib.util.module_from_spec(spec)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import tiny_models
 import torch
-from tests.support import tiny_training
 from torch import nn
 from transformers import TrainerCallback
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityTrainer, forecast, measure
+from tests.support import tiny_models, tiny_training
 
 
 class NoStep(TrainerCallback):

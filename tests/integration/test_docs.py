@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import pytest
 from markdown_it import MarkdownIt
-from tests.support.example_report import make_report
 from transformers import HfArgumentParser, TrainingArguments
 from typer.testing import CliRunner
 
@@ -29,16 +28,17 @@ from hf_optimizability.comparing.arguments import ComparisonArguments
 from hf_optimizability.comparing.candidates import parse_candidates
 from hf_optimizability.report import figures as plots
 from hf_optimizability.tasks.fine_tuning import TASKS, parse_arguments
+from tests.support.example_report import make_report
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "model_cards/*.md", "benchmarks/results/*.md", "recipes/**/*.md")
     for path in ROOT.glob(pattern)
 )
 AGAINST_A_HUB = ["docs/publish.md", "model_cards/README.md"]
-"""Documents whose snippets tests/hub/test_pages.py runs."""
+"""Documents whose snippets tests/publishing/test_documents.py runs."""
 
 WRITTEN = {"README.md": "out/readme/optimizability/report.md", "docs/compare.md": "out/comparison/comparison.html"}
 """A file that the snippets of a document write."""

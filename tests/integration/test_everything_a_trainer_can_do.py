@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from tests.support import tiny_models
 import torch
-from tests.support import tiny_training
 from peft import LoraConfig, get_peft_model
-from test_hands_off import assert_equal, left_behind, run
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import (
@@ -39,11 +36,12 @@ from hf_optimizability import (
     OptimizabilityConfig,
     OptimizabilityTrainerMixin,
 )
+from tests.support import tiny_models, tiny_training
+from tests.support.tiny_training import CONFIG, FEW_STEPS, sentences
+from tests.support.training_outcome import assert_equal, left_behind, run
 
 
-CONFIG = {"measure_strategy": "steps", "measure_steps": 2, "probe_examples": 6, "probe_batch_size": 2, "max_hvps": 16}
 TWO_EPOCHS = {"max_steps": 5, "per_device_train_batch_size": 4}
-FEW_STEPS = {"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1}
 
 
 class Case(NamedTuple):
@@ -66,11 +64,6 @@ def bert(kind: type[PreTrainedModel] | None = None, **options: Any) -> nn.Module
     torch.manual_seed(0)
     model = tiny_models.bert(**options)
     return model if kind is None else kind(model.config)
-
-
-def sentences(label: Callable[[int], Any] = lambda index: index % 3) -> list[dict[str, Any]]:
-    tokens = [row["input_ids"] for row in tiny_models.examples("bert", 16)]
-    return [{"input_ids": row, "labels": label(index)} for index, row in enumerate(tokens)]
 
 
 def lines(name: str) -> list[dict[str, Any]]:
@@ -262,12 +255,12 @@ def test_the_data_come_in_the_same_order(tmp_path: Path):
 
 
 STAGES = {
-    "gradient": ("hf_optimizability.measure", "gradient"),
+    "gradient": ("hf_optimizability.measurement.measure", "gradient"),
     "product": ("hf_optimizability.curvature.hessian", "second_backward"),
-    "trace": ("hf_optimizability.measure", "sketch"),
-    "update": ("hf_optimizability.measure", "optimizer_update"),
-    "step": ("hf_optimizability.measure", "critical_learning_rate"),
-    "noise": ("hf_optimizability.measure", "noise_scale"),
+    "trace": ("hf_optimizability.measurement.measure", "estimate_spectrum_and_trace"),
+    "update": ("hf_optimizability.measurement.measure", "optimizer_update"),
+    "step": ("hf_optimizability.measurement.measure", "critical_learning_rate"),
+    "noise": ("hf_optimizability.measurement.measure", "noise_scale"),
 }
 ERRORS = {
     "error": RuntimeError("broken on purpose"),

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import tiny_models
 import torch
-from tests.support import tiny_training
 from optuna.samplers import RandomSampler
-from test_everything_a_trainer_can_do import CONFIG, FEW_STEPS, sentences
-from test_hands_off import assert_equal, run
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
+from tests.support import tiny_models, tiny_training
+from tests.support.tiny_training import CONFIG, FEW_STEPS, sentences
+from tests.support.training_outcome import assert_equal, run
 
 
 def make(folder: Path, cls: type[Trainer] = Trainer, **options: Any) -> Trainer:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support import tiny_training
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import EvalPrediction
@@ -31,6 +30,7 @@ from hf_optimizability.measurement.results import Measurement
 from hf_optimizability.training import callback
 from hf_optimizability.training.history import RECORD, RECORDS, restore
 from hf_optimizability.training.provenance import describe_config
+from tests.support import tiny_training
 
 
 CONFIG = OptimizabilityConfig(

@@ -4,19 +4,14 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from tests.support import stateful_models
 import torch
-from tests.support import tiny_training
-from tests.support import tiny_trl
 from datasets import Dataset
-from transformers import BertForMaskedLM, BertTokenizer, DataCollatorForLanguageModeling, PreTrainedModel, Trainer
+from transformers import BertForMaskedLM, BertTokenizer, DataCollatorForLanguageModeling, Trainer
 
 from hf_optimizability import (
     OptimizabilityCallback,
@@ -25,57 +20,9 @@ from hf_optimizability import (
     OptimizabilityTrainerMixin,
 )
 from hf_optimizability.objective.objective import Objective
-
-
-EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}
-
-
-def run(trainer: Trainer) -> dict[str, Any]:
-    """Trains; all that this leaves behind."""
-    trainer.train()
-    return left_behind(trainer)
-
-
-def left_behind(trainer: Trainer) -> dict[str, Any]:
-    """All that a training leaves behind, wherever it stopped."""
-    model = trainer.model
-    own = ("loss", "grad_norm", "learning_rate", "epoch", "step", "eval_loss")
-    log = [{k: v for k, v in entry.items() if k in own} for entry in trainer.state.log_history]
-    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return {
-        "weights": model.state_dict(),
-        "buffers": dict(model.named_buffers()),  # those too that are not saved
-        "optimizer": trainer.optimizer.state_dict(),
-        "scheduler": trainer.lr_scheduler.state_dict(),
-        "log": [entry for entry in log if entry.keys() & {"loss", "eval_loss"}],
-        "rng": torch.get_rng_state(),
-        "numpy rng": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
-        "python rng": random.getstate(),
-        "modes": [module.training for module in model.modules()],
-        "gradients": [parameter.grad for parameter in model.parameters()],
-        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
-        "attention": [config._attn_implementation for config in configs],
-        "cache": [vars(config).get("use_cache") for config in configs],
-        "checkpointing": [vars(module).get("gradient_checkpointing") for module in model.modules()],
-        "compiled": [module._compiled_call_impl is not None for module in model.modules()],
-        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
-    }
-
-
-def assert_equal(a: Any, b: Any, where: str = "") -> None:
-    """Equal to the last bit, however nested."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}/{index}")
-    else:
-        assert a == b or (a != a and b != b), where  # NaN is what it was, too
+from tests.support import stateful_models, tiny_training, tiny_trl
+from tests.support.tiny_training import EVERY_STEP
+from tests.support.training_outcome import assert_equal, run
 
 
 @pytest.mark.parametrize(
@@ -248,7 +195,9 @@ def test_trl_chooses_the_same_checkpoint_by_the_same_metrics(tmp_path: Path, kin
     """Its trainers gather metrics in `compute_loss` and clear them in `log`."""
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    cls, config, rows = (SFTTrainer, SFTConfig, tiny_trl.TEXTS) if kind == "sft" else (DPOTrainer, DPOConfig, tiny_trl.PAIRS)
+    cls, config, rows = (
+        (SFTTrainer, SFTConfig, tiny_trl.TEXTS) if kind == "sft" else (DPOTrainer, DPOConfig, tiny_trl.PAIRS)
+    )
     best = "eval_mean_token_accuracy" if kind == "sft" else "eval_rewards/margins"
     options = {
         "eval_dataset": Dataset.from_list(rows[::2]), "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2,
@@ -258,7 +207,9 @@ def test_trl_chooses_the_same_checkpoint_by_the_same_metrics(tmp_path: Path, kin
 
     def trained(cls: type[Trainer], **more: Any) -> Trainer:
         more |= {} if kind == "sft" else {"ref_model": tiny_trl.language_model()}
-        trainer = tiny_trl.trainer(tmp_path / cls.__name__, cls, config, rows, tiny_trl.language_model(), **options, **more)
+        trainer = tiny_trl.trainer(
+            tmp_path / cls.__name__, cls, config, rows, tiny_trl.language_model(), **options, **more
+        )
         trainer.train()
         return trainer
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support import tiny_training
-from test_hands_off import assert_equal, run
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainerControl
@@ -26,6 +24,8 @@ from hf_optimizability import (
     measure,
 )
 from hf_optimizability.objective.probe_set import fingerprint
+from tests.support import tiny_training
+from tests.support.training_outcome import assert_equal, run
 
 
 CONFIG = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}

@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_hands_off
-from tests.support import tiny_models
 import torch
 import torch.distributed as dist
-from tests.support import tiny_training
-from test_shared_measurement import differences
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,6 +21,10 @@ from hf_optimizability.device_memory import free_memory
 from hf_optimizability.linalg import lanczos
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_models, tiny_training
+from tests.support.measurement_differences import differences
+from tests.support.tiny_training import EVERY_STEP
+from tests.support.training_outcome import assert_equal, run
 
 
 pytestmark = [
@@ -124,7 +124,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def train(folder: Path, name: str, **options: Any) -> dict[str, Any]:
-    found = test_hands_off.run(tiny_training.trainer(folder, name, use_cpu=False, **options))
+    found = run(tiny_training.trainer(folder, name, use_cpu=False, **options))
     return {**found, "GPU's rng": torch.cuda.get_rng_state()}
 
 
@@ -135,13 +135,13 @@ def test_training_is_the_same(tmp_path: Path, name: str, precision: dict[str, bo
     options = {**precision, "optim": "adamw_torch", "eval_dataset": tiny_training.dataset(name, 8)}
     options |= {"eval_strategy": "steps", "eval_steps": 3}
     plain = train(tmp_path, name, **options)
-    callback = OptimizabilityCallback(OptimizabilityConfig(**test_hands_off.EVERY_STEP))
-    test_hands_off.assert_equal(train(tmp_path, name, callbacks=[callback], **options), plain)
+    callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP))
+    assert_equal(train(tmp_path, name, callbacks=[callback], **options), plain)
     assert len(callback.report.measurements) == 4 and not callback.report.failures
 
 
 def test_a_compiled_model_is_measured_as_it_is(tmp_path: Path):
-    callback = OptimizabilityCallback(OptimizabilityConfig(**test_hands_off.EVERY_STEP))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP))
     trainer = tiny_training.trainer(tmp_path, use_cpu=False, torch_compile=True, callbacks=[callback])
     trainer.train()
     assert len(callback.report.measurements) == 4 and not callback.report.failures

@@ -19,34 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import tiny_training
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerState
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.training.clock import Clock
 from hf_optimizability.training.history import RECORD, RECORDS, record, restore
 from hf_optimizability.training.provenance import describe_config
+from tests.support import tiny_training
+from tests.support.stopped_training import QUICK, SAVES, STEPS, StopBefore, StoppedError
 
 
-TESTS = Path(__file__).parent
-QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 2}
+ROOT = Path(__file__).parents[2]
 KILLS = 20
-STEPS = {"measure_strategy": "steps", "measure_steps": 2}
-SAVES = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
-
-
-class StoppedError(Exception):
-    """The run was stopped from outside."""
-
-
-class StopBefore(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise StoppedError
 
 
 def run(
@@ -68,7 +53,9 @@ def run(
         callbacks.append(OptimizabilityCallback(settings))
         trainer = tiny_training.trainer(folder, callbacks=callbacks, **SAVES, **options)
     else:
-        trainer = tiny_training.trainer(folder, cls=cls, optimizability=settings, callbacks=callbacks, **SAVES, **options)
+        trainer = tiny_training.trainer(
+            folder, cls=cls, optimizability=settings, callbacks=callbacks, **SAVES, **options
+        )
     try:
         trainer.train(resume_from_checkpoint=resume)
     except StoppedError:
@@ -319,7 +306,7 @@ def start(folder: Path, log: Path) -> subprocess.Popen[bytes]:
         with suppress(OSError, ValueError):  # the Trainer writes its state last
             json.loads((checkpoint / "trainer_state.json").read_text())
             whole = str(checkpoint)
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", TRAINING, str(folder), whole]
     with log.open("ab") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=output)

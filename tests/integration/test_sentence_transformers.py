@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support import tiny_training
-from tests.support import tiny_trl
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
@@ -21,6 +19,7 @@ from transformers import BertConfig, BertModel
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainerMixin
 from hf_optimizability.training.trainer_loss import trainer_loss
+from tests.support import tiny_training, tiny_trl
 
 
 ROWS = [
@@ -79,7 +78,9 @@ def trainer(folder: Path, model: SentenceTransformer, loss: nn.Module, **more: A
     cls = SentenceTransformerTrainer
     if more:
         cls = type("Measuring", (OptimizabilityTrainerMixin, cls), {})
-    args = tiny_training.arguments(folder, SentenceTransformerTrainingArguments, max_steps=1, per_device_train_batch_size=6)
+    args = tiny_training.arguments(
+        folder, SentenceTransformerTrainingArguments, max_steps=1, per_device_train_batch_size=6
+    )
     return cls(model=model, args=args, train_dataset=Dataset.from_list(ROWS), loss=loss, **more)
 
 

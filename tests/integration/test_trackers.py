@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import tiny_training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.log_keys import PREFIX
+from tests.support import tiny_training
 
 
 def trained(folder: Path, tracker: str) -> dict[tuple[int, str], float]:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import trl.trainer.utils as trl_utils
-from tests.support import tiny_trl
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +27,7 @@ from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainerMixin, 
 from hf_optimizability.errors import MeasurementError
 from hf_optimizability.training.trainer_loss import trainer_loss
 from hf_optimizability.training.unfused_losses import unfused_losses
+from tests.support import tiny_trl
 
 
 def written_out(model: nn.Module, batch: dict[str, Any], loss_type: str) -> Tensor:
@@ -79,7 +79,9 @@ LORA = LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)
         pytest.param(cohere, tiny_trl.TEXTS, {}, id="scaled logits"),
         pytest.param(tiny_trl.language_model, tiny_trl.TEXTS, {"loss_type": "dft"}, id="dft"),
         pytest.param(tiny_trl.language_model, tiny_trl.TEXTS, {"packing": True}, id="packed"),
-        pytest.param(tiny_trl.language_model, tiny_trl.TEXTS, {"padding_free": True, "max_length": None}, id="padding-free"),
+        pytest.param(
+            tiny_trl.language_model, tiny_trl.TEXTS, {"padding_free": True, "max_length": None}, id="padding-free"
+        ),
         pytest.param(tiny_trl.language_model, tiny_trl.COMPLETIONS, {}, id="completion only"),
         pytest.param(tiny_trl.language_model, tiny_trl.TEXTS, {"peft_config": LORA}, id="LoRA"),
     ],
@@ -136,7 +138,12 @@ def with_mixin(cls: type) -> type:
 
 def test_sft_is_measured_as_the_model_itself(tmp_path: Path):
     made = tiny_trl.trainer(
-        tmp_path, with_mixin(SFTTrainer), SFTConfig, tiny_trl.TEXTS[:8], tiny_trl.language_model(), optimizability=CONFIG
+        tmp_path,
+        with_mixin(SFTTrainer),
+        SFTConfig,
+        tiny_trl.TEXTS[:8],
+        tiny_trl.language_model(),
+        optimizability=CONFIG,
     )
     made.train()
     found = made.optimizability_report().measurements[0]

@@ -8,7 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_trace import (
+
+from hf_optimizability.linalg.row_partition import RowPartition
+from hf_optimizability.linalg.trace import PROBE_BLOCK_SIZE, Deflation
+from tests.support.known_traces import (
     NEVER,
     coverage,
     estimate,
@@ -19,9 +22,6 @@ from test_trace import (
     values,
     with_eigenvalues,
 )
-
-from hf_optimizability.linalg.row_partition import RowPartition
-from hf_optimizability.linalg.trace import PROBE_BLOCK_SIZE, Deflation
 
 
 @pytest.mark.parametrize("tolerance", [NEVER, 0.1], ids=["fixed", "adaptive"])

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,6 +28,7 @@ from hf_optimizability.measurement.forecast import forecast
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.report import OptimizabilityReport
+from tests.support import tiny_models
 
 
 PRECISE = OptimizabilityConfig(eigen_tolerance=1e-4, max_hvps=200)

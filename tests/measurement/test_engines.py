@@ -6,12 +6,12 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
+from tests.support import tiny_models
 
 
 ROWS = tiny_models.cut(tiny_models.examples("bert", 6, dtype=torch.float32), 3)

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.measurement.forecast import Forecast, PeakMemory, forecast
+from tests.support import tiny_models
 
 
 ROWS = tiny_models.cut(tiny_models.examples("bert", 6, dtype=torch.float32), 3)
@@ -108,7 +107,7 @@ def test_the_check_of_a_fallback_counts():
 def test_seconds_are_those_of_each_kind_of_product(monkeypatch: pytest.MonkeyPatch):
     """On a clock by which everything takes a second."""
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
-    monkeypatch.setattr(sys.modules["hf_optimizability.forecast"], "time", clock)
+    monkeypatch.setattr("hf_optimizability.measurement.forecast.time", clock)
     model = bert()
     batches = [ROWS[0], {key: value[:1] for key, value in ROWS[1].items()}]  # 4/3 of the larger one
     options = {"max_hvps": 32, **NEVER}

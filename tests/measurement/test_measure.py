@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.objective.parameter_blocks import name_blocks
 from hf_optimizability.report import OptimizabilityReport
+from tests.support import tiny_models
 
 
 EXAMPLES = 6

@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 import datasets
 import pytest
 import torch
-from tests.support import tiny_training
-from test_hands_off import EVERY_STEP, assert_equal, run
 from torch import Tensor, nn
 
 from hf_optimizability import (
@@ -25,21 +23,10 @@ from hf_optimizability import (
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.report.markdown import to_markdown
-
-
-class Heads(nn.Module):
-    """A trunk with a head for each of two tasks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.trunk = nn.Linear(4, 5, dtype=torch.float64)
-        self.heads = nn.ModuleList(nn.Linear(5, 3, dtype=torch.float64) for _ in range(2))
-
-    def forward(self, pixels: Tensor, task: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        hidden = self.trunk(pixels).tanh()
-        logits = torch.stack([head(hidden) for head in self.heads], dim=1)[torch.arange(len(task)), task]
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+from tests.support import tiny_training
+from tests.support.tiny_training import EVERY_STEP
+from tests.support.training_outcome import assert_equal, run
+from tests.support.two_tasks import Heads, cut, of_task, rows
 
 
 class OneHead(Heads):
@@ -47,26 +34,6 @@ class OneHead(Heads):
 
     def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         return super().forward(pixels, torch.zeros(len(labels), dtype=torch.long), labels)
-
-
-def rows(number: int = 21, *, seed: int = 1) -> dict[str, Tensor]:
-    """Two thirds of the examples belong to task 0."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "pixels": torch.randn(number, 4, generator=generator, dtype=torch.float64) + 0.5,
-        "labels": torch.arange(number) % 3 % 2,
-        "task": (torch.arange(number) % 3 == 1).long(),
-    }
-
-
-def cut(whole: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    pieces = zip(*(value.split(size) for value in whole.values()), strict=True)
-    return [dict(zip(whole, piece, strict=True)) for piece in pieces]
-
-
-def of_task(whole: dict[str, Tensor], task: int) -> dict[str, Tensor]:
-    chosen = whole["task"] == task
-    return {key: value[chosen] for key, value in whole.items()}
 
 
 def dense(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -328,6 +295,8 @@ class TestTrainer:
     def test_a_stream_is_refused(self, tmp_path: Path):
         stream = dataset(lambda i: i % 2).to_iterable_dataset()
         config = OptimizabilityConfig(**self.OPTIONS)
-        trainer = tiny_training.trainer(tmp_path, cls=OptimizabilityTrainer, train_dataset=stream, optimizability=config)
+        trainer = tiny_training.trainer(
+            tmp_path, cls=OptimizabilityTrainer, train_dataset=stream, optimizability=config
+        )
         with pytest.raises(ValueError, match="streamed; `task_column` needs"):
             trainer.train()

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -35,6 +34,7 @@ from hf_optimizability.measurement.mean_check import check_mean, mean_loss
 from hf_optimizability.measurement.slope_check import slope_errors
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_models
 
 
 CONFIG = OptimizabilityConfig(profile="light", max_hvps=16)

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -29,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.model_state.measuring import eager_attention, full_precision, preserved_rng, unpatched_forward
 from hf_optimizability.objective.probe_set import ProbeSpec, draw_probe_set
+from tests.support import tiny_models
 
 
 def draw() -> tuple[float, float, float]:
@@ -158,7 +157,9 @@ def test_every_flag_is_left_as_it_was(
         def fail(*args: object, **kwargs: object) -> None:
             raise ending
 
-        monkeypatch.setattr(sys.modules["hf_optimizability.measure"], "sketch", fail)  # after the first products
+        monkeypatch.setattr(
+            "hf_optimizability.measurement.measure.estimate_spectrum_and_trace", fail
+        )  # after the first products
     expected = {None: nullcontext(), RuntimeError: pytest.raises(MeasurementError)}
     with expected.get(ending) or pytest.raises(KeyboardInterrupt):
         measure(model, batches, OptimizabilityConfig(max_hvps=16))
@@ -193,7 +194,7 @@ def test_a_compiled_model_is_measured_as_it_is_and_not_compiled_anew(
             def fail(*args: object, **kwargs: object) -> None:
                 raise ending
 
-            broken.setattr(sys.modules["hf_optimizability.measure"], "sketch", fail)
+            broken.setattr("hf_optimizability.measurement.measure.estimate_spectrum_and_trace", fail)
             with pytest.raises(MeasurementError if ending is RuntimeError else ending):
                 measure(compiled, batches, config)
     assert flags(model) == before

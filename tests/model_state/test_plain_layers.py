@@ -15,7 +15,7 @@ from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.model_state.plain_layers import plain_layers
 
 
-PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "kernels.md").read_text(encoding="utf-8").splitlines()
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "kernels.md").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("case", fused_kernels.CASES, ids=lambda case: case.kernel)

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support import tiny_training
-from tests.support.stateful_models import KINDS, Stateful, Tracker, add_submodule, batch, merging, stateful, unchanged
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import (
@@ -36,6 +34,8 @@ from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.model_state.snapshot import MAX_ITEMS, Snapshot
 from hf_optimizability.model_state.state import ModelState, eval_mode, settle
 from hf_optimizability.objective.objective import Objective
+from tests.support import tiny_training
+from tests.support.stateful_models import KINDS, Stateful, Tracker, add_submodule, batch, merging, stateful, unchanged
 
 
 def contents(model: nn.Module) -> list[Any]:

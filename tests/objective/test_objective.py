@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -19,6 +18,7 @@ from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.objective.objective import Objective, batch_size, count_items, cut_batch
 from hf_optimizability.objective.probe_set import ProbeSpec, draw_probe_set, fingerprint, probe_indices
+from tests.support import tiny_models
 
 
 LABELS = torch.tensor([[-100, 5, 6, -100], [7, -100, 8, 9]])

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.support import tiny_models
 import torch
-from tests.support import tiny_training
 from torch import nn
 from transformers import (
     ConvNextConfig,
@@ -21,6 +19,7 @@ from transformers import (
 )
 
 from hf_optimizability.objective.parameter_blocks import name_blocks
+from tests.support import tiny_models, tiny_training
 
 
 def t5() -> PreTrainedModel:

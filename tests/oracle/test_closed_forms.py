@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 import torch
 from scipy.linalg import block_diag
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_optimizability import Measurement, OptimizabilityConfig, measure
+from tests.support import tiny_models
 
 
 EXAMPLES, INPUTS, CLASSES = 12, 5, 3

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from hf_optimizability import Measurement, OptimizabilityConfig, measure
+from tests.support import tiny_models
 
 
 EXAMPLES = 11

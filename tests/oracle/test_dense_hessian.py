@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 
 from hf_optimizability import Measurement, OptimizabilityConfig, measure
 from hf_optimizability.objective.parameter_blocks import name_blocks
+from tests.support import tiny_models
 
 
 NAMES = list(tiny_models.MODELS)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -17,6 +16,7 @@ from transformers import (
 )
 
 from hf_optimizability import OptimizabilityConfig, measure
+from tests.support import tiny_models
 
 
 TINY = {

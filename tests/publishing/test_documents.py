@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from tests.support.example_report import make_report
 
 from hf_optimizability.publishing.model_card import END, START
-
+from tests.support.example_report import make_report
 from tests.support.hub_stub import HubStub, Repository
 
 

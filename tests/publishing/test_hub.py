@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
-from tests.support.example_report import make_report
 
 from hf_optimizability.publishing import hub as hub_module
 from hf_optimizability.publishing.hub import HubError, ModelCardError, push
 from hf_optimizability.report import OptimizabilityReport
-
+from tests.support.example_report import make_report
 from tests.support.hub_stub import READER, WRITER, Fault, HubStub, Repository
 
 

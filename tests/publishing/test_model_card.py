@@ -12,13 +12,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from tests.support.example_report import make_report
-from report.test_markdown import HOSTILE, parse
 
 from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.publishing.model_card import END, START, ModelCardError, metadata_result, with_report
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.markdown import card_section
+from tests.support.commonmark import HOSTILE, parse
+from tests.support.example_report import make_report
 
 
 REPORT, LATER = make_report(3), make_report(2, total=600)

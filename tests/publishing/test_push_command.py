@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.example_report import make_report
 from typer.testing import CliRunner
 
 from hf_optimizability.cli import app
-
+from tests.support.example_report import make_report
 from tests.support.hub_stub import READER, WRITER, HubStub
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import tiny_training
 from huggingface_hub import ModelCard
-from test_everything_a_trainer_can_do import CONFIG
-from test_hands_off import assert_equal, run
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from hf_optimizability.publishing.hub import HubError, push
 from hf_optimizability.publishing.model_card import START
-
+from tests.support import tiny_training
 from tests.support.hub_stub import READER, Fault, HubStub
+from tests.support.tiny_training import CONFIG
+from tests.support.training_outcome import assert_equal, run
 
 
 def make(folder: Path, *, report_dir: Path | None = None, **options: Any) -> OptimizabilityTrainer:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,6 +20,7 @@ from hf_optimizability.files import finite
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.measurement.forecast import forecast
 from hf_optimizability.quantities.loss_landscape import Axis, Landscape, loss_line, loss_plane
+from tests.support import tiny_models
 
 
 PRECISE = OptimizabilityConfig(eigen_tolerance=1e-12, max_hvps=200, landscape=True)

@@ -7,13 +7,13 @@ import math
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 import torch
 from scipy.stats import t as student
 
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.quantities.noise_scale import NoiseScale, noise_from_products, noise_scale
+from tests.support import tiny_models
 
 
 def sums_of_gradients(

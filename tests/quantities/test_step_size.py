@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -18,6 +17,7 @@ from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.quantities.preconditioner import optimizer_update
 from hf_optimizability.quantities.step_size import critical_learning_rate, loss_along, quadratic_model
+from tests.support import tiny_models
 
 
 class Quadratic:

@@ -10,11 +10,11 @@ from pathlib import Path
 import causal_language_modeling_lora
 import numpy as np
 import pytest
-from tests.support import tiny_models
-from tests.support import tiny_texts
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
+
+from tests.support import tiny_models, tiny_texts
 
 
 TEXTS = ["good film", "a very bad film", "the film", "a good very good film"]

@@ -10,14 +10,13 @@ from pathlib import Path
 import contrastive_image_text
 import numpy as np
 import pytest
-from tests.support import tiny_models
-from tests.support import tiny_texts
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.nn import functional as F
 from transformers import AutoModel, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
 from hf_optimizability.objective.probe_set import probe_indices
+from tests.support import tiny_models, tiny_texts
 
 
 CHECKPOINTS = Path(__file__).parents[2] / "recipes/checkpoints"

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import text_classification
 import torch
-from tests.support.tiny_texts import LABELS, SENTENCES, save_checkpoint, save_data
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.support.tiny_texts import LABELS, SENTENCES, save_checkpoint, save_data
 
 
 @pytest.fixture

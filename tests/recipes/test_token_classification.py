@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support import tiny_texts
 import token_classification
 import torch
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig, EvalPrediction
+
+from tests.support import tiny_texts
 
 
 TAGS = ["B-PER", "O"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import several_tasks
 from datasets import Dataset
-from tests.support.tiny_texts import SENTENCES, save_checkpoint
 from transformers import AutoConfig, AutoModel
 
 from hf_optimizability import OptimizabilityReport
+from tests.support.tiny_texts import SENTENCES, save_checkpoint
 
 
 @pytest.mark.parametrize("second", ["intensity", pytest.param("negated", marks=pytest.mark.slow)])

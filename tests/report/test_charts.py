@@ -13,7 +13,6 @@ import pytest
 from hf_optimizability.quantities.loss_landscape import Landscape
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.charts import MAX_POINTS, charts
-
 from tests.support.example_report import make_report
 
 

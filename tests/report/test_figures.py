@@ -33,7 +33,6 @@ from hf_optimizability.report.figures import (
     plot_ritz_values,
     plot_stability_margin,
 )
-
 from tests.support.example_report import make_measurement, make_report
 
 

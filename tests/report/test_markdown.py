@@ -9,8 +9,6 @@ import random
 import re
 
 import pytest
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 
 from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
@@ -23,17 +21,8 @@ from hf_optimizability.report_data.number_format import (
     format_percent,
     format_with_error,
 )
-
+from tests.support.commonmark import HOSTILE, parse
 from tests.support.example_report import make_estimate, make_measurement, make_report
-
-
-HOSTILE = "a|b <script>alert(1)</script> `c` *d* __e__ [f](http://g) ![h](i) $j$ ~~k~~ &lt; \\| \n# l\n\n- m\x1b[31m"
-
-
-def parse(text: str) -> list[Token]:
-    """The document's tokens, inline ones in place of their container."""
-    blocks = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(text)
-    return [token for block in blocks for token in (block.children if block.children is not None else [block])]
 
 
 def tables(text: str) -> list[list[list[str]]]:

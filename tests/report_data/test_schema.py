@@ -34,13 +34,12 @@ from hf_optimizability.quantities.step_size import CriticalLearningRate, Quadrat
 from hf_optimizability.report import SCHEMA_VERSION, OptimizabilityReport
 from hf_optimizability.report.markdown import to_markdown
 from hf_optimizability.report_data.schema import report_schema, upgraded
-
 from tests.support.damaged_report import HOSTILE, damaged, to_json
 from tests.support.example_report import make_report, with_tasks
 from tests.support.html_page import read_page
 
 
-OLDER = [Path(__file__).parent / "data" / f"version_{version}.json" for version in range(1, SCHEMA_VERSION)]
+OLDER = [Path(__file__).parent / "versions" / f"version_{version}.json" for version in range(1, SCHEMA_VERSION)]
 """Each written by a commit of this package that had that version, from a tiny BERT."""
 
 VERSION_1 = OLDER[0]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 import torch
 from torch import nn
 from transformers import GPT2ForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
@@ -17,6 +16,7 @@ from transformers import GPT2ForSequenceClassification, RobertaConfig, RobertaFo
 from hf_optimizability.scoring.checkpoint import CheckpointScores, score_checkpoint
 from hf_optimizability.scoring.features import head_features
 from hf_optimizability.tasks.peft_methods import with_lora
+from tests.support import tiny_models
 
 
 def batches(name: str, number: int = 24) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainings under DeepSpeed on the CPU, with and without the callback, on one of the ranks of `torchrun`.
 
-    torchrun --nproc_per_node 2 deepspeed_training.py FOLDER
+    torchrun --nproc_per_node 2 -m tests.support.deepspeed_training FOLDER
 
 writes to `found.json` in that folder what was measured, by case; fails where the callback changed anything.
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support import tiny_training
-from test_hands_off import assert_equal, run
-from test_resume import QUICK, STEPS
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
+from tests.support import tiny_training
+from tests.support.stopped_training import QUICK, STEPS
+from tests.support.training_outcome import assert_equal, run
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -8,10 +8,10 @@ import math
 from typing import Any
 
 import numpy as np
-from tests.support.example_report import make_report
 
 from hf_optimizability import Comparison
 from hf_optimizability.comparing.results import Entry, Failure, Round, Run, Scores, rank_entries
+from tests.support.example_report import make_report
 
 
 EXAMPLES = 200

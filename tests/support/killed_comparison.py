@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares tiny models in processes that are killed, until one gets through.
 
-    python kill.py FOLDER KILLS SEED
+    python -m tests.support.killed_comparison FOLDER KILLS SEED
 
 makes a comparison in `FOLDER`/whole, and again in `FOLDER`/killed, where it is killed with SIGKILL at random moments.
 All processes are forks of this one, which has imported everything and run nothing: they begin at once.
@@ -17,11 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support import tiny_texts
-
 import hf_optimizability.comparing.training
-import hf_optimizability.report.plots
+import hf_optimizability.report.figures
 from hf_optimizability import compare
+from tests.support import tiny_texts
 
 
 def comparison(folder: Path, inputs: Path) -> None:

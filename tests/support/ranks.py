@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from tests.support.blank_plots import leave_plots_undrawn
 
 

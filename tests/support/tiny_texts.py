@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support import tiny_models
 from datasets import Dataset
 from transformers import BertTokenizer
+
+from tests.support import tiny_models
 
 
 WORDS = ["good", "bad", "film", "a", "the", "very"]

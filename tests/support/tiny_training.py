@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.support import tiny_models
 import torch
 from transformers import (
     MobileNetV2Config,
@@ -15,6 +15,8 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+
+from tests.support import tiny_models
 
 
 TRAINER_OPTIONS = (
@@ -63,3 +65,17 @@ def trainer(
     settings = {key: options.pop(key) for key in list(options) if key in TRAINER_OPTIONS}
     settings = {"train_dataset": dataset(name), **settings}
     return cls(model=own or model(name), args=arguments(folder, **options), **settings)
+
+
+CONFIG = {"measure_strategy": "steps", "measure_steps": 2, "probe_examples": 6, "probe_batch_size": 2, "max_hvps": 16}
+
+
+FEW_STEPS = {"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1}
+
+
+def sentences(label: Callable[[int], Any] = lambda index: index % 3) -> list[dict[str, Any]]:
+    tokens = [row["input_ids"] for row in tiny_models.examples("bert", 16)]
+    return [{"input_ids": row, "labels": label(index)} for index, row in enumerate(tokens)]
+
+
+EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support import tiny_training
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -19,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
 )
+
+from tests.support import tiny_training
 
 
 WORDS = ["<s>", "</s>", "<pad>", *"abcdefghij"]

@@ -6,13 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support import tiny_models
 import torch
 from datasets import Dataset
 from transformers import BertModel
 
 from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.tasks.multitask_model import MultiTaskConfig, MultiTaskModel, mixed
+from tests.support import tiny_models
 
 
 def make() -> MultiTaskModel:

@@ -6,11 +6,10 @@ from __future__ import annotations
 import sys
 
 import pytest
-from tests.support import tiny_models
 import torch
-from tests.support import tiny_training
 
 from hf_optimizability.tasks.peft_methods import with_frozen_features, with_lora
+from tests.support import tiny_models, tiny_training
 
 
 def moved(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> set[str]:

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.support import tiny_texts
 from datasets import Dataset
 
 from hf_optimizability.tasks import text_classification
+from tests.support import tiny_texts
 
 
 def test_pairs_of_sentences_are_joined_and_cut() -> None:

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import tiny_models
 import torch
-from tests.support import tiny_training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from transformers import Trainer
@@ -26,6 +24,7 @@ from hf_optimizability import (
     measure,
 )
 from hf_optimizability.report import SCHEMA_VERSION
+from tests.support import tiny_models, tiny_training
 
 
 QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 4}

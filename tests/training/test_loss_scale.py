@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support import tiny_training
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.training.loss_scale import explanation, loss_scale
+from tests.support import tiny_training
 
 
 class Gradients(TrainerCallback):

@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tests.support import tiny_training
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
 from hf_optimizability.training.clock import RECENT_STEPS, Clock
 from hf_optimizability.training.schedule import affordable
+from tests.support import tiny_training
 
 
 def measured_steps(
@@ -75,7 +74,7 @@ def test_what_failed_at_the_start_is_not_tried_again_before_the_end(tmp_path: Pa
         raise RuntimeError("broken on purpose")
 
     monkeypatch.setattr("hf_optimizability.training.clock.Clock.step_seconds", 60.0)
-    monkeypatch.setattr(sys.modules["hf_optimizability.measure"], "gradient", fail)
+    monkeypatch.setattr("hf_optimizability.measurement.measure.gradient", fail)
     callback = OptimizabilityCallback(OptimizabilityConfig(probe_examples=4, max_hvps=16))
     tiny_training.trainer(tmp_path, callbacks=[callback], max_steps=8).train()
     assert [failure.step for failure in callback.report.failures] == [0, 8]

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import tiny_models
 import torch
-from tests.support import tiny_training
 from torch import Tensor, nn
 from transformers import BatchEncoding, Trainer
 
 from hf_optimizability.errors import MeasurementError
 from hf_optimizability.training.trainer_loss import trainer_loss
+from tests.support import tiny_models, tiny_training
 
 
 WEIGHTS = torch.tensor([0.2, 1.0, 3.0])
