@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, required=True, help="Folder of a checkout of Transformers.")
     parser.add_argument("--only", default="", help="Expression for pytest's `-k`, to run some of the tests.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Files to write, without their suffix.")
+    parser.add_argument("--seconds", type=int, default=3600, help="Limit of one test: one core measures for minutes.")
     options = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +129,7 @@ def main() -> None:
             shutil.copy(options.checkout / file, suite / file)
         make_stand_ins(models)
         for run in RUNS:
-            found[run] = outcomes(run, suite, models, options.only)
+            found[run] = outcomes(run, suite, models, only=options.only, seconds=options.seconds)
             print(f"{run}: {counted(found[run])}", flush=True)
     options.results.with_suffix(".json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     page = to_markdown(found)
@@ -136,7 +137,7 @@ def main() -> None:
     print(page)
 
 
-def outcomes(run: str, suite: Path, models: Path, only: str) -> dict[str, str]:
+def outcomes(run: str, suite: Path, models: Path, *, only: str, seconds: int) -> dict[str, str]:
     """Return how each test ended in one run, by its name."""
     path = suite.parent / f"{run}.json"
     here = Path(__file__).resolve().parent
@@ -144,7 +145,7 @@ def outcomes(run: str, suite: Path, models: Path, only: str) -> dict[str, str]:
     environment = {**os.environ, _RUN: run, _OUTCOMES: str(path), "PYTHONPATH": os.pathsep.join(places)}
     environment |= {"HF_HOME": str(models), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "pytest", "-p", Path(__file__).stem, "--noconftest", "-p", "no:cacheprovider"]
-    command += ["-q", "--timeout=300", "-o", "log_cli=0", "--continue-on-collection-errors", "-k", only]
+    command += ["-q", f"--timeout={seconds}", "-o", "log_cli=0", "--continue-on-collection-errors", "-k", only]
     command += [option for name in LEFT_OUT for option in ("--ignore", f"tests/trainer/{name}")]
     subprocess.run([*command, "tests/trainer"], cwd=suite, env=environment, stdout=subprocess.DEVNULL, check=False)
     held: dict[str, str] = json.loads(path.read_text())
