@@ -60,7 +60,7 @@ _ATOMS = {
 
 _BUILT_IN = {dict, list, set, deque, bytearray, OrderedDict}
 
-_HOOKS = [name for name, held in vars(nn.Module()).items() if "_hooks" in name and isinstance(held, dict)]
+HOOKS = [name for name, held in vars(nn.Module()).items() if "_hooks" in name and isinstance(held, dict)]
 """Names of the registries of hooks in a module."""
 
 
@@ -184,7 +184,7 @@ class Snapshot:
 
     def _add_module(self, module: nn.Module, where: str) -> None:
         held = vars(module)
-        own = [name for name in held if name not in _HOOKS and name not in ("_parameters", "_modules")]
+        own = [name for name in held if name not in HOOKS and name not in ("_parameters", "_modules")]
         self._parts.append(_Mapping(held))
         self._add_classes(module, where)
         self._wait((held[name], f"{where}.{name}") for name in own if name != "_buffers")
@@ -193,7 +193,7 @@ class Snapshot:
             self._wait((member, f"{where}.{key}") for key, member in members.items())
             if name == "_buffers" or self._registries:
                 self._parts.append(_Members(members))
-        hooks = [held[name] for name in _HOOKS]
+        hooks = [held[name] for name in HOOKS]
         self._wait((hook, f"{where}.hooks") for registry in hooks for hook in registry.values())
         if self._registries:
             self._parts.append(_Hooks(hooks))

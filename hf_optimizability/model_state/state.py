@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..errors import MeasurementError
-from .snapshot import Snapshot, is_trainer
+from .snapshot import HOOKS, Snapshot, is_trainer
 from .snapshot_tensors import watched_writes
 
 
@@ -24,7 +24,7 @@ _ALONE = ("train_dataset", "eval_dataset", "optimizer", "lr_scheduler")
 """Attributes of a Trainer that its loss has no business with."""
 
 _WATCHED = 16
-"""Passes in which writes to large frozen tensors are looked for: whoever writes to them does so in each pass."""
+"""Passes in which new hooks and writes to large frozen tensors are looked for: who makes them does so in each pass."""
 
 _held: list[ModelState] = []
 
@@ -62,6 +62,8 @@ class ModelState:
         self._entry: Snapshot | None = None
         self._before_pass: Snapshot | None = None
         self._passes = 0
+        self._new_hooks: list[tuple[dict[int, Any], list[int]]] = []
+        self._adds_hooks = False
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -86,7 +88,7 @@ class ModelState:
                     parameter.grad = None
                 _held.append(self)
                 stack.callback(_held.remove, self)
-                with self.watched():
+                with self._watched_writes():
                     _to_eval(self._model)
                 yield
             failing = False
@@ -112,17 +114,39 @@ class ModelState:
 
         Trainable weights stay as they are: measurements move them on purpose. Outside of `held` nothing is done.
         """
+        for registry, keys in self._new_hooks:
+            for key in keys:
+                registry.pop(key, None)
+        self._new_hooks = []
         for state in self._all_held()[-1:]:
             state._rewind()
 
-    def watched(self) -> AbstractContextManager[None]:
-        """Copy large frozen tensors before the model writes to them; to be held around a forward pass.
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Hold around a forward pass, so that the next one can begin as this one did.
 
-        Every operation is looked at, which takes time: in the first passes only.
+        Large frozen tensors are copied before the model writes to them: every operation is looked at, which takes
+        time, so in the first passes only. Hooks that the pass adds to modules are noted: the mark by which a model
+        knows that it has them is put back as well (Transformers' hooks that capture hidden states and router logits).
         """
         self._passes += 1
-        if self._passes > _WATCHED:
-            return nullcontext()
+        early = self._passes <= _WATCHED
+        looked_at = early or self._adds_hooks
+        before = [(registry, list(registry)) for registry in self._hook_registries()] if looked_at else []
+        try:
+            with self._watched_writes() if early else nullcontext():
+                yield
+        finally:
+            changed = [(registry, set(keys)) for registry, keys in before if len(registry) != len(keys)]
+            self._new_hooks = [(registry, [key for key in registry if key not in keys]) for registry, keys in changed]
+            self._adds_hooks |= bool(self._new_hooks)
+
+    def _hook_registries(self) -> Iterator[dict[int, Any]]:
+        for module in self._model.modules():
+            attributes = vars(module)
+            yield from (attributes[name] for name in HOOKS if name in attributes)
+
+    def _watched_writes(self) -> AbstractContextManager[None]:
         snapshots = [snapshot for state in self._all_held() for snapshot in (state._entry, state._before_pass)]
         return watched_writes(snapshot.tensors for snapshot in snapshots if snapshot is not None)
 

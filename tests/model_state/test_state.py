@@ -398,6 +398,30 @@ def test_what_a_pass_adds_is_taken_away():
     assert (set(vars(model)), set(model._buffers), set(model._modules), len(model._forward_hooks)) == before
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_hidden_states_are_captured_once_in_each_pass(trained: bool):
+    """Transformers puts up hooks in a model's first pass and marks it: with the mark alone put back they pile up."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=12, num_hidden_layers=3, **size))
+    data = {"input_ids": torch.arange(12)[None], "output_hidden_states": True}
+    if trained:
+        model(**data)
+    counted: list[int] = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        hidden = model(**batch).hidden_states
+        counted.append(len(hidden))
+        return hidden[2].square().mean()
+
+    before = [len(module._forward_hooks) for module in model.modules()]
+    objective = Objective(model, [data], loss_fn=loss_fn)
+    with measuring(model, seed=0, state=objective.state):
+        losses = [float(loss.detach()) for _ in range(20) for loss, _ in objective.losses()]
+    assert set(counted) == {4} and len(set(losses)) == 1
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+
+
 def test_tensors_of_every_layout_and_modules_of_torchscript_are_given_back():
     model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.BatchNorm1d(2)))
     tensors = {
