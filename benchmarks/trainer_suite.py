@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, required=True, help="Folder of a checkout of Transformers.")
     parser.add_argument("--only", default="", help="Expression for pytest's `-k`, to run some of the tests.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Files to write, without their suffix.")
-    parser.add_argument("--seconds", type=int, default=1800, help="Limit of one test; measuring takes minutes on one core.")
+    parser.add_argument(
+        "--seconds", type=int, default=1800, help="Limit of one test; measuring takes minutes on one core."
+    )
     options = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -189,13 +189,20 @@ class Objective:
 
     @torch.no_grad()
     def draws(self) -> bool:
-        """Return whether a pass of the first local batch takes random numbers; inside `measuring`."""
-        for batch in self.local_batches[:1]:
+        """Return whether passes of the local batches take random numbers; inside `measuring`."""
+        for batch in self.local_batches:
             self._pass(batch)
             after = rng_state()
             seed_all(self._seed + batch.index)
-            return after != rng_state()
+            if after != rng_state():
+                return True
         return False
+
+    def with_other_draws(self) -> Objective:
+        """Return the objective with other random numbers in each batch's passes."""
+        objective = copy(self)
+        objective._seed += 2**31
+        return objective
 
     def checked(self, check: SelfCheck) -> Objective:
         """Return the objective with the outcome of its self-check, weighted by the unit that it found."""

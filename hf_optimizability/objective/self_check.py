@@ -15,8 +15,8 @@ class SelfCheck:
     """What a measurement can be trusted with.
 
     Attributes:
-        draws: Whether the model or its loss takes random numbers in eval mode. Each batch then has a draw of its own,
-            the same in all passes.
+        draws: Whether the loss depends on random numbers in eval mode. Each batch then has a draw of its own, the same
+            in all passes.
         unit: What the mean losses of the batches are over.
         can_cut: Whether smaller batches give the same mean; batches are kept as they were collated if not.
         mean_error: Largest difference between a batch's mean loss and that of its halves, in this unit, relative to
@@ -26,6 +26,8 @@ class SelfCheck:
             None at all where the gradient is 0.
         hooks_set_aside: Parameters whose gradient hooks did not run.
         module_hooks: Modules whose hooks ran.
+        repeat_error: Relative difference of a batch's loss between two passes with the same draw: 0 unless a kernel is
+            not deterministic. `None` in older reports.
     """
 
     draws: bool
@@ -35,6 +37,7 @@ class SelfCheck:
     slope_errors: tuple[float | None, ...] | None
     hooks_set_aside: tuple[str, ...] = ()
     module_hooks: tuple[str, ...] = ()
+    repeat_error: float | None = None
 
     def __str__(self) -> str:
         return "; ".join([self._mean(), self._slope(), *self._notes()])
@@ -54,6 +57,8 @@ class SelfCheck:
 
     def _notes(self) -> list[str]:
         notes = ["random numbers in eval mode: each batch has the same draw in all passes"] if self.draws else []
+        if self.repeat_error:
+            notes.append(f"a kernel is not deterministic: the loss of a batch differs by {self.repeat_error:.0e}")
         if self.hooks_set_aside:
             notes.append(f"gradient hooks set aside on {_shortened(self.hooks_set_aside)}")
         if self.module_hooks:

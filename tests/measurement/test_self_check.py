@@ -231,6 +231,39 @@ class TestDraws:
         assert first.self_check.draws
         assert first.hessian.lambda_max == second.hessian.lambda_max
 
+    def test_random_numbers_without_an_effect_are_no_draw(self):
+        """Layer drop, for instance, asks for a number in eval mode too."""
+
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            torch.rand(())
+            return cross_entropy(model, batch)
+
+        check = measure(net(), [rows()], CONFIG, loss_fn=loss_fn).self_check
+        assert not check.draws and check.can_cut and check.repeat_error == 0
+
+    @pytest.mark.parametrize("size", [1e-15, 1e-9, 1e-3])
+    def test_a_draw_is_seen_however_small(self, size: float):
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            return cross_entropy(model, batch) * (1 + size * torch.rand((), dtype=torch.float64))
+
+        check = measure(net(), [rows()], CONFIG, loss_fn=loss_fn).self_check
+        assert check.draws and check.repeat_error == 0
+        assert "random numbers in eval mode" in str(check)
+
+    @pytest.mark.parametrize("draws", [False, True])
+    def test_rounding_of_a_kernel_is_reported(self, draws: bool):
+        """A sum in any order: the same batch has two losses that differ by 1e-8, whatever the seed."""
+        calls = itertools.count()
+
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            noise = 1e-3 * torch.rand((), dtype=torch.float64) if draws else 0
+            return cross_entropy(model, batch) * (1 + noise + 1e-8 * (next(calls) % 5))
+
+        check = measure(net(), [rows()], CONFIG, loss_fn=loss_fn).self_check
+        assert check.draws == draws
+        assert 1e-8 < check.repeat_error < 5e-8
+        assert "a kernel is not deterministic" in str(check)
+
     def test_a_loss_that_never_repeats_is_refused(self):
         calls = itertools.count()
 
