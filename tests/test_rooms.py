@@ -13,7 +13,7 @@ import hf_optimizability
 
 
 PACKAGE = Path(hf_optimizability.__file__).parent
-BASE = {"model_state", "config", "log_keys", "device_memory", "files", "redaction", "errors"}
+BASE = {"model_state", "config", "log_keys", "device_memory", "files", "redaction", "errors", "serialization"}
 ROOMS: tuple[set[str], ...] = (
     {"cli"},
     {"comparing"},

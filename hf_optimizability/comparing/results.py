@@ -16,6 +16,7 @@ from ..files import finite
 from ..log_keys import PREFIX
 from ..report import OptimizabilityReport
 from ..scoring.checkpoint import CheckpointScores
+from ..serialization import structure
 from .ranking import Ranking, normal_draws, paired_bootstrap, rank
 
 
@@ -90,12 +91,6 @@ class Run:
         """The run as plain data."""
         scores = None if self.scores is None else self.scores.to_dict()
         return {**vars(self), "report": self.report.to_dict(), "scores": scores}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Run:
-        """Rebuilds a run from `to_dict`."""
-        scores = None if data["scores"] is None else Scores.from_dict(data["scores"])
-        return cls(**{**data, "report": OptimizabilityReport.from_dict(data["report"]), "scores": scores})
 
     def logged(self, key: str) -> float:
         """The last number logged as `key`; NaN if there is none."""
@@ -211,29 +206,9 @@ class ComparisonData:
                 f"It has schema version {data.get('schema_version')!r}, this package reads {SCHEMA_VERSION}. "
                 "Upgrade hf-optimizability to open it, or compare again."
             )
-        entries = [
-            Entry(
-                **{
-                    **entry,
-                    "runs": [Run.from_dict(run) for run in entry["runs"]],
-                    "failure": None if entry["failure"] is None else Failure(**entry["failure"]),
-                    "scores": entry.get("scores") and CheckpointScores.from_dict(entry["scores"]),
-                }
-            )
-            for entry in data["entries"]
-        ]
-        rounds = [
-            Round(one["budget"], one["ranking"] and _ranking_from(one["ranking"]), tuple(one["kept"]))
-            for one in data["rounds"]
-        ]
+        entries = [structure(Entry, entry) for entry in data["entries"]]
+        rounds = [structure(Round, one) for one in data["rounds"]]
         return cls(setting=dict(data["setting"]), entries=entries, rounds=rounds)
-
-
-def _ranking_from(data: Mapping[str, Any]) -> Ranking:
-    """Rebuilds a ranking; tables come as lists of lists."""
-    flat = {name: tuple(data[name]) for name in ("names", "values", "low", "high", "ranks", "best")}
-    better = tuple(map(tuple, data["better"]))
-    return Ranking(**flat, better=better, differences=tuple(tuple(map(tuple, row)) for row in data["differences"]))
 
 
 def rank_entries(entries: Sequence[Entry], quality: Quality) -> Ranking | None:

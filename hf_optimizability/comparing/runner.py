@@ -21,6 +21,7 @@ from ..files import finite, require_writable, write_atomically
 from ..redaction import anonymous, without_secrets
 from ..report import OptimizabilityReport
 from ..scoring.checkpoint import CheckpointScores
+from ..serialization import structure
 from ..training import provenance
 from .arguments import ComparisonArguments
 from .candidates import CHECKPOINT, Candidate, Flag, folder_name, parse_candidates
@@ -208,7 +209,7 @@ class Comparing:
         model, data, _, training, _ = self._plain[candidate.name]
         more = (examples, self._first_seed, training.label_smoothing_factor)
         file = self.folder / "scores" / f"{self._digest(candidate, [model, data], *more)}.json"
-        held = CheckpointScores.from_dict(json.loads(file.read_bytes())) if file.exists() else None
+        held = structure(CheckpointScores, json.loads(file.read_bytes())) if file.exists() else None
         if held is None or (held.notes and self.arguments.retry_failures):
             try:
                 held = score_inputs(self._inputs(candidate, {"output_dir": str(file.parent)}), examples=examples)
@@ -263,7 +264,7 @@ class Comparing:
             write_atomically(file, json.dumps(finite(made), allow_nan=False).encode())
             shutil.rmtree(job.folder / "training", ignore_errors=True)
             held = json.loads(file.read_bytes())  # with the digits that a later call will find
-        return Failure(**held["failure"]) if "failure" in held else Run.from_dict(held["run"])
+        return structure(Failure, held["failure"]) if "failure" in held else structure(Run, held["run"])
 
     def _made(self, job: _Job) -> Run | Failure:
         from .training import train, training_flags

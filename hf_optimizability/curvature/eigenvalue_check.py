@@ -67,11 +67,6 @@ class EigenvalueCheck:
         """The least relative error of the differences tried, against the eigenvalue."""
         return min(abs(difference - self.value) for difference in self.differences) / (abs(self.value) or 1.0)
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> EigenvalueCheck:
-        """Rebuilds it from `dataclasses.asdict`."""
-        return cls(**{**data, "differences": tuple(data["differences"]), "steps": tuple(data["steps"])})
-
 
 def check_eigenvalues(
     values: Sequence[float],

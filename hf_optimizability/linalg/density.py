@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -51,22 +50,6 @@ class Density:
     moments: tuple[Estimate, Estimate]
     frobenius_norm: Estimate
     effective_rank: Estimate
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Density:
-        """Rebuilds a density from `dataclasses.asdict`."""
-        first, second = (Estimate.from_dict(moment) for moment in data["moments"])
-        return cls(
-            grid=tuple(data["grid"]),
-            density=tuple(data["density"]),
-            width=data["width"],
-            nodes=tuple(data["nodes"]),
-            weights=tuple(data["weights"]),
-            negative_mass=Estimate.from_dict(data["negative_mass"]),
-            moments=(first, second),
-            frobenius_norm=Estimate.from_dict(data["frobenius_norm"]),
-            effective_rank=Estimate.from_dict(data["effective_rank"]),
-        )
 
 
 def density(

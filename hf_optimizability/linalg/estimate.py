@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+
+from ..serialization import LowerBound
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Estimate:
     """
 
     value: float
-    low: float
+    low: LowerBound
     high: float
     method: str
     hvps: int
@@ -47,12 +48,6 @@ class Estimate:
         """The number to print behind ±: the standard error, or the residual bound of an eigenvalue."""
         error = self.std_error if self.residual is None else self.residual
         return math.nan if error is None else error
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Estimate:
-        """Rebuilds an estimate from `dataclasses.asdict`; what JSON could not hold (`None`) is infinite."""
-        infinite = {"value": math.inf, "low": -math.inf, "high": math.inf}
-        return cls(**{**data, **{name: infinite[name] if data[name] is None else data[name] for name in infinite}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +69,3 @@ class Spectrum:
     bottom: tuple[Estimate, ...] = ()
     ritz_values: tuple[float, ...] = ()
     ritz_weights: tuple[float, ...] = ()
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Spectrum:
-        """Rebuilds a spectrum from `dataclasses.asdict`."""
-        top, bottom = (tuple(map(Estimate.from_dict, data.get(end, ()))) for end in ("top", "bottom"))
-        return cls(
-            lambda_max=Estimate.from_dict(data["lambda_max"]),
-            lambda_min=None if data["lambda_min"] is None else Estimate.from_dict(data["lambda_min"]),
-            top=top,
-            bottom=bottom,
-            ritz_values=tuple(data["ritz_values"]),
-            ritz_weights=tuple(data["ritz_weights"]),
-        )

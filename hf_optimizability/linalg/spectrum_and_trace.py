@@ -45,16 +45,6 @@ class HessianEstimates(Spectrum):
         ends = [self.lambda_max] if self.lambda_min is None else [self.lambda_max, self.lambda_min]
         return self.trace.converged and all(end.converged for end in ends)
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> HessianEstimates:
-        """Rebuilds the estimates from `dataclasses.asdict`."""
-        known = data.get("density")
-        return cls(
-            trace=Estimate.from_dict(data["trace"]),
-            density=None if known is None else Density.from_dict(known),
-            **vars(Spectrum.from_dict(data)),
-        )
-
 
 @dataclass(frozen=True)
 class SpectrumAndTrace:

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..objective.self_check import SelfCheck
 from ..quantities.loss_landscape import Landscape
 from ..quantities.step_size import CriticalLearningRate, QuadraticModel
 from ..quantities.task_conflict import SAME
+from ..serialization import structure
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,6 @@ class BlockMeasurement:
     lambda_max: Estimate | None = None
     lambda_min: Estimate | None = None
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> BlockMeasurement:
-        """Rebuilds a block from `dataclasses.asdict`."""
-        estimates = {name: Estimate.from_dict(value) for name, value in data.items() if isinstance(value, dict)}
-        return cls(**{**data, **estimates})
-
 
 @dataclass(frozen=True)
 class StepMeasurement:
@@ -61,20 +55,6 @@ class StepMeasurement:
     sharpness: Estimate
     limit: float
     critical: CriticalLearningRate
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> StepMeasurement:
-        """Rebuilds it from `dataclasses.asdict`; what JSON could not hold (`None`) is infinite."""
-        critical: dict[str, Any] = {
-            name: math.inf if value is None else value for name, value in data["critical"].items()
-        }
-        return cls(
-            optimizer=data["optimizer"],
-            learning_rate=data["learning_rate"],
-            sharpness=Estimate.from_dict(data["sharpness"]),
-            limit=math.inf if data["limit"] is None else data["limit"],
-            critical=CriticalLearningRate(**critical),
-        )
 
 
 @dataclass(frozen=True)
@@ -115,17 +95,6 @@ class TaskMeasurement:
     min_norm_weight: Estimate | None
     blocks: Mapping[str, TaskBlock]
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> TaskMeasurement:
-        """Rebuilds it from `dataclasses.asdict`."""
-        estimates = {
-            name: Estimate.from_dict(value)
-            for name, value in data.items()
-            if isinstance(value, dict) and name != "blocks"
-        }
-        blocks = {name: TaskBlock.from_dict(block) for name, block in data["blocks"].items()}
-        return cls(**{**data, **estimates, "blocks": blocks})
-
 
 @dataclass(frozen=True)
 class TaskBlock:
@@ -138,11 +107,6 @@ class TaskBlock:
 
     grad_norm: float
     trace: Estimate | None
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> TaskBlock:
-        """Rebuilds it from `dataclasses.asdict`."""
-        return cls(data["grad_norm"], _rebuilt(data["trace"], Estimate.from_dict))
 
 
 @dataclass(frozen=True)
@@ -161,12 +125,6 @@ class Conflict:
     second: str
     cosine: Estimate | None
     blocks: Mapping[str, Estimate | None]
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Conflict:
-        """Rebuilds it from `dataclasses.asdict`."""
-        blocks = {name: _rebuilt(cosine, Estimate.from_dict) for name, cosine in data["blocks"].items()}
-        return cls(data["first"], data["second"], _rebuilt(data["cosine"], Estimate.from_dict), blocks)
 
 
 @dataclass(frozen=True)
@@ -187,12 +145,6 @@ class SeveralTasks:
             return SAME
         found = next(pair for pair in self.conflicts if {pair.first, pair.second} == {first, second})
         return found.cosine if block is None else found.blocks[block]
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SeveralTasks:
-        """Rebuilds it from `dataclasses.asdict`."""
-        tasks = {name: TaskMeasurement.from_dict(task) for name, task in data["tasks"].items()}
-        return cls(tasks, tuple(map(Conflict.from_dict, data["conflicts"])))
 
 
 @dataclass(frozen=True)
@@ -271,23 +223,8 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Measurement:
-        """Rebuilds a measurement from `to_dict`."""
-        rebuilt = {
-            "hessian": HessianEstimates.from_dict(data["hessian"]),
-            "blocks": {name: BlockMeasurement.from_dict(block) for name, block in data["blocks"].items()},
-            "along_gradient": _rebuilt(data["along_gradient"], lambda values: QuadraticModel(**values)),
-            "noise_scale": _rebuilt(data["noise_scale"], Estimate.from_dict),
-            "step_size": _rebuilt(data["step_size"], StepMeasurement.from_dict),
-            "landscape": _rebuilt(data["landscape"], Landscape.from_dict),
-            "several": _rebuilt(data["several"], SeveralTasks.from_dict),
-            "self_check": _rebuilt(data.get("self_check"), SelfCheck.from_dict),
-            "eigenvalue_checks": tuple(map(EigenvalueCheck.from_dict, data.get("eigenvalue_checks", ()))),
-        }
-        return cls(**{key: value for key, value in {**data, **rebuilt}.items() if key != "converged"})
-
-
-def _rebuilt(data: dict[str, Any] | None, rebuild: Callable[[dict[str, Any]], Any]) -> Any:
-    return None if data is None else rebuild(data)
+        """Rebuild a measurement from `to_dict`."""
+        return structure(cls, {name: value for name, value in data.items() if name != "converged"})
 
 
 @dataclass(frozen=True)

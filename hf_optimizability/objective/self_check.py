@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .batches import Unit
 
@@ -64,12 +63,6 @@ class SelfCheck:
         if self.module_hooks:
             notes.append(f"hooks ran in {_shortened(self.module_hooks)}")
         return notes
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SelfCheck:
-        """Rebuild it from `dataclasses.asdict`."""
-        lists = {name: tuple(data[name] or ()) for name in ("slope_errors", "hooks_set_aside", "module_hooks")}
-        return cls(**{**data, **lists})
 
 
 def _shortened(names: Sequence[str]) -> str:

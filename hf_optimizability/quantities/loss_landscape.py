@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -70,11 +69,6 @@ class LossLine:
     axis: Axis
     losses: tuple[float, ...]
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LossLine:
-        """Rebuilds it from `dataclasses.asdict`; what JSON could not hold (`None`) is infinite."""
-        return cls(_axis(data["axis"]), _row(data["losses"]))
-
 
 @dataclass(frozen=True)
 class LossPlane:
@@ -100,13 +94,6 @@ class LossPlane:
         middle_column = tuple(row[len(first.at) // 2] for row in self.losses)
         return LossLine(first, middle_row), LossLine(second, middle_column)
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LossPlane:
-        """Rebuilds it from `dataclasses.asdict`; what JSON could not hold (`None`) is infinite."""
-        first, second = map(_axis, data["axes"])
-        largest, next_one = map(Estimate.from_dict, data["eigenvalues"])
-        return cls((first, second), (largest, next_one), tuple(map(_row, data["losses"])))
-
 
 @dataclass(frozen=True)
 class Landscape:
@@ -120,15 +107,6 @@ class Landscape:
 
     update: LossLine | None
     eigenvectors: LossPlane | None
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Landscape:
-        """Rebuilds it from `dataclasses.asdict`."""
-        update, plane = data["update"], data["eigenvectors"]
-        return cls(
-            update=None if update is None else LossLine.from_dict(update),
-            eigenvectors=None if plane is None else LossPlane.from_dict(plane),
-        )
 
 
 def loss_line(
@@ -218,11 +196,3 @@ def loss_plane(
 
 def _known(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
-
-
-def _axis(data: dict[str, Any]) -> Axis:
-    return Axis(**{**data, "at": tuple(data["at"])})
-
-
-def _row(losses: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(math.inf if loss is None else loss for loss in losses)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import finite
 from ..measurement.results import Measurement, MeasurementFailure
+from ..serialization import structure
 from .schema import SCHEMA_VERSION, upgraded
 
 
@@ -63,7 +64,4 @@ class ReportData:
             ValueError: If the data was written by a later version of this package, or is damaged.
         """
         data = upgraded(data)
-        measurements = [Measurement.from_dict(measurement) for measurement in data["measurements"]]
-        failures = [MeasurementFailure(**failure) for failure in data["failures"]]
-        held = {key: value for key, value in data.items() if key != "findings"}  # computed anew from the rest
-        return cls(**{**held, "measurements": measurements, "failures": failures})
+        return structure(cls, {name: value for name, value in data.items() if name != "findings"})  # derived

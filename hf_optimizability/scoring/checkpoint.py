@@ -70,12 +70,6 @@ class CheckpointScores:
         """The scores as plain data."""
         return {**asdict(self), "notes": dict(self.notes)}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CheckpointScores:
-        """Rebuilds scores from `to_dict`."""
-        held = {name: data[name] and Score.from_dict(data[name]) for name in NAMES}
-        return cls(**held, notes=data["notes"])
-
 
 NAMES = tuple(held.name for held in fields(CheckpointScores) if held.name != "notes")
 

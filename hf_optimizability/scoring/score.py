@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from scipy.special import stdtrit
 
@@ -41,8 +40,3 @@ class Score:
         """
         margin = float(stdtrit(freedom, 0.975)) * std_error
         return cls(value, value - margin, value + margin, std_error, examples)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Score:
-        """Rebuilds a score from `dataclasses.asdict`."""
-        return cls(**data)

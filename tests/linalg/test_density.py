@@ -18,6 +18,7 @@ from hf_optimizability.linalg.density import Density, density
 from hf_optimizability.linalg.lanczos import LanczosRun, lanczos
 from hf_optimizability.linalg.operator import DenseOperator
 from hf_optimizability.linalg.row_partition import RowPartition
+from hf_optimizability.serialization import structure
 
 
 def signs(size: int, generator: torch.Generator) -> Tensor:
@@ -430,7 +431,7 @@ class TestDistribution:
 class TestDensity:
     def test_survives_json(self):
         result = measured(rotated(indefinite()), steps=8, starts=2)
-        assert Density.from_dict(json.loads(json.dumps(asdict(result)))) == result
+        assert structure(Density, json.loads(json.dumps(asdict(result)))) == result
 
     def test_too_few_steps_for_an_error(self):
         with pytest.raises(ValueError, match="3 steps"):

@@ -18,6 +18,7 @@ from hf_optimizability.linalg.estimate import Spectrum
 from hf_optimizability.linalg.lanczos import LanczosRun, lanczos, lanczos_by_segment
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.linalg.row_partition import RowPartition
+from hf_optimizability.serialization import structure
 
 
 TOP, BOTTOM = [9.0, 5.0, 3.0], [-6.0, -2.0, -1.0]
@@ -246,7 +247,7 @@ class TestRitzPairs:
 
     def test_survive_json(self):
         run = lanczos(DenseOperator(matrix(network_like())), tolerance=1e-2, max_hvps=30, seed=0, num_eigenvalues=2)
-        assert Spectrum.from_dict(json.loads(json.dumps(asdict(run.spectrum)))) == run.spectrum
+        assert structure(Spectrum, json.loads(json.dumps(asdict(run.spectrum)))) == run.spectrum
 
 
 class TestBasis:

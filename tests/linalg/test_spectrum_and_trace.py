@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates, SpectrumAndTrace, estimate_spectrum_and_trace
+from hf_optimizability.serialization import structure
 
 
 SIZE = 200
@@ -115,4 +116,4 @@ def test_several_eigenvalues_at_each_end(matrix: Tensor):
 
 def test_estimates_come_back_from_json(matrix: Tensor):
     estimates = made(DenseOperator(matrix)).estimates
-    assert HessianEstimates.from_dict(json.loads(json.dumps(asdict(estimates)))) == estimates
+    assert structure(HessianEstimates, json.loads(json.dumps(asdict(estimates)))) == estimates

@@ -21,6 +21,7 @@ from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.measurement.forecast import forecast
 from hf_optimizability.quantities.loss_landscape import Axis, Landscape, loss_line, loss_plane
 from tests.support import tiny_models
+from hf_optimizability.serialization import structure
 
 
 PRECISE = OptimizabilityConfig(eigen_tolerance=1e-12, max_hvps=200, landscape=True)
@@ -231,8 +232,8 @@ def test_a_loss_that_is_not_finite_is_infinite_and_comes_back_from_json():
     plane = plane_of(lambda weights: torch.log(weights[0]), 2.0, 1.0)
     landscape = Landscape(line, plane)
     data = json.loads(json.dumps(finite(asdict(landscape)), allow_nan=False))
-    assert Landscape.from_dict(data) == landscape
-    assert Landscape.from_dict(asdict(Landscape(None, None))) == Landscape(None, None)
+    assert structure(Landscape, data) == landscape
+    assert structure(Landscape, asdict(Landscape(None, None))) == Landscape(None, None)
 
 
 @pytest.mark.parametrize(("slope", "curvature", "back"), [(-1, 4, 0.5), (1, 4, None), (-1, 0, None), (-1, -4, None)])

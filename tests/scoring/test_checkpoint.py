@@ -15,6 +15,7 @@ from transformers import GPT2ForSequenceClassification, RobertaConfig, RobertaFo
 
 from hf_optimizability.scoring.checkpoint import CheckpointScores, score_checkpoint
 from hf_optimizability.scoring.features import head_features
+from hf_optimizability.serialization import structure
 from hf_optimizability.tasks.peft_methods import with_lora
 from tests.support import tiny_models
 
@@ -80,7 +81,7 @@ def test_the_model_is_left_as_it_was():
 
 def test_scores_go_through_json_and_tell_their_cost():
     scores = score_checkpoint(tiny_models.make("bert", dtype=torch.float32), batches("bert", 40), gradient_examples=16)
-    assert CheckpointScores.from_dict(json.loads(json.dumps(scores.to_dict()))) == scores
+    assert structure(CheckpointScores, json.loads(json.dumps(scores.to_dict()))) == scores
     assert scores.linear_probe.passes == 1 and scores.alignment.passes == 4
     assert 0 < scores.logme.seconds <= scores.linear_probe.seconds < scores.seconds
     assert "linear_probe 0." in scores.result
