@@ -395,7 +395,7 @@ def measured(problem: Problem, optimizer: OptimizerName, rate: float, *, steps: 
     found = measure(
         model, probes(problem), OptimizabilityConfig(profile="light", max_hvps=problem.max_hvps), optimizer=made
     )
-    step, quadratic, noise = found.step_size, found.along_gradient, found.noise_scale
+    step, quadratic, noise = found.optimizer_stability, found.quadratic_model, found.noise_scale
     assert step is not None and quadratic is not None and noise is not None
     return {
         "rate": rate,
@@ -407,7 +407,7 @@ def measured(problem: Problem, optimizer: OptimizerName, rate: float, *, steps: 
         "grad_norm": found.grad_norm,
         "batch_grad_norm": float(np.median(norms)) if norms else None,
         "noise_scale": noise.value if math.isfinite(noise.value) else None,
-        "items": found.items,
+        "items": found.num_items,
         "loss": found.loss,
         "lambda_max": found.hessian.lambda_max.value,
         "hvps": found.hvps,

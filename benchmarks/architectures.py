@@ -547,12 +547,12 @@ def measured_deviation(measured: Measurement, truth: Truth) -> float:
     loss, gradient = truth.point()
     squared = float(gradient @ gradient)
     off = max(abs(measured.loss - loss) / abs(loss), abs(measured.grad_norm**2 - squared) / squared)
-    if measured.along_gradient is None:
+    if measured.quadratic_model is None:
         return off
     product = our_products(truth.model, truth.batch, gradient[None])[0]
     along = float(gradient @ product)
     size = max(abs(along), 0.01 * squared**0.5 * float(product.norm()))
-    return max(off, abs(measured.along_gradient.curvature - along) / size)
+    return max(off, abs(measured.quadratic_model.curvature - along) / size)
 
 
 def judge_differences(

@@ -43,7 +43,17 @@ EXCLUDED: dict[str, str] = {
 }
 """What is not compared, and why."""
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "**measurements.*.along_gradient": "**measurements.*.quadratic_model",
+    "**measurements.*.step_size": "**measurements.*.optimizer_stability",
+    "**measurements.*.several": "**measurements.*.multitask",
+    "**measurements.*.engine_error": "**measurements.*.central_difference_error",
+    "**measurements.*.left_out": "**measurements.*.unused_embedding_parameters",
+    "**measurements.*.items": "**measurements.*.num_items",
+    "**multitask.tasks.*.items": "**multitask.tasks.*.num_items",
+    "**multitask.tasks.*.along_gradient": "**multitask.tasks.*.curvature_along_gradient",
+    "**eigenvalue_checks.*.end": "**eigenvalue_checks.*.which",
+}
 """Names in the working tree of fields of the commit, applied in this order; each `*` keeps what it stands for."""
 
 CHANGED: dict[str, str] = {}

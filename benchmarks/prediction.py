@@ -209,7 +209,7 @@ class LookOnce(TrainerCallback):
 
 def quantities(found: Measurement) -> dict[str, float | None]:
     """Our quantities, of one measurement."""
-    hessian, step, noise = found.hessian, found.step_size, found.noise_scale
+    hessian, step, noise = found.hessian, found.optimizer_stability, found.noise_scale
     limit = None if step is None else step.limit
     return {
         "grad_norm": found.grad_norm,
@@ -217,7 +217,7 @@ def quantities(found: Measurement) -> dict[str, float | None]:
         "lambda_max": hessian.lambda_max.value,
         "sharpness": step.sharpness.value / limit if step is not None and limit else None,
         "critical_rate": step.critical.value / step.learning_rate if step is not None and step.learning_rate else None,
-        "decrease": found.along_gradient.predicted_decrease,
+        "decrease": found.quadratic_model.predicted_decrease,
         "noise_scale": None if noise is None else noise.value,
     }
 

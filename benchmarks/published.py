@@ -120,7 +120,7 @@ def _setting(name: str, report: OptimizabilityReport) -> list[str]:
     return [
         f"[{escape(name)}](../model_cards/{name}/README.md)",
         f"{report.model['trainable_parameters']:,}",
-        f"{last.items} items in {data['probe_batches']} batches, {escape(data['probe_fingerprint'])}",
+        f"{last.num_items} items in {data['probe_batches']} batches, {escape(data['probe_fingerprint'])}",
         f"{escape(last.engine)}, {last.dtype}",
         f"{training['max_steps']} steps of {training['optimizer']} at {training['learning_rate']:g}, "
         f"{training['examples_per_step']} examples each",

@@ -424,7 +424,7 @@ def _table(measurement: Measurement) -> str:
             rows.append((name, value, "yes" if estimate.converged else "no", str(estimate.hvps)))
     lines = [f"{name:<22}{value:<26}{converged:<11}{products:>8}" for name, value, converged, products in rows]
     cost = f"{measurement.hvps} products in {format_number(measurement.seconds, digits=3)} s ({measurement.engine})"
-    return "\n".join([*lines, "", f"{measurement.items} items, {cost}"])
+    return "\n".join([*lines, "", f"{measurement.num_items} items, {cost}"])
 
 
 def _demo_root() -> Path:

@@ -41,7 +41,7 @@ def structure(cls: type[T], data: Mapping[str, Any]) -> T:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 

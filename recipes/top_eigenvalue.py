@@ -160,7 +160,7 @@ def plot(measurements: Sequence[Measurement], answers: dict[int, Asked]) -> Figu
     if answers:
         held = [asked.lambda_max for asked in answers.values()]
         axes.plot(list(answers), held, "x", color=VERMILLION, ms=7, label="PyHessian")
-    limits = [(one.step, one.step_size.limit) for one in measurements if one.step_size is not None]
+    limits = [(one.step, one.optimizer_stability.limit) for one in measurements if one.optimizer_stability is not None]
     if limits:
         axes.plot(*zip(*limits, strict=True), color=GREY, ls="--", lw=1, label="limit at the learning rate in use")
     axes.set(xlabel="optimizer step", ylabel="top eigenvalue", ylim=(0, None))

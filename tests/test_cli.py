@@ -158,7 +158,7 @@ def test_measure_finds_what_run_finds_before_its_first_step(arguments: str) -> N
     assert measured["report"]["data"] == first["data"]
     (alone,) = measured["report"]["measurements"]
     start = first["measurements"][0]
-    for name in ("loss", "grad_norm", "items"):
+    for name in ("loss", "grad_norm", "num_items"):
         assert alone[name] == pytest.approx(start[name], rel=1e-6)
 
 

@@ -45,7 +45,7 @@ class EigenvalueCheck:
     """What differences of the gradient along its own vector say of an eigenvalue.
 
     Attributes:
-        end: `"lambda_max"` or `"lambda_min"`.
+        which: `"lambda_max"` or `"lambda_min"`.
         value: The eigenvalue, as the engine has it.
         differences: The same by differences, at each step that was tried.
         steps: The steps, relative to the parameters.
@@ -55,7 +55,7 @@ class EigenvalueCheck:
         reason: Why differences do not decide; `None` where they do.
     """
 
-    end: str
+    which: str
     value: float
     differences: tuple[float, ...]
     steps: tuple[float, ...]
@@ -112,13 +112,13 @@ def check_eigenvalues(
             break
     return tuple(
         EigenvalueCheck(
-            end=end,
+            which=which,
             value=value,
             differences=tuple(tried),
             steps=tuple(steps[: len(tried)]),
             **{"verdict": "agrees"} if index not in waiting else _verdict(value, tried, scale),
         )
-        for index, (end, value, tried) in enumerate(zip(("lambda_max", "lambda_min"), values, found, strict=False))
+        for index, (which, value, tried) in enumerate(zip(("lambda_max", "lambda_min"), values, found, strict=False))
     )
 
 

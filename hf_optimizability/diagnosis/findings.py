@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from ..linalg.estimate import Estimate
-from ..measurement.results import Measurement, SeveralTasks
+from ..measurement.results import Measurement, MultitaskMeasurement
 from ..objective.parameter_blocks import EMBEDDINGS, HEAD
 from ..quantities.step_size import stability_limit
 from ..report_data.number_format import (
@@ -287,8 +287,8 @@ def not_converged(report: ReportData) -> Finding | None:
     if last is None or falling is None:
         return None
     evidence = [falling, f"gradient norm at step {last.step:,}: {format_number(last.grad_norm)}"]
-    if last.along_gradient is not None and last.along_gradient.predicted_decrease is not None:
-        gain = format_number(last.along_gradient.predicted_decrease)
+    if last.quadratic_model is not None and last.quadratic_model.predicted_decrease is not None:
+        gain = format_number(last.quadratic_model.predicted_decrease)
         evidence.append(f"one best step along it would lower the loss of {format_number(last.loss)} by {gain}")
     return Finding(
         name="not_converged",
@@ -491,8 +491,8 @@ def errors_wide(report: ReportData) -> Finding | None:
         return None
     hessian = last.hessian
     estimates = {"tr H": hessian.trace, "λ_max": hessian.lambda_max}
-    if last.step_size is not None:
-        estimates["the sharpness"] = last.step_size.sharpness
+    if last.optimizer_stability is not None:
+        estimates["the sharpness"] = last.optimizer_stability.sharpness
     wide = {
         name: estimate
         for name, estimate in estimates.items()
@@ -513,22 +513,22 @@ def errors_wide(report: ReportData) -> Finding | None:
 def central_differences_off(report: ReportData) -> Finding | None:
     """Products by central differences are far from exact."""
     last = _last(report)
-    if last is None or last.engine_error is None or last.engine_error <= OFF:
+    if last is None or last.central_difference_error is None or last.central_difference_error <= OFF:
         return None
     return Finding(
         name="central_differences_off",
         severity="warning",
         sentence="The curvature is from central differences that are off.",
-        evidence=(f"relative error of a product: {format_number(last.engine_error, digits=2)}",),
+        evidence=(f"relative error of a product: {format_number(last.central_difference_error, digits=2)}",),
         advice="Read the curvature as an order of magnitude. Where the loss has a second derivative, set "
         "`engine='double_backward'`; kinks (ReLU) are what makes differences fail.",
         source=f"its own check; over {format_percent(OFF)} it is more than `trace_tolerance` allows",
     )
 
 
-def _several(report: ReportData) -> SeveralTasks | None:
+def _several(report: ReportData) -> MultitaskMeasurement | None:
     last = _last(report)
-    return None if last is None else last.several
+    return None if last is None else last.multitask
 
 
 def _interval(estimate: Estimate) -> str:
@@ -570,7 +570,11 @@ def _largest_stable(report: ReportData) -> _Stable | None:
     There is none of models with BatchNorm: the sharpness in eval mode is not that of training.
     """
     settings = report.training.get("optimizer_settings") or {}
-    measured = [m for m in report.measurements if m.step_size is not None and m.step_size.sharpness.value > 0]
+    measured = [
+        m
+        for m in report.measurements
+        if m.optimizer_stability is not None and m.optimizer_stability.sharpness.value > 0
+    ]
     measured = [measurement for measurement in measured if measurement.step > 0] or measured
     if not measured or report.model.get("batch_norm", True):
         return None
@@ -579,7 +583,11 @@ def _largest_stable(report: ReportData) -> _Stable | None:
     names = ("momentum", "dampening", "nesterov")
     buffered = {name: settings[name] for name in names if settings.get("momentum") and name in settings}
     limit = stability_limit(1.0, **(averaged if report.training.get("optimizer") != "SGD" else buffered))
-    sharpness = [measurement.step_size.sharpness for measurement in measured if measurement.step_size is not None]
+    sharpness = [
+        measurement.optimizer_stability.sharpness
+        for measurement in measured
+        if measurement.optimizer_stability is not None
+    ]
     return _Stable(
         low=min(limit / estimate.high for estimate in sharpness),
         high=max(limit / estimate.low if estimate.low > 0 else math.inf for estimate in sharpness),
@@ -590,7 +598,7 @@ def _largest_stable(report: ReportData) -> _Stable | None:
 def _peak_rate(report: ReportData) -> float | None:
     """The largest learning rate of the schedule."""
     rate = (report.training.get("optimizer_settings") or {}).get("lr")
-    sizes = [m.step_size.learning_rate for m in report.measurements if m.step_size is not None]
+    sizes = [m.optimizer_stability.learning_rate for m in report.measurements if m.optimizer_stability is not None]
     return max([rate, *sizes]) if rate else None
 
 

@@ -201,13 +201,13 @@ def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, way: HvpEngine)
     there = ", ".join(f"{difference:.4g}" for difference in check.differences)
     if way.engine == "central_difference":
         return MeasurementError(
-            f"Central differences give {check.end} as {check.value:.4g}, and along its own vector with half the step "
+            f"Central differences give {check.which} as {check.value:.4g}, and along its own vector with half the step "
             f"as {there}, a change of {check.error:.0%}: that is no eigenvalue, as kinks (ReLU) and routing (mixtures "
             f"of experts) make it.{_because(way)}",
             _REMEDY_OF_DIFFERENCES,
         )
     return MeasurementError(
-        f"{check.end} is {check.value:.4g} by second derivatives, and {there} by differences of the gradient along "
+        f"{check.which} is {check.value:.4g} by second derivatives, and {there} by differences of the gradient along "
         f"its own vector: a backward pass is differentiated wrongly.{_named(doubtful_operations(objective))}",
         _REMEDY,
     )

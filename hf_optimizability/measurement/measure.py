@@ -54,7 +54,7 @@ from .engines import HvpEngine, OnProducts, run_with_engine_fallback
 from .mean_check import check_mean, weights_left_alone
 from .multitask import TaskCurvature, eigenvalues_by_task, means_by_task, several_tasks, traces_by_task
 from .out_of_memory import in_memory, out_of_memory
-from .results import BlockMeasurement, Measurement, StepMeasurement
+from .results import BlockMeasurement, Measurement, OptimizerStability
 from .slope_check import slope_errors
 
 
@@ -291,24 +291,24 @@ def _found(
             )
         return {
             "loss": point.loss,
-            "items": point.items,
+            "num_items": point.items,
             "grad_norm": math.hypot(*(block.grad_norm for block in blocks.values())),
             "hessian": curvature.spectrum.estimates,
             "blocks": blocks,
             "curvature": config.curvature,
-            "along_gradient": curvature.along_gradient,
+            "quadratic_model": curvature.along_gradient,
             "noise_scale": None if noise is None else noise.noise_scale,
-            "step_size": step_size,
+            "optimizer_stability": step_size,
             "landscape": landscape,
-            "several": None if config.task_column is None else several_tasks(objective, indices, curvature.tasks),
+            "multitask": None if config.task_column is None else several_tasks(objective, indices, curvature.tasks),
             "engine": way.engine,
             "attention": way.attention,
             "fallback": way.fallback,
-            "engine_error": engine_error(way, curvature.checks),
+            "central_difference_error": engine_error(way, curvature.checks),
             "eigenvalue_checks": curvature.checks,
             "dtype": str(point.tensors[0].dtype).removeprefix("torch."),
             "batch_size": objective.batch_size,
-            "left_out": curvature.left_out,
+            "unused_embedding_parameters": curvature.left_out,
             "self_check": check,
         }
 
@@ -480,10 +480,10 @@ def _directional_curvature(
 
 def _step_size(
     objective: Objective, preconditioner: Preconditioner, update: Tensor, sharpness: Estimate
-) -> StepMeasurement:
+) -> OptimizerStability:
     with loss_along(objective, update, group=objective.group) as loss:
         critical = critical_learning_rate(loss, start=preconditioner.learning_rate or _START)
-    return StepMeasurement(
+    return OptimizerStability(
         optimizer=preconditioner.name,
         learning_rate=preconditioner.learning_rate,
         sharpness=sharpness,
@@ -493,7 +493,7 @@ def _step_size(
 
 
 def _line(
-    objective: Objective, point: Gradient, update: Tensor, curvature: float, step_size: StepMeasurement
+    objective: Objective, point: Gradient, update: Tensor, curvature: float, step_size: OptimizerStability
 ) -> LossLine:
     """The loss along the update, about as far as it falls and rises again."""
     critical = step_size.critical

@@ -19,7 +19,7 @@ from ..linalg.trace import student_quantile
 from ..objective.objective import Objective
 from ..quantities.task_conflict import BatchProducts, TaskGram, batch_products
 from .engines import HvpEngine, OnProducts
-from .results import Conflict, SeveralTasks, TaskBlock, TaskMeasurement
+from .results import Conflict, MultitaskMeasurement, TaskBlock, TaskMeasurement
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def eigenvalues_by_task(
     return found
 
 
-def several_tasks(objective: Objective, blocks: Mapping[str, Sequence[int]], curvature: TaskCurvature) -> SeveralTasks:
+def several_tasks(
+    objective: Objective, blocks: Mapping[str, Sequence[int]], curvature: TaskCurvature
+) -> MultitaskMeasurement:
     """Gradients of all tasks and their agreement, beside their curvature."""
     places = task_places(objective)
     names = list(places)
@@ -105,7 +107,7 @@ def several_tasks(objective: Objective, blocks: Mapping[str, Sequence[int]], cur
         )
         for first, second in pairs
     ]
-    return SeveralTasks(tasks, tuple(conflicts))
+    return MultitaskMeasurement(tasks, tuple(conflicts))
 
 
 def _task(
@@ -121,7 +123,7 @@ def _task(
     traces = curvature.traces.get(name)
     own = products.of(index)
     return TaskMeasurement(
-        items=int(products.counts[own].sum()),
+        num_items=int(products.counts[own].sum()),
         batches=len(own),
         weight=float(gram.weights[index]),
         loss=_mean(*products.mean_loss(index), parts=len(own)),
@@ -131,7 +133,7 @@ def _task(
         noise_scale=None if noise is None else noise.noise_scale,
         trace=None if traces is None else traces[0],
         lambda_max=curvature.lambda_max.get(name),
-        along_gradient=curvature.along_gradient.get(name),
+        curvature_along_gradient=curvature.along_gradient.get(name),
         blocks={
             block: TaskBlock(float(norm), None if traces is None else traces[1 + place])
             for place, (block, norm) in enumerate(zip(blocks, norms, strict=True))

@@ -39,7 +39,7 @@ class BlockMeasurement:
 
 
 @dataclass(frozen=True)
-class StepMeasurement:
+class OptimizerStability:
     """How far the optimizer in use may step from here.
 
     Attributes:
@@ -62,7 +62,7 @@ class TaskMeasurement:
     """One task of several; what it is a mean over are this task's examples of the probe set.
 
     Attributes:
-        items: What the mean is over: examples, or labels other than -100.
+        num_items: What the mean is over: examples, or labels other than -100.
         batches: Batches of the probe set; fewer than 3 leave no error over the data.
         weight: w, its share of all items; the joint loss is the sum of w times the tasks' losses.
         loss: Mean loss, in eval mode, with its standard error over the batches.
@@ -73,14 +73,14 @@ class TaskMeasurement:
         noise_scale: Of this task alone.
         trace: Trace of the Hessian of its loss. Times w they add up to the joint one.
         lambda_max: Its largest eigenvalue, where `task_eigenvalues` asks for it.
-        along_gradient: gᵀHₜg, g the joint gradient on the probe set; times w they add up to the joint one.
+        curvature_along_gradient: gᵀHₜg, g the joint gradient on the probe set; times w they add up to the joint one.
         equal_norm_weight: In the place of w, what makes the gradients of all tasks equally long.
         min_norm_weight: In the place of w, what makes the joint gradient shortest, so that a step along it raises no
             task's loss.
         blocks: Gradient norm and trace by block.
     """
 
-    items: int
+    num_items: int
     batches: int
     weight: float
     loss: Estimate
@@ -90,7 +90,7 @@ class TaskMeasurement:
     noise_scale: Estimate | None
     trace: Estimate | None
     lambda_max: Estimate | None
-    along_gradient: float | None
+    curvature_along_gradient: float | None
     equal_norm_weight: Estimate | None
     min_norm_weight: Estimate | None
     blocks: Mapping[str, TaskBlock]
@@ -128,7 +128,7 @@ class Conflict:
 
 
 @dataclass(frozen=True)
-class SeveralTasks:
+class MultitaskMeasurement:
     """What is known of each task of a joint loss, and of each pair of them.
 
     Attributes:
@@ -155,26 +155,26 @@ class Measurement:
         step: Optimizer steps taken before the measurement; 0 outside a Trainer.
         epoch: Epochs trained before the measurement; `None` outside a Trainer.
         loss: Mean loss over the probe set, in eval mode.
-        items: What the mean is over: examples, or labels other than -100.
+        num_items: What the mean is over: examples, or labels other than -100.
         grad_norm: 2-norm of the gradient of `loss`.
         hessian: Trace, extreme eigenvalues and spectral density of `curvature`.
         blocks: The same by block, in the model's order.
         curvature: Which matrix `hessian` and `blocks` are about.
-        along_gradient: gᵀHg, the best single step along −g, and what it would gain.
+        quadratic_model: gᵀHg, the best single step along −g, and what it would gain.
         noise_scale: Items over which a mean gradient has as much noise as signal; `None` from fewer than 3 batches.
-        step_size: How far the optimizer may step; `None` without one whose state can be read.
+        optimizer_stability: How far the optimizer may step; `None` without one whose state can be read.
         landscape: Slices through the loss; `None` unless `landscape` asks for them.
-        several: The same by task, and how far tasks conflict; `None` unless `task_column` tells them apart.
+        multitask: The same by task, and how far tasks conflict; `None` unless `task_column` tells them apart.
         engine: How the Hessian was multiplied with vectors.
         attention: `"math"` where SDPA ran its twice differentiable kernel, `"eager"` where the model was switched,
             `"unchanged"` where no second derivative was needed.
         fallback: Why the engine or the attention is not the first choice; `None` if it is.
-        engine_error: Relative error of central differences, the larger one along a random vector and along those of
+        central_difference_error: Relative error of central differences, the larger one along a random vector and along those of
             the eigenvalues: against the exact product where that can be had, else against half the step; `None` from
             exact engines. Kinks (ReLU) make it large.
         dtype: Precision of the products, for example `"float32"`.
         batch_size: Most examples in one graph; less than asked for where memory did not suffice.
-        left_out: Embedding parameters that no token of the probe set looks up: their rows of the matrix are zero, and
+        unused_embedding_parameters: Embedding parameters that no token of the probe set looks up: their rows of the matrix are zero, and
             were left out of the products.
         hvps: Hessian-vector products spent.
         seconds: Wall-clock time spent.
@@ -185,23 +185,23 @@ class Measurement:
     step: int
     epoch: float | None
     loss: float
-    items: int
+    num_items: int
     grad_norm: float
     hessian: HessianEstimates
     blocks: Mapping[str, BlockMeasurement]
     curvature: str
-    along_gradient: QuadraticModel | None
+    quadratic_model: QuadraticModel | None
     noise_scale: Estimate | None
-    step_size: StepMeasurement | None
+    optimizer_stability: OptimizerStability | None
     landscape: Landscape | None
-    several: SeveralTasks | None
+    multitask: MultitaskMeasurement | None
     engine: str
     attention: str
     fallback: str | None
-    engine_error: float | None
+    central_difference_error: float | None
     dtype: str
     batch_size: int
-    left_out: int
+    unused_embedding_parameters: int
     hvps: int
     seconds: float
     self_check: SelfCheck | None = None

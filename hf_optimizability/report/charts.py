@@ -70,7 +70,7 @@ def _loss(report: ReportData) -> Chart:
 
 
 def _stability_margin(report: ReportData) -> Chart:
-    measured = [(m.step, m.step_size) for m in report.measurements if m.step_size is not None]
+    measured = [(m.step, m.optimizer_stability) for m in report.measurements if m.optimizer_stability is not None]
     at = [step for step, _ in measured]
     sharpness = [size.sharpness for _, size in measured]
     series = [
@@ -81,7 +81,9 @@ def _stability_margin(report: ReportData) -> Chart:
 
 
 def _learning_rates(report: ReportData) -> Chart:
-    measured = [(m.step, m.step_size.critical) for m in report.measurements if m.step_size is not None]
+    measured = [
+        (m.step, m.optimizer_stability.critical) for m in report.measurements if m.optimizer_stability is not None
+    ]
     if not measured:
         return make_chart("learning_rates", STEP, "learning rate", [])
     at, critical = [step for step, _ in measured], [rate for _, rate in measured]

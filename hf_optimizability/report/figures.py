@@ -113,7 +113,7 @@ def plot_stability_margin(report: ReportData) -> Figure | None:
     Returns:
         The figure, or `None` where no optimizer's step was measured.
     """
-    measured = [(m.step, m.step_size) for m in report.measurements if m.step_size is not None]
+    measured = [(m.step, m.optimizer_stability) for m in report.measurements if m.optimizer_stability is not None]
     if not measured:
         return None
     figure = _figure(6.4, 5.2)

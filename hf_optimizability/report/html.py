@@ -51,7 +51,7 @@ def to_html(report: ReportData) -> str:
         charts(report),
         kind="Optimizability of",
         title=title_of(report),
-        sections=[name for name in SECTIONS if name != "tasks" or (last and last.several)],
+        sections=[name for name in SECTIONS if name != "tasks" or (last and last.multitask)],
         created=report.created,
         versions=report.versions,
         report=report,

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..linalg.estimate import Estimate
-from ..measurement.results import Measurement, SeveralTasks
+from ..measurement.results import Measurement, MultitaskMeasurement
 from ..quantities.step_size import CriticalLearningRate
 from ..report_data.data import ReportData
 from ..report_data.number_format import (
@@ -78,7 +78,7 @@ def checks_along_vectors(checks: Sequence[EigenvalueCheck]) -> str:
     """
     names = {"lambda_max": "λ_max", "lambda_min": "λ_min"}
     return "; ".join(
-        f"{names[check.end]}: {format_number(check.value)}, by differences {format_number(check.differences[-1])} "
+        f"{names[check.which]}: {format_number(check.value)}, by differences {format_number(check.differences[-1])} "
         f"({check.verdict})"
         for check in checks
     )
@@ -147,12 +147,12 @@ def cosine_cells(cosines: Iterable[Estimate | None]) -> list[tuple[str, int]]:
     return cells
 
 
-def cosine_map(several: SeveralTasks) -> dict[str, list[tuple[str, int]]]:
+def cosine_map(several: MultitaskMeasurement) -> dict[str, list[tuple[str, int]]]:
     """The cosines of each task with all of them."""
     return {first: cosine_cells(several.cosine(first, second) for second in several.tasks) for first in several.tasks}
 
 
-def block_cosines(several: SeveralTasks) -> dict[str, list[tuple[str, int]]]:
+def block_cosines(several: MultitaskMeasurement) -> dict[str, list[tuple[str, int]]]:
     """The cosines of each pair of tasks, by block."""
     blocks = several.conflicts[0].blocks if several.conflicts else {}
     return {block: cosine_cells(pair.blocks[block] for pair in several.conflicts) for block in blocks}

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Version of the layout of `report.json`; raised when a reader of the old layout would misread the new one."""
 
 _RENEW = "Restore the file, or make the report again."
@@ -122,7 +122,39 @@ def _from_3(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "schema_version": 4, "measurements": measurements}
 
 
-_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_from_1, _from_2, _from_3)
+def _from_4(data: dict[str, Any]) -> dict[str, Any]:
+    """Fields were renamed."""
+    measurements = [with_current_names(measurement) for measurement in data["measurements"]]
+    return {**data, "schema_version": 5, "measurements": measurements}
+
+
+_RENAMED_IN_5 = {
+    "items": "num_items",
+    "along_gradient": "quadratic_model",
+    "step_size": "optimizer_stability",
+    "several": "multitask",
+    "engine_error": "central_difference_error",
+    "left_out": "unused_embedding_parameters",
+}
+
+
+def with_current_names(measurement: dict[str, Any]) -> dict[str, Any]:
+    """Return a measurement of version 4 or 5 with the field names of version 5."""
+    renamed = _renamed(measurement, _RENAMED_IN_5)
+    if multitask := renamed["multitask"]:
+        names = {"items": "num_items", "along_gradient": "curvature_along_gradient"}
+        tasks = {name: _renamed(task, names) for name, task in multitask["tasks"].items()}
+        renamed["multitask"] = {**multitask, "tasks": tasks}
+    if "eigenvalue_checks" in renamed:
+        renamed["eigenvalue_checks"] = [_renamed(check, {"end": "which"}) for check in renamed["eigenvalue_checks"]]
+    return renamed
+
+
+def _renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in data.items()}
+
+
+_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_from_1, _from_2, _from_3, _from_4)
 """From version 1 to 2, from 2 to 3, and so on."""
 
 

@@ -46,7 +46,7 @@ def stability_limits(report: ReportData) -> Points:
 
     It falls as one over the learning rate, so that one measured limit gives it at every other.
     """
-    measured = [(m.step, m.step_size) for m in report.measurements if m.step_size is not None]
+    measured = [(m.step, m.optimizer_stability) for m in report.measurements if m.optimizer_stability is not None]
     limits = {step: size.limit for step, size in measured if math.isfinite(size.limit)}
     products = [size.limit * size.learning_rate for _, size in measured if math.isfinite(size.limit)]
     rates = zip(*logged(report, "learning_rate"), strict=True) if products else ()
@@ -70,7 +70,7 @@ def landscapes(report: ReportData) -> list[tuple[Measurement, Landscape]]:
 
 def next_step(measurement: Measurement, line: LossLine) -> Points:
     """The learning rate in use and the loss that the update alone would lead to, where the line reaches so far."""
-    rate = measurement.step_size.learning_rate if measurement.step_size is not None else 0.0
+    rate = measurement.optimizer_stability.learning_rate if measurement.optimizer_stability is not None else 0.0
     losses = dict(zip(line.axis.at, line.losses, strict=True))
     return ([rate], [losses[rate]]) if rate > 0 and rate in losses else ([], [])
 

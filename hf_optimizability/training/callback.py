@@ -26,7 +26,7 @@ from ..linalg.communicator import ProcessGroup
 from ..log_keys import PREFIX
 from ..measurement.measure import block_indices, measure_objective, measuring_bar
 from ..measurement.out_of_memory import out_of_memory
-from ..measurement.results import Measurement, MeasurementFailure, SeveralTasks, TaskMeasurement
+from ..measurement.results import Measurement, MeasurementFailure, MultitaskMeasurement, TaskMeasurement
 from ..model_state.measuring import pretrained
 from ..objective.objective import Objective
 from ..objective.probe_set import ProbeSet, ProbeSpec, dataset_of, draw_probe_set, tensors_in
@@ -325,7 +325,7 @@ class OptimizabilityCallback(TrainerCallback):
 
     def _tasks_at(self, step: int | None) -> Mapping[str, TaskMeasurement]:
         """The tasks as they were measured at a step; none if they were not."""
-        several = next((m.several for m in self.report.measurements if m.step == step), None)
+        several = next((m.multitask for m in self.report.measurements if m.step == step), None)
         return {} if several is None else several.tasks
 
     def _measure(
@@ -421,7 +421,7 @@ class OptimizabilityCallback(TrainerCallback):
 
         entries = [{**log_entry(m), "epoch": m.epoch, "step": m.step} for m in self.report.measurements]
         self.report.log_history = in_strings(merged_log(state.log_history, [*entries, *self._gap]), anonymous)
-        last = self.report.measurements[-1].several if self.report.measurements else None
+        last = self.report.measurements[-1].multitask if self.report.measurements else None
         tasks = [] if last is None else list(last.tasks)
         self.report.dynamics = compute_dynamics(self.report.log_history, tasks=tasks, seed=self.config.probe_seed)
         self.report.training["overhead"] = self._clock.overhead
@@ -495,7 +495,7 @@ def _tell_callbacks(trainer: Trainer, logs: dict[str, float]) -> None:
 
 def log_entry(measurement: Measurement) -> dict[str, float]:
     """The numbers of a measurement that go to the trackers."""
-    hessian, step_size, noise = measurement.hessian, measurement.step_size, measurement.noise_scale
+    hessian, step_size, noise = measurement.hessian, measurement.optimizer_stability, measurement.noise_scale
     numbers: dict[str, float | None] = {
         "loss": measurement.loss,
         "grad_norm": measurement.grad_norm,
@@ -518,13 +518,13 @@ def log_entry(measurement: Measurement) -> dict[str, float]:
         numbers["sharpness"] = step_size.sharpness.value
         numbers["sharpness_limit"] = step_size.limit
         numbers["critical_learning_rate"] = step_size.critical.value
-    if measurement.several is not None:
-        numbers |= _task_entry(measurement.several)
+    if measurement.multitask is not None:
+        numbers |= _task_entry(measurement.multitask)
     numbers |= {"hvps": measurement.hvps, "seconds": measurement.seconds}
     return {PREFIX + name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
 
 
-def _task_entry(several: SeveralTasks) -> dict[str, float | None]:
+def _task_entry(several: MultitaskMeasurement) -> dict[str, float | None]:
     """The numbers of each task, and of each pair."""
     numbers: dict[str, float | None] = {}
     for name, task in several.tasks.items():

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ..files import finite
 from ..log_keys import PREFIX
 from ..measurement.results import Measurement, MeasurementFailure
+from ..report_data.schema import with_current_names
 from .clock import Clock
 
 
@@ -135,7 +136,7 @@ def _supported_optimizer(state: TrainerState) -> Iterator[_Record]:
 def _read(held: Any) -> _Record:
     found: Measurement | MeasurementFailure
     if "measurement" in held:
-        found = Measurement.from_dict(held["measurement"])
+        found = Measurement.from_dict(with_current_names(held["measurement"]))
         found = _in_order(found, held["blocks"])
     else:
         found = MeasurementFailure(**held["failure"])
@@ -144,7 +145,7 @@ def _read(held: Any) -> _Record:
 
 def _in_order(found: Measurement, blocks: list[str]) -> Measurement:
     """The measurement with its blocks in the model's order, wherever they are."""
-    several = found.several
+    several = found.multitask
     if several is not None:
         tasks = {
             name: replace(task, blocks={block: task.blocks[block] for block in blocks})
@@ -152,7 +153,7 @@ def _in_order(found: Measurement, blocks: list[str]) -> Measurement:
         }
         conflicts = (replace(c, blocks={block: c.blocks[block] for block in blocks}) for c in several.conflicts)
         several = replace(several, tasks=tasks, conflicts=tuple(conflicts))
-    return replace(found, blocks={name: found.blocks[name] for name in blocks}, several=several)
+    return replace(found, blocks={name: found.blocks[name] for name in blocks}, multitask=several)
 
 
 def _what(config: dict[str, Any]) -> dict[str, Any]:

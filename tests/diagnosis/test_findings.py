@@ -218,7 +218,7 @@ def test_a_smooth_model_has_good_central_differences(train: Train):
 def test_nothing_is_said_about_the_learning_rate_of_a_model_with_batch_norm(train: Train):
     rows = tiny_training.dataset("mobilenet", 40)
     report = train(tiny_training.mobilenet(), train_dataset=rows, eval_dataset=rows[:8], max_steps=20)
-    assert report.model["batch_norm"] is True and report.measurements[-1].step_size is not None
+    assert report.model["batch_norm"] is True and report.measurements[-1].optimizer_stability is not None
     assert not {*ABOUT_THE_RATE, "training_unstable"} & {*names(report)}
 
 
@@ -256,8 +256,8 @@ def at_rate(rate: float, *, trouble: bool = False, sharpness: float = 38.0, **mo
     measured = [
         dataclasses.replace(
             measurement,
-            step_size=dataclasses.replace(
-                measurement.step_size, learning_rate=0.0, sharpness=make_estimate(sharpness, 0.1 * sharpness)
+            optimizer_stability=dataclasses.replace(
+                measurement.optimizer_stability, learning_rate=0.0, sharpness=make_estimate(sharpness, 0.1 * sharpness)
             ),
         )
         for measurement in report.measurements
@@ -316,14 +316,14 @@ def unlearnt(loss: float, high: float = 0.01) -> OptimizabilityReport:
 def by_task(*, cosine: float = 0.5, share: float = 0.0, weight: float = 0.5) -> OptimizabilityReport:
     """Two tasks, a cosine with that upper end, and a share of the second one with that lower end."""
     report = with_tasks(make_report(1), ["a", "b"])
-    several = report.measurements[0].several
+    several = report.measurements[0].multitask
     task = dataclasses.replace(
         several.tasks["b"], weight=weight, share=Estimate(share + 0.1, share, share + 0.2, "jackknife", 0, True)
     )
     agreed = Estimate(cosine - 0.1, cosine - 0.2, cosine, "jackknife", 0, True, std_error=0.04)
     conflict = dataclasses.replace(several.conflicts[0], cosine=agreed)
     several = dataclasses.replace(several, tasks={**several.tasks, "b": task}, conflicts=(conflict,))
-    return dataclasses.replace(report, measurements=[dataclasses.replace(report.measurements[0], several=several)])
+    return dataclasses.replace(report, measurements=[dataclasses.replace(report.measurements[0], multitask=several)])
 
 
 SIDES: list[tuple[str, OptimizabilityReport, OptimizabilityReport]] = [
@@ -369,7 +369,7 @@ SIDES: list[tuple[str, OptimizabilityReport, OptimizabilityReport]] = [
     ("batch_below_noise_scale", noisy(1001, 9000), noisy(999, 9000)),
     ("batch_above_noise_scale", noisy(2, 9.9), noisy(2, 10.1)),
     ("errors_wide", report_with(hessian=hessian(10.0, -1.0, 5.1)), report_with(hessian=hessian(10.0, -1.0, 4.9))),
-    ("central_differences_off", report_with(engine_error=0.11), report_with(engine_error=0.1)),
+    ("central_differences_off", report_with(central_difference_error=0.11), report_with(central_difference_error=0.1)),
     ("measurement_failed", make_report(failures=1), make_report()),
 ]
 
@@ -389,7 +389,7 @@ def test_every_finding_has_a_test_of_its_threshold():
 def test_worst_first():
     report = at_rate(100.0, trouble=True)
     report.training["loss_scale"] = 3.0
-    report.measurements[-1] = dataclasses.replace(report.measurements[-1], engine_error=0.5)
+    report.measurements[-1] = dataclasses.replace(report.measurements[-1], central_difference_error=0.5)
     severities = [SEVERITIES.index(finding.severity) for finding in report.findings]
     assert severities == sorted(severities) and len({*severities}) > 1
 

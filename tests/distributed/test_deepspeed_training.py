@@ -47,7 +47,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
 def test_all_is_measured_but_how_far_an_optimizer_of_deepspeed_may_step(found: dict[str, list[dict[str, Any]]]):
     for name, measurements in found.items():
         assert [measurement["step"] for measurement in measurements] == [0, 2, 4]
-        assert all((measurement["step_size"] is None) == (name != "ZeRO-0") for measurement in measurements)
+        assert all((measurement["optimizer_stability"] is None) == (name != "ZeRO-0") for measurement in measurements)
 
 
 def test_the_numbers_are_those_of_one_process_without_it(tmp_path: Path, found: dict[str, list[dict[str, Any]]]):

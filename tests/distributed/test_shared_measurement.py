@@ -74,7 +74,9 @@ def _drop_rounding(measurement: dict[str, Any]) -> dict[str, Any]:
         del measurement["self_check"][name]
     for check in measurement["eigenvalue_checks"]:
         del check["differences"]
-    measurement["engine_error"] = measurement["engine_error"] and round(measurement["engine_error"], 6)
+    measurement["central_difference_error"] = measurement["central_difference_error"] and round(
+        measurement["central_difference_error"], 6
+    )
     return measurement
 
 

@@ -27,7 +27,7 @@ def measured(group: ProcessGroup) -> list[Any]:
         tasks = [str(int(batch["task"][0])) for batch in batches]
         objective = Objective(Heads(), batches, tasks=tasks).shared(group)
         config = OptimizabilityConfig(task_column="task", max_hvps=40)
-        found.append(measure_objective(objective, config)[0].to_dict()["several"])
+        found.append(measure_objective(objective, config)[0].to_dict()["multitask"])
     return found
 
 

@@ -123,7 +123,7 @@ def test_a_probe_set_that_is_smaller_than_a_batch(tmp_path: Path):
     config = OptimizabilityConfig(**{**CONFIG, "probe_examples": 2, "probe_batch_size": 16})
     callback = OptimizabilityCallback(config)
     make(tmp_path, callbacks=[callback], train_dataset=sentences()[:3], max_steps=2).train()
-    assert [measurement.items for measurement in callback.report.measurements] == [2, 2]
+    assert [measurement.num_items for measurement in callback.report.measurements] == [2, 2]
 
 
 def test_without_an_evaluation_set_there_is_no_gap(tmp_path: Path):

@@ -151,7 +151,7 @@ def test_items_that_are_whole_batches_are_measured(
     for report in both(tmp_path, Prebatched, data=dataset):
         assert [m.step for m in report.measurements] == [0, 2, 3] and not report.failures
         assert batches is None or report.data["probe_batches"] == batches
-        assert examples is None or report.measurements[0].items == report.data["probe_examples"] == examples
+        assert examples is None or report.measurements[0].num_items == report.data["probe_examples"] == examples
 
 
 class OneLabelABatch(BatchSampler):
@@ -183,7 +183,7 @@ class Grouped(Trainer):
 
 def test_a_batch_sampler_says_which_rows_share_a_batch(tmp_path: Path):
     for report in both(tmp_path, Grouped):
-        assert [m.items for m in report.measurements] == [8, 8, 8] and not report.failures
+        assert [m.num_items for m in report.measurements] == [8, 8, 8] and not report.failures
 
 
 def test_a_collator_that_refuses_rows_drawn_at_random(tmp_path: Path):
@@ -209,7 +209,7 @@ def test_rows_that_collate_alone_only(tmp_path: Path):
             return super().logits(x.mean(dim=1))
 
     for report in both(tmp_path, model=Mean, data=lambda: ragged, per_device_train_batch_size=1):
-        assert [m.items for m in report.measurements] == [8, 8, 8] and report.data["probe_batches"] == 8
+        assert [m.num_items for m in report.measurements] == [8, 8, 8] and report.data["probe_batches"] == 8
 
 
 class Unreadable(Dataset):
@@ -229,7 +229,7 @@ class Unreadable(Dataset):
 
 def test_rows_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for report in both(tmp_path, data=lambda: Unreadable(16, 24), max_steps=1, train_sampling_strategy="sequential"):
-        assert 2 <= report.measurements[0].items < 8 and not report.failures
+        assert 2 <= report.measurements[0].num_items < 8 and not report.failures
 
 
 @pytest.mark.parametrize(
@@ -284,9 +284,13 @@ def test_an_optimizer_over_some_of_the_parameters(tmp_path: Path):
         whole = Net()
         optimizer = torch.optim.AdamW(whole.classifier.parameters(), lr=1e-2)
         found = measure(whole, batches, optimizer=optimizer, **options)
-        assert found.step_size.sharpness.value == pytest.approx(part.step_size.sharpness.value, rel=1e-3)
-        assert found.step_size.critical.value == pytest.approx(part.step_size.critical.value, rel=1e-3)
-        assert all(m.step_size is not None and m.trainable_parameters == 51 for m in report.measurements)
+        assert found.optimizer_stability.sharpness.value == pytest.approx(
+            part.optimizer_stability.sharpness.value, rel=1e-3
+        )
+        assert found.optimizer_stability.critical.value == pytest.approx(
+            part.optimizer_stability.critical.value, rel=1e-3
+        )
+        assert all(m.optimizer_stability is not None and m.trainable_parameters == 51 for m in report.measurements)
 
 
 class Thaw(TrainerCallback):
@@ -322,7 +326,7 @@ def test_parameters_frozen_and_unfrozen_in_mid_run(tmp_path: Path, cls: type[Tra
         ["other"],
     ]
     assert report.model["trainable_parameters"] == 30
-    assert all((m.step_size is None) == (cls is Parts and m.step == 3) for m in report.measurements)
+    assert all((m.optimizer_stability is None) == (cls is Parts and m.step == 3) for m in report.measurements)
 
 
 def test_a_model_that_is_all_frozen_at_first(tmp_path: Path):
@@ -457,7 +461,7 @@ def sparse(given: list[dict[str, Any]]) -> dict[str, Tensor]:
 def test_sparse_and_ragged_inputs_are_measured(collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]):
     config = OptimizabilityConfig(profile="light")
     found, dense = (measure(Dense(), [made(rows(8)), made(rows(8))], config) for made in (collate, batch_of))
-    assert found.loss == pytest.approx(dense.loss) and found.items == 16
+    assert found.loss == pytest.approx(dense.loss) and found.num_items == 16
     assert found.hessian.lambda_max.value == pytest.approx(dense.hessian.lambda_max.value, rel=1e-3)
     assert found.hessian.trace.value == pytest.approx(dense.hessian.trace.value, rel=1e-2)
     assert fingerprint([collate(rows(8))]) == fingerprint([collate(rows(8))]) != fingerprint([collate(rows(9))])

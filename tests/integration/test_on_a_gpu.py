@@ -72,7 +72,7 @@ def test_the_numbers_are_those_of_the_cpu(name: str, engine: str):
     # Rounding is divided by the step of a difference.
     tolerance = TOLERANCES[dtype] * (10 if engine == "central_difference" and dtype == torch.float32 else 1)
     for result in (found, expected):
-        result.pop("engine_error", None)  # is nothing else than rounding
+        result.pop("central_difference_error", None)  # is nothing else than rounding
     assert not differences(found, expected, tolerance=tolerance)
 
 

@@ -154,7 +154,7 @@ def test_the_share_of_a_process_in_a_step_may_change(tmp_path: Path):
     smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     resumed = run(tmp_path, config=STEPS, resume=True, **smaller)
     assert [measurement.step for measurement in resumed.measurements] == [0, 2, 4, 6]
-    assert {measurement.items for measurement in resumed.measurements} == {QUICK["probe_examples"]}
+    assert {measurement.num_items for measurement in resumed.measurements} == {QUICK["probe_examples"]}
 
 
 def test_with_other_options_the_report_begins_anew_and_nothing_is_lost(

@@ -150,7 +150,7 @@ def test_sft_is_measured_as_the_model_itself(tmp_path: Path):
     [batch] = [made.data_collator([made.train_dataset[index] for index in range(8)])]
     expected = measure(tiny_trl.language_model(), [batch], CONFIG)
     assert (found.engine, found.fallback) == ("double_backward", None)
-    assert found.items == expected.items
+    assert found.num_items == expected.num_items
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.hessian.lambda_max.value == pytest.approx(expected.hessian.lambda_max.value, rel=1e-5)
 
@@ -163,7 +163,7 @@ def test_dpo_is_measured_exactly(tmp_path: Path, loss_type: str):
         ref_model=tiny_trl.language_model(1), loss_type=loss_type,
     )  # fmt: skip
     found = measure(made.model, [tiny_trl.first_batch(made)], CONFIG, loss_fn=trainer_loss(made))
-    assert (found.engine, found.fallback, found.items) == ("double_backward", None, len(tiny_trl.PAIRS))
+    assert (found.engine, found.fallback, found.num_items) == ("double_backward", None, len(tiny_trl.PAIRS))
 
 
 def test_another_layout_of_trl_falls_back_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -42,7 +42,7 @@ def test_the_exact_engine_is_the_first_choice():
     measurement = measure(bert(), ROWS, config())
     assert (measurement.engine, measurement.attention) == ("double_backward", "math")
     assert measurement.fallback is None
-    assert measurement.engine_error is None
+    assert measurement.central_difference_error is None
 
 
 def test_auto_falls_back_to_differences_and_says_why():
@@ -50,7 +50,7 @@ def test_auto_falls_back_to_differences_and_says_why():
     measurement = measure(bert_once(), ROWS, config())
     assert measurement.engine == "central_difference"
     assert "once_differentiable" in measurement.fallback
-    assert 0 < measurement.engine_error < 0.05
+    assert 0 < measurement.central_difference_error < 0.05
     assert measurement.hessian.lambda_max.value == pytest.approx(exact.hessian.lambda_max.value, rel=0.02)
     errors = measurement.hessian.trace.std_error + exact.hessian.trace.std_error
     assert abs(measurement.hessian.trace.value - exact.hessian.trace.value) < 4 * errors
@@ -72,7 +72,7 @@ def test_differences_across_kinks_are_refused():
 def test_differences_that_were_asked_for_are_held_against_the_exact_product():
     measurement = measure(bert(), ROWS, config(engine="central_difference"))
     assert measurement.fallback is None
-    assert 0 < measurement.engine_error < 0.05
+    assert 0 < measurement.central_difference_error < 0.05
 
 
 def test_an_engine_that_was_asked_for_is_not_replaced():

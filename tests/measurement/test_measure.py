@@ -48,9 +48,9 @@ class TestOptimizer:
         model = bert()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         found = measure(model, rows(2), OptimizabilityConfig(), optimizer=optimizer)
-        assert found.step_size.sharpness == found.hessian.lambda_max
-        assert found.step_size.limit == pytest.approx(40) and found.step_size.learning_rate == 0.05
-        assert found.step_size.optimizer == "SGD"
+        assert found.optimizer_stability.sharpness == found.hessian.lambda_max
+        assert found.optimizer_stability.limit == pytest.approx(40) and found.optimizer_stability.learning_rate == 0.05
+        assert found.optimizer_stability.optimizer == "SGD"
 
     def test_of_adam_it_is_that_of_the_preconditioned_hessian(self, hessian: Tensor):
         model = bert()
@@ -61,13 +61,13 @@ class TestOptimizer:
         found = measure(model, rows(2), OptimizabilityConfig(**PRECISE), optimizer=optimizer)
         scale = (gradients(model).abs() + 1e-3).sqrt()  # after one step, v̂ is the squared gradient
         truth = float(torch.linalg.eigvalsh(hessian / scale[:, None] / scale)[-1])
-        assert found.step_size.sharpness.value == pytest.approx(truth, rel=1e-5)
-        assert found.step_size.sharpness.value != pytest.approx(found.hessian.lambda_max.value, rel=0.1)
+        assert found.optimizer_stability.sharpness.value == pytest.approx(truth, rel=1e-5)
+        assert found.optimizer_stability.sharpness.value != pytest.approx(found.hessian.lambda_max.value, rel=0.1)
 
     def test_the_critical_learning_rate_is_where_the_loss_rises(self):
         model = bert().eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        found = measure(model, rows(2), OptimizabilityConfig(), optimizer=optimizer).step_size.critical
+        found = measure(model, rows(2), OptimizabilityConfig(), optimizer=optimizer).optimizer_stability.critical
         start, step = nn.utils.parameters_to_vector(model.parameters()).detach(), gradients(model)
         losses = []
         for rate in (0.0, found.low, found.high):
@@ -82,7 +82,7 @@ class TestOptimizer:
 
 
 def test_the_quadratic_model_is_along_the_gradient(hessian: Tensor):
-    found = measure(bert(), rows(2), OptimizabilityConfig()).along_gradient
+    found = measure(bert(), rows(2), OptimizabilityConfig()).quadratic_model
     g = gradients(bert().eval())
     assert found.gradient_squared == pytest.approx(float(g @ g), rel=1e-10)
     assert found.curvature == pytest.approx(float(g @ hessian @ g), rel=1e-8)
@@ -250,7 +250,7 @@ def test_all_of_it_comes_back_from_json(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # an infinite limit
     config = OptimizabilityConfig(max_hvps=40, block_eigenvalues=True)
     measurement = measure(model, rows(1), config, optimizer=optimizer)
-    assert measurement.step_size.limit == float("inf")
+    assert measurement.optimizer_stability.limit == float("inf")
     report = OptimizabilityReport(measurements=[measurement])
     json.loads(report.save_json(tmp_path).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     [loaded] = OptimizabilityReport.load(tmp_path).measurements
@@ -308,7 +308,7 @@ def test_a_loss_that_is_scaled_scales_the_numbers(factor: float):
     found = measure(ManyTensors(2), [batch], config, loss_fn=loss_fn)
     assert found.grad_norm == pytest.approx(factor * expected.grad_norm, rel=1e-5)
     assert found.hessian.lambda_max.value == pytest.approx(factor * expected.hessian.lambda_max.value, rel=1e-4)
-    assert found.along_gradient.curvature == pytest.approx(factor**3 * expected.along_gradient.curvature, rel=1e-4)
+    assert found.quadratic_model.curvature == pytest.approx(factor**3 * expected.quadratic_model.curvature, rel=1e-4)
     assert [check.verdict for check in found.eigenvalue_checks] == ["agrees", "agrees"]
 
 

@@ -56,7 +56,7 @@ PRECISE: dict[str, Any] = {"task_column": "task", "max_hvps": 60, "eigen_toleran
 
 def weighted(found: Measurement, value: Callable[[Any], float]) -> float:
     """The sum of a number over the tasks, each times its weight."""
-    return sum(task.weight * value(task) for task in found.several.tasks.values())
+    return sum(task.weight * value(task) for task in found.multitask.tasks.values())
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
@@ -64,15 +64,15 @@ def weighted(found: Measurement, value: Callable[[Any], float]) -> float:
 def test_tasks_add_up_to_the_joint_one(curvature: str, trace_method: str):
     config = OptimizabilityConfig(**PRECISE, curvature=curvature, trace_method=trace_method)
     found = measure(Heads(), cut(rows(), 7), config)
-    assert list(found.several.tasks) == ["0", "1"]
+    assert list(found.multitask.tasks) == ["0", "1"]
     assert weighted(found, lambda task: task.loss.value) == pytest.approx(found.loss, rel=1e-10)
     assert weighted(found, lambda task: task.trace.value) == pytest.approx(found.hessian.trace.value, rel=1e-10)
-    curve = found.along_gradient.curvature
-    assert weighted(found, lambda task: task.along_gradient) == pytest.approx(curve, rel=1e-10)
+    curve = found.quadratic_model.curvature
+    assert weighted(found, lambda task: task.curvature_along_gradient) == pytest.approx(curve, rel=1e-10)
     for name, block in found.blocks.items():
         joint = weighted(found, lambda task, name=name: task.blocks[name].trace.value)
         assert joint == pytest.approx(block.trace.value, rel=1e-10)
-    assert sum(task.items for task in found.several.tasks.values()) == found.items == 21
+    assert sum(task.num_items for task in found.multitask.tasks.values()) == found.num_items == 21
 
 
 def test_each_task_is_what_it_is_alone():
@@ -80,16 +80,16 @@ def test_each_task_is_what_it_is_alone():
     model, whole = Heads(), rows()
     found = measure(model, cut(whole, 7), OptimizabilityConfig(**{**PRECISE, "max_hvps": 150}, trace_method="exact"))
     joint, _ = dense(model, whole)
-    for index, (name, task) in enumerate(found.several.tasks.items()):
+    for index, (name, task) in enumerate(found.multitask.tasks.items()):
         gradient, hessian = dense(model, of_task(whole, index))
         assert name == str(index)
         assert task.trace.value == pytest.approx(float(hessian.trace()), rel=1e-10)
         assert task.trace.std_error == 0 and task.trace.data_std_error > 0
         assert task.lambda_max.value == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-5)
         assert task.grad_norm == pytest.approx(float(gradient.norm()), rel=1e-10)
-        assert task.along_gradient == pytest.approx(float(joint @ hessian @ joint), rel=1e-10)
+        assert task.curvature_along_gradient == pytest.approx(float(joint @ hessian @ joint), rel=1e-10)
         assert task.blocks["trunk.*"].grad_norm == pytest.approx(float(gradient[:25].norm()), rel=1e-10)
-    head = found.several.conflicts[0].blocks["heads.*"]
+    head = found.multitask.conflicts[0].blocks["heads.*"]
     assert head is None or head.value == 0  # each head is one task's own
 
 
@@ -103,9 +103,9 @@ def test_batches_that_mix_tasks_are_cut():
         {**batch, "task": batch["task"], "kind": ["ab"[task] for task in batch["task"]]} for batch in cut(whole, 3)
     ]
     strings = measure(model, named, OptimizabilityConfig(**{**PRECISE, "task_column": "kind"}))
-    assert list(strings.several.tasks) == ["a", "b"]
+    assert list(strings.multitask.tasks) == ["a", "b"]
     for found in (apart, strings):
-        for one, other in zip(mixed.several.tasks.values(), found.several.tasks.values(), strict=True):
+        for one, other in zip(mixed.multitask.tasks.values(), found.multitask.tasks.values(), strict=True):
             assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-10)
             assert one.trace.value == pytest.approx(other.trace.value, rel=1e-8)
             assert one.lambda_max.value == pytest.approx(other.lambda_max.value, rel=1e-6)
@@ -114,7 +114,7 @@ def test_batches_that_mix_tasks_are_cut():
 def test_a_model_that_does_not_take_the_key_does_not_get_it():
     batches = [{**batch, "task": "ab"[index % 2]} for index, batch in enumerate(cut(rows(24), 3))]
     found = measure(OneHead(), batches, OptimizabilityConfig(**PRECISE))
-    assert [task.batches for task in found.several.tasks.values()] == [4, 4]
+    assert [task.batches for task in found.multitask.tasks.values()] == [4, 4]
 
 
 class TestConflict:
@@ -138,13 +138,13 @@ class TestConflict:
         return measure(model, batches, config, loss_fn=loss_fn)
 
     def test_a_task_agrees_with_itself_and_with_more_of_the_same(self):
-        found = self.measured(1.0).several
+        found = self.measured(1.0).multitask
         assert found.cosine("0", "0").value == 1
         assert found.cosine("0", "1").low > 0.8
 
     def test_negated_labels_conflict_in_all_and_by_block(self):
         measurement = self.measured(-1.0)
-        found = measurement.several
+        found = measurement.multitask
         assert found.cosine("0", "1").high < -0.5 and found.cosine("1", "0").value < -0.8
         assert all(cosine.value < 0 for cosine in found.conflicts[0].blocks.values() if cosine is not None)
         report = OptimizabilityReport(measurements=[measurement])
@@ -165,9 +165,9 @@ def test_where_memory_is_short_tasks_stay_apart():
     tasks = [str(int(batch["task"][0])) for batch in batches]
     found, fitting = measure_objective(Objective(Heads(), batches, loss_fn=loss_fn, tasks=tasks), config)
     assert fitting.batch_size == 2
-    assert [task.batches for task in found.several.tasks.values()] == [8, 4]
+    assert [task.batches for task in found.multitask.tasks.values()] == [8, 4]
     reference = measure(Heads(), batches, config)
-    for one, other in zip(found.several.tasks.values(), reference.several.tasks.values(), strict=True):
+    for one, other in zip(found.multitask.tasks.values(), reference.multitask.tasks.values(), strict=True):
         assert one.trace.value == pytest.approx(other.trace.value, rel=1e-8)
 
 
@@ -190,8 +190,8 @@ def test_central_differences_tell_gradients_apart_but_no_curvature():
 
     found = measure(OnceDifferentiable(), cut(rows(), 7), OptimizabilityConfig(task_column="task", profile="light"))
     assert found.engine == "central_difference"
-    task = found.several.tasks["0"]
-    assert task.grad_norm > 0 and task.trace is task.lambda_max is task.along_gradient is None
+    task = found.multitask.tasks["0"]
+    assert task.grad_norm > 0 and task.trace is task.lambda_max is task.curvature_along_gradient is None
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ class TestTrainer:
         assert_equal(run(trainer), plain)
         report = OptimizabilityReport.load(tmp_path / "optimizability")
         assert report.measurements == trainer.optimizability_report().measurements and not report.failures
-        several = report.measurements[-1].several
+        several = report.measurements[-1].multitask
         assert list(several.tasks) == [HOSTILE, "plain"] and next(iter(several.conflicts[0].blocks)) == "embeddings"
         assert {f"optimizability/task/plain/{name}" for name in ("loss", "grad_norm", "hessian_trace")} <= {
             key for entry in report.log_history for key in entry
@@ -284,13 +284,13 @@ class TestTrainer:
         callback = OptimizabilityCallback(OptimizabilityConfig(**self.OPTIONS))
         rows = [{**row, "kind": i % 2} for i, row in enumerate(tiny_training.dataset("bert"))]
         tiny_training.trainer(tmp_path, train_dataset=rows, callbacks=[callback], max_steps=1).train()
-        assert list(callback.report.measurements[-1].several.tasks) == ["0", "1"]
+        assert list(callback.report.measurements[-1].multitask.tasks) == ["0", "1"]
         names = datasets.ClassLabel(names=["spam", "topic"])
         trainer = tiny_training.trainer(tmp_path, train_dataset=dataset(lambda i: i % 2, features=names), max_steps=1)
         callback = OptimizabilityCallback(OptimizabilityConfig(**self.OPTIONS), trainer=trainer)
         trainer.add_callback(callback)
         trainer.train()
-        assert list(callback.report.measurements[-1].several.tasks) == ["spam", "topic"]
+        assert list(callback.report.measurements[-1].multitask.tasks) == ["spam", "topic"]
 
     def test_a_stream_is_refused(self, tmp_path: Path):
         stream = dataset(lambda i: i % 2).to_iterable_dataset()

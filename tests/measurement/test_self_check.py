@@ -112,7 +112,7 @@ class TestMeans:
         labels = torch.randint(2, (4, 8))
         whole = {"input_ids": torch.randint(9, (4, 8)), "attention_mask": mask, "labels": labels}
         for found in self.same_however_cut(ElectraForPreTraining(config).double(), whole, (4, 2)):
-            assert (found.self_check.unit, found.items) == ("attended tokens", 20)
+            assert (found.self_check.unit, found.num_items) == ("attended tokens", 20)
 
     def test_pixels_that_a_segmentation_ignores(self):
         torch.manual_seed(0)
@@ -125,14 +125,14 @@ class TestMeans:
         labels[2, 4:] = 255
         whole = {"pixel_values": torch.randn(4, 3, 8, 8).double(), "labels": labels}
         for found in self.same_however_cut(SegformerForSemanticSegmentation(config).double(), whole, (4, 2, 1)):
-            assert found.items == int((labels != 255).sum())
+            assert found.num_items == int((labels != 255).sum())
 
     def test_real_labels_of_minus_100_count(self):
         model = tiny_models.make("bert", num_labels=1, problem_type="regression")
         [batch] = tiny_models.cut(tiny_models.examples("bert", 4), 4)
         batch["labels"] = torch.tensor([-100.0, 3.0, -100.0, 0.5], dtype=torch.float64)
         for found in self.same_however_cut(model, batch, (4, 1)):
-            assert found.items == 4
+            assert found.num_items == 4
 
     @pytest.mark.parametrize("scale", [0.0, 1.0])  # a head of zeros: the losses of all examples are equal
     def test_class_weights_keep_batches_whole(self, scale: float):
@@ -157,7 +157,7 @@ class TestMeans:
 
         model, whole = net(), {"x": rows()["x"]}
         found = measure(model, [whole], CONFIG, loss_fn=preference)
-        assert (found.self_check.unit, found.items) == ("pairs", 6)
+        assert (found.self_check.unit, found.num_items) == ("pairs", 6)
         pieces = Objective(model, [whole], loss_fn=preference).checked(found.self_check).cut(1)
         assert len(pieces.batches) == 6
         assert mean_loss(pieces) == pytest.approx(found.loss, rel=1e-10)

@@ -78,7 +78,7 @@ def test_softmax_regression_with_ignored_labels_as_sum_and_count(inputs: Tensor)
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     terms = [np.kron(np.diag(row) - np.outer(row, row), np.outer(x, x)) for row, x in zip(p, counted, strict=True)]
     check(measurement, np.mean(terms, axis=0))
-    assert measurement.items == len(counted)
+    assert measurement.num_items == len(counted)
 
 
 def test_blocks_of_a_block_diagonal_quadratic():

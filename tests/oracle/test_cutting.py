@@ -53,4 +53,4 @@ def test_the_items_are_the_labels_that_count():
     rows = tiny_models.examples("gpt2", EXAMPLES)
     measurement = measure(tiny_models.make("gpt2"), tiny_models.cut(rows, 4), OptimizabilityConfig(max_hvps=16))
     counted = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
-    assert measurement.items == counted < 5 * EXAMPLES
+    assert measurement.num_items == counted < 5 * EXAMPLES

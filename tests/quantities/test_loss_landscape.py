@@ -104,7 +104,7 @@ class TestQuadratic:
                 assert self.loss + line.axis.quadratic_change(s) == pytest.approx(loss, rel=1e-10)
 
     def test_the_update_of_sgd_is_the_gradient(self, measured):
-        line, critical = measured.landscape.update, measured.step_size.critical
+        line, critical = measured.landscape.update, measured.optimizer_stability.critical
         bend = float(self.gradient @ (2 / 12 * self.x.T @ self.x) @ self.gradient)
         assert line.axis.slope == pytest.approx(-float(self.gradient @ self.gradient), rel=1e-10)
         assert line.axis.curvature == pytest.approx(bend, rel=1e-10)

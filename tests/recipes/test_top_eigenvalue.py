@@ -70,7 +70,7 @@ def test_it_is_that_of_the_full_training_set(run_recipe: Callable[..., Path], tm
     folder = output / "optimizability"
     rows = json.loads((folder / "top_eigenvalue.json").read_text())
     assert [row["step"] for row in rows] == [0, 2, 4]
-    assert [one.items for one in OptimizabilityReport.load(folder).measurements] == [EXAMPLES] * 3
+    assert [one.num_items for one in OptimizabilityReport.load(folder).measurements] == [EXAMPLES] * 3
     top = rows[-1]["lambda_max"]
     truth = scipys_top_eigenvalue(output, settings, tmp_path)
     assert abs(top["value"] - truth) <= top["residual"] + 1e-4 * truth

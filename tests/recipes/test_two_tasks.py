@@ -37,7 +37,7 @@ def test_a_run_tells_both_tasks(tmp_path: Path, run_recipe: Callable[..., Path],
     )
     report = OptimizabilityReport.load(output / "optimizability")
     assert not report.failures
-    last = report.measurements[-1].several
+    last = report.measurements[-1].multitask
     assert list(last.tasks) == sorted(["polarity", second])
     assert report.dynamics["tasks"]["polarity"]["loss_gap"]["loss_gap"] is not None
     assert "## Tasks" in (output / "optimizability/report.md").read_text()

@@ -124,7 +124,7 @@ def test_slices_are_those_of_the_first_and_the_last_measurement_with_their_model
         assert drawn["loss"]["x"] == pytest.approx(line.axis.at, rel=1e-5)
         assert drawn["loss"]["y"] == pytest.approx(line.losses, rel=1e-5)
         assert (drawn["now"]["x"], drawn["now"]["y"]) == ([0.0], [pytest.approx(measurement.loss, rel=1e-5)])
-        rate = measurement.step_size.learning_rate
+        rate = measurement.optimizer_stability.learning_rate
         assert drawn["after the next step"]["x"] == [rate]
         assert drawn["after the next step"]["y"] == pytest.approx([line.losses[line.axis.at.index(rate)]], rel=1e-5)
         model = drawn["quadratic model"]
@@ -152,6 +152,6 @@ def test_a_model_that_runs_away_from_the_loss_ends_near_it():
 def test_without_a_step_in_reach_there_is_no_point_for_it():
     [measurement] = make_report(1).measurements
     for rate in (1.0, 0.0):
-        size = dataclasses.replace(measurement.step_size, learning_rate=rate)
-        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, step_size=size)])
+        size = dataclasses.replace(measurement.optimizer_stability, learning_rate=rate)
+        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, optimizer_stability=size)])
         assert "after the next step" not in series(report, "landscape_update_0")

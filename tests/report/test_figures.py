@@ -194,7 +194,7 @@ class TestStabilityMargin:
     def test_sharpness_stands_against_its_limit(self):
         report = make_report()
         upper, lower = plot_stability_margin(report).axes
-        sizes = [measurement.step_size for measurement in report.measurements]
+        sizes = [measurement.optimizer_stability for measurement in report.measurements]
         points, _, (bars,) = error_bars(upper)["sharpness ± residual"].lines
         assert points.get_ydata().tolist() == [size.sharpness.value for size in sizes]
         ends = np.array(bars.get_segments())
@@ -213,13 +213,13 @@ class TestStabilityMargin:
 
     def test_needs_an_optimizer(self):
         [measurement] = make_report(1).measurements
-        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, step_size=None)])
+        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, optimizer_stability=None)])
         assert plot_stability_margin(report) is None
 
     def test_without_a_learning_rate_there_is_no_limit(self):
         [measurement] = make_report(1).measurements
-        size = dataclasses.replace(measurement.step_size, learning_rate=0.0, limit=math.inf)
-        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, step_size=size)])
+        size = dataclasses.replace(measurement.optimizer_stability, learning_rate=0.0, limit=math.inf)
+        report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, optimizer_stability=size)])
         upper, _ = plot_stability_margin(report).axes
         assert [text.get_text() for text in upper.get_legend().get_texts()] == ["sharpness ± residual"]
 
@@ -363,7 +363,7 @@ class TestLandscape:
             places, model = line(update, "quadratic model").T
             axis = landscape.update.axis
             np.testing.assert_allclose(model, present + axis.slope * places + axis.curvature / 2 * places**2)
-            rate = measurement.step_size.learning_rate
+            rate = measurement.optimizer_stability.learning_rate
             assert line(update, "next step").tolist() == [[rate, landscape.update.losses[axis.at.index(rate)]]]
             losses = np.array(landscape.eigenvectors.losses)
             assert line(lines, "along q₁")[:, 1].tolist() == losses[5].tolist()

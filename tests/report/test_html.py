@@ -99,7 +99,7 @@ class TestText:
         rows = {row[0]: row[1:] for table in tables.values() for row in table}
         assert rows["Hessian trace"][1] == format_estimate(last.hessian.trace)
         assert rows["λ_max"][1] == format_estimate(last.hessian.lambda_max)
-        assert rows["Sharpness"][1] == format_estimate(last.step_size.sharpness)
+        assert rows["Sharpness"][1] == format_estimate(last.optimizer_stability.sharpness)
         assert rows["Gradient noise scale"] == ["35.2 (at least 20.1)", "35 (20 to 88)"]
         assert rows["Half-life of the loss, in steps"] == [format_interval(68.4, 55.2, 88.1)]
         assert [row[0] for row in tables["Blocks at the last step"][1:]] == list(last.blocks)

@@ -175,13 +175,13 @@ class TestMarkdown:
         last = report.measurements[-1]
         rows = {row[0]: row[1:3] for table in tables(to_markdown(report)) for row in table if len(row) == 4}
         for name, estimate in {
-            "Sharpness": last.step_size.sharpness,
+            "Sharpness": last.optimizer_stability.sharpness,
             "‖H‖_F": last.hessian.density.frobenius_norm,
         }.items():
             assert rows[name][1] == format_estimate(estimate)
         assert rows["Gradient noise scale"] == ["35.2 (at least 20.1)", "35 (20 to 88)"]
         assert rows["Critical learning rate"][1] == "0.000260 (0.000230 to 0.000290)"
-        assert rows["Its predicted decrease"][1] == format_number(last.along_gradient.predicted_decrease)
+        assert rows["Its predicted decrease"][1] == format_number(last.quadratic_model.predicted_decrease)
         mass = last.hessian.density.negative_mass
         shown = f"{format_percent(mass.value)} ({format_percent(mass.low)} to {format_percent(mass.high)})"
         assert rows["Negative eigenvalues"][1] == shown
@@ -215,7 +215,7 @@ class TestMarkdown:
         bare = dataclasses.replace(
             measurement,
             hessian=dataclasses.replace(measurement.hessian, density=None),
-            **dict.fromkeys(["along_gradient", "noise_scale", "step_size"]),
+            **dict.fromkeys(["quadratic_model", "noise_scale", "optimizer_stability"]),
         )
         text = to_markdown(OptimizabilityReport(measurements=[bare]))
         rows = {row[0]: row[1:] for table in tables(text) for row in table}

@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
+from hf_optimizability.curvature.eigenvalue_check import EigenvalueCheck
 from hf_optimizability.diagnosis.findings import SEVERITIES, Finding
 from hf_optimizability.linalg.density import Density
 from hf_optimizability.linalg.estimate import Estimate
@@ -23,8 +24,8 @@ from hf_optimizability.measurement.results import (
     Conflict,
     Measurement,
     MeasurementFailure,
-    SeveralTasks,
-    StepMeasurement,
+    MultitaskMeasurement,
+    OptimizerStability,
     TaskBlock,
     TaskMeasurement,
 )
@@ -43,6 +44,8 @@ OLDER = [Path(__file__).parent / "versions" / f"version_{version}.json" for vers
 """Each written by a commit of this package that had that version, from a tiny BERT."""
 
 VERSION_1 = OLDER[0]
+WITH_TASKS = Path(__file__).parent / "data" / "version_4_tasks.json"
+PUBLISHED = sorted(Path(__file__).parents[2].glob("model_cards/*/optimizability/report.json"))
 
 CHECKS: dict[str, Any] = {"self_check": None, "eigenvalue_checks": []}
 """Fields that came later."""
@@ -56,6 +59,23 @@ QUIET = settings(
 
 def changed(**values: Any) -> dict[str, Any]:
     return {**copy.deepcopy(REPORT), **values}
+
+
+def renamed_back(measurement: Any) -> Any:
+    """The measurement with the names of version 4."""
+    old = {
+        "num_items": "items",
+        "quadratic_model": "along_gradient",
+        "curvature_along_gradient": "along_gradient",
+        "optimizer_stability": "step_size",
+        "multitask": "several",
+        "central_difference_error": "engine_error",
+        "unused_embedding_parameters": "left_out",
+        "which": "end",
+    }
+    if isinstance(measurement, dict):
+        return {old.get(name, name): renamed_back(value) for name, value in measurement.items()}
+    return [renamed_back(item) for item in measurement] if isinstance(measurement, list) else measurement
 
 
 class TestSchema:
@@ -86,9 +106,9 @@ class TestSchema:
             ("density", Density),
             ("hessian", HessianEstimates),
             ("block", BlockMeasurement),
-            ("along_gradient", QuadraticModel),
+            ("quadratic_model", QuadraticModel),
             ("critical", CriticalLearningRate),
-            ("step_size", StepMeasurement),
+            ("optimizer_stability", OptimizerStability),
             ("axis", Axis),
             ("loss_line", LossLine),
             ("loss_plane", LossPlane),
@@ -96,7 +116,8 @@ class TestSchema:
             ("task", TaskMeasurement),
             ("task_block", TaskBlock),
             ("conflict", Conflict),
-            ("several", SeveralTasks),
+            ("eigenvalue_check", EigenvalueCheck),
+            ("multitask", MultitaskMeasurement),
             ("self_check", SelfCheck),
             ("measurement", Measurement),
             ("failure", MeasurementFailure),
@@ -139,7 +160,7 @@ class TestOlderVersions:
             assert {name: block.grad_norm for name, block in measurement.blocks.items()} == {
                 name: block["grad_norm"] for name, block in old["blocks"].items()
             }
-            assert measurement.noise_scale is measurement.step_size is measurement.hessian.density is None
+            assert measurement.noise_scale is measurement.optimizer_stability is measurement.hessian.density is None
 
     def test_version_2_loads_with_its_numbers(self):
         written = json.loads(OLDER[1].read_bytes())
@@ -147,25 +168,36 @@ class TestOlderVersions:
         assert written["schema_version"] == 2
         assert [measurement.landscape for measurement in report.measurements] == [None] * 2
         data = json.loads(json.dumps(report.to_dict()))
-        for measurement, old in zip(data["measurements"], written["measurements"], strict=True):
-            assert measurement == {
-                **old,
-                "landscape": None,
-                "several": None,
-                "self_check": None,
-                "eigenvalue_checks": [],
-            }
+        assert [renamed_back(measurement) for measurement in data["measurements"]] == [
+            {**old, **CHECKS, "landscape": None, "several": None} for old in written["measurements"]
+        ]
 
     def test_version_3_loads_with_its_numbers(self):
         written = json.loads(OLDER[2].read_bytes())
         report = OptimizabilityReport.load(OLDER[2])
         assert written["schema_version"] == 3
         data = json.loads(json.dumps(report.to_dict()))
-        assert data["measurements"] == [{**old, **CHECKS, "several": None} for old in written["measurements"]]
+        assert [renamed_back(measurement) for measurement in data["measurements"]] == [
+            {**old, **CHECKS, "several": None} for old in written["measurements"]
+        ]
         assert data["measurements"][-1]["landscape"]["update"] is not None
 
+    @pytest.mark.parametrize("file", [OLDER[3], WITH_TASKS], ids=["one task", "tasks"])
+    def test_version_4_loads_with_its_numbers(self, file):
+        written = json.loads(file.read_bytes())
+        report = OptimizabilityReport.load(file)
+        assert written["schema_version"] == 4
+        assert (report.measurements[0].multitask is None) == (file != WITH_TASKS)
+        assert report.measurements[0].eigenvalue_checks[0].which == "lambda_max"
+        data = json.loads(json.dumps(report.to_dict()))
+        assert [renamed_back(measurement) for measurement in data["measurements"]] == written["measurements"]
+
+    @pytest.mark.parametrize("file", [WITH_TASKS, *PUBLISHED], ids=lambda file: file.parents[1].name)
+    def test_each_is_valid_in_the_present_layout(self, file):
+        ORACLE.validate(json.loads(json.dumps(OptimizabilityReport.load(file).to_dict())))
+
     @pytest.mark.parametrize("file", OLDER, ids=lambda file: file.stem)
-    def test_each_is_valid_in_the_present_layout_and_renders(self, file, tmp_path):
+    def test_each_renders(self, file, tmp_path):
         report = OptimizabilityReport.load(file)
         assert report.schema_version == SCHEMA_VERSION
         ORACLE.validate(json.loads(json.dumps(report.to_dict())))
@@ -189,9 +221,9 @@ class TestDamaged:
             (b"\xff\xfe{}", r"no valid JSON \('utf-8' codec .* Restore the file"),
             (b"[" * 100_000, r"nested too deep for a report\. Restore the file"),
             (b"[1, 2]", r"holds a list, not a report\. Pass the `report\.json`"),
-            (b"{}", r"`schema_version` is None, not a number from 1 to 4\. Restore"),
+            (b"{}", r"`schema_version` is None, not a number from 1 to 5\. Restore"),
             (to_json(changed(schema_version=True)), r"`schema_version` is True"),
-            (to_json(changed(schema_version=SCHEMA_VERSION + 1)), r"reads up to 4\. Upgrade hf-optimizability"),
+            (to_json(changed(schema_version=SCHEMA_VERSION + 1)), r"reads up to 5\. Upgrade hf-optimizability"),
             (to_json(changed(measurements=None)), r"report\.measurements is None, not of type array\. Restore"),
             (to_json(changed(more=1)), r"report\.more is not known"),
             (to_json(changed(log_history=[{"loss": 1.0}])), r"report\.log_history\[0\] lacks 'step'"),

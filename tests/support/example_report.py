@@ -19,8 +19,8 @@ from hf_optimizability.measurement.results import (
     Conflict,
     Measurement,
     MeasurementFailure,
-    SeveralTasks,
-    StepMeasurement,
+    MultitaskMeasurement,
+    OptimizerStability,
     TaskBlock,
     TaskMeasurement,
 )
@@ -59,7 +59,7 @@ def make_landscape(present: float, top: float, *, converged: bool = True) -> Lan
     )
 
 
-def make_several(measurement: Measurement, names: Sequence[str]) -> SeveralTasks:
+def make_several(measurement: Measurement, names: Sequence[str]) -> MultitaskMeasurement:
     """Tasks that share a measurement, each with a part of its gradient; of the first, one number is not known."""
     weight = 1 / len(names)
 
@@ -68,7 +68,7 @@ def make_several(measurement: Measurement, names: Sequence[str]) -> SeveralTasks
 
     tasks = {
         name: TaskMeasurement(
-            items=measurement.items // len(names),
+            num_items=measurement.num_items // len(names),
             batches=8,
             weight=weight,
             loss=make_estimate(measurement.loss * (1 + index / 10), 0.02, kind="std_error"),
@@ -78,7 +78,7 @@ def make_several(measurement: Measurement, names: Sequence[str]) -> SeveralTasks
             noise_scale=number(20.0, 10.0, 60.0),
             trace=make_estimate(measurement.hessian.trace.value * (1 + index), 12.0, kind="std_error"),
             lambda_max=make_estimate(8.0, 0.05) if index else None,
-            along_gradient=3.2,
+            quadratic_model=3.2,
             equal_norm_weight=number(weight, 0.1, 0.9),
             min_norm_weight=number(weight, 0.0, 1.0),
             blocks={block: TaskBlock(own.grad_norm, own.trace) for block, own in measurement.blocks.items()},
@@ -94,7 +94,7 @@ def make_several(measurement: Measurement, names: Sequence[str]) -> SeveralTasks
         )
         for first, second in combinations(names, 2)
     ]
-    return SeveralTasks(tasks, tuple(conflicts))
+    return MultitaskMeasurement(tasks, tuple(conflicts))
 
 
 def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, converged: bool = True) -> Measurement:
@@ -132,14 +132,14 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
         step=step,
         epoch=3 * step / total,
         loss=0.15 + 0.55 * decay,
-        items=64,
+        num_items=64,
         grad_norm=math.sqrt(sum(block.grad_norm**2 for block in measured.values())),
         hessian=hessian,
         blocks=measured,
         curvature="hessian",
-        along_gradient=QuadraticModel(4.1 * decay, 14.2 * decay, 0.2887, 0.592 * decay),
+        quadratic_model=QuadraticModel(4.1 * decay, 14.2 * decay, 0.2887, 0.592 * decay),
         noise_scale=Estimate(35.2, 20.1, 88.4 if step else math.inf, "jackknife", 0, converged=bool(step)),
-        step_size=StepMeasurement(
+        optimizer_stability=OptimizerStability(
             optimizer="AdamW",
             learning_rate=2e-5,
             sharpness=make_estimate(6.41e5 * (0.4 + decay), 2.1e3),
@@ -147,14 +147,14 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
             critical=CriticalLearningRate(2.6e-4, low=2.3e-4, high=2.9e-4, forward_passes=8, converged=True),
         ),
         landscape=make_landscape(0.15 + 0.55 * decay, top, converged=converged),
-        several=None,
+        multitask=None,
         engine="double_backward",
         fallback=None,
-        engine_error=None,
+        central_difference_error=None,
         attention="math",
         dtype="float32",
         batch_size=16,
-        left_out=0,
+        unused_embedding_parameters=0,
         hvps=56,
         seconds=7.31,
         self_check=SelfCheck(False, "items", True, 1.2e-7, (2e-5, None), ("layer.0.weight",), ("layer.0", "layer.1")),
@@ -278,7 +278,7 @@ def make_report(
 
 def with_tasks(report: OptimizabilityReport, names: Sequence[str]) -> OptimizabilityReport:
     """The report with its measurements told by task."""
-    measured = [dataclasses.replace(m, several=make_several(m, names)) for m in report.measurements]
+    measured = [dataclasses.replace(m, multitask=make_several(m, names)) for m in report.measurements]
     gap = {"loss_gap": 0.05, "std_error": 0.02, "low": 0.01, "high": 0.09, "significant": True, "note": ""}
     by_task = {name: {"convergence_speed": report.dynamics["convergence_speed"], "loss_gap": gap} for name in names}
     return dataclasses.replace(report, measurements=measured, dynamics={**report.dynamics, "tasks": by_task})

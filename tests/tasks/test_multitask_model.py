@@ -60,7 +60,7 @@ def test_its_second_derivatives_by_the_classes_a_task_does_not_have_are_none():
     batches = [{key: value[:1] for key, value in BATCH.items()}, {key: value[1:] for key, value in BATCH.items()}]
     found = measure(make(), batches, OptimizabilityConfig(profile="light", task_column="task", max_hvps=16))
     assert found.engine == "double_backward" and found.hessian.lambda_max.value > 0
-    assert list(found.several.tasks) == ["0", "1"]
+    assert list(found.multitask.tasks) == ["0", "1"]
 
 
 def test_a_mixed_data_set_names_its_tasks():
