@@ -201,9 +201,9 @@ def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, way: HvpEngine)
     there = ", ".join(f"{difference:.4g}" for difference in check.differences)
     if way.engine == "central_difference":
         return MeasurementError(
-            f"Central differences give {check.which} as {check.value:.4g}, and along its own vector with half the step "
-            f"as {there}, a change of {check.error:.0%}: that is no eigenvalue, as kinks (ReLU) and routing (mixtures "
-            f"of experts) make it.{_because(way)}",
+            f"Central differences give {check.which} as {check.value:.4g}, and along its own vector with half the "
+            f"step as {there}, a change of {check.error:.0%}: that is no eigenvalue, as kinks (ReLU) and routing "
+            f"(mixtures of experts) make it.{_because(way)}",
             _REMEDY_OF_DIFFERENCES,
         )
     return MeasurementError(

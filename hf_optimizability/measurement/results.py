@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one measurement found, or why it found nothing."""
+"""Results of one measurement, or the reason why there are none."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class BlockMeasurement:
         grad_norm: 2-norm of the block's gradient.
         weight_norm: 2-norm of the block's parameters.
         trace: Trace of the block's diagonal block of the Hessian.
-        lambda_max: Its largest eigenvalue, where `block_eigenvalues` asks for it.
-        lambda_min: Its smallest eigenvalue, likewise.
+        lambda_max: Largest eigenvalue of that diagonal block; only with `block_eigenvalues`.
+        lambda_min: Smallest eigenvalue; only with `block_eigenvalues`.
     """
 
     parameters: int
@@ -40,14 +40,14 @@ class BlockMeasurement:
 
 @dataclass(frozen=True)
 class OptimizerStability:
-    """How far the optimizer in use may step from here.
+    """Stability of the optimizer in use at the current weights.
 
     Attributes:
-        optimizer: Its class.
+        optimizer: Class of the optimizer.
         learning_rate: η, the largest among the parameter groups.
         sharpness: λ_max(P^-½HP^-½), P the optimizer's diagonal preconditioner (1 for SGD).
-        limit: The sharpness above which this optimizer diverges on a quadratic at η; infinite at η = 0.
-        critical: The learning rate at which the loss first rises along the optimizer's next update.
+        limit: Sharpness above which this optimizer diverges on a quadratic at η; infinite at η = 0.
+        critical: Learning rate at which the loss first rises along the optimizer's next update.
     """
 
     optimizer: str
@@ -59,23 +59,24 @@ class OptimizerStability:
 
 @dataclass(frozen=True)
 class TaskMeasurement:
-    """One task of several; what it is a mean over are this task's examples of the probe set.
+    """One task of a joint loss, on its examples of the probe set.
 
     Attributes:
-        num_items: What the mean is over: examples, or labels other than -100.
+        num_items: Items of the mean: examples, or labels other than -100.
         batches: Batches of the probe set; fewer than 3 leave no error over the data.
-        weight: w, its share of all items; the joint loss is the sum of w times the tasks' losses.
+        weight: w, the task's share of all items; the joint loss is the sum of w times the tasks' losses.
         loss: Mean loss, in eval mode, with its standard error over the batches.
         grad_norm: 2-norm of the gradient of that loss.
-        signal_norm: 2-norm of the gradient over all data: what the noise adds to `grad_norm` is taken off.
-        share: wₜ⟨gₜ, g⟩/‖g‖², g the joint gradient over all data: the task's part in what a small step of gradient
-            descent gains. The shares add up to 1; below 0, that step raises the task's own loss.
-        noise_scale: Of this task alone.
-        trace: Trace of the Hessian of its loss. Times w they add up to the joint one.
-        lambda_max: Its largest eigenvalue, where `task_eigenvalues` asks for it.
-        curvature_along_gradient: gᵀHₜg, g the joint gradient on the probe set; times w they add up to the joint one.
-        equal_norm_weight: In the place of w, what makes the gradients of all tasks equally long.
-        min_norm_weight: In the place of w, what makes the joint gradient shortest, so that a step along it raises no
+        signal_norm: 2-norm of the gradient over all data: `grad_norm` without the contribution of the noise.
+        share: wₜ⟨gₜ, g⟩/‖g‖², g the joint gradient over all data: the task's part in the decrease of the joint loss by
+            a small step of gradient descent. Shares sum to 1; a negative one means that this step raises the task's
+            own loss.
+        noise_scale: Gradient noise scale of this task alone.
+        trace: Trace of the Hessian of the task's loss. Times w, the traces sum to the joint one.
+        lambda_max: Largest eigenvalue of that Hessian; only with `task_eigenvalues`.
+        curvature_along_gradient: gᵀHₜg, g the joint gradient on the probe set; times w, they sum to the joint one.
+        equal_norm_weight: Weight, in place of w, with which the gradients of all tasks have equal norms.
+        min_norm_weight: Weight, in place of w, with which the joint gradient is shortest: a step along it raises no
             task's loss.
         blocks: Gradient norm and trace by block.
     """
@@ -98,7 +99,7 @@ class TaskMeasurement:
 
 @dataclass(frozen=True)
 class TaskBlock:
-    """One block of parameters, as one task sees it.
+    """One block of parameters, for one task.
 
     Attributes:
         grad_norm: 2-norm of the block's part of the task's gradient.
@@ -111,14 +112,14 @@ class TaskBlock:
 
 @dataclass(frozen=True)
 class Conflict:
-    """How far the gradients of two tasks agree, over all data.
+    """Agreement of the gradients of two tasks, over all data.
 
     Attributes:
-        first: A task.
-        second: Another.
-        cosine: Of the angle between their gradients; `None` where the noise hides one of them. Below 0, a step that
+        first: Name of one task.
+        second: Name of the other.
+        cosine: Cosine between their gradients; `None` where noise dominates one of them. If negative, a step that
             lowers one loss raises the other.
-        blocks: The same by block.
+        blocks: The same cosine by block.
     """
 
     first: str
@@ -129,22 +130,22 @@ class Conflict:
 
 @dataclass(frozen=True)
 class MultitaskMeasurement:
-    """What is known of each task of a joint loss, and of each pair of them.
+    """Results by task of a joint loss, and by pair of tasks.
 
     Attributes:
-        tasks: By name, in alphabetical order.
-        conflicts: A pair each.
+        tasks: Results by task, in alphabetical order.
+        conflicts: One entry per pair of tasks.
     """
 
     tasks: Mapping[str, TaskMeasurement]
     conflicts: tuple[Conflict, ...]
 
     def cosine(self, first: str, second: str, block: str | None = None) -> Estimate | None:
-        """The cosine of two tasks' gradients, in all or of a block; 1 of a task with itself."""
+        """Return the cosine between two tasks' gradients, whole or of a block; 1 for a task with itself."""
         if first == second:
             return SAME
-        found = next(pair for pair in self.conflicts if {pair.first, pair.second} == {first, second})
-        return found.cosine if block is None else found.blocks[block]
+        conflict = next(pair for pair in self.conflicts if {pair.first, pair.second} == {first, second})
+        return conflict.cosine if block is None else conflict.blocks[block]
 
 
 @dataclass(frozen=True)
@@ -155,31 +156,32 @@ class Measurement:
         step: Optimizer steps taken before the measurement; 0 outside a Trainer.
         epoch: Epochs trained before the measurement; `None` outside a Trainer.
         loss: Mean loss over the probe set, in eval mode.
-        num_items: What the mean is over: examples, or labels other than -100.
+        num_items: Items of that mean: examples, or labels other than -100.
         grad_norm: 2-norm of the gradient of `loss`.
         hessian: Trace, extreme eigenvalues and spectral density of `curvature`.
-        blocks: The same by block, in the model's order.
+        blocks: Results by block of parameters, in the model's order.
         curvature: Which matrix `hessian` and `blocks` are about.
-        quadratic_model: gᵀHg, the best single step along −g, and what it would gain.
-        noise_scale: Items over which a mean gradient has as much noise as signal; `None` from fewer than 3 batches.
-        optimizer_stability: How far the optimizer may step; `None` without one whose state can be read.
+        quadratic_model: Second-order model of the loss along −g: gᵀHg, the best step, its predicted decrease.
+        noise_scale: Items at which a mean gradient has as much noise as signal; `None` with fewer than 3 batches.
+        optimizer_stability: Sharpness, its limit and the critical learning rate of the optimizer; `None` without an
+            optimizer whose state can be read.
         landscape: Slices through the loss; `None` unless `landscape` asks for them.
-        multitask: The same by task, and how far tasks conflict; `None` unless `task_column` tells them apart.
-        engine: How the Hessian was multiplied with vectors.
+        multitask: Results by task and by pair of tasks; `None` without `task_column`.
+        engine: How Hessian-vector products were computed.
         attention: `"math"` where SDPA ran its twice differentiable kernel, `"eager"` where the model was switched,
             `"unchanged"` where no second derivative was needed.
         fallback: Why the engine or the attention is not the first choice; `None` if it is.
-        central_difference_error: Relative error of central differences, the larger one along a random vector and along those of
-            the eigenvalues: against the exact product where that can be had, else against half the step; `None` from
-            exact engines. Kinks (ReLU) make it large.
+        central_difference_error: Relative error of central differences, the larger of that along a random vector and
+            those along eigenvectors: against the exact product where there is one, else against half the step; `None`
+            for exact engines. Kinks (ReLU) make it large.
         dtype: Precision of the products, for example `"float32"`.
-        batch_size: Most examples in one graph; less than asked for where memory did not suffice.
-        unused_embedding_parameters: Embedding parameters that no token of the probe set looks up: their rows of the matrix are zero, and
-            were left out of the products.
+        batch_size: Largest number of examples in one graph; smaller than configured where memory did not suffice.
+        unused_embedding_parameters: Embedding parameters that no token of the probe set looks up. Their rows of the
+            matrix are zero and were left out of the products.
         hvps: Hessian-vector products spent.
         seconds: Wall-clock time spent.
-        self_check: What the numbers can be trusted with; `None` in older reports.
-        eigenvalue_checks: What differences of the gradient along their own vectors say of λ_max and λ_min.
+        self_check: Results of the self-check of the loss; `None` in older reports.
+        eigenvalue_checks: Checks of λ_max and λ_min by differences of the gradient along their eigenvectors.
     """
 
     step: int
@@ -209,16 +211,16 @@ class Measurement:
 
     @property
     def converged(self) -> bool:
-        """Whether trace and eigenvalues reached their tolerances (traces of single blocks may be wider)."""
+        """Whether trace and eigenvalues reached their tolerances (traces of single blocks may not have)."""
         return self.hessian.converged
 
     @property
     def trainable_parameters(self) -> int:
-        """Entries of all parameters that were trained when this was measured, and are differentiated by."""
+        """Number of parameters that were trainable at the measurement."""
         return sum(block.parameters for block in self.blocks.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurement as plain numbers, strings, lists and dicts."""
+        """Return plain numbers, strings, lists and dicts."""
         return {**asdict(self), "converged": self.converged}
 
     @classmethod
@@ -229,11 +231,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class MeasurementFailure:
-    """A measurement that could not be made; training went on without it.
+    """A measurement that failed; training continued without it.
 
     Attributes:
-        step: Optimizer steps taken when it was tried.
-        epoch: Epochs trained when it was tried.
+        step: Optimizer steps taken before the attempt.
+        epoch: Epochs trained before the attempt.
         reason: What went wrong.
         remedy: What the user can do.
     """
