@@ -78,7 +78,7 @@ def make_several(measurement: Measurement, names: Sequence[str]) -> MultitaskMea
             noise_scale=number(20.0, 10.0, 60.0),
             trace=make_estimate(measurement.hessian.trace.value * (1 + index), 12.0, kind="std_error"),
             lambda_max=make_estimate(8.0, 0.05) if index else None,
-            quadratic_model=3.2,
+            curvature_along_gradient=3.2,
             equal_norm_weight=number(weight, 0.1, 0.9),
             min_norm_weight=number(weight, 0.0, 1.0),
             blocks={block: TaskBlock(own.grad_norm, own.trace) for block, own in measurement.blocks.items()},
