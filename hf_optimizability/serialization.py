@@ -36,12 +36,12 @@ def structure(cls: type[T], data: Mapping[str, Any]) -> T:
         >>> structure(make_dataclass("Interval", [("low", LowerBound), ("high", float)]), {"low": None, "high": None})
         Interval(low=-inf, high=inf)
     """
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     return cls(**{name: _value(hints.get(name), value) for name, value in data.items()})
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
