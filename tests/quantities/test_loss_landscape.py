@@ -20,8 +20,8 @@ from hf_optimizability.files import finite
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.measurement.forecast import forecast
 from hf_optimizability.quantities.loss_landscape import Axis, Landscape, loss_line, loss_plane
-from tests.support import tiny_models
 from hf_optimizability.serialization import structure
+from tests.support import tiny_models
 
 
 PRECISE = OptimizabilityConfig(eigen_tolerance=1e-12, max_hvps=200, landscape=True)

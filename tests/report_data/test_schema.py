@@ -44,7 +44,7 @@ OLDER = [Path(__file__).parent / "versions" / f"version_{version}.json" for vers
 """Each written by a commit of this package that had that version, from a tiny BERT."""
 
 VERSION_1 = OLDER[0]
-WITH_TASKS = Path(__file__).parent / "data" / "version_4_tasks.json"
+WITH_TASKS = Path(__file__).parent / "versions" / "version_4_tasks.json"
 PUBLISHED = sorted(Path(__file__).parents[2].glob("model_cards/*/optimizability/report.json"))
 
 CHECKS: dict[str, Any] = {"self_check": None, "eigenvalue_checks": []}
