@@ -287,4 +287,4 @@ def test_rows_that_are_compared_without_gradients_stay():
 def test_a_measurement_leaves_out_rows_that_no_token_looks_up():
     model = tiny_models.make("bert", vocab_size=100)
     found = measure(model, tiny_models.cut(tiny_models.examples("bert", 6), 3), OptimizabilityConfig(max_hvps=16))
-    assert found.left_out > 4 * 80  # 13 tokens at the most, of 4 numbers each
+    assert found.unused_embedding_parameters > 4 * 80  # 13 tokens at the most, of 4 numbers each

@@ -132,7 +132,7 @@ def test_of_a_network_they_are_what_weights_moved_along_dense_eigenvectors_give(
     before = bits(model)
     found = measure(model, tiny_models.cut(rows, 4), PRECISE, **options)
     assert bits(model) == before
-    assert found.left_out > 0
+    assert found.unused_embedding_parameters > 0
     plane = found.landscape.eigenvectors
     eigenvalues, eigenvectors = torch.linalg.eigh(hessian)
     vectors = [eigenvectors[:, -1 - index] for index in (0, 1)]

@@ -190,7 +190,9 @@ class TestOlderVersions:
         assert (report.measurements[0].multitask is None) == (file != WITH_TASKS)
         assert report.measurements[0].eigenvalue_checks[0].which == "lambda_max"
         data = json.loads(json.dumps(report.to_dict()))
-        assert [renamed_back(measurement) for measurement in data["measurements"]] == written["measurements"]
+        for measurement, old in zip(data["measurements"], written["measurements"], strict=True):
+            old["self_check"].setdefault("repeat_error", None)  # came later
+            assert renamed_back(measurement) == old
 
     @pytest.mark.parametrize("file", [WITH_TASKS, *PUBLISHED], ids=lambda file: file.parents[1].name)
     def test_each_is_valid_in_the_present_layout(self, file):
