@@ -71,7 +71,7 @@ def run(rank: int, number: int, name: str, profile: str, folder: str) -> None:
     config = OptimizabilityConfig(profile=profile)  # type: ignore[arg-type]
     _, batches = BATCHES[name](config.budget.probe_examples // BATCH_SIZE)
     model = load(name).model  # type: ignore[arg-type]
-    objective = Objective(model, batches).shared(group)
+    objective = Objective(model, batches).shard(group)
     next(objective.losses())[0].backward()  # warms up
     model.zero_grad()
     group.all_reduce_(torch.zeros(1))

@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.curvature.compact_embeddings import drop_unused_embedding_rows
+from hf_optimizability.curvature.empirical_risk import HvpCounter
 from hf_optimizability.curvature.gauss_newton import split_trace
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
@@ -265,7 +266,7 @@ class Ours(Library):
             with self._twice_differentiable(), drop_unused_embedding_rows(self._objective):
                 everything = [[slice(0, sum(parameter.numel() for parameter in self._objective.parameters))]]
                 options: dict[str, Any] = {"tolerance": tolerance, "max_hvps": 4000, "seed": SEED}
-                total = split_trace(self._objective, everything, on_products=self.products.add, **options).total
+                total = split_trace(self._counted(), everything, **options).total
             yield {
                 "tolerance": tolerance,
                 "trace": total.value,
@@ -298,7 +299,10 @@ class Ours(Library):
             yield
 
     def _hessian(self) -> HessianOperator:
-        return HessianOperator(self._objective, on_products=self.products.add)
+        return HessianOperator(self._counted())
+
+    def _counted(self) -> Objective:
+        return self._objective.counting(HvpCounter(self.products.add))
 
     def _measure(self) -> dict[str, Any]:
         found = measure(self.model, self.batches, OptimizabilityConfig())

@@ -181,7 +181,7 @@ def checked(route: Route) -> dict[str, float]:
     model = tower(route)
     size = sum(parameter.numel() for parameter in model.parameters())
     data = [(torch.randn(2, WIDTH), torch.randn(2, 2)) for _ in range(BATCHES)]
-    objective = Objective(model, data, loss_fn=squares).shared(group)
+    objective = Objective(model, data, loss_fn=squares).shard(group)
     sent = {}
     with measuring(model, seed=0), Sent() as before:
         if route == "FSDP2, shards":
@@ -191,9 +191,9 @@ def checked(route: Route) -> dict[str, float]:
         elif route == "FSDP2, whole parameters":
             with unsharded(model):
                 sent["once"] = before.bytes
-                sent["product"] = _second(HessianOperator(objective, group=group))
+                sent["product"] = _second(HessianOperator(objective))
         else:
-            sent["product"] = _second(HessianOperator(objective, group=group))
+            sent["product"] = _second(HessianOperator(objective))
     config = OptimizabilityConfig(profile="light", eigen_tolerance=1e-12, trace_tolerance=1e-12)  # takes all it may
     free = fsdp.free_memory
     # Their copies in float64 have a fixed length, which is nothing beside long vectors.

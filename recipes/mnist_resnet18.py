@@ -39,9 +39,9 @@ from hf_optimizability.linalg.density import Density, density
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.lanczos import lanczos
 from hf_optimizability.linalg.trace import hutchinson
-from hf_optimizability.measurement.measure import block_indices
 from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.objective.objective import Objective
+from hf_optimizability.objective.parameter_blocks import block_indices
 from hf_optimizability.objective.probe_set import ProbeSpec, draw_probe_set
 from hf_optimizability.report.figures import BLUE, VERMILLION
 from hf_optimizability.tasks import image_classification

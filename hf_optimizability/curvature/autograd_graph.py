@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.autograd.function import BackwardCFunction
 
-from .hessian import SumOfLosses
+from .empirical_risk import EmpiricalRisk
 
 
 _WRONG = {"WeightNormInterfaceBackward0": "torch._weight_norm"}
@@ -25,7 +25,7 @@ _KINKED = re.compile(
 _OURS = __name__.partition(".")[0]
 
 
-def doubtful_operations(objective: SumOfLosses) -> list[str]:
+def doubtful_operations(objective: EmpiricalRisk) -> list[str]:
     """Name the operations of a loss whose second derivative may be wrong: custom autograd functions, and torch's own.
 
     One forward pass, over the first part.
@@ -40,7 +40,7 @@ def doubtful_operations(objective: SumOfLosses) -> list[str]:
         ...     @staticmethod
         ...     def backward(ctx, gradient):
         ...         return -gradient
-        >>> class Line:
+        >>> class Line(EmpiricalRisk):
         ...     parameters = [torch.ones(1, requires_grad=True)]
         ...     def losses(self):
         ...         yield Reversal.apply(self.parameters[0]).sum(), 1
@@ -51,12 +51,12 @@ def doubtful_operations(objective: SumOfLosses) -> list[str]:
     return list(dict.fromkeys(name for name in names if name is not None))
 
 
-def has_kinks(objective: SumOfLosses) -> bool:
+def has_kinks(objective: EmpiricalRisk) -> bool:
     """Return whether a loss has operations whose slope jumps (ReLU, maximum, routing), as its first part shows.
 
     Example:
         >>> import torch
-        >>> class Hinge:
+        >>> class Hinge(EmpiricalRisk):
         ...     parameters = [torch.ones(1, requires_grad=True)]
         ...     def losses(self):
         ...         yield self.parameters[0].clamp(min=0).sum(), 1
@@ -66,7 +66,7 @@ def has_kinks(objective: SumOfLosses) -> bool:
     return any(_KINKED.match(node.name()) for node in _nodes(objective))
 
 
-def _nodes(objective: SumOfLosses) -> Iterator[Any]:
+def _nodes(objective: EmpiricalRisk) -> Iterator[Any]:
     """Yield the nodes of the graph of the first part's loss, each once."""
     waiting: list[Any] = [loss.grad_fn for loss, _ in islice(objective.losses(), 1)]
     seen = set()

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
-from .hessian import ObjectiveOperator, SumOfLosses
+from .empirical_risk import EmpiricalRisk
+from .hessian import ObjectiveOperator
 from .hessian_vector_product import first_backward
 from .selective_grad import differentiate
 
@@ -26,8 +26,6 @@ class BlockDiagonalHessian(ObjectiveOperator):
     Args:
         objective: The loss, in parts.
         blocks: Indices into `objective.parameters`, block by block. Parameters in no block get zeros.
-        group: The processes that share the parts.
-        on_products: Called with the number of products just made; for progress bars.
 
     Raises:
         ValueError: If a parameter is in two blocks.
@@ -35,7 +33,7 @@ class BlockDiagonalHessian(ObjectiveOperator):
         FloatingPointError: From a product that is not finite.
 
     Example:
-        >>> class Coupled:  # L = 3 x² + xy
+        >>> class Coupled(EmpiricalRisk):  # L = 3 x² + xy
         ...     parameters = [torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)]
         ...     def losses(self):
         ...         x, y = self.parameters
@@ -47,13 +45,10 @@ class BlockDiagonalHessian(ObjectiveOperator):
 
     def __init__(
         self,
-        objective: SumOfLosses,
+        objective: EmpiricalRisk,
         blocks: Sequence[Sequence[int]],
-        *,
-        group: ProcessGroup = SINGLE_PROCESS,
-        on_products: Callable[[int], object] | None = None,
     ):
-        super().__init__(objective, group=group, on_products=on_products)
+        super().__init__(objective)
         indices = [index for block in blocks for index in block]
         if len(set(indices)) < len(indices):
             raise ValueError("A parameter is in two of the `blocks`, or in one of them twice.")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.operator import SymmetricOperator
 from ..linalg.row_partition import RowPartition
 from ..linalg.vectors import norm
+from .empirical_risk import EmpiricalRisk
 from .gradient import gradient_sum, norm_of
-from .hessian import ObjectiveOperator, SumOfLosses
+from .hessian import ObjectiveOperator
 
 
 RELATIVE_STEP = {torch.float32: 5e-5, torch.float64: 6e-6}
@@ -50,10 +50,6 @@ class CentralDifferenceHessian(ObjectiveOperator):
     Args:
         objective: The loss, in parts.
         relative_step: Size of the step beside the parameters; by default `RELATIVE_STEP` of their dtype.
-        group: The processes that share the parts.
-        on_products: Called with the number of products just made; for progress bars.
-        rows: How the parameters lie over ranks, if the objective's are the shards that are here; its losses must have
-            the gradient of what all ranks evaluate.
 
     Raises:
         ValueError: If a parameter is of less than float32: the step would round away. Hold
@@ -61,7 +57,7 @@ class CentralDifferenceHessian(ObjectiveOperator):
         FloatingPointError: From a product that is not finite.
 
     Example:
-        >>> class Cubic:
+        >>> class Cubic(EmpiricalRisk):
         ...     parameters = [torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)]
         ...     def losses(self):
         ...         yield (self.parameters[0] ** 3).sum(), 1
@@ -71,15 +67,12 @@ class CentralDifferenceHessian(ObjectiveOperator):
 
     def __init__(
         self,
-        objective: SumOfLosses,
+        objective: EmpiricalRisk,
         *,
         relative_step: float | None = None,
-        group: ProcessGroup = SINGLE_PROCESS,
-        on_products: Callable[[int], object] | None = None,
-        rows: RowPartition | None = None,
     ):
-        super().__init__(objective, group=group, on_products=on_products)
-        self._rows = RowPartition.whole(self.size) if rows is None else rows
+        super().__init__(objective)
+        self._rows = objective.rows
         self.size = self._rows.size
         low = next((p.dtype for p in objective.parameters if torch.finfo(p.dtype).bits < 32), None)
         if low is not None:

@@ -6,32 +6,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..model_state.state import settle
-from .hessian import SumOfLosses
-
-
-class LossesOfAModel(SumOfLosses, Protocol):
-    """A mean loss whose variables are parameters of a model, read from it by their names each time."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the variables in the model."""
+from .empirical_risk import ModelRisk
 
 
 @contextmanager
-def drop_unused_embedding_rows(objective: LossesOfAModel, *, group: ProcessGroup = SINGLE_PROCESS) -> Iterator[int]:
+def drop_unused_embedding_rows(objective: ModelRisk) -> Iterator[int]:
     """Puts compact weights, of the rows that are looked up, in the place of embedding weights; and the originals back.
 
     Inside, the objective's loss is the same and its variables are fewer, in the same order: its Hessian is the one
@@ -44,7 +31,6 @@ def drop_unused_embedding_rows(objective: LossesOfAModel, *, group: ProcessGroup
 
     Args:
         objective: The loss; its `parameters` must be read from the model each time.
-        group: The processes that share the parts; all leave out the same rows.
 
     Yields:
         The number of parameters left out.
@@ -65,13 +51,13 @@ def drop_unused_embedding_rows(objective: LossesOfAModel, *, group: ProcessGroup
     """
     with ExitStack() as stack:
         left_out = 0
-        for embedding, rows in _looked_up(objective, group).items():
+        for embedding, rows in _looked_up(objective).items():
             left_out += (embedding.num_embeddings - len(rows)) * embedding.embedding_dim
             stack.enter_context(_compact(embedding, rows))
         yield left_out
 
 
-def _looked_up(objective: LossesOfAModel, group: ProcessGroup) -> dict[nn.Embedding, Tensor]:
+def _looked_up(objective: ModelRisk) -> dict[nn.Embedding, Tensor]:
     """The embeddings that can be compacted, and the rows that they look up, ascending."""
     lookups: dict[nn.Embedding, list[tuple[Tensor, Any]]] = {}
     used = {
@@ -102,7 +88,7 @@ def _looked_up(objective: LossesOfAModel, group: ProcessGroup) -> dict[nn.Embedd
     for embedding, times in used.items():
         if embedding.weight in reads.found:
             times += 1
-    group.all_reduce_many_(list(used.values()))
+    objective.group.all_reduce_many_(list(used.values()))
     return {embedding: times.nonzero()[:, 0] for embedding, times in used.items() if times.any() and not times.all()}
 
 
@@ -136,7 +122,7 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _candidates(objective: LossesOfAModel) -> Iterator[nn.Embedding]:
+def _candidates(objective: ModelRisk) -> Iterator[nn.Embedding]:
     """Plain embeddings whose weight is among the variables, and no other module's as well."""
     named = objective.model.named_parameters(remove_duplicate=False)
     owners = Counter(id(parameter) for _, parameter in named)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from .hessian import SumOfLosses
+from .empirical_risk import EmpiricalRisk
 
 
 _OWN = __name__.partition(".")[0]
 
 
-def require_second_derivatives(objective: SumOfLosses) -> None:
+def require_second_derivatives(objective: EmpiricalRisk) -> None:
     """Raise if the loss passes through a custom function whose backward pass has no derivative.
 
     One part is evaluated; only if its graph has custom functions, it is differentiated once. PyTorch's own operations
@@ -39,7 +39,7 @@ def require_second_derivatives(objective: SumOfLosses) -> None:
         ...     @staticmethod
         ...     def backward(ctx, gradient):
         ...         return (2 * ctx.saved_tensors[0] * gradient).detach()  # as a fused kernel
-        >>> class Loss:
+        >>> class Loss(EmpiricalRisk):
         ...     parameters = [torch.ones(2, requires_grad=True)]
         ...     def losses(self):
         ...         yield Square.apply(self.parameters[0]).sum(), 1

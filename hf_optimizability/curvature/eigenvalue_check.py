@@ -91,7 +91,7 @@ def check_eigenvalues(
         A check for each value.
 
     Example:
-        >>> from hf_optimizability.curvature.hessian import DenseOperator
+        >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> matrix = DenseOperator(torch.diag(torch.tensor([-1.0, 2.0])))
         >>> vectors = torch.eye(2).flip(0)
         >>> [check.verdict for check in check_eigenvalues([2.0, -3.0], vectors, lambda step: matrix, steps=[1e-5])]

@@ -3,22 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.vectors import dot
-from .hessian import ObjectiveOperator, SumOfLosses
-
-
-class CuttableLosses(SumOfLosses, Protocol):
-    """A mean loss that can be had example by example."""
-
-    def cut(self, size: int) -> SumOfLosses:
-        """The same mean, in parts of at most `size` examples."""
+from .empirical_risk import EmpiricalRisk
+from .hessian import ObjectiveOperator
 
 
 class EmpiricalFisherOperator(ObjectiveOperator):
@@ -34,15 +26,13 @@ class EmpiricalFisherOperator(ObjectiveOperator):
 
     Args:
         objective: The loss, which must be able to be cut into examples.
-        group: The processes that share the parts.
-        on_products: Called with the number of products just made; for progress bars.
 
     Raises:
         ValueError: If the batches can't be cut into examples.
         FloatingPointError: From a product that is not finite.
 
     Example:
-        >>> class Two:  # losses x and 3x: gradients 1 and 3
+        >>> class Two(EmpiricalRisk):  # losses x and 3x: gradients 1 and 3
         ...     parameters = [torch.ones(1, requires_grad=True)]
         ...     def losses(self):
         ...         yield from ((slope * self.parameters[0].sum(), 1) for slope in (1.0, 3.0))
@@ -54,12 +44,9 @@ class EmpiricalFisherOperator(ObjectiveOperator):
 
     def __init__(
         self,
-        objective: CuttableLosses,
-        *,
-        group: ProcessGroup = SINGLE_PROCESS,
-        on_products: Callable[[int], object] | None = None,
+        objective: EmpiricalRisk,
     ):
-        super().__init__(objective, group=group, on_products=on_products)
+        super().__init__(objective)
         self._examples = objective.cut(1)
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:

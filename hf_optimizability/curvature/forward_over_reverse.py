@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,19 +12,8 @@ from torch.func import grad, jvp, vmap
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
-from .hessian import ObjectiveOperator, Variables
-
-
-class FunctionalLosses(Variables, Protocol):
-    """A mean loss whose parts are functions of tensors in the place of the parameters."""
-
-    @property
-    def quantized(self) -> str | None:
-        """Why exact second derivatives can't be had of quantized weights, or `None`."""
-
-    def functional_losses(self) -> Iterable[Callable[[Sequence[Tensor]], tuple[Tensor, int]]]:
-        """For each part, the sum of its losses and the number of items, given the parameters."""
+from .empirical_risk import EmpiricalRisk
+from .hessian import ObjectiveOperator
 
 
 class ForwardOverReverseHessian(ObjectiveOperator):
@@ -41,8 +30,6 @@ class ForwardOverReverseHessian(ObjectiveOperator):
 
     Args:
         objective: The loss, in parts.
-        group: The processes that share the parts.
-        on_products: Called with the number of products just made; for progress bars.
 
     Raises:
         RuntimeError: If the weights are quantized, or, from a product, if an operation has no forward-mode derivative.
@@ -50,9 +37,8 @@ class ForwardOverReverseHessian(ObjectiveOperator):
 
     Example:
         >>> import torch
-        >>> class Cubic:
+        >>> class Cubic(EmpiricalRisk):
         ...     parameters = [torch.tensor([1.0, 2.0], requires_grad=True)]
-        ...     quantized = None
         ...     def functional_losses(self):
         ...         yield lambda parameters: ((parameters[0] ** 3).sum(), 1)
         >>> ForwardOverReverseHessian(Cubic()).matvec(torch.ones(2))
@@ -61,14 +47,11 @@ class ForwardOverReverseHessian(ObjectiveOperator):
 
     def __init__(
         self,
-        objective: FunctionalLosses,
-        *,
-        group: ProcessGroup = SINGLE_PROCESS,
-        on_products: Callable[[int], object] | None = None,
+        objective: EmpiricalRisk,
     ):
-        if objective.quantized is not None:
-            raise RuntimeError(objective.quantized)
-        super().__init__(objective, group=group, on_products=on_products)
+        if objective.second_derivative_blocker is not None:
+            raise RuntimeError(objective.second_derivative_blocker)
+        super().__init__(objective)
         self._objective = objective
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:

@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.estimate import Estimate
 from ..linalg.trace import BatchTraces, HutchinsonAccumulator, Segments, TraceResult, average, exact_estimates
 from ..linalg.vectors import norm, segment_sums
-from .hessian import ObjectiveOperator, Variables
+from .empirical_risk import EmpiricalRisk
+from .hessian import ObjectiveOperator
 from .hessian_vector_product import require_second_derivative
 from .layer_decoupled import DecoupledHessian
 
@@ -33,20 +33,6 @@ _SAME_MATRIX = 0.05
 """Relative difference of two products above which they are not of one matrix, whatever rounding does to them."""
 
 
-class LossesOfOutputs(Variables, Protocol):
-    """A mean loss that depends on the parameters through the outputs of a model."""
-
-    @property
-    def quantized(self) -> str | None:
-        """Why exact second derivatives can't be had of quantized weights, or `None`."""
-
-    def outputs_and_losses(self) -> Iterable[tuple[Sequence[Tensor], Tensor, int]]:
-        """For each part, the outputs, the sum of the losses and the number of items, in one graph."""
-
-    def cut(self, size: int) -> LossesOfOutputs:
-        """The same mean, in parts of at most `size` examples."""
-
-
 class GaussNewtonOperator(ObjectiveOperator):
     """`JᵀH_ℓJ`: J the Jacobian of the outputs by the parameters, H_ℓ the Hessian of the loss by the outputs.
 
@@ -57,8 +43,6 @@ class GaussNewtonOperator(ObjectiveOperator):
 
     Args:
         objective: The loss, in parts, with the outputs it is a function of.
-        group: The processes that share the parts.
-        on_products: Called with the number of products just made; for progress bars.
 
     Raises:
         RuntimeError: If the weights are quantized, or, from a product, if an operation has no second derivative.
@@ -66,9 +50,8 @@ class GaussNewtonOperator(ObjectiveOperator):
         FloatingPointError: From a product that is not finite.
 
     Example:
-        >>> class Line:  # z = 3 x, loss z⁴: J = 3, H_ℓ = 12 z²
+        >>> class Line(EmpiricalRisk):  # z = 3 x, loss z⁴: J = 3, H_ℓ = 12 z²
         ...     parameters = [torch.tensor([1.0], requires_grad=True)]
-        ...     quantized = None
         ...     def outputs_and_losses(self):
         ...         z = 3 * self.parameters[0]
         ...         yield [z], (z**4).sum(), 1
@@ -78,14 +61,11 @@ class GaussNewtonOperator(ObjectiveOperator):
 
     def __init__(
         self,
-        objective: LossesOfOutputs,
-        *,
-        group: ProcessGroup = SINGLE_PROCESS,
-        on_products: Callable[[int], object] | None = None,
+        objective: EmpiricalRisk,
     ):
-        if objective.quantized is not None:
-            raise RuntimeError(objective.quantized)
-        super().__init__(objective, group=group, on_products=on_products)
+        if objective.second_derivative_blocker is not None:
+            raise RuntimeError(objective.second_derivative_blocker)
+        super().__init__(objective)
         self._objective = objective
         self._checked = False
 
@@ -146,11 +126,10 @@ def _require_no_other_path(outputs: Sequence[Tensor], loss: Tensor, parameters: 
 
 
 def gauss_newton_trace(
-    objective: LossesOfOutputs,
+    objective: EmpiricalRisk,
     segments: Segments,
     *,
     max_outputs: int = MAX_OUTPUTS,
-    group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[Estimate, tuple[Estimate, ...]]:
     """The trace of the generalized Gauss-Newton matrix, in all and by segment, without error and without probes.
 
@@ -163,7 +142,6 @@ def gauss_newton_trace(
         objective: The loss, in parts, with the outputs it is a function of.
         segments: Slices of the rows; together they must hold each row once.
         max_outputs: Most outputs of an example to do this for.
-        group: The processes that share the parts.
 
     Returns:
         The trace, and the traces of the segments' diagonal blocks, with standard error 0 and no product spent; the
@@ -176,9 +154,8 @@ def gauss_newton_trace(
         FloatingPointError: If the loss is not finite.
 
     Example:
-        >>> class Line:  # z = 3 x, loss z⁴: J = 3, H_ℓ = 12 z²
+        >>> class Line(EmpiricalRisk):  # z = 3 x, loss z⁴: J = 3, H_ℓ = 12 z²
         ...     parameters = [torch.tensor([1.0], requires_grad=True)]
-        ...     quantized = None
         ...     def outputs_and_losses(self):
         ...         z = 3 * self.parameters[0]
         ...         yield [z], (z**4).sum(), 1
@@ -188,19 +165,17 @@ def gauss_newton_trace(
         >>> total.value
         972.0
     """
-    known = _known_part(objective, segments, max_outputs=max_outputs, group=group)
+    known = _known_part(objective, segments, max_outputs=max_outputs)
     return exact_estimates(known.traces, known.items, hvps=0)
 
 
 def split_trace(
-    objective: LossesOfOutputs,
+    objective: EmpiricalRisk,
     segments: Segments,
     *,
     tolerance: float,
     max_hvps: int,
     seed: int,
-    group: ProcessGroup = SINGLE_PROCESS,
-    on_products: Callable[[int], object] | None = None,
 ) -> TraceResult:
     """Estimates the trace of the Hessian, that of its Gauss-Newton part exactly.
 
@@ -219,8 +194,6 @@ def split_trace(
         tolerance: Standard error to stop at, relative to the whole trace.
         max_hvps: Most products with R to spend, at least 2.
         seed: Seed of the probes.
-        group: The processes that share the parts.
-        on_products: Called with the number of products with R just made; for progress bars.
 
     Returns:
         As `hutchinson`, with the standard error of R's trace, `hvps` the products with R, and no `frobenius_squared`.
@@ -233,9 +206,8 @@ def split_trace(
         FloatingPointError: If the loss or a product is not finite.
 
     Example:
-        >>> class Cubic:  # z = x³, loss z²: G = 2 (3 x²)², R = 2 z · 6 x
+        >>> class Cubic(EmpiricalRisk):  # z = x³, loss z²: G = 2 (3 x²)², R = 2 z · 6 x
         ...     parameters = [torch.tensor([1.0], requires_grad=True)]
-        ...     quantized = None
         ...     def outputs_and_losses(self):
         ...         z = self.parameters[0] ** 3
         ...         yield [z], (z**2).sum(), 1
@@ -244,8 +216,8 @@ def split_trace(
         >>> split_trace(Cubic(), [[slice(0, 1)]], tolerance=0.1, max_hvps=8, seed=0).total.value
         30.0
     """
-    known = _known_part(objective, segments, max_outputs=MAX_SPLIT_OUTPUTS, group=group)
-    rest = DecoupledHessian(_WithSlopesHeld(objective), group=group, on_products=on_products)
+    known = _known_part(objective, segments, max_outputs=MAX_SPLIT_OUTPUTS)
+    rest = DecoupledHessian(_WithSlopesHeld(objective))
     tally = HutchinsonAccumulator(rest, segments, parts=BatchTraces(segments, known.traces))
     tally.exact += np.average(known.traces, axis=0, weights=known.items)
     generator = torch.Generator().manual_seed(seed)
@@ -255,11 +227,12 @@ def split_trace(
     return replace(result, frobenius_squared=None, diagonal=known.diagonal.add_(result.diagonal))
 
 
-class _WithSlopesHeld:
+class _WithSlopesHeld(EmpiricalRisk):
     """The mean of `Σ sᵢ zᵢ` with constant slopes s = ∂ℓ/∂z. Its Hessian is R, what the network itself curves."""
 
-    def __init__(self, objective: LossesOfOutputs):
+    def __init__(self, objective: EmpiricalRisk):
         self._objective = objective
+        self.group, self.hvp_counter = objective.group, objective.hvp_counter
 
     @property
     def parameters(self) -> Sequence[Tensor]:
@@ -279,11 +252,12 @@ class _Known(NamedTuple):
     diagonal: Tensor
 
 
-def _known_part(objective: LossesOfOutputs, segments: Segments, *, max_outputs: int, group: ProcessGroup) -> _Known:
-    if objective.quantized is not None:
-        raise RuntimeError(objective.quantized)
+def _known_part(objective: EmpiricalRisk, segments: Segments, *, max_outputs: int) -> _Known:
+    if objective.second_derivative_blocker is not None:
+        raise RuntimeError(objective.second_derivative_blocker)
     sums, items = [], []
     diagonal = _flat_zeros(objective.parameters)
+    group = objective.group
     with group.propagate_errors():  # a loss that can't be split is no end
         for part, count in _diagonal_by_part(objective, max_outputs=max_outputs):
             sums.append(segment_sums(part, segments))
@@ -294,7 +268,7 @@ def _known_part(objective: LossesOfOutputs, segments: Segments, *, max_outputs: 
     return _Known(np.array(sums) / np.array(items)[:, None], items, diagonal.div_(sum(items)))
 
 
-def _diagonal_by_part(objective: LossesOfOutputs, *, max_outputs: int) -> Iterator[tuple[Tensor, int]]:
+def _diagonal_by_part(objective: EmpiricalRisk, *, max_outputs: int) -> Iterator[tuple[Tensor, int]]:
     """Yields the diagonal of JᵀH_ℓJ, summed over each part's items, and their number."""
     parameters = objective.parameters
     examples = iter(objective.cut(1).outputs_and_losses())

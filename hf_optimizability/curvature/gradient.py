@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
-from .hessian import SumOfLosses
+from .empirical_risk import EmpiricalRisk
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Gradient:
     tensors: tuple[Tensor, ...]
 
 
-def gradient(objective: SumOfLosses, *, group: ProcessGroup = SINGLE_PROCESS) -> Gradient:
+def gradient(objective: EmpiricalRisk) -> Gradient:
     """Loss and gradient over all parts of an objective, and of the objectives of all ranks; leaves `.grad` alone."""
+    group = objective.group
     totals, loss_sum, items = gradient_sum(objective)
     group.all_reduce_many_(totals)
     loss_sums, counts = zip(*group.all_gather_interleaved([(loss_sum, items)]), strict=True)
@@ -37,7 +38,7 @@ def gradient(objective: SumOfLosses, *, group: ProcessGroup = SINGLE_PROCESS) ->
     return Gradient(sum(loss_sums) / items, items, tuple(total / items for total in totals))
 
 
-def gradient_sum(objective: SumOfLosses) -> tuple[list[Tensor], float, int]:
+def gradient_sum(objective: EmpiricalRisk) -> tuple[list[Tensor], float, int]:
     """The gradient of the sum of the losses, shaped like the parameters; that sum; and the number of items."""
     totals = [torch.zeros_like(parameter) for parameter in objective.parameters]
     loss_sum, items = 0.0, 0

@@ -5,35 +5,21 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
+from ..linalg.communicator import ProcessGroup
 from ..linalg.operator import SymmetricOperator, _forms
+from .empirical_risk import EmpiricalRisk
 from .hessian_vector_product import first_backward, second_backward
 
 
 if TYPE_CHECKING:
     pass
-
-
-class Variables(Protocol):
-    """Anything that depends on parameters."""
-
-    @property
-    def parameters(self) -> Sequence[Tensor]:
-        """The variables."""
-
-
-class SumOfLosses(Variables, Protocol):
-    """A mean loss that is evaluated part by part, so that no more than one part's graph is in memory."""
-
-    def losses(self) -> Iterable[tuple[Tensor, int]]:
-        """The sum of the losses of each part, with its graph, and the number of items it sums over."""
 
 
 class ObjectiveOperator(SymmetricOperator):
@@ -44,8 +30,6 @@ class ObjectiveOperator(SymmetricOperator):
 
     Args:
         objective: What depends on the parameters.
-        group: The processes that share the parts.
-        on_products: Called with the number of products just made; for progress bars.
 
     Raises:
         FloatingPointError: From a product that is not finite.
@@ -53,14 +37,11 @@ class ObjectiveOperator(SymmetricOperator):
 
     def __init__(
         self,
-        objective: Variables,
-        *,
-        group: ProcessGroup = SINGLE_PROCESS,
-        on_products: Callable[[int], object] | None = None,
+        objective: EmpiricalRisk,
     ):
         parameters = objective.parameters
-        self.group = group
-        self._on_products = on_products
+        self.group = objective.group
+        self._counter = objective.hvp_counter
         self._items: int | None = None  # of all ranks, once a product has shown them
         self._sizes = [parameter.numel() for parameter in parameters]
         self.size = sum(self._sizes)
@@ -126,8 +107,8 @@ class ObjectiveOperator(SymmetricOperator):
         return torch.zeros(number, len(self.rows), dtype=self.dtype, device=self.device)
 
     def _count(self, products: int) -> None:
-        if self._on_products is not None:
-            self._on_products(products)
+        if self._counter is not None:
+            self._counter.add(products)
 
     def _split(self, vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Cuts a long vector into pieces of the parameters' shapes, dtypes and devices."""
@@ -144,14 +125,12 @@ class HessianOperator(ObjectiveOperator):
 
     Args:
         objective: The loss, in parts.
-        group: The processes that share the parts.
-        on_products: Called with the number of Hessian-vector products just made; for progress bars.
 
     Raises:
         FloatingPointError: From a product that is not finite.
 
     Example:
-        >>> class Quadratic:
+        >>> class Quadratic(EmpiricalRisk):
         ...     parameters = [torch.ones(2, requires_grad=True)]
         ...     def losses(self):
         ...         yield (self.parameters[0] * torch.tensor([3.0, 1.0]) * self.parameters[0]).sum(), 1
@@ -161,12 +140,9 @@ class HessianOperator(ObjectiveOperator):
 
     def __init__(
         self,
-        objective: SumOfLosses,
-        *,
-        group: ProcessGroup = SINGLE_PROCESS,
-        on_products: Callable[[int], object] | None = None,
+        objective: EmpiricalRisk,
     ):
-        super().__init__(objective, group=group, on_products=on_products)
+        super().__init__(objective)
         self._objective = objective
         self._one_part = False  # until the first product has shown it
         self._kept: _Kept | None = None
@@ -189,7 +165,7 @@ class HessianOperator(ObjectiveOperator):
         self._one_part = number == 1
 
     def _losses(self) -> Iterable[tuple[Tensor, int]]:
-        """What is differentiated twice, as `SumOfLosses.losses` gives it."""
+        """What is differentiated twice, as `EmpiricalRisk.losses` gives it."""
         return self._objective.losses()
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
-from .hessian import HessianOperator, SumOfLosses
+from .empirical_risk import EmpiricalRisk
+from .hessian import HessianOperator
 from .twice_differentiable import linear_without_coupling
 
 
@@ -33,14 +33,12 @@ class DecoupledHessian(HessianOperator):
 
     Args:
         objective: The loss, in parts.
-        group: The processes that share the parts.
-        on_products: Called with the number of products just made; for progress bars.
 
     Raises:
         FloatingPointError: From a product that is not finite.
 
     Example:
-        >>> class TwoLayers:  # L = w₂ w₁ x, with the Hessian [[0, x], [x, 0]]
+        >>> class TwoLayers(EmpiricalRisk):  # L = w₂ w₁ x, with the Hessian [[0, x], [x, 0]]
         ...     parameters = [torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)]
         ...     def losses(self):
         ...         yield (self.parameters[1] * (self.parameters[0] * 3.0)).sum(), 1
@@ -51,15 +49,12 @@ class DecoupledHessian(HessianOperator):
 
     def __init__(
         self,
-        objective: SumOfLosses,
-        *,
-        group: ProcessGroup = SINGLE_PROCESS,
-        on_products: Callable[[int], object] | None = None,
+        objective: EmpiricalRisk,
     ):
-        super().__init__(objective, group=group, on_products=on_products)
+        super().__init__(objective)
         parameters = objective.parameters
         shared = {index for loss, _ in objective.losses() for index in _reused_parameters(loss, parameters)}
-        shared = set(group.all_gather_interleaved(list(shared)))
+        shared = set(self.group.all_gather_interleaved(list(shared)))
         self._decoupled = [index for index in range(len(parameters)) if index not in shared]
 
     def _losses(self) -> Iterator[tuple[Tensor, int]]:

@@ -185,7 +185,7 @@ class ShardedObjective(Objective):
     """
 
     def __init__(self, objective: Objective, parameters: Sequence[DTensor], rows: RowPartition):
-        vars(self).update(vars(objective.whole()))
+        vars(self).update(vars(objective.unsharded()))
         self._sharded = parameters
         self._rows = rows
         self._shards = [local_tensor(parameter).detach().requires_grad_() for parameter in parameters]
@@ -196,7 +196,7 @@ class ShardedObjective(Objective):
         return self._shards
 
     @property
-    def quantized(self) -> str:
+    def second_derivative_blocker(self) -> str:
         """Why there are no second derivatives."""
         return (
             "The whole parameters and the vectors of a measurement do not fit into memory, and FSDP gives only first "

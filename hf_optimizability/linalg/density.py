@@ -105,7 +105,7 @@ def density(
     Example:
         >>> import torch
         >>> from hf_optimizability.linalg.lanczos import lanczos
-        >>> from hf_optimizability.curvature.hessian import DenseOperator
+        >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> matrix = torch.diag(torch.tensor([-2.0, 1.0, 3.0, 4.0]))
         >>> run = lanczos(DenseOperator(matrix), tolerance=1e-6, max_hvps=4, seed=0)
         >>> result = density(run.nodes, run.weights, run.residuals, size=4, hvps=run.hvps, tolerance=0.1)

@@ -147,7 +147,7 @@ def lanczos(
         ValueError: If `max_hvps` or `max_basis` leaves no room.
 
     Example:
-        >>> from hf_optimizability.curvature.hessian import DenseOperator
+        >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> matrix = torch.diag(torch.tensor([-1.0, 2.0, 5.0]))
         >>> run = lanczos(DenseOperator(matrix), tolerance=1e-3, max_hvps=3, seed=0)
         >>> round(run.lambda_max.value, 4), round(run.lambda_min.value, 4)
@@ -206,7 +206,7 @@ def lanczos_by_segment(
         The spectrum of each block; the number of products in them is that of the whole.
 
     Example:
-        >>> from hf_optimizability.curvature.hessian import DenseOperator
+        >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> blocks = torch.block_diag(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[7.0]]))
         >>> segments = [[slice(0, 2)], [slice(2, 3)]]
         >>> both = lanczos_by_segment(DenseOperator(blocks), segments, tolerance=1e-3, max_hvps=9, seed=0)

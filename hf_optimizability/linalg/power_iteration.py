@@ -31,7 +31,7 @@ def power_iteration(operator: SymmetricOperator, *, tolerance: float, max_hvps: 
         The eigenvalue with its residual bound.
 
     Example:
-        >>> from hf_optimizability.curvature.hessian import DenseOperator
+        >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> matrix = torch.diag(torch.tensor([-9.0, 1.0, 4.0]))
         >>> round(power_iteration(DenseOperator(matrix), tolerance=1e-3, max_hvps=100, seed=0).value, 2)
         4.0

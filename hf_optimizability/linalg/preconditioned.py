@@ -20,7 +20,8 @@ class PreconditionedOperator(SymmetricOperator):
         ValueError: If the diagonal has another size or an entry that is not positive.
 
     Example:
-        >>> from hf_optimizability.curvature.hessian import DenseOperator
+        >>> import torch
+        >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> operator = PreconditionedOperator(DenseOperator(torch.ones(2, 2)), torch.tensor([1.0, 4.0]))
         >>> operator.matmat(torch.eye(2))
         tensor([[1.0000, 0.5000],

@@ -110,7 +110,7 @@ def estimate_spectrum_and_trace(
 
     Example:
         >>> import torch
-        >>> from hf_optimizability.curvature.hessian import DenseOperator
+        >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> matrix = DenseOperator(torch.diag(torch.tensor([-1.0, 2.0, 5.0])))
         >>> found = estimate_spectrum_and_trace(
         ...     lambda: matrix, [[slice(0, 3)]], eigen_tolerance=0.01, trace_tolerance=0.1, max_hvps=16, seed=0

@@ -144,7 +144,7 @@ def hutchinson(
         fifteen n-vectors besides the deflation.
 
     Example:
-        >>> from hf_optimizability.curvature.hessian import DenseOperator
+        >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> diagonal = DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 3.0])))
         >>> result = hutchinson(diagonal, [[slice(0, 1)], [slice(1, 3)]], tolerance=0.1, max_hvps=8, seed=0)
         >>> result.total.value, [segment.value for segment in result.segments]
@@ -187,7 +187,7 @@ def hutchplusplus(
         As `hutchinson`. Memory: two n-vectors for each column of S, twice that for a moment while Q grows.
 
     Example:
-        >>> from hf_optimizability.curvature.hessian import DenseOperator
+        >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> vector = torch.arange(20.0, dtype=torch.float64)
         >>> rank_one = DenseOperator(torch.outer(vector, vector))
         >>> result = hutchplusplus(rank_one, [[slice(0, 20)]], tolerance=0.01, max_hvps=30, seed=0)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,3 +76,13 @@ def as_rows(columns: Tensor) -> Tensor:
         (3, 1)
     """
     return columns.T.reshape(-1).view(columns.shape[::-1])
+
+
+def concatenate(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the entries of all tensors in one vector, in order.
+
+    Example:
+        >>> concatenate([torch.ones(1, 2), torch.zeros(1)])
+        tensor([1., 1., 0.])
+    """
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

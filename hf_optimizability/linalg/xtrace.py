@@ -52,7 +52,7 @@ def xtrace(
         product, and one byte an entry for each test vector.
 
     Example:
-        >>> from hf_optimizability.curvature.hessian import DenseOperator
+        >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> decaying = DenseOperator(torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64) ** -4))
         >>> total = xtrace(decaying, [[slice(0, 100)]], tolerance=1e-3, max_hvps=40, seed=0).total
         >>> total.hvps, abs(total.value - 1.0823232) < 3 * total.std_error

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..config import OptimizabilityConfig
+from ..config import OptimizabilityConfig, Shares
 from ..linalg.lanczos import BASIS_CHUNK
 from ..linalg.spectrum_and_trace import DEFLATED
 from ..linalg.trace import PROBE_BLOCK_SIZE
 from ..objective.objective import Objective
+from .engines import HvpEngine
 
 
 _CHECK = 6
@@ -62,31 +63,44 @@ class HvpBudget(NamedTuple):
         return sum(self)
 
 
-def allocate_hvps(
-    config: OptimizabilityConfig, prices: CostModel, *, preconditions: bool, update: bool = False, judged: bool = False
-) -> HvpBudget:
-    """The products of a measurement.
+def allocate_hvps(config: OptimizabilityConfig, engine: HvpEngine, *, preconditions: bool) -> Shares:
+    """Return what each part of a measurement may spend with an engine.
 
     Args:
         config: What is measured.
-        prices: Which kinds of products there are, and the size of the matrix.
+        engine: How products are computed.
         preconditions: Whether the sharpness that the optimizer sees takes products of its own.
-        update: Whether the curvature along the optimizer's update is measured too.
-        judged: Whether products by central differences are compared with others.
     """
-    tasks = config.task_column is not None and config.budget.task_eigenvalues
-    differences = config.curvature == "hessian"
-    shares = config.budget.shares(
-        sharpness=preconditions, blocks=prices.block is not None, tasks=tasks, differences=differences
+    by_task = config.task_column is not None and engine.separates_tasks
+    return config.budget.shares(
+        sharpness=preconditions,
+        blocks=engine.differentiates_hessian and config.budget.block_eigenvalues,
+        tasks=by_task and config.budget.task_eigenvalues,
+        differences=engine.curvature == "hessian",
     )
+
+
+def count_hvps(
+    config: OptimizabilityConfig, engine: HvpEngine, shares: Shares, *, size: int, update: bool
+) -> HvpBudget:
+    """Return the products that a measurement makes at most.
+
+    Args:
+        config: What is measured.
+        engine: How products are computed; those by central differences are compared with two others.
+        shares: What each part may spend.
+        size: Rows of the matrix.
+        update: Whether the curvature along the optimizer's update is measured too.
+    """
     ends = shares.spectrum // 2
+    compared = 2 * (engine.name == "central_difference")
     return HvpBudget(
         ends=ends,
-        trace=prices.size if config.trace_method == "exact" else shares.spectrum - ends,
+        trace=size if config.trace_method == "exact" else shares.spectrum - ends,
         blocks=shares.blocks,
         tasks=shares.tasks,
         sharpness=shares.sharpness,
-        checks=shares.along_gradient + shares.along_eigenvectors + update + 2 * judged,
+        checks=shares.along_gradient + shares.along_eigenvectors + update + compared,
     )
 
 
@@ -99,7 +113,7 @@ class Stage(NamedTuple):
 
 
 def list_stages(config: OptimizabilityConfig, products: HvpBudget, prices: CostModel) -> list[Stage]:
-    """The stages that may be the largest; each gives back what it took, but for the Ritz vectors."""
+    """Return the stages that may be the largest; each releases what it took, but for the Ritz vectors."""
     lanczos = config.eigen_method == "lanczos"
     ritz = min(DEFLATED, prices.size) if lanczos else 0
     ends = _basis(products.ends, prices.size) if lanczos else 3
@@ -140,11 +154,13 @@ def measurement_bytes(objective: Objective, config: OptimizabilityConfig) -> int
         block=nothing if config.budget.block_eigenvalues else None,
         known_part=0.0,
     )
-    stages = list_stages(config, allocate_hvps(config, prices, preconditions=True), prices)
+    engine = HvpEngine("double_backward", config.curvature, "math")
+    shares = allocate_hvps(config, engine, preconditions=True)
+    stages = list_stages(config, count_hvps(config, engine, shares, size=size, update=False), prices)
     parameters = itemsize * sum(parameter.numel() for parameter in objective.model.parameters())
     return parameters + 2 * itemsize * size + max(stage.vector_memory for stage in stages)  # 2: gradient, P
 
 
 def _basis(steps: int, size: int) -> int:
-    """Vectors that a Krylov basis holds after so many steps."""
+    """Return the vectors that a Krylov basis holds after so many steps."""
     return -(-min(steps, size) // BASIS_CHUNK) * BASIS_CHUNK

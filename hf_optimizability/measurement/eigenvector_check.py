@@ -4,25 +4,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..config import OptimizabilityConfig
 from ..curvature.autograd_graph import doubtful_operations, has_kinks
 from ..curvature.central_difference import CentralDifferenceHessian, usual_step
 from ..curvature.eigenvalue_check import AGREEMENT, STEPS, EigenvalueCheck, check_eigenvalues
 from ..curvature.gradient import Gradient, norm_of
 from ..errors import MeasurementError, WrongDerivativeError
-from ..linalg.operator import SymmetricOperator
 from ..linalg.spectrum_and_trace import SpectrumAndTrace
 from ..linalg.vectors import dot, norm
 from ..objective.objective import Objective
 from ..objective.padding_rows import without_padding_rows
-from .engines import LARGEST_DIFFERENCE_ERROR, HvpEngine, OnProducts
+from .engines import LARGEST_DIFFERENCE_ERROR, HvpEngine
 
 
 LARGEST_ASYMMETRY = 1e-4
@@ -65,8 +61,7 @@ def require_symmetric(
     second: tuple[Tensor, Tensor],
     objective: Objective,
     point: Gradient,
-    way: HvpEngine,
-    count: OnProducts,
+    engine: HvpEngine,
 ) -> None:
     """Refuse a matrix that is less symmetric than rounding makes it, or of which rounding leaves nothing.
 
@@ -75,8 +70,7 @@ def require_symmetric(
         second: A vector v and its product.
         objective: What is differentiated.
         point: Loss and gradient.
-        way: How the products were made.
-        count: Called with the number of products just made.
+        engine: How the products were made.
 
     Raises:
         WrongDerivativeError: If it is not symmetric, and the products are exact.
@@ -85,15 +79,15 @@ def require_symmetric(
     (u, along_u), (v, along_v) = first, second
     group = objective.rows.group
     asymmetry = abs(dot(u, along_v, group) - dot(v, along_u, group)) / ((norm(u, group) * norm(along_v, group)) or 1.0)
-    if way.engine == "central_difference":
+    if engine.name == "central_difference":
         if asymmetry > LARGEST_ASYMMETRY_OF_DIFFERENCES:
             raise MeasurementError(
                 f"Central differences of the gradient are not symmetric (by {asymmetry:.0e}): kinks (ReLU) or routing "
-                f"lie within their steps, or a backward pass is not that of its loss.{_because(way)}",
+                f"lie within their steps, or a backward pass is not that of its loss.{_because(engine)}",
                 _REMEDY_OF_DIFFERENCES,
             )
         return
-    if not way.exact or asymmetry <= LARGEST_ASYMMETRY:
+    if not engine.exact or asymmetry <= LARGEST_ASYMMETRY:
         return
     rounding = CANCELLATION * torch.finfo(u.dtype).eps / abs(point.loss) if point.loss else math.inf
     if rounding >= 1:
@@ -106,7 +100,7 @@ def require_symmetric(
     if asymmetry > rounding:
         raise WrongDerivativeError(
             f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
-            f"derivative of its forward pass.{_suspects(objective, v, along_v, count)}",
+            f"derivative of its forward pass.{_suspects(objective, v, along_v)}",
             _REMEDY,
         )
 
@@ -115,9 +109,7 @@ def check_along_eigenvectors(
     found: SpectrumAndTrace,
     objective: Objective,
     point: Gradient,
-    way: HvpEngine,
-    config: OptimizabilityConfig,
-    count: OnProducts,
+    engine: HvpEngine,
 ) -> tuple[EigenvalueCheck, ...]:
     """Check λ_max and λ_min along their Ritz vectors; of the Hessian alone, since differences have no other matrix.
 
@@ -126,30 +118,29 @@ def check_along_eigenvectors(
     Raises:
         MeasurementError: If an eigenvalue is none of the loss.
     """
-    if config.curvature != "hessian":
+    if engine.curvature != "hessian":
         return ()
     ends = [found.estimates.lambda_max, found.estimates.lambda_min]
-    by_differences = way.engine == "central_difference"
+    by_differences = engine.name == "central_difference"
     usual = usual_step(objective.parameters)
-    differences = partial(CentralDifferenceHessian, objective, group=objective.group, rows=objective.rows)
     checks = check_eigenvalues(
         [end.value for end in ends[: len(found.extremal)] if end is not None],
         found.extremal,
-        lambda step: differences(relative_step=step, on_products=count),
+        lambda step: CentralDifferenceHessian(objective, relative_step=step),
         steps=[usual / 2] if by_differences else [share * usual for share in STEPS],
         tolerance=LARGEST_DIFFERENCE_ERROR if by_differences else AGREEMENT,
     )
     if not by_differences:
         checks = tuple(_unless_rounded(check, objective, point) for check in checks)
         checks = tuple(
-            _unless_padding(check, vector, objective, way, differences, count)
+            _unless_padding(check, vector, objective, engine)
             for check, vector in zip(checks, found.extremal, strict=True)
         )
     wrong = next((check for check in checks if check.verdict == "disagrees"), None)
     if wrong is None:
         return checks
     if by_differences or not any(objective.group.all_gather_interleaved([has_kinks(objective)])):
-        raise _no_eigenvalue(wrong, objective, way)
+        raise _no_eigenvalue(wrong, objective, engine)
     return tuple(replace(c, verdict="not checked", reason=_KINKS) if c.verdict == "disagrees" else c for c in checks)
 
 
@@ -169,9 +160,7 @@ def _unless_padding(
     check: EigenvalueCheck,
     vector: Tensor,
     objective: Objective,
-    way: HvpEngine,
-    differences: Callable[..., SymmetricOperator],
-    count: OnProducts,
+    engine: HvpEngine,
 ) -> EigenvalueCheck:
     """Return the check, undecided where it agrees but for rows of padding tokens, which differences move."""
     sizes = [parameter.numel() for parameter in objective.parameters]
@@ -182,28 +171,28 @@ def _unless_padding(
     inner = torch.cat([tensor.flatten() for tensor in tensors])
     if torch.equal(inner, vector):
         return check
-    product = way.operator(objective, curvature="hessian", on_products=count).matvec(inner)
-    by_differences = differences(relative_step=min(check.steps), on_products=count).matvec(inner)
+    product = engine.operator(objective).matvec(inner)
+    by_differences = CentralDifferenceHessian(objective, relative_step=min(check.steps)).matvec(inner)
     value, other = (dot(inner, along, objective.rows.group) for along in (product, by_differences))
     if abs(value - other) > AGREEMENT * abs(value):
         return check
     return replace(check, verdict="not checked", reason=_PADDING)
 
 
-def engine_error(way: HvpEngine, checks: tuple[EigenvalueCheck, ...]) -> float | None:
+def engine_error(engine: HvpEngine, checks: tuple[EigenvalueCheck, ...]) -> float | None:
     """Relative error of central differences, the largest along a random vector and eigenvectors; `None` if exact."""
-    if way.error is None:
+    if engine.error is None:
         return None
-    return max(way.error, *(check.error for check in checks if check.verdict != "not checked"), 0.0)
+    return max(engine.error, *(check.error for check in checks if check.verdict != "not checked"), 0.0)
 
 
-def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, way: HvpEngine) -> MeasurementError:
+def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, engine: HvpEngine) -> MeasurementError:
     there = ", ".join(f"{difference:.4g}" for difference in check.differences)
-    if way.engine == "central_difference":
+    if engine.name == "central_difference":
         return MeasurementError(
             f"Central differences give {check.which} as {check.value:.4g}, and along its own vector with half the "
             f"step as {there}, a change of {check.error:.0%}: that is no eigenvalue, as kinks (ReLU) and routing "
-            f"(mixtures of experts) make it.{_because(way)}",
+            f"(mixtures of experts) make it.{_because(engine)}",
             _REMEDY_OF_DIFFERENCES,
         )
     return MeasurementError(
@@ -213,13 +202,13 @@ def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, way: HvpEngine)
     )
 
 
-def _because(way: HvpEngine) -> str:
-    return "" if way.fallback is None else f" There is no exact product: {way.fallback}"
+def _because(engine: HvpEngine) -> str:
+    return "" if engine.fallback is None else f" There is no exact product: {engine.fallback}"
 
 
-def _suspects(objective: Objective, vector: Tensor, product: Tensor, count: OnProducts) -> str:
+def _suspects(objective: Objective, vector: Tensor, product: Tensor) -> str:
     """Name the parameters whose part of a product is off, and the operations that may be why."""
-    differences = CentralDifferenceHessian(objective, group=objective.group, rows=objective.rows, on_products=count)
+    differences = CentralDifferenceHessian(objective)
     sizes = [parameter.numel() for parameter in objective.parameters]
     pairs = zip(objective.names, product.split(sizes), differences.matvec(vector).split(sizes), strict=True)
     errors = {name: norm(a - b) / (norm(b) or 1.0) for name, a, b in pairs}

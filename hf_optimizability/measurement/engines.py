@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to multiply with a curvature matrix: which to try, in what order, and when none can be trusted."""
+"""Hessian-vector product engines: which to try, in what order, and when none can be trusted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -20,6 +20,7 @@ from ..curvature.fisher import EmpiricalFisherOperator
 from ..curvature.forward_over_reverse import ForwardOverReverseHessian
 from ..curvature.gauss_newton import GaussNewtonOperator
 from ..curvature.hessian import HessianOperator, ObjectiveOperator
+from ..curvature.layer_decoupled import DecoupledHessian
 from ..curvature.twice_differentiable import CheapSecondDerivatives
 from ..errors import MeasurementError, WrongDerivativeError
 from ..linalg.vectors import norm
@@ -31,7 +32,7 @@ from ..redaction import anonymous, without_secrets
 logger = logging.get_logger(__name__)
 
 LARGEST_DIFFERENCE_ERROR = 0.1
-"""Relative error of central differences above which `engine="auto"` does not take them for a product."""
+"""Relative error of central differences above which `engine="auto"` refuses them."""
 
 _CAUSES = {
     "torch.utils.checkpoint: ": "The model checkpoints activations in its own forward pass (`torch.utils.checkpoint`) "
@@ -46,32 +47,38 @@ _CAUSES = {
 _LONGEST_REASON = 300
 """Characters of an error that are kept."""
 
-Found = TypeVar("Found")
-OnProducts = Callable[[int], object]
+Result = TypeVar("Result")
 
-_ENGINES: dict[str, Callable[..., ObjectiveOperator]] = {
-    "double_backward": HessianOperator,
-    "forward_over_reverse": ForwardOverReverseHessian,
+EngineName = Literal["double_backward", "forward_over_reverse", "central_difference", "single_backward"]
+
+_OPERATORS: dict[tuple[str, EngineName], Callable[..., ObjectiveOperator]] = {
+    ("hessian", "double_backward"): HessianOperator,
+    ("hessian", "forward_over_reverse"): ForwardOverReverseHessian,
+    ("hessian", "central_difference"): CentralDifferenceHessian,
+    ("gauss_newton", "double_backward"): GaussNewtonOperator,
+    ("empirical_fisher", "single_backward"): EmpiricalFisherOperator,
 }
 
 
 @dataclass(frozen=True)
 class HvpEngine:
-    """One way to multiply.
+    """How products with a curvature matrix are computed.
 
     Attributes:
-        engine: How products are made.
+        name: How the loss is differentiated.
+        curvature: The matrix.
         attention: `"math"` where SDPA runs its twice differentiable kernel, `"eager"` where the model is switched,
             `"unchanged"` where no second derivative is needed.
-        cheap: Whether layers get second derivatives of our own, cheap ones, and for the trace decoupled ones.
-            Activation checkpointing inside a model's forward pass may refuse them: it recomputes in the backward pass,
-            where they are not held.
+        cheap: Whether layers get cheap second derivatives of our own, and for the trace decoupled ones. Activation
+            checkpointing inside a model's forward pass may refuse them: it recomputes in the backward pass, outside of
+            `active`.
         fallback: Why this is not the first choice; `None` if it is.
-        error: Relative error of one product by central differences: against the exact product where that can be had,
+        error: Relative error of one product by central differences: against the exact product where there is one,
             else against half the step; `None` from exact engines. Kinks (ReLU) make it large.
     """
 
-    engine: str
+    name: EngineName
+    curvature: str
     attention: str
     cheap: bool = True
     fallback: str | None = None
@@ -79,25 +86,32 @@ class HvpEngine:
 
     @property
     def exact(self) -> bool:
-        """Whether derivatives are taken twice, so that matrices other than the Hessian itself can be had as well."""
-        return self.engine == "double_backward"
+        """Whether the loss is differentiated twice, by double backward."""
+        return self.name == "double_backward"
 
-    def operator(
-        self, objective: Objective, *, curvature: str, on_products: OnProducts | None = None
-    ) -> ObjectiveOperator:
-        """The curvature matrix of an objective, multiplied this way."""
-        options: dict[str, Any] = {"group": objective.group, "on_products": on_products}
-        if curvature == "gauss_newton":
-            return GaussNewtonOperator(objective, **options)
-        if curvature == "empirical_fisher":
-            return EmpiricalFisherOperator(objective, **options)
-        if self.engine == "central_difference":
-            return CentralDifferenceHessian(objective, rows=objective.rows, **options)
-        return _ENGINES[self.engine](objective, **options)
+    @property
+    def differentiates_hessian(self) -> bool:
+        """Whether matrices derived from the Hessian (its blocks, its decoupled form) are available."""
+        return self.exact and self.curvature == "hessian"
+
+    @property
+    def separates_tasks(self) -> bool:
+        """Whether the products of single batches are seen: a central difference is of the whole gradient."""
+        return self.name != "central_difference"
+
+    def operator(self, objective: Objective) -> ObjectiveOperator:
+        """Return the curvature matrix of an objective."""
+        return _OPERATORS[self.curvature, self.name](objective)
+
+    def trace_operator(self, objective: Objective) -> ObjectiveOperator:
+        """Return a matrix of the same trace, whose trace is the cheapest to estimate."""
+        if self.differentiates_hessian and self.cheap:
+            return DecoupledHessian(objective)
+        return self.operator(objective)
 
     @contextmanager
-    def held(self, model: nn.Module) -> Iterator[None]:
-        """What must be held around the construction of operators and around their products."""
+    def active(self, model: nn.Module) -> Iterator[None]:
+        """Hold the model's attention and layers as the operators need them, to be built and to be multiplied."""
         with ExitStack() as stack:
             stack.enter_context(_attention(model, self.attention))
             if self.exact and self.cheap:
@@ -105,36 +119,34 @@ class HvpEngine:
             yield
 
 
-def run_with_engine_fallback(
-    objective: Objective, config: OptimizabilityConfig, found_by: Callable[[HvpEngine], Found], on_products: OnProducts
-) -> tuple[Found, HvpEngine]:
-    """Tries the ways that the configuration allows, each held, until one has the derivatives it needs.
+def choose_engine(
+    objective: Objective, config: OptimizabilityConfig, first_product: Callable[[HvpEngine], Result]
+) -> tuple[HvpEngine, Result]:
+    """Return the first engine that can differentiate the loss, and what `first_product` returned with it.
 
     Args:
         objective: What to differentiate.
         config: `engine` and `curvature`.
-        found_by: What to do; a `RuntimeError` from it, other than for memory, says that a derivative is missing.
-        on_products: Called with the number of products just made.
-
-    Returns:
-        What `found_by` returned, and the way it worked.
+        first_product: Computes products with an engine that is active. A `RuntimeError` from it, other than for
+            memory, says that a derivative is missing, and the next engine is tried.
 
     Raises:
-        MeasurementError: If none works, or none but central differences that are no derivative.
+        MeasurementError: If no engine works, or none but central differences that are no derivative.
     """
     refusals: list[RuntimeError] = []
-    for way in _ways(objective, config):
-        if config.curvature != "empirical_fisher" and way.exact and objective.quantized is not None:
-            raise MeasurementError(objective.quantized, "Set `engine='central_difference'`, or leave it at 'auto'.")
+    blocker = objective.second_derivative_blocker
+    for candidate in _candidates(objective, config):
+        if candidate.exact and blocker is not None:
+            raise MeasurementError(blocker, "Set `engine='central_difference'`, or leave it at 'auto'.")
         try:
             with objective.group.propagate_errors():
-                way = _validate_engine(
-                    _reasoned(way, objective, config, refusals), objective, config, refusals, on_products
+                engine = _validate_engine(
+                    _with_reason(candidate, objective, config, refusals), objective, config, refusals
                 )
-                with way.held(objective.model):
-                    if way.exact:
+                with engine.active(objective.model):
+                    if engine.exact:
                         require_second_derivatives(objective)
-                    found = found_by(way)
+                    result = first_product(engine)
         except WrongDerivativeError as error:
             refusals.append(error)
             continue
@@ -145,12 +157,12 @@ def run_with_engine_fallback(
                 raise
             refusals.append(error)
             continue
-        if way.fallback is not None:
+        if engine.fallback is not None:
             logger.warning_once(
-                f"Hessian-vector products are made by {way.engine} under {way.attention} attention, because of this: "
-                f"{without_secrets(_explained(refusals[0]) if refusals else way.fallback)}"
+                f"Hessian-vector products are made by {engine.name} under {engine.attention} attention, because of "
+                f"this: {without_secrets(_explained(refusals[0]) if refusals else engine.fallback)}"
             )
-        return found, way
+        return engine, result
     if isinstance(refusals[0], WrongDerivativeError):
         raise refusals[0]
     raise MeasurementError(
@@ -161,19 +173,24 @@ def run_with_engine_fallback(
     ) from refusals[0]
 
 
-def _ways(objective: Objective, config: OptimizabilityConfig) -> list[HvpEngine]:
-    kernels = ["math", "eager"] if pretrained(objective.model) is not None else ["math"]
-    differences = HvpEngine("central_difference", "unchanged")
+def _candidates(objective: Objective, config: OptimizabilityConfig) -> list[HvpEngine]:
+    """Return the engines that the configuration allows, in the order in which they are tried."""
     if config.curvature == "empirical_fisher":
-        return [HvpEngine("single_backward", "unchanged")]
-    if config.engine == "central_difference" and config.curvature == "hessian":
-        return [differences]
-    if config.curvature == "hessian" and config.engine == "auto" and objective.quantized is not None:
-        return [differences]
-    exact = "double_backward" if config.engine == "auto" or config.curvature == "gauss_newton" else config.engine
-    plain = [False] if exact == "double_backward" else []
-    ways = [HvpEngine(exact, kernel, cheap=cheap) for cheap in [True, *plain] for kernel in kernels]
-    return [*ways, differences] if config.engine == "auto" and config.curvature == "hessian" else ways
+        return [HvpEngine("single_backward", "empirical_fisher", "unchanged")]
+    differences = HvpEngine("central_difference", "hessian", "unchanged")
+    if config.curvature == "hessian":
+        blocked = config.engine == "auto" and objective.second_derivative_blocker is not None
+        if blocked or config.engine == "central_difference":
+            return [differences]
+    forward = config.curvature == "hessian" and config.engine == "forward_over_reverse"
+    name: EngineName = "forward_over_reverse" if forward else "double_backward"
+    kernels = ["math", "eager"] if pretrained(objective.model) is not None else ["math"]
+    candidates = [
+        HvpEngine(name, config.curvature, kernel, cheap=cheap)
+        for cheap in ([True] if forward else [True, False])
+        for kernel in kernels
+    ]
+    return [*candidates, differences] if config.engine == "auto" and config.curvature == "hessian" else candidates
 
 
 def _attention(model: nn.Module, kernel: str) -> AbstractContextManager[None]:
@@ -183,40 +200,38 @@ def _attention(model: nn.Module, kernel: str) -> AbstractContextManager[None]:
     return math_attention() if kernel == "math" else nullcontext()
 
 
-def _reasoned(
-    way: HvpEngine, objective: Objective, config: OptimizabilityConfig, refusals: Sequence[RuntimeError]
+def _with_reason(
+    engine: HvpEngine, objective: Objective, config: OptimizabilityConfig, refusals: Sequence[RuntimeError]
 ) -> HvpEngine:
-    """The way with why it was taken, where it was not asked for."""
+    """Return the engine with the reason why it was chosen, where it was not asked for."""
     if config.engine != "auto" or config.curvature == "empirical_fisher":
-        return way
+        return engine
     if refusals:
-        return replace(way, fallback=anonymous(_explained(refusals[0])))
-    return replace(way, fallback=objective.quantized) if way.engine == "central_difference" else way
+        return replace(engine, fallback=anonymous(_explained(refusals[0])))
+    if engine.name == "central_difference":
+        return replace(engine, fallback=objective.second_derivative_blocker)
+    return engine
 
 
 def _validate_engine(
-    way: HvpEngine,
-    objective: Objective,
-    config: OptimizabilityConfig,
-    refusals: Sequence[RuntimeError],
-    on_products: OnProducts,
+    engine: HvpEngine, objective: Objective, config: OptimizabilityConfig, refusals: Sequence[RuntimeError]
 ) -> HvpEngine:
-    """The way with its error; refuses differences that are no derivative, unless they were asked for."""
-    if way.engine != "central_difference":
-        return way
+    """Return the engine with its error; refuse differences that are no derivative, unless they were asked for."""
+    if engine.name != "central_difference":
+        return engine
     exact = not any(isinstance(refusal, WrongDerivativeError) for refusal in refusals)
-    error = _difference_error(objective, config, on_products, exact=exact)
-    if way.fallback is not None and error > LARGEST_DIFFERENCE_ERROR:
+    error = _difference_error(objective, config, exact=exact)
+    if engine.fallback is not None and error > LARGEST_DIFFERENCE_ERROR:
         raise MeasurementError(
-            f"The loss can't be differentiated twice: {way.fallback.rstrip('.')}. Central differences of its gradient "
-            f"are off by {error:.0%}, as kinks (ReLU), routing and low precision make them.",
+            f"The loss can't be differentiated twice: {engine.fallback.rstrip('.')}. Central differences of its "
+            f"gradient are off by {error:.0%}, as kinks (ReLU), routing and low precision make them.",
             "Replace the operation that has no second derivative.",
         )
-    return replace(way, error=error)
+    return replace(engine, error=error)
 
 
 def _explained(error: RuntimeError) -> str:
-    """Why a way does not work, in a sentence or two: torch's own text may take 30 lines."""
+    """Return why an engine does not work, in a sentence or two: torch's own text may take 30 lines."""
     text = error.reason if isinstance(error, MeasurementError) else str(error)
     for sign, meaning in _CAUSES.items():
         if sign in text:
@@ -225,10 +240,8 @@ def _explained(error: RuntimeError) -> str:
     return first if len(first) <= _LONGEST_REASON else f"{first[:_LONGEST_REASON]} …"
 
 
-def _difference_error(
-    objective: Objective, config: OptimizabilityConfig, on_products: OnProducts, *, exact: bool
-) -> float:
-    """Relative error of a product by central differences, along random signs.
+def _difference_error(objective: Objective, config: OptimizabilityConfig, *, exact: bool) -> float:
+    """Return the relative error of a product by central differences, along random signs.
 
     Against the exact product where there is one, else against the product with half the step: where that changes it
     by much, the gradient has kinks within the step (ReLU), or drowns in rounding.
@@ -236,26 +249,22 @@ def _difference_error(
     Args:
         objective: What to differentiate.
         config: Its seed.
-        on_products: Called with the number of products just made.
         exact: Whether exact products, where there are any, can be trusted.
     """
-    options: dict[str, Any] = {"group": objective.group, "on_products": on_products}
-    differences = CentralDifferenceHessian(objective, rows=objective.rows, **options)
+    differences = CentralDifferenceHessian(objective)
     generator = torch.Generator().manual_seed(config.probe_seed)
     probe = differences.rows.rademacher(generator=generator, dtype=differences.dtype, device=differences.device)
     product = differences.matvec(probe)
     try:
         with objective.group.propagate_errors(), math_attention(), CheapSecondDerivatives():
-            if objective.quantized is not None or not exact:
+            if objective.second_derivative_blocker is not None or not exact:
                 raise RuntimeError("There is no exact product.")
             require_second_derivatives(objective)
-            reference = HessianOperator(objective, **options).matvec(probe)
+            reference = HessianOperator(objective).matvec(probe)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         half = usual_step(objective.parameters) / 2
-        reference = CentralDifferenceHessian(objective, relative_step=half, rows=objective.rows, **options).matvec(
-            probe
-        )
+        reference = CentralDifferenceHessian(objective, relative_step=half).matvec(probe)
     group = differences.rows.group
     return norm(product - reference, group) / (norm(reference, group) or 1.0)

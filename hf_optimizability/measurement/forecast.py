@@ -21,18 +21,17 @@ from ..curvature.block_diagonal import BlockDiagonalHessian
 from ..curvature.compact_embeddings import drop_unused_embedding_rows
 from ..curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
 from ..curvature.hessian import ObjectiveOperator
-from ..curvature.layer_decoupled import DecoupledHessian
-from ..distributed.fsdp import materialize_parameters, reshard
 from ..linalg.trace import PROBE_BLOCK_SIZE
-from ..model_state.measuring import full_precision, measuring
 from ..objective.batches import Batch, batch_size
 from ..objective.objective import LossFunction, Objective
+from ..objective.parameter_blocks import block_indices
 from ..quantities.loss_landscape import LINE_POINTS, PLANE_POINTS
 from ..quantities.preconditioner import read_preconditioner
-from .cost_model import CostModel, HvpBudget, HvpCost, allocate_hvps, list_stages, measurement_bytes
-from .engines import HvpEngine, run_with_engine_fallback
-from .measure import block_indices, checked, compute_gradient
-from .out_of_memory import in_memory
+from .cost_model import CostModel, HvpBudget, HvpCost, allocate_hvps, count_hvps, list_stages
+from .engines import HvpEngine, choose_engine
+from .measure import build_objective, compute_gradient
+from .out_of_memory import retry_with_smaller_batches
+from .session import measurement_session
 
 
 _GRADIENTS = 9
@@ -121,7 +120,7 @@ def forecast(
         (2, 32)
     """
     config = config or OptimizabilityConfig()
-    objective, optimizer = checked(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
+    objective, optimizer = build_objective(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
     return forecast_objective(objective, config, optimizer=optimizer)
 
 
@@ -138,81 +137,62 @@ def forecast_objective(
     Raises:
         MeasurementError: If the measurement can't be made.
     """
-    return in_memory(objective, lambda objective: _forecast(objective, config, optimizer))[0]
+    return retry_with_smaller_batches(objective, lambda objective: _forecast(objective, config, optimizer))[0]
 
 
 def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Optimizer | None) -> Forecast:
-    reshard(objective.model)
-    in_optimizer, before = objective.parameters, set(map(id, _tensors(objective.model)))
-    preconditions = False
-    with (
-        measuring(objective.model, seed=config.probe_seed, state=objective.state),
-        materialize_parameters(objective, config, required_bytes=measurement_bytes(objective, config)) as (
-            objective,
-            of_parameters,
-        ),
-        full_precision(objective.model),
-    ):
-        objective = objective.whole()
+    trained, before = objective.parameters, set(map(id, _tensors(objective.model)))
+    with measurement_session(objective, config) as (objective, read_tensor):
+        objective = objective.unsharded()
         started = time.perf_counter()
         point = compute_gradient(objective)
         gradient_seconds = time.perf_counter() - started
+        preconditions = False
         if optimizer is not None:
-            preconditioner = read_preconditioner(optimizer, in_optimizer, gradients=point.tensors, held=of_parameters)
-            preconditions = not preconditioner.is_identity
-        prices, way = run_with_engine_fallback(
-            objective, config, lambda way: _prices(way, objective, config), lambda products: None
-        )
+            read = read_preconditioner(optimizer, trained, gradients=point.tensors, held=read_tensor)
+            preconditions = not read.is_identity
+        engine, costs = choose_engine(objective, config, lambda engine: _time_products(engine, objective, config))
         copied = sum(_size(tensor) for tensor in _tensors(objective.model) if id(tensor) not in before)
     steps = optimizer is not None
-    products = allocate_hvps(
-        config,
-        prices,
-        preconditions=preconditions,
-        update=config.landscape and steps,
-        judged=way.engine == "central_difference",
-    )
+    shares = allocate_hvps(config, engine, preconditions=preconditions)
+    hvps = count_hvps(config, engine, shares, size=costs.size, update=config.landscape and steps)
     gradients = float(_GRADIENTS + _STEP_GRADIENTS * steps + 2 * (config.task_column is not None))
     if config.landscape:
         gradients += 2 + (PLANE_POINTS**2 + (LINE_POINTS + 1) * steps) / 2  # 2: one, and a pass that finds rows
-    stage = max(list_stages(config, products, prices), key=lambda stage: stage.vector_memory + stage.graph_memory)
-    # Copies of the weights (to come back from, and in float32), the gradient, and the optimizer's preconditioner.
-    held = sum(map(_size, in_optimizer)) + copied + (1 + steps) * prices.all_bytes
+    stage = max(list_stages(config, hvps, costs), key=lambda stage: stage.vector_memory + stage.graph_memory)
+    # Copies of the weights (to restore them, and in float32), the gradient, and the optimizer's preconditioner.
+    copies = sum(map(_size, trained)) + copied + (1 + steps) * costs.all_bytes
     return Forecast(
-        parameters=sum(parameter.numel() for parameter in in_optimizer),
-        hvps=products.number,
-        seconds=gradients * gradient_seconds + _seconds(products, prices),
-        peak_memory=held + stage.vector_memory + stage.graph_memory,
+        parameters=sum(parameter.numel() for parameter in trained),
+        hvps=hvps.number,
+        seconds=gradients * gradient_seconds + _seconds(hvps, costs),
+        peak_memory=copies + stage.vector_memory + stage.graph_memory,
         vectors=stage.vectors,
-        vector_memory=held + stage.vector_memory,
+        vector_memory=copies + stage.vector_memory,
         graph_memory=stage.graph_memory,
-        seconds_per_hvp=prices.one.seconds,
+        seconds_per_hvp=costs.one.seconds,
     )
 
 
-def _prices(way: HvpEngine, objective: Objective, config: OptimizabilityConfig) -> CostModel:
-    exact = way.exact and config.curvature == "hessian"
-    with drop_unused_embedding_rows(objective) as left_out:
+def _time_products(engine: HvpEngine, objective: Objective, config: OptimizabilityConfig) -> CostModel:
+    """Return what each kind of product takes, from products on the largest batch."""
+    with drop_unused_embedding_rows(objective) as unused:
         part, share = objective.largest()
-        calls = 2 if objective.parts > 1 else 3  # the graph of an only part is kept, from the second product on
-
-        def matrix() -> ObjectiveOperator:
-            return way.operator(part, curvature=config.curvature, on_products=lambda products: None)
-
-        one = _price(matrix(), 1, calls, share)
-        lockstep = _price(DecoupledHessian(part) if exact and way.cheap else matrix(), PROBE_BLOCK_SIZE, calls, share)
+        calls = 2 if objective.parts > 1 else 3  # the graph of an only batch is kept, from the second product on
+        one = _price(engine.operator(part), 1, calls, share)
+        lockstep = _price(engine.trace_operator(part), PROBE_BLOCK_SIZE, calls, share)
         block = None
-        if exact and config.budget.block_eigenvalues:
+        if engine.differentiates_hessian and config.budget.block_eigenvalues:
             blocks = list(block_indices(objective.names, config).values())
             block = _price(BlockDiagonalHessian(part, blocks), 1, calls, share)
-        split = exact and way.cheap and config.trace_method == "hutchinson"
-        known_part = _known_part_seconds(objective) if split else 0.0
-        operator = matrix()
+        splits = engine.differentiates_hessian and engine.cheap and config.trace_method == "hutchinson"
+        known_part = _known_part_seconds(objective) if splits else 0.0
+        operator = engine.operator(part)
     itemsize = operator.dtype.itemsize
     return CostModel(
         size=operator.size,
         vector_bytes=operator.size * itemsize,
-        all_bytes=(operator.size + left_out) * itemsize,
+        all_bytes=(operator.size + unused) * itemsize,
         one=one,
         lockstep=lockstep,
         block=block,

@@ -18,7 +18,7 @@ from ..linalg.spectrum_and_trace import SpectrumAndTrace
 from ..linalg.trace import student_quantile
 from ..objective.objective import Objective
 from ..quantities.task_conflict import BatchProducts, TaskGram, batch_products
-from .engines import HvpEngine, OnProducts
+from .engines import HvpEngine
 from .results import Conflict, MultitaskMeasurement, TaskBlock, TaskMeasurement
 
 
@@ -62,7 +62,7 @@ def traces_by_task(
 
 
 def eigenvalues_by_task(
-    objective: Objective, way: HvpEngine, config: OptimizabilityConfig, *, max_hvps: int, on_products: OnProducts
+    objective: Objective, engine: HvpEngine, config: OptimizabilityConfig, *, max_hvps: int
 ) -> dict[str, Estimate]:
     """The largest eigenvalue of each task's own matrix.
 
@@ -70,10 +70,11 @@ def eigenvalues_by_task(
     """
     found = {}
     for name in task_places(objective):
-        matrix = way.operator(objective.of_task(name), curvature=config.curvature)
+        matrix = engine.operator(objective.of_task(name))
         run = lanczos(matrix, tolerance=config.budget.eigen_tolerance, max_hvps=max_hvps, seed=config.probe_seed)
         found[name] = run.lambda_max
-    on_products(max(estimate.hvps for estimate in found.values()))
+    if objective.hvp_counter is not None:
+        objective.hvp_counter.add(max(estimate.hvps for estimate in found.values()))
     return found
 
 
@@ -84,9 +85,7 @@ def several_tasks(
     places = task_places(objective)
     names = list(places)
     owners = [names.index(task) for task in objective.part_tasks or []]
-    products = batch_products(
-        objective, owners, list(blocks.values()), group=objective.group, parameter_group=objective.rows.group
-    )
+    products = batch_products(objective, owners, list(blocks.values()))
     gram = TaskGram(products)
     equal, shortest = gram.equal_norm_weights(), gram.min_norm_weights()
     tasks = {

@@ -17,11 +17,13 @@ from ..objective.objective import Objective
 
 logger = logging.get_logger(__name__)
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-def in_memory(objective: Objective, attempt: Callable[[Objective], Found]) -> tuple[Found, Objective]:
-    """Does something with an objective, in batches that fit into memory.
+def retry_with_smaller_batches(
+    objective: Objective, attempt: Callable[[Objective], Result]
+) -> tuple[Result, Objective]:
+    """Do something with an objective, in batches that fit into memory.
 
     Args:
         objective: In batches as large as wanted.
@@ -47,17 +49,17 @@ def in_memory(objective: Objective, attempt: Callable[[Objective], Found]) -> tu
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says so, also on devices that have no error of their own for it."""
+    """Return whether an error says so, also on devices that have no error of their own for it."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _halved(objective: Objective) -> Objective:
-    """The objective in batches of half the size, with the device's memory given back."""
+    """Return the objective in batches of half the size, with the device's memory released."""
     clear_device_cache(garbage_collection=True)
     size = -(-objective.batch_size // 2)
     logger.warning_once(f"The device ran out of memory while measuring; trying again with batches of {size}.")
     try:
-        return objective.whole().cut(size).shared(objective.group)
+        return objective.unsharded().cut(size).shard(objective.group)
     except ValueError as error:
         raise MeasurementError(
             f"The device ran out of memory while measuring. {error}",
@@ -66,7 +68,7 @@ def _halved(objective: Objective) -> Objective:
 
 
 def _explained(error: Exception) -> MeasurementError:
-    """What went wrong, and what to do about it."""
+    """Return the error that says what went wrong, and what to do about it."""
     if out_of_memory(error):
         return MeasurementError(
             "The device ran out of memory while measuring, with a single example at a time.",

@@ -62,7 +62,7 @@ def slope_errors(objective: Objective, point: Gradient) -> tuple[float | None, .
         return _Slopes(objective, point).check()
     except MeasurementError:
         with moved_far(objective):
-            elsewhere = gradient(objective, group=objective.group)
+            elsewhere = gradient(objective)
             if not math.isfinite(elsewhere.loss):
                 raise
             _Slopes(objective, elsewhere).check()
@@ -76,10 +76,10 @@ class _Slopes:
         self._objective = objective
         self._gradient = without_padding_rows(objective, point.tensors)
         self._loss = point.loss
-        self._parameter_ranks = objective.rows.group
-        self._squares = [dot(g.flatten(), g.flatten(), self._parameter_ranks) for g in self._gradient]
+        self._parameter_group = objective.rows.group
+        self._squares = [dot(g.flatten(), g.flatten(), self._parameter_group) for g in self._gradient]
         self._square = math.fsum(self._squares)
-        self._size = float(norm_of([p.detach() for p in objective.parameters], self._parameter_ranks)) or 1.0
+        self._size = float(norm_of([p.detach() for p in objective.parameters], self._parameter_group)) or 1.0
         generator = torch.Generator().manual_seed(0)
         draws = torch.randint(2, (len(self._gradient),), generator=generator).tolist()
         self._signs = [2.0 * draw - 1 for draw in draws]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..model_state.measuring import pretrained
+from .self_check import Unit
 
 
 Batch = Any
 
-Unit = Literal["items", "examples", "attended tokens", "pairs", "batches"]
-"""What a mean loss is over: what its labels or examples say (`count_items`), all examples, the tokens that
-`attention_mask` lets through, pairs whose second halves follow all first ones, or nothing that can be counted: then
-batches are kept as they were collated, and weighted by their examples."""
 
 IGNORED_LABEL = -100
 

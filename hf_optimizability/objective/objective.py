@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.utils.generic import find_labels
 
+from ..curvature.empirical_risk import HvpCounter, ModelRisk
 from ..errors import MeasurementInterruptedError
 from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
-from ..linalg.row_partition import RowPartition
 from ..model_state.measuring import measuring, pretrained, quantization, rng_state, seed_all
 from ..model_state.state import ModelState
 from .batches import (
@@ -55,7 +55,7 @@ class ProbeBatch:
     task: str | None = None
 
 
-class Objective:
+class Objective(ModelRisk):
     """A mean loss over probe batches, as a function of the model's trainable parameters.
 
     Each batch's mean is weighted by the number of items it is over (examples, or labels other than -100), so that the
@@ -73,7 +73,7 @@ class Objective:
         should_stop: Asked before each batch's pass, which raises `MeasurementInterruptedError` where it is true.
 
     Attributes:
-        group: The processes that share the batches; one alone, unless `shared` made it.
+        group: The processes that share the batches; one alone, unless `shard` made it.
         state: What comes back after a measurement.
         unit: What the mean losses of the batches are over.
         self_check: The outcome of the self-check, once there is one.
@@ -128,13 +128,8 @@ class Objective:
         return [self.model.get_parameter(name).numel() for name in self.names]
 
     @property
-    def rows(self) -> RowPartition:
-        """How vectors over the variables lie: each rank holds them whole."""
-        return RowPartition.whole(sum(parameter.numel() for parameter in self.parameters))
-
-    @property
-    def quantized(self) -> str | None:
-        """Why exact second derivatives can't be had of this model's quantized weights; `None` if it has none."""
+    def second_derivative_blocker(self) -> str | None:
+        """Why quantized weights have no exact second derivatives; `None` for others."""
         method = quantization(self.model)
         if method is None:
             return None
@@ -165,20 +160,26 @@ class Objective:
         return tasks or None
 
     def of_task(self, task: str) -> Objective:
-        """Return the mean loss of one task, shared by the same ranks."""
-        return self._with([batch for batch in self._all if batch.task == task]).shared(self.group)
+        """Return the mean loss of one task, shared by the same ranks; its products are not counted."""
+        return self.counting(None)._with([batch for batch in self._all if batch.task == task]).shard(self.group)
 
-    def shared(self, group: ProcessGroup) -> Objective:
+    def shard(self, group: ProcessGroup) -> Objective:
         """Return the share of this rank, where all have the same batches: those that count are dealt in turn."""
         objective = copy(self)
         objective.group = group
         objective._local = _counted(self._all)[group.rank :: group.world_size]
         return objective
 
-    def whole(self) -> Objective:
-        """Return the objective of all ranks, for one alone."""
+    def unsharded(self) -> Objective:
+        """Return the objective of all ranks, for one process."""
         objective = copy(self)
         objective.group, objective._local = SINGLE_PROCESS, self._all
+        return objective
+
+    def counting(self, counter: HvpCounter | None) -> Objective:
+        """Return the objective whose products are counted there."""
+        objective = copy(self)
+        objective.hvp_counter = counter
         return objective
 
     def over(self, batches: Sequence[ProbeBatch]) -> Objective:
@@ -340,7 +341,7 @@ class Objective:
             ValueError: If labels are missing, no item counts, or the loss is no scalar that depends on the parameters.
         """
         with measuring(self.model, seed=self._seed, state=self.state):
-            loss, _ = next(self.whole().losses(), (None, 0))
+            loss, _ = next(self.unsharded().losses(), (None, 0))
         if loss is None:
             raise ValueError(
                 f"All labels of the probe set are {IGNORED_LABEL}, which the loss ignores. "

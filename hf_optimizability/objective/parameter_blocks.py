@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from ..config import OptimizabilityConfig
+
 
 EMBEDDINGS, HEAD, OTHER, WHOLE = "embeddings", "head", "other", "model"
 
@@ -153,3 +155,14 @@ def _layer(path: Sequence[str], label: str) -> str:
     container = _container(path) or ()
     number, inner = path[len(container)], _inner_layer(path, container)
     return f"{label}.{number}" if inner is None else f"{label}.{number}.layer.{inner}"
+
+
+def block_indices(names: Sequence[str], config: OptimizabilityConfig, *, strict: bool = True) -> dict[str, list[int]]:
+    """Return the blocks to report on: the configured patterns, or embeddings, layers and head.
+
+    Args:
+        names: Names of the trainable parameters.
+        config: Its `blocks`.
+        strict: Whether each pattern has to fit a parameter: one that did may not, once layers are frozen in mid-run.
+    """
+    return name_blocks(names) if config.blocks is None else match_blocks(names, config.blocks, strict=strict)

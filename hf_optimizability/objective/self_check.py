@@ -5,8 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from .batches import Unit
+
+Unit = Literal["items", "examples", "attended tokens", "pairs", "batches"]
+"""What a mean loss is over: what its labels or examples say (`count_items`), all examples, the tokens that
+`attention_mask` lets through, pairs whose second halves follow all first ones, or nothing that can be counted: then
+batches are kept as they were collated, and weighted by their examples."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..curvature.hessian import SumOfLosses
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
+from ..curvature.empirical_risk import EmpiricalRisk
 from ..linalg.estimate import Estimate
 from ..linalg.vectors import dot, norm
 from .step_size import loss_along
@@ -110,15 +109,13 @@ class Landscape:
 
 
 def loss_line(
-    objective: SumOfLosses,
+    objective: EmpiricalRisk,
     update: Tensor,
     *,
     gradient: Tensor,
     curvature: float,
     reach: float,
     step: float,
-    group: ProcessGroup = SINGLE_PROCESS,
-    parameter_group: ProcessGroup = SINGLE_PROCESS,
 ) -> LossLine:
     """Evaluates the loss along an update, from half of `reach` before the weights to one and a half beyond.
 
@@ -129,12 +126,10 @@ def loss_line(
         curvature: uᵀHu.
         reach: A step at which the loss has come back, or the like.
         step: The next step, which gets a point of its own if it is in between.
-        group: The processes that share the parts.
-        parameter_group: Those that hold the n rows between them.
 
     Example:
         >>> import torch
-        >>> class Parabola:
+        >>> class Parabola(EmpiricalRisk):
         ...     parameters = [torch.tensor([3.0], requires_grad=True)]
         ...     def losses(self):
         ...         yield (self.parameters[0] ** 2).sum(), 1
@@ -147,23 +142,24 @@ def loss_line(
     """
     places = {reach * (index / (LINE_POINTS // 2) - 0.5) for index in range(LINE_POINTS)}
     at = tuple(sorted(places | ({step} if 0 < step < max(places) else set())))
-    with loss_along(objective, update, group=group) as loss:
+    with loss_along(objective, update) as loss:
         losses = tuple(_known(loss(s)) for s in at)
     axis = Axis(
-        at, length=norm(update, parameter_group), slope=-dot(gradient, update, parameter_group), curvature=curvature
+        at,
+        length=norm(update, objective.rows.group),
+        slope=-dot(gradient, update, objective.rows.group),
+        curvature=curvature,
     )
     return LossLine(axis, losses)
 
 
 def loss_plane(
-    objective: SumOfLosses,
+    objective: EmpiricalRisk,
     eigenvectors: Tensor,
     eigenvalues: Sequence[Estimate],
     *,
     gradient: Tensor,
     present: float,
-    group: ProcessGroup = SINGLE_PROCESS,
-    parameter_group: ProcessGroup = SINGLE_PROCESS,
 ) -> LossPlane | None:
     """Evaluates the loss over the plane of the first two eigenvectors, as far as one unit of `LossPlane` each way.
 
@@ -173,8 +169,6 @@ def loss_plane(
         eigenvalues: Of each, the largest first.
         gradient: g, of shape (n,).
         present: The present loss.
-        group: The processes that share the parts.
-        parameter_group: Those that hold the n rows between them.
 
     Returns:
         The plane; `None` where there are fewer than two eigenvectors, or the largest eigenvalue is 0.
@@ -186,10 +180,10 @@ def loss_plane(
     for vector, eigenvalue in zip(eigenvectors[:2], eigenvalues[:2], strict=True):
         curvature = max(abs(eigenvalue.value), _FLATTEST * abs(eigenvalues[0].value))
         unit = math.sqrt(2 * (abs(present) or 1.0) / curvature)
-        slope = dot(gradient, vector, parameter_group) * unit
+        slope = dot(gradient, vector, objective.rows.group) * unit
         axes.append(Axis(at, length=unit, slope=-abs(slope), curvature=eigenvalue.value * unit**2))
         updates.append(math.copysign(unit, slope) * vector)
-    with loss_along(objective, *updates, group=group) as loss:
+    with loss_along(objective, *updates) as loss:
         losses = tuple(tuple(_known(loss(first, second)) for first in at) for second in at)
     return LossPlane((axes[0], axes[1]), (eigenvalues[0], eigenvalues[1]), losses)
 

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..curvature.empirical_risk import EmpiricalRisk
 from ..curvature.gradient import gradient
-from ..curvature.hessian import SumOfLosses
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.estimate import Estimate
 from ..linalg.vectors import dot
 
@@ -44,11 +43,9 @@ class NoiseScale:
 
 
 def noise_scale(
-    objective: SumOfLosses,
+    objective: EmpiricalRisk,
     *,
     mean_gradient: Sequence[Tensor] | None = None,
-    group: ProcessGroup = SINGLE_PROCESS,
-    parameter_group: ProcessGroup = SINGLE_PROCESS,
 ) -> NoiseScale:
     """Estimates the gradient noise scale from the gradients of an objective's parts (McCandlish et al., 1812.06162).
 
@@ -58,14 +55,12 @@ def noise_scale(
     Args:
         objective: The loss, in parts: micro-batches, or single examples.
         mean_gradient: Gradient of the mean loss, shaped like the parameters.
-        group: The processes that share the parts.
-        parameter_group: The processes that hold the parameters between them, if this one has shards of them.
 
     Raises:
         ValueError: If there are fewer than 3 parts.
 
     Example:
-        >>> class Lines:
+        >>> class Lines(EmpiricalRisk):
         ...     parameters = [torch.zeros(1, requires_grad=True)]
         ...     def losses(self):
         ...         for slope in (1.0, 2.0, 3.0, 2.0):
@@ -74,7 +69,8 @@ def noise_scale(
         >>> round(found.noise_scale.value, 4), round(found.trace_covariance.value, 4)
         (0.1739, 0.6667)
     """
-    mean = gradient(objective, group=group).tensors if mean_gradient is None else mean_gradient
+    mean = gradient(objective).tensors if mean_gradient is None else mean_gradient
+    parameter_group = objective.rows.group
     found = []
     for loss, count in objective.losses():
         pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
@@ -82,7 +78,7 @@ def noise_scale(
         product = sum(dot(p.reshape(-1), m.reshape(-1)) for p, m in zip(pieces, mean, strict=True))
         square, product = parameter_group.all_reduce_(torch.tensor([square, product], dtype=torch.float64)).tolist()
         found.append((square, product, count))
-    squares, products, counts = np.array(group.all_gather_interleaved(found)).reshape(-1, 3).T
+    squares, products, counts = np.array(objective.group.all_gather_interleaved(found)).reshape(-1, 3).T
     return noise_from_products(squares, products, counts.astype(int))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..curvature.hessian import SumOfLosses
+from ..curvature.empirical_risk import EmpiricalRisk
 from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.vectors import dot
 
@@ -158,9 +158,7 @@ def critical_learning_rate(
 
 
 @contextmanager
-def loss_along(
-    objective: SumOfLosses, *updates: Tensor, group: ProcessGroup = SINGLE_PROCESS
-) -> Iterator[Callable[..., float]]:
+def loss_along(objective: EmpiricalRisk, *updates: Tensor) -> Iterator[Callable[..., float]]:
     """Gives the mean loss at θ − ηu as a function of η; puts the weights back bit for bit at the end.
 
     The weights are moved in place, without gradients, and come back from a saved copy also where the loss raises.
@@ -170,10 +168,9 @@ def loss_along(
         objective: The loss, in parts.
         updates: u, of shape (n,), in the order of the objective's parameters. With several of them the loss is that at
             θ − Σ ηᵢuᵢ, as a function of as many ηᵢ.
-        group: The processes that share the parts.
 
     Example:
-        >>> class Parabola:
+        >>> class Parabola(EmpiricalRisk):
         ...     parameters = [torch.tensor([3.0], requires_grad=True)]
         ...     def losses(self):
         ...         yield (self.parameters[0] ** 2).sum(), 1
@@ -197,7 +194,7 @@ def loss_along(
         for part, count in objective.losses():
             total += float(part)
             items += count
-        totals, counts = zip(*group.all_gather_interleaved([(total, items)]), strict=True)
+        totals, counts = zip(*objective.group.all_gather_interleaved([(total, items)]), strict=True)
         return sum(totals) / sum(counts)
 
     try:

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..curvature.hessian import SumOfLosses
-from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
+from ..curvature.empirical_risk import EmpiricalRisk
 from ..linalg.estimate import Estimate
 from ..linalg.statistics import jackknife
 from ..linalg.vectors import dot
@@ -71,12 +70,9 @@ class BatchProducts:
 
 
 def batch_products(
-    objective: SumOfLosses,
+    objective: EmpiricalRisk,
     owners: Sequence[int],
     blocks: Sequence[Sequence[int]],
-    *,
-    group: ProcessGroup = SINGLE_PROCESS,
-    parameter_group: ProcessGroup = SINGLE_PROCESS,
 ) -> BatchProducts:
     """Takes the gradient of every part twice: for the sums by task, and for its products with them.
 
@@ -86,10 +82,8 @@ def batch_products(
         objective: The loss, in parts that hold one task each.
         owners: The task of each part, counted from 0; of all ranks' parts, in the order in which they were dealt.
         blocks: Indices into the parameters.
-        group: The processes that share the parts.
-        parameter_group: The processes that hold the parameters between them, if this one has shards of them.
-
     """
+    group, parameter_group = objective.group, objective.rows.group
     mine, tasks = owners[group.rank :: group.world_size], max(owners) + 1
     sums = [[torch.zeros_like(parameter) for parameter in objective.parameters] for _ in range(tasks)]
     for pieces, _, _, owner in _gradients(objective, mine):
@@ -125,7 +119,7 @@ class TaskGram:
         weights: Each task's share of the items, of shape (tasks,).
 
     Example:
-        >>> class Lines:  # L₁ = 2 x, L₂ = −x + 3 y, each in three parts without noise
+        >>> class Lines(EmpiricalRisk):  # L₁ = 2 x, L₂ = −x + 3 y, each in three parts without noise
         ...     parameters = [torch.zeros(2, requires_grad=True)]
         ...     def losses(self):
         ...         for slopes in 3 * [[2.0, 0.0]] + 3 * [[-1.0, 3.0]]:
@@ -314,7 +308,7 @@ def _quantile(variances: np.ndarray, parts: np.ndarray) -> float:
     return float(stdtrit(min(freedom, 1e6), 0.975))
 
 
-def _gradients(objective: SumOfLosses, owners: Sequence[int]) -> Iterator[tuple[Sequence[Tensor], float, int, int]]:
+def _gradients(objective: EmpiricalRisk, owners: Sequence[int]) -> Iterator[tuple[Sequence[Tensor], float, int, int]]:
     for (loss, count), owner in zip(objective.losses(), owners, strict=True):
         pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
         yield pieces, float(loss.detach()), count, owner

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import OptimizabilityConfig
 from ..errors import MeasurementError
-from ..measurement.engines import HvpEngine, run_with_engine_fallback
+from ..measurement.engines import HvpEngine, choose_engine
 from ..model_state.measuring import full_precision, measuring
 from ..objective.batches import cut_batch
 from ..objective.objective import LossFunction, Objective
@@ -150,7 +150,7 @@ def _of_gradients(objective: Objective, *, seed: int) -> tuple[Score, Score | No
     config = OptimizabilityConfig(probe_seed=seed)
     with measuring(objective.model, seed=seed), full_precision(objective.model):
 
-        def scored(way: HvpEngine) -> tuple[Score, Score | None]:
-            return gradient_scores(objective, way.operator(objective, curvature="hessian"))
+        def scored(engine: HvpEngine) -> tuple[Score, Score | None]:
+            return gradient_scores(objective, engine.operator(objective))
 
-        return run_with_engine_fallback(objective, config, scored, lambda products: None)[0]
+        return choose_engine(objective, config, scored)[1]

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..curvature.hessian import ObjectiveOperator, SumOfLosses
+from ..curvature.empirical_risk import EmpiricalRisk
+from ..curvature.hessian import ObjectiveOperator
 from ..linalg.vectors import dot
 from .score import Score
 
@@ -20,7 +21,7 @@ MIN_PARTS = 4
 """Parts without which there is too little to take an error from."""
 
 
-def gradient_scores(objective: SumOfLosses, matrix: ObjectiveOperator) -> tuple[Score, Score | None]:
+def gradient_scores(objective: EmpiricalRisk, matrix: ObjectiveOperator) -> tuple[Score, Score | None]:
     """Gradient alignment and predicted decrease, from two gradients and a product.
 
     Memory: five vectors as long as the parameters. Leaves `.grad` alone.
@@ -54,7 +55,7 @@ def gradient_scores(objective: SumOfLosses, matrix: ObjectiveOperator) -> tuple[
     return alignment, decrease_with_error(slopes, curvature, bends, counts)
 
 
-def _by_part(objective: SumOfLosses) -> Iterator[tuple[Tensor, int]]:
+def _by_part(objective: EmpiricalRisk) -> Iterator[tuple[Tensor, int]]:
     """Each part's mean gradient as one vector, and its number of items."""
     for loss, count in objective.losses():
         pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)

@@ -24,11 +24,12 @@ from ..errors import MeasurementError, MeasurementInterruptedError
 from ..files import keep_aside, require_writable
 from ..linalg.communicator import ProcessGroup
 from ..log_keys import PREFIX
-from ..measurement.measure import block_indices, measure_objective, measuring_bar
+from ..measurement.measure import measure_objective, progress_bar
 from ..measurement.out_of_memory import out_of_memory
 from ..measurement.results import Measurement, MeasurementFailure, MultitaskMeasurement, TaskMeasurement
 from ..model_state.measuring import pretrained
 from ..objective.objective import Objective
+from ..objective.parameter_blocks import block_indices
 from ..objective.probe_set import ProbeSet, ProbeSpec, dataset_of, draw_probe_set, tensors_in
 from ..quantities.preconditioner import unwrapped
 from ..redaction import anonymous, in_strings, without_secrets
@@ -225,7 +226,7 @@ class OptimizabilityCallback(TrainerCallback):
                 seed=self.config.probe_seed,
                 preserved=() if self._trainer is None else (self._trainer,),
                 should_stop=lambda: self._asked_to_stop(),
-            ).shared(self._group)
+            ).shard(self._group)
             self.report.data |= provenance.describe_probe_set(batches, self._model)
             self.report.model = provenance.describe_model(self._model)
             try:
@@ -346,7 +347,7 @@ class OptimizabilityCallback(TrainerCallback):
             return
         hidden = args.disable_tqdm or not state.is_world_process_zero
         try:
-            with self._clock.paused(), measuring_bar(self.config, disable=hidden) as bar:
+            with self._clock.paused(), progress_bar(self.config, disable=hidden) as bar:
                 if self._stopping(control):
                     raise MeasurementInterruptedError
                 measurement, self._objective = measure_objective(
@@ -394,7 +395,7 @@ class OptimizabilityCallback(TrainerCallback):
 
     def _find_loss_scale(self, trainer: Trainer, objective: Objective) -> None:
         """Records by what factor the Trainer's loss is off the mean, and says so once."""
-        factor = loss_scale(trainer, objective.whole().batches[0], seed=self.config.probe_seed)
+        factor = loss_scale(trainer, objective.unsharded().batches[0], seed=self.config.probe_seed)
         self.report.training["loss_scale"] = factor
         if factor != 1:
             logger.warning_once(explanation(class_name(pretrained(self._model) or self._model), factor))

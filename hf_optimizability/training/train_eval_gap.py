@@ -121,7 +121,7 @@ def _mean_loss(
     batches = draw_probe_set(loader, spec).batches
     model = cast(nn.Module, trainer.model)
     objective = Objective(model, batches, loss_fn=trainer_loss(trainer), seed=config.probe_seed, preserved=(trainer,))
-    objective = objective.counted_by(unit).shared(group)
+    objective = objective.counted_by(unit).shard(group)
     with measuring(model, seed=config.probe_seed, state=objective.state), torch.no_grad():
         sums, items, right = np.array(group.all_gather_interleaved(_passes(objective))).T
     number, mean = len(sums), sums.sum() / items.sum()
@@ -150,7 +150,7 @@ def _is_classified(objective: Objective) -> bool:
     known = pretrained(objective.model)
     if known is None or describe_task(known, own_loss=True)["task"] not in _ONE_LABEL_EACH:
         return False
-    labels = [batch.get("labels") for batch in objective.whole().batches if isinstance(batch, Mapping)]
+    labels = [batch.get("labels") for batch in objective.unsharded().batches if isinstance(batch, Mapping)]
     return (known.config.num_labels or 0) > 1 and all(
         isinstance(held, Tensor) and held.ndim == 1 and not held.is_floating_point() and bool((held >= 0).all())
         for held in labels

@@ -15,8 +15,8 @@ from transformers.utils import logging
 from ..config import OptimizabilityConfig
 from ..distributed.fsdp import norms_over_ranks
 from ..log_keys import PREFIX
-from ..measurement.measure import block_indices
 from ..objective.objective import trainable_parameters
+from ..objective.parameter_blocks import block_indices
 from ..publishing.hub import HubError, add_to_model_folder, explained
 from ..redaction import without_secrets
 from ..report import OptimizabilityReport

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_optimizability.curvature import block_diagonal
 from hf_optimizability.curvature.block_diagonal import BlockDiagonalHessian
+from hf_optimizability.curvature.empirical_risk import EmpiricalRisk, HvpCounter
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.linalg.lanczos import lanczos_by_segment
 from hf_optimizability.model_state.measuring import math_attention
@@ -52,7 +53,7 @@ def test_columns_and_ends_of_the_spectrum_of_every_block(name: str):
     expected = struck_out(dense, segments)
     assert (expected - dense).norm() > 0.1 * dense.norm()
     spent: list[int] = []
-    operator = BlockDiagonalHessian(objective, blocks, on_products=spent.append)
+    operator = BlockDiagonalHessian(objective.counting(HvpCounter(spent.append)), blocks)
     vectors = torch.randn(3, len(dense), generator=torch.Generator().manual_seed(0), dtype=torch.float64).T
     precision = 1e-6 if name == "gpt2" else 1e-10  # Transformers computes the loss of language models in float32
     with math_attention(), CheapSecondDerivatives():
@@ -68,8 +69,10 @@ def test_columns_and_ends_of_the_spectrum_of_every_block(name: str):
         assert spectrum.lambda_min.value == pytest.approx(float(values[0]), abs=0.01 * scale)
 
 
-class Quadratic:
+class Quadratic(EmpiricalRisk):
     """½ xᵀAx + bᵀy, with a linear parameter, whose gradient is constant, and one that is not used."""
+
+    parameters = ()
 
     def __init__(self) -> None:
         root = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
+from hf_optimizability.curvature.empirical_risk import HvpCounter
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace
 from hf_optimizability.model_state.measuring import full_precision
@@ -56,7 +57,7 @@ def test_products_under_the_attention_that_a_model_comes_with(name: str):
     expected = exact(model, whole, vectors)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     spent: list[int] = []
-    operator = CentralDifferenceHessian(Objective(model, tiny_models.cut(rows, 3)), on_products=spent.append)
+    operator = CentralDifferenceHessian(Objective(model, tiny_models.cut(rows, 3)).counting(HvpCounter(spent.append)))
     for column, truth in zip(operator.matmat(vectors).T, expected.T, strict=True):
         assert (column - truth).norm() <= PRECISION[name] * truth.norm()
     assert spent == [2]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_optimizability.curvature.empirical_risk import HvpCounter
 from hf_optimizability.curvature.fisher import EmpiricalFisherOperator
 from hf_optimizability.objective.objective import Objective, count_items
 from tests.support import tiny_models
@@ -38,7 +39,7 @@ def test_columns_are_multiplied_by_the_dense_matrix(name: str):
     model = tiny_models.make(name).eval()
     expected = dense(model, rows)
     spent: list[int] = []
-    operator = EmpiricalFisherOperator(Objective(model, tiny_models.cut(rows, 3)), on_products=spent.append)
+    operator = EmpiricalFisherOperator(Objective(model, tiny_models.cut(rows, 3)).counting(HvpCounter(spent.append)))
     vectors = torch.randn(operator.size, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     error = operator.matmat(vectors) - expected @ vectors
     assert error.norm() <= PRECISION.get(name, 1e-12) * (expected @ vectors).norm()

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PreTrainedModel
 
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
+from hf_optimizability.curvature.empirical_risk import HvpCounter
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.model_state.measuring import math_attention
@@ -33,7 +34,7 @@ def test_columns_are_multiplied_by_the_dense_hessian(name: str):
     [whole] = tiny_models.cut(rows, 5)
     dense = tiny_models.dense_hessian(model, whole)
     spent: list[int] = []
-    operator = ForwardOverReverseHessian(Objective(model, tiny_models.cut(rows, 2)), on_products=spent.append)
+    operator = ForwardOverReverseHessian(Objective(model, tiny_models.cut(rows, 2)).counting(HvpCounter(spent.append)))
     vectors = columns(len(dense))
     with math_attention():
         product = operator.matmat(vectors)

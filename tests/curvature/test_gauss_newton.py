@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertForQuestionAnswering
 
 from hf_optimizability.curvature import gauss_newton
+from hf_optimizability.curvature.empirical_risk import HvpCounter
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace, split_trace
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
@@ -65,7 +66,7 @@ def objective(name: str, size: int = 2) -> Objective:
 @pytest.mark.parametrize("name", NAMES)
 def test_columns_are_multiplied_by_the_dense_matrix(name: str):
     spent: list[int] = []
-    operator = GaussNewtonOperator(objective(name), on_products=spent.append)
+    operator = GaussNewtonOperator(objective(name).counting(HvpCounter(spent.append)))
     vectors = columns(operator.size)
     expected = dense(name) @ vectors
     with math_attention():
@@ -297,7 +298,8 @@ class TestSplitTrace:
         tied = network(Tied)
         hessian = dense_hessian(tied)
         spent: list[int] = []
-        options = {"tolerance": 0.02, "max_hvps": 1000, "seed": 0, "on_products": spent.append}
+        options = {"tolerance": 0.02, "max_hvps": 1000, "seed": 0}
+        tied.hvp_counter = HvpCounter(spent.append)
         result = split_trace(tied, halves(len(hessian)), **options)
         total = result.total
         assert total.converged and total.std_error <= 0.02 * abs(total.value)
@@ -461,7 +463,7 @@ class TestSplitTrace:
         options = {"tolerance": 0.1, "max_hvps": 8, "seed": 0}
         with pytest.raises(ValueError, match="otherwise than through"):
             split_trace(Objective(tied.model, tied.batches, loss_fn=penalized), [[slice(0, 51)]], **options)
-        monkeypatch.setattr(Objective, "quantized", "The weights are quantized.")
+        monkeypatch.setattr(Objective, "second_derivative_blocker", "The weights are quantized.")
         with pytest.raises(RuntimeError, match="quantized"):
             split_trace(tied, [[slice(0, 51)]], **options)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
+from hf_optimizability.curvature.empirical_risk import EmpiricalRisk, HvpCounter
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator
 from hf_optimizability.curvature.hessian import HessianOperator, ObjectiveOperator
@@ -28,7 +29,7 @@ def test_columns_are_multiplied_by_the_dense_hessian(objective: Objective):
     dense = tiny_models.dense_hessian(objective.model, whole)
     vectors = torch.randn(len(dense), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     spent: list[int] = []
-    operator = HessianOperator(objective, on_products=spent.append)
+    operator = HessianOperator(objective.counting(HvpCounter(spent.append)))
     with math_attention():
         assert torch.allclose(operator.matmat(vectors), dense @ vectors, atol=1e-10)
         assert torch.allclose(operator.matvec(vectors[:, 0]), dense @ vectors[:, 0], atol=1e-10)
@@ -58,8 +59,10 @@ def test_a_product_that_is_not_finite_is_refused():
         HessianOperator(objective).matvec(torch.ones(2))
 
 
-class CountedLosses:
+class CountedLosses(EmpiricalRisk):
     """Losses in given parts that count their forward passes: Σ (xᵀ A_p x) sin(x₀)."""
+
+    parameters = ()
 
     def __init__(self, *parts: tuple[torch.Tensor, int]):
         self.parameters = [torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64, requires_grad=True)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_optimizability.curvature.empirical_risk import EmpiricalRisk
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
 from hf_optimizability.model_state.measuring import math_attention, measuring
@@ -108,7 +109,9 @@ def test_linear_layers_leave_the_gauss_newton_matrix():
 
 
 def test_the_graph_of_a_single_part_is_kept():
-    class TwoLayers:
+    class TwoLayers(EmpiricalRisk):
+        parameters = ()
+
         def __init__(self) -> None:
             self.parameters = [torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)]
             self.passes = 0

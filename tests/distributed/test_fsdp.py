@@ -67,10 +67,10 @@ def directions(size: int) -> Tensor:
 def products(name: str) -> dict[str, list[float]]:
     """The Hessian times two vectors by both routes, of what is sharded."""
     model = sharded(name)
-    objective = Objective(model, batches(name)).shared(training_process_group(torch.device("cpu")))
+    objective = Objective(model, batches(name)).shard(training_process_group(torch.device("cpu")))
     found = {}
     with measuring(model, seed=0), unsharded(model), math_attention():
-        operator = HessianOperator(objective, group=objective.group)
+        operator = HessianOperator(objective)
         found["unsharded"] = operator.matmat(directions(operator.size)).tolist()
     with measuring(model, seed=0), on_shards(objective) as shards:
         differences = CentralDifferenceHessian(shards, rows=shards.rows)
@@ -193,14 +193,14 @@ def in_full_precision(shards: bool) -> list[float]:
     model = sharded("bert", dtype=torch.float32, policy=policy)
     data = batches("bert", dtype=torch.float32)
     model(**data[0]).loss.backward()
-    objective = Objective(model, data).shared(training_process_group(torch.device("cpu")))
+    objective = Objective(model, data).shard(training_process_group(torch.device("cpu")))
     if shards:
         with measuring(model, seed=0), on_shards(objective) as objective:
             return objective.rows.group.all_gather_interleaved(
                 [float(t.square().sum()) for t in gradient(objective).tensors]
             )
     with measuring(model, seed=0), unsharded(model):
-        return [float(tensor.square().sum()) for tensor in gradient(objective, group=objective.group).tensors]
+        return [float(tensor.square().sum()) for tensor in gradient(objective).tensors]
 
 
 def gradient_norms() -> dict[str, float]:

@@ -58,7 +58,7 @@ def cases_on(processes: int) -> list[tuple[Any, ...]]:
 def measured(group: ProcessGroup, name: str, dtype: torch.dtype, batch_size: int, options: str) -> dict[str, Any]:
     model = tiny_models.make(name, dtype=dtype)
     rows = tiny_models.examples(name, 9, dtype=dtype)
-    objective = Objective(model, tiny_models.cut(rows, batch_size)).shared(group)
+    objective = Objective(model, tiny_models.cut(rows, batch_size)).shard(group)
     config = OptimizabilityConfig(max_hvps=40, trace_tolerance=0.05, **OPTIONS[options])
     found = measure_objective(objective, config, optimizer=AdamW(model.parameters(), lr=1e-3))[0].to_dict()
     _drop_rounding(found)
@@ -90,10 +90,10 @@ def on_a_rank(rank: int) -> dict[str, Any]:
 
 def exact_trace(group: ProcessGroup) -> list[float]:
     model = tiny_models.make("bert").eval()
-    objective = Objective(model, tiny_models.cut(tiny_models.examples("bert", 9), 2)).shared(group)
+    objective = Objective(model, tiny_models.cut(tiny_models.examples("bert", 9), 2)).shard(group)
     size = sum(parameter.numel() for parameter in objective.parameters)
     with math_attention():
-        total, [first, _] = gauss_newton_trace(objective, [[slice(0, 99)], [slice(99, size)]], group=group)
+        total, [first, _] = gauss_newton_trace(objective, [[slice(0, 99)], [slice(99, size)]])
     return [total.value, total.data_std_error or math.nan, first.value, first.data_std_error or math.nan]
 
 
@@ -116,7 +116,7 @@ def with_little_memory(group: ProcessGroup) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(size, 3, generator=generator),) for size in (1, 4, 1)]
     objective = Objective(Small(), batches, loss_fn=lambda model, batch: model(batch[0]).square().mean())
-    measurement, objective = measure_objective(objective.shared(group), OptimizabilityConfig(profile="light"))
+    measurement, objective = measure_objective(objective.shard(group), OptimizabilityConfig(profile="light"))
     return {
         "measurement": _drop_rounding(measurement.to_dict()),
         "sizes": [len(batch[0]) for batch in objective.batches],

@@ -25,7 +25,7 @@ def measured(group: ProcessGroup) -> list[Any]:
     for size in (4, 40):
         batches = [piece for task in (0, 1) for piece in cut(of_task(rows(), task), size)]
         tasks = [str(int(batch["task"][0])) for batch in batches]
-        objective = Objective(Heads(), batches, tasks=tasks).shared(group)
+        objective = Objective(Heads(), batches, tasks=tasks).shard(group)
         config = OptimizabilityConfig(task_column="task", max_hvps=40)
         found.append(measure_objective(objective, config)[0].to_dict()["multitask"])
     return found

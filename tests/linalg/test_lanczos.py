@@ -8,6 +8,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import scipy.fft
 import torch
@@ -336,7 +337,7 @@ class TestBasis:
     def test_restarts_where_memory_holds_few_vectors(self, monkeypatch: pytest.MonkeyPatch):
         operator = DenseOperator(matrix(slow()))
         free = 2 * 12 * operator.size * operator.dtype.itemsize
-        monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
         run = lanczos(operator, tolerance=1e-5, max_hvps=400, seed=0)
         assert run.spectrum == lanczos(operator, tolerance=1e-5, max_hvps=400, seed=0, max_basis=12).spectrum
         assert run._krylov.restarted and run.lambda_max.converged

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_optimizability.curvature.empirical_risk import EmpiricalRisk
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.linalg.statistics import jackknife
@@ -316,8 +317,10 @@ def test_of_a_mean_over_batches():
     assert found.data_std_error == pytest.approx(jackknife(traces, [2, 2, 1]), rel=0.1)
 
 
-class Quadratics:
+class Quadratics(EmpiricalRisk):
     """L = the mean of ½ xᵀ Aₚ x over parts of one item each."""
+
+    parameters = ()
 
     def __init__(self, matrices: torch.Tensor):
         self.matrices = matrices

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from hf_optimizability.curvature.empirical_risk import EmpiricalRisk
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.linalg.lanczos import lanczos
@@ -21,8 +22,10 @@ from hf_optimizability.linalg.preconditioned import PreconditionedOperator
 from hf_optimizability.quantities.preconditioner import read_preconditioner
 
 
-class RandomLabels:
+class RandomLabels(EmpiricalRisk):
     """A tanh network of 253 parameters on 40 examples with labels that it has to learn by heart."""
+
+    parameters = ()
 
     def __init__(self):
         torch.manual_seed(0)

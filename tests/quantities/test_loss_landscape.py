@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability.curvature.empirical_risk import EmpiricalRisk
 from hf_optimizability.files import finite
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.measurement.forecast import forecast
@@ -179,8 +180,10 @@ def test_the_weights_come_back_where_a_loss_raises():
     assert bits(model) == before
 
 
-class Fixed:
+class Fixed(EmpiricalRisk):
     """A loss of two weights."""
+
+    parameters = ()
 
     def __init__(self, loss: Any):
         self.parameters = [torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from hf_optimizability.curvature.empirical_risk import EmpiricalRisk
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.objective.objective import Objective
@@ -20,8 +21,10 @@ from hf_optimizability.quantities.step_size import critical_learning_rate, loss_
 from tests.support import tiny_models
 
 
-class Quadratic:
+class Quadratic(EmpiricalRisk):
     """½xᵀAx + 1, which is not 0 at its minimum."""
+
+    parameters = ()
 
     def __init__(self, *, dtype: torch.dtype = torch.float64):
         generator = torch.Generator().manual_seed(0)

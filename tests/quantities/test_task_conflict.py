@@ -12,14 +12,17 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+from hf_optimizability.curvature.empirical_risk import EmpiricalRisk
 from hf_optimizability.quantities.task_conflict import BatchProducts, TaskGram, batch_products
 
 
 BLOCKS = [[0], [1]]
 
 
-class Regression:
+class Regression(EmpiricalRisk):
     """Mean squared errors of one linear model on batches of two tasks, with two blocks of parameters."""
+
+    parameters = ()
 
     def __init__(self, batches: Sequence[tuple[Tensor, Tensor]], weights: Tensor):
         self.batches = batches

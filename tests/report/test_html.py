@@ -147,7 +147,7 @@ class TestText:
     def test_findings_are_told_in_the_summary_and_in_full(self, monkeypatch):
         told = Finding("too_high", "problem", "The rate is <too> high.", ("η = 3 ± 1",), "Lower it.", "Cohen 2021")
         noted = dataclasses.replace(told, name="saddle", severity="note", sentence="A saddle.")
-        monkeypatch.setattr(OptimizabilityReport, "findings", (told, noted))
+        monkeypatch.setattr("hf_optimizability.report.html.find", lambda report: (told, noted))
         page = read_page(make_report(2).to_html())
         assert page.text.count("The rate is <too> high.") == 2
         assert page.text.count("A saddle.") == 1

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spectrum, trace, blocks and tasks of a curvature matrix, with one engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from ..config import OptimizabilityConfig
+from ..curvature.block_diagonal import BlockDiagonalHessian
+from ..curvature.compact_embeddings import drop_unused_embedding_rows
+from ..curvature.eigenvalue_check import EigenvalueCheck
+from ..curvature.gauss_newton import split_trace
+from ..curvature.gradient import Gradient
+from ..linalg.estimate import Estimate, Spectrum
+from ..linalg.lanczos import lanczos, lanczos_by_segment
+from ..linalg.operator import SharedColumns, SymmetricOperator
+from ..linalg.preconditioned import PreconditionedOperator
+from ..linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum_and_trace
+from ..linalg.trace import PROBE_BLOCK_SIZE, Segments, TraceResult
+from ..linalg.vectors import concatenate, dot, norm
+from ..objective.objective import Objective
+from ..quantities.step_size import QuadraticModel, quadratic_model
+from .cost_model import allocate_hvps
+from .eigenvector_check import check_along_eigenvectors, require_symmetric
+from .engines import HvpEngine
+from .multitask import TaskCurvature, eigenvalues_by_task, means_by_task, traces_by_task
+from .optimizer_step import OptimizerStep
+
+
+_GRAPH, _PRODUCT = 1.5, 2.0
+"""Gradients that the graph of a batch takes, and each product made from it."""
+
+
+@dataclass(frozen=True)
+class DirectionalCurvature:
+    """Curvature along the gradient and the next update.
+
+    Attributes:
+        quadratic: The quadratic model along −g.
+        along_update: uᵀHu of the update u; `None` where it was not asked for.
+        per_batch: gᵀH_bg of each batch b, of all ranks.
+        items: The items of each batch.
+    """
+
+    quadratic: QuadraticModel
+    along_update: float | None
+    per_batch: np.ndarray
+    items: list[int]
+
+
+@dataclass(frozen=True)
+class CurvatureEstimates:
+    """What was estimated of a curvature matrix.
+
+    Attributes:
+        spectrum: Extreme eigenvalues, density and trace.
+        unused_parameters: Entries of embedding rows that no example looks up.
+        blocks: Extreme eigenvalues of each block; `None` where they were not asked for.
+        sharpness: λ_max as the optimizer sees it; `None` without an optimizer.
+        tasks: What each task has of it.
+        checks: Eigenvalues compared with differences along their vectors.
+    """
+
+    spectrum: SpectrumAndTrace
+    unused_parameters: int
+    blocks: tuple[Spectrum, ...] | None
+    sharpness: Estimate | None
+    tasks: TaskCurvature
+    checks: tuple[EigenvalueCheck, ...]
+
+
+def measure_directions(
+    engine: HvpEngine,
+    objective: Objective,
+    point: Gradient,
+    update: Tensor | None,
+    config: OptimizabilityConfig,
+) -> DirectionalCurvature:
+    """Compute the curvature along the gradient and an update, and check that the matrix is symmetric.
+
+    The gradient is multiplied as a vector of norm 1: where the loss is scaled down, products of small numbers would
+    vanish. The check takes one more product, with a random vector, in the same pass.
+
+    Raises:
+        WrongDerivativeError: If the matrix is not symmetric, and the products are exact.
+        MeasurementError: If it is not symmetric otherwise, or rounding leaves nothing of it.
+    """
+    operator = engine.operator(objective)
+    group = operator.rows.group
+    gradient = concatenate(point.tensors).to(operator.device, operator.dtype)
+    length = norm(gradient, group) or 1.0
+    direction = gradient / length
+    generator = torch.Generator().manual_seed(config.probe_seed)
+    probe = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
+    columns = [direction, probe] if update is None else [direction, probe, update.to(operator.device, operator.dtype)]
+    products, forms, items = operator.matmat_per_batch(torch.stack(columns, dim=1), [[slice(0, len(gradient))]])
+    along, other, *along_update = products.T
+    require_symmetric((direction, along), (probe, other), objective, point, engine)
+    return DirectionalCurvature(
+        quadratic=quadratic_model(gradient, along * length, group),
+        along_update=dot(columns[2], along_update[0], group) if along_update else None,
+        per_batch=forms[:, 0, 0] * length**2,
+        items=items,
+    )
+
+
+def estimate_curvature(
+    engine: HvpEngine,
+    objective: Objective,
+    config: OptimizabilityConfig,
+    *,
+    point: Gradient,
+    directions: DirectionalCurvature,
+    step: OptimizerStep | None,
+    blocks: Mapping[str, list[int]],
+) -> CurvatureEstimates:
+    """Estimate all that is asked of a curvature matrix, with an engine that is active."""
+    preconditions = step is not None and step.preconditions(objective)
+    allocation = allocate_hvps(config, engine, preconditions=preconditions)
+    by_task = config.task_column is not None and engine.separates_tasks
+    with drop_unused_embedding_rows(objective) as unused:
+        segments = block_segments(objective, blocks.values())
+        spectrum = _estimate_spectrum(
+            engine, objective, config, segments, max_hvps=allocation.spectrum, unused=unused, deflate=not by_task
+        )
+        checks = check_along_eigenvectors(spectrum, objective, point, engine)
+        task_maxima = {}
+        if allocation.tasks:
+            task_maxima = eigenvalues_by_task(objective, engine, config, max_hvps=allocation.tasks)
+        by_block = None
+        if allocation.blocks:
+            by_block = lanczos_by_segment(
+                BlockDiagonalHessian(objective, list(blocks.values())),
+                segments,
+                tolerance=config.budget.eigen_tolerance,
+                max_hvps=allocation.blocks,
+                seed=config.probe_seed,
+            )
+    sharpness = None
+    if step is not None:
+        sharpness = spectrum.estimates.lambda_max
+        if preconditions:
+            sharpness = _preconditioned_sharpness(engine, objective, config, step, max_hvps=allocation.sharpness)
+    # Vectors as long as the parameters are let go here, but for those that the landscape needs.
+    spectrum = replace(spectrum, eigenvectors=spectrum.eigenvectors if config.landscape else None, extremal=())
+    tasks = TaskCurvature({}, {}, {})
+    if by_task:
+        traces = traces_by_task(objective, spectrum, tolerance=config.budget.trace_tolerance)
+        means = means_by_task(objective, directions.per_batch, directions.items)
+        tasks = TaskCurvature(means, task_maxima, traces)
+    return CurvatureEstimates(spectrum, unused, by_block, sharpness, tasks, checks)
+
+
+def _estimate_spectrum(
+    engine: HvpEngine,
+    objective: Objective,
+    config: OptimizabilityConfig,
+    segments: Segments,
+    *,
+    max_hvps: int,
+    unused: int,
+    deflate: bool,
+) -> SpectrumAndTrace:
+    def exact_gauss_newton_trace(*, tolerance: float, max_hvps: int, seed: int) -> TraceResult:
+        try:
+            return split_trace(objective, segments, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
+        except (torch.OutOfMemoryError, FloatingPointError):
+            raise
+        except RuntimeError as error:  # single examples that can't be differentiated twice
+            if should_reduce_batch_size(error):
+                raise
+            raise ValueError(str(error)) from error
+
+    splits = engine.differentiates_hessian and engine.cheap
+    return estimate_spectrum_and_trace(
+        lambda: engine.operator(objective),
+        segments,
+        trace_matrix=_trace_matrix(engine, objective),
+        split_trace=exact_gauss_newton_trace if splits else None,
+        eigen_tolerance=config.budget.eigen_tolerance,
+        trace_tolerance=config.budget.trace_tolerance,
+        max_hvps=max_hvps,
+        seed=config.probe_seed,
+        eigen_method=config.eigen_method,
+        trace_method=config.trace_method,
+        num_eigenvalues=config.num_eigenvalues,
+        left_out=unused,
+        deflate=deflate,
+    )
+
+
+def _trace_matrix(engine: HvpEngine, objective: Objective) -> Callable[[], SymmetricOperator]:
+    """Return what builds the matrix that the trace is estimated from.
+
+    The probes are multiplied in blocks. Their products are shared over ranks by batches or by columns, whichever
+    leaves less to the busiest rank.
+    """
+    group, batches = objective.group, objective.parts
+    by_batch = math.ceil(batches / group.world_size) * (_GRAPH + PROBE_BLOCK_SIZE * _PRODUCT)
+    by_column = batches * (_GRAPH + math.ceil(PROBE_BLOCK_SIZE / group.world_size) * _PRODUCT)
+    if by_column >= by_batch:
+        return lambda: engine.trace_operator(objective)
+    counter, whole = objective.hvp_counter, objective.unsharded().counting(None)
+    on_products = None if counter is None else counter.add
+    return lambda: SharedColumns(engine.trace_operator(whole), group, on_products=on_products)
+
+
+def _preconditioned_sharpness(
+    engine: HvpEngine, objective: Objective, config: OptimizabilityConfig, step: OptimizerStep, *, max_hvps: int
+) -> Estimate:
+    """Return λ_max(P^-½ H P^-½)."""
+    operator = PreconditionedOperator(engine.operator(objective), step.preconditioner.diagonal)
+    tolerance = config.budget.eigen_tolerance
+    return lanczos(operator, tolerance=tolerance, max_hvps=max_hvps, seed=config.probe_seed).lambda_max
+
+
+def block_segments(objective: Objective, blocks: Iterable[list[int]]) -> list[list[slice]]:
+    """Return where each block's parameters lie in the long vector of all of them."""
+    offsets = list(accumulate((parameter.numel() for parameter in objective.parameters), initial=0))
+    slices = [slice(start, end) for start, end in pairwise(offsets)]
+    return [[slices[index] for index in block] for block in blocks]
