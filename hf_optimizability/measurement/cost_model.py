@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of a measurement: how many products each makes at most, and how many vectors it holds at once."""
+"""Cost of a measurement: the products of each stage, and the vectors that it holds at once."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .engines import HvpEngine
 
 
 _CHECK = 6
-"""Vectors that a check along eigenvectors takes: of λ_min, their sum, saved parameters, two gradients, a product."""
+"""Vectors that a check along eigenvectors needs: of λ_min, their sum, saved parameters, two gradients, a product."""
 
 
 class HvpCost(NamedTuple):
-    """What one product takes: seconds over all batches, and bytes for the largest one."""
+    """Cost of one product: seconds over all batches, and bytes for the largest one."""
 
     seconds: float
     memory: int
 
 
 class CostModel(NamedTuple):
-    """What each kind of product takes.
+    """Cost of each kind of product.
 
     Attributes:
         size: Rows of the matrix, without the embedding rows that are left out.
@@ -48,7 +48,7 @@ class CostModel(NamedTuple):
 
 
 class HvpBudget(NamedTuple):
-    """How many products `measure` makes of each kind at most."""
+    """Products of each kind that `measure` makes at most."""
 
     ends: int
     trace: int
@@ -59,7 +59,7 @@ class HvpBudget(NamedTuple):
 
     @property
     def number(self) -> int:
-        """All of them."""
+        """Return the sum of all."""
         return sum(self)
 
 
@@ -105,7 +105,7 @@ def count_hvps(
 
 
 class Stage(NamedTuple):
-    """What is in memory at one stage of a measurement: vectors and the bytes they take, and one batch's graph."""
+    """Memory of one stage of a measurement: vectors, their bytes, and the bytes of one batch's graph."""
 
     vectors: int
     vector_memory: int

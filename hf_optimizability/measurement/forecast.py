@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a measurement will take, known from a few products on one batch before it is paid for."""
+"""Forecast of what a measurement costs, from a few products on one batch."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from .session import measurement_session
 
 
 _GRADIENTS = 9
-"""Gradients taken besides the products: the gradient, that of each batch for the noise scale, two forward passes; and
+"""Gradients besides the products: the gradient, that of each batch for the noise scale, two forward passes; and
 ten forward passes of the self-check."""
 
 _STEP_GRADIENTS = 10
-"""What the search for the critical learning rate takes at most: 20 forward passes, each half a gradient at most."""
+"""Gradients that the search for the critical learning rate takes at most: 20 forward passes of half a gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What one measurement takes at most; one that converges early takes less time, and hardly less memory.
+    """Upper bound on the cost of one measurement; early convergence saves time, and hardly any memory.
 
     How many products convergence will take can't be known beforehand, so there is no expected time. Not foreseen are
     batches that must be cut into halves because the device runs out of memory on the way, and up to two products more
@@ -55,7 +55,7 @@ class Forecast:
         hvps: Most Hessian-vector products.
         seconds: Wall-clock time if all of them are made.
         peak_memory: Bytes that tensors take at most, on top of what the process holds now.
-        vectors: Vectors as long as the parameters that are measured which are held at once.
+        vectors: Vectors as long as the measured parameters that are in memory at once.
         vector_memory: Bytes that all those vectors and the copies of the weights take.
         graph_memory: Bytes that one batch's graph takes at most, with the products made from it and what the backward
             passes add for a moment.
@@ -88,7 +88,7 @@ def forecast(
     loss_fn: LossFunction | None = None,
     optimizer: Optimizer | None = None,
 ) -> Forecast:
-    """What `measure` with the same arguments will take, from one gradient and a few products on the largest batch.
+    """Forecast the cost of `measure` with the same arguments, from a gradient and a few products on the largest batch.
 
     Each kind of product that the configuration asks for is made once to count the bytes of its tensors, and once by
     the clock; the other batches are taken to cost in proportion to their size. Weights, `.grad`, mode and random state
@@ -115,8 +115,8 @@ def forecast(
         >>> batch = (torch.eye(2), torch.ones(2, 1))
         >>> def loss_fn(model, batch):
         ...     return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
-        >>> found = forecast(model, [batch], OptimizabilityConfig(profile="light"), loss_fn=loss_fn)
-        >>> found.parameters, found.hvps
+        >>> cost = forecast(model, [batch], OptimizabilityConfig(profile="light"), loss_fn=loss_fn)
+        >>> cost.parameters, cost.hvps
         (2, 32)
     """
     config = config or OptimizabilityConfig()
@@ -127,7 +127,7 @@ def forecast(
 def forecast_objective(
     objective: Objective, config: OptimizabilityConfig, *, optimizer: Optimizer | None = None
 ) -> Forecast:
-    """What `measure_objective` with the same arguments will take; batches that don't fit into memory are halved too.
+    """Forecast the cost of `measure_objective` with the same arguments; batches that don't fit are halved as there.
 
     Args:
         objective: What would be measured.
@@ -186,7 +186,7 @@ def _time_products(engine: HvpEngine, objective: Objective, config: Optimizabili
             blocks = list(block_indices(objective.names, config).values())
             block = _price(BlockDiagonalHessian(part, blocks), 1, calls, share)
         splits = engine.differentiates_hessian and engine.cheap and config.trace_method == "hutchinson"
-        known_part = _known_part_seconds(objective) if splits else 0.0
+        known_part = _gauss_newton_seconds(objective) if splits else 0.0
         operator = engine.operator(part)
     itemsize = operator.dtype.itemsize
     return CostModel(
@@ -200,8 +200,8 @@ def _time_products(engine: HvpEngine, objective: Objective, config: Optimizabili
     )
 
 
-def _known_part_seconds(objective: Objective) -> float:
-    """What the trace of the Gauss-Newton part takes, from that of one example; 0 where it is not taken."""
+def _gauss_newton_seconds(objective: Objective) -> float:
+    """Return the seconds of the Gauss-Newton part's trace, from those of one example; 0 where it is not computed."""
     everything = [[slice(0, sum(parameter.numel() for parameter in objective.parameters))]]
     seconds = 0.0
     with suppress(ValueError):
@@ -214,7 +214,7 @@ def _known_part_seconds(objective: Objective) -> float:
 
 
 def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) -> HvpCost:
-    """Makes `columns` products at once, `calls` times: the last by the clock, with bytes counted in those before."""
+    """Time `columns` products at once in the last of several calls, and count bytes in those before."""
     vectors = torch.ones(operator.size, columns, dtype=operator.dtype, device=operator.device)
     with PeakMemory() as memory:
         for _ in range(calls - 1):

@@ -130,8 +130,8 @@ def mean_loss(objective: Objective) -> float:
 @torch.no_grad()
 def _means(objective: Objective, batches: Sequence[ProbeBatch]) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean loss of each batch, and what it is over."""
-    found = [(float(loss), items) for loss, items in objective.over(batches).losses()]
-    sums, items = np.array(found, dtype=np.float64).reshape(-1, 2).T
+    pairs = [(float(loss), items) for loss, items in objective.over(batches).losses()]
+    sums, items = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     return sums / items, items
 
 

@@ -31,7 +31,7 @@ from .curvature_pass import CurvatureEstimates, DirectionalCurvature, estimate_c
 from .eigenvector_check import engine_error
 from .engines import HvpEngine, choose_engine
 from .mean_check import check_mean, weights_left_alone
-from .multitask import several_tasks
+from .multitask import measure_tasks
 from .optimizer_step import OptimizerStep, eigenvector_plane, measure_stability, update_line
 from .out_of_memory import out_of_memory, retry_with_smaller_batches
 from .results import BlockMeasurement, Measurement
@@ -174,20 +174,20 @@ def _with_checked_mean(objective: Objective, config: OptimizabilityConfig) -> Ob
         MeasurementError: If the loss is not the same in each pass, or batches don't fit and can't be cut.
     """
 
-    def check(objective: Objective) -> SelfCheck:
+    def check_batches(objective: Objective) -> SelfCheck:
         with measurement_session(objective, config) as (objective, _):
             return check_mean(objective)
 
     size = objective.batch_size
-    found, objective = retry_with_smaller_batches(objective, check)
+    check, objective = retry_with_smaller_batches(objective, check_batches)
     # Whole batches were not seen. If halves of the smaller ones have the same mean, these are halves of that kind too.
-    if objective.batch_size < size and (found.mean_error is None or found.unit == "pairs"):
+    if objective.batch_size < size and (check.mean_error is None or check.unit == "pairs"):
         raise MeasurementError(
             f"The device ran out of memory in a forward pass of a batch of {size} examples, and smaller batches are "
             "not known to have the same mean loss.",
             "Collate fewer examples at a time (`probe_batch_size`), or free memory on the device.",
         )
-    return objective.checked(found)
+    return objective.checked(check)
 
 
 def _measure_once(objective: Objective, config: OptimizabilityConfig, optimizer: Optimizer | None) -> Measurement:
@@ -217,7 +217,7 @@ def _measure_once(objective: Objective, config: OptimizabilityConfig, optimizer:
         plane = eigenvector_plane(objective, curvature.spectrum) if config.landscape else None
         blocks = _measure_blocks(objective, indices, point, curvature)
         noise = noise_scale(objective, mean_gradient=point.tensors) if objective.parts >= MIN_PARTS else None
-        multitask = several_tasks(objective, indices, curvature.tasks) if config.task_column is not None else None
+        multitask = measure_tasks(objective, indices, curvature.tasks) if config.task_column is not None else None
         return Measurement(
             step=0,
             epoch=None,

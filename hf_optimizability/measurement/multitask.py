@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several tasks in one measurement: what each of them has of the joint gradient and curvature."""
+"""Per-task decomposition of the gradient and the curvature."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .results import Conflict, MultitaskMeasurement, TaskBlock, TaskMeasurement
 
 @dataclass(frozen=True)
 class TaskCurvature:
-    """What one way to multiply found of each task, by name; empty where its products don't tell tasks apart.
+    """Curvature of each task, by name; empty where the engine does not separate tasks.
 
     Attributes:
         along_gradient: gᵀHₜg.
@@ -37,52 +37,52 @@ class TaskCurvature:
     traces: Mapping[str, Sequence[Estimate]]
 
 
-def task_places(objective: Objective) -> dict[str, list[int]]:
-    """Which of all ranks' parts belong to each task, in alphabetical order."""
+def task_batches(objective: Objective) -> dict[str, list[int]]:
+    """Return the indices of each task's batches among those of all ranks, tasks in alphabetical order."""
     tasks = objective.part_tasks or []
     return {name: [place for place, own in enumerate(tasks) if own == name] for name in sorted(set(tasks))}
 
 
 def means_by_task(objective: Objective, values: np.ndarray, items: Sequence[int]) -> dict[str, float]:
-    """Means over each task's parts, weighted by items, of numbers of shape (parts,)."""
+    """Return the mean over each task's batches, weighted by items, of numbers of shape (batches,)."""
     return {
         name: float(np.average(values[places], weights=np.array(items)[places]))
-        for name, places in task_places(objective).items()
+        for name, places in task_batches(objective).items()
     }
 
 
 def traces_by_task(
     objective: Objective, found: SpectrumAndTrace, *, tolerance: float
 ) -> dict[str, tuple[Estimate, ...]]:
-    """The trace of each task and of its blocks, from the probes of the joint one."""
+    """Return the trace of each task and of its blocks, from the probes of the joint one."""
     joint, parts = found.estimates.trace, found.parts
     assert parts is not None  # `xtrace` is refused where tasks are measured one by one
     options: dict[str, Any] = {"tolerance": tolerance, "method": joint.method, "hvps": joint.hvps}
-    return {name: parts.mean_of(places, **options) for name, places in task_places(objective).items()}
+    return {name: parts.mean_of(places, **options) for name, places in task_batches(objective).items()}
 
 
 def eigenvalues_by_task(
     objective: Objective, engine: HvpEngine, config: OptimizabilityConfig, *, max_hvps: int
 ) -> dict[str, Estimate]:
-    """The largest eigenvalue of each task's own matrix.
+    """Return the largest eigenvalue of each task's own matrix.
 
-    A product with each of them goes over all parts once, and so counts as one.
+    A product with each of them evaluates all batches once, and so counts as one.
     """
-    found = {}
-    for name in task_places(objective):
+    maxima = {}
+    for name in task_batches(objective):
         matrix = engine.operator(objective.of_task(name))
         run = lanczos(matrix, tolerance=config.budget.eigen_tolerance, max_hvps=max_hvps, seed=config.probe_seed)
-        found[name] = run.lambda_max
+        maxima[name] = run.lambda_max
     if objective.hvp_counter is not None:
-        objective.hvp_counter.add(max(estimate.hvps for estimate in found.values()))
-    return found
+        objective.hvp_counter.add(max(estimate.hvps for estimate in maxima.values()))
+    return maxima
 
 
-def several_tasks(
+def measure_tasks(
     objective: Objective, blocks: Mapping[str, Sequence[int]], curvature: TaskCurvature
 ) -> MultitaskMeasurement:
-    """Gradients of all tasks and their agreement, beside their curvature."""
-    places = task_places(objective)
+    """Return the gradients of all tasks, their agreement, and their curvature."""
+    places = task_batches(objective)
     names = list(places)
     owners = [names.index(task) for task in objective.part_tasks or []]
     products = batch_products(objective, owners, list(blocks.values()))
@@ -142,7 +142,7 @@ def _task(
 
 
 def _mean(value: float, std_error: float, *, parts: int) -> Estimate:
-    """A mean over batches; without an error from one of them."""
+    """Return a mean over batches; it has no error if there is one batch."""
     if parts == 1:
         return Estimate(value, -math.inf, math.inf, method="mean", hvps=0, converged=False)
     margin = student_quantile(parts) * std_error
@@ -150,7 +150,7 @@ def _mean(value: float, std_error: float, *, parts: int) -> Estimate:
 
 
 def _root(square: Estimate) -> Estimate:
-    """The root of a square that noise may have left below 0."""
+    """Return the root of a square that noise may have made negative."""
     value, low, high = (math.sqrt(max(number, 0.0)) for number in (square.value, square.low, square.high))
     error = square.std_error / (2 * value) if square.std_error is not None and value > 0 else None
     return Estimate(value, low, high, square.method, hvps=0, converged=square.converged, std_error=error)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to do when the device runs out of memory: the same work, on batches of half the size."""
+"""Out of memory: the same work on batches of half the size."""
 
 from __future__ import annotations
 

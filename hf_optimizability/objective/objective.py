@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: one mean loss over fixed probe batches, the loss that the Trainer minimizes."""
+"""The loss that is measured: one mean over fixed probe batches, as the Trainer minimizes it."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ class Objective(ModelRisk):
         return objective
 
     def block(self, names: Collection[str]) -> Objective:
-        """The same loss, as a function of some of the parameters alone: of it, an operator is a diagonal block.
+        """Return the loss as a function of some parameters alone; an operator of it is a diagonal block.
 
         Raises:
             ValueError: If a name is not that of a trainable parameter.
@@ -377,7 +377,7 @@ def _counted(batches: list[ProbeBatch]) -> list[ProbeBatch]:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name; a tied one stands under its first name only.
+    """Return the parameters that training changes, by name; a tied one appears under its first name only.
 
     Raises:
         ValueError: If there is none.
@@ -392,7 +392,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that a Transformers model returns for a batch with labels.
+    """Return the loss that a Transformers model computes for a batch with labels.
 
     Raises:
         ValueError: If the batch is no mapping, has no labels, or the model returns no loss.
