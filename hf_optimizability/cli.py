@@ -265,10 +265,9 @@ def _run(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bo
 def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool, as_json: bool, flags: bool) -> None:
     from transformers import Trainer
 
-    from . import forecast, measure
-    from .files import keep_aside, require_writable
-    from .tasks.fine_tuning import load, report_folder
-    from .tasks.probe_only import measure_inputs, single_report
+    from .files import back_up, require_writable
+    from .tasks.fine_tuning import load
+    from .tasks.probe_only import MeasureInputs, report_measurement
 
     task, parser = _task_and_parser(task_name, args)
     with tempfile.TemporaryDirectory() as scratch:
@@ -276,24 +275,24 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
         model_args, data_args, config, training_args = _parsed(parser, args, flags=flags)
         folder = None
         if not forecast_only and (config.report_dir is not None or training_args.output_dir != scratch):
-            folder = report_folder(config, training_args)
+            folder = config.report_folder(training_args.output_dir)
             require_writable(folder, "report_dir")
         training_args.output_dir = scratch
         with _only_json_on_stdout(as_json):
             trainer = Trainer(args=training_args, **load(task, model_args, data_args, training_args))
-            measured = measure_inputs(trainer, config)
+            probe = MeasureInputs.from_trainer(trainer, config)
             if forecast_only:
-                price = forecast(**measured)
+                price = probe.forecast()
             else:
-                measurement = measure(**measured, progress=not training_args.disable_tqdm)
+                measurement = probe.measure(progress=not training_args.disable_tqdm)
     if not trainer.is_world_process_zero():
         return
     if forecast_only:
         typer.echo(json.dumps(asdict(price)) if as_json else str(price))
         return
-    found = single_report(trainer, measured, measurement)
+    found = report_measurement(trainer, probe, measurement)
     if folder is not None:
-        keep_aside(folder / "report.json")
+        back_up(folder / "report.json")
         found.save(folder)
     _print_report(found, folder, _table(measurement), as_json=as_json)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
 
@@ -74,6 +75,9 @@ PROFILES = {
 }
 """Presets, each several times the price of the one before."""
 
+
+REPORT_FOLDER = "optimizability"
+"""Name of the report's folder inside `output_dir`."""
 
 MIN_HVPS = 16
 """Products that every part of a measurement has enough of to give an estimate and an error."""
@@ -277,6 +281,10 @@ class OptimizabilityConfig:
                 "`engine` is 'central_difference', whose products do not tell tasks apart, but `task_column` is "
                 f"{self.task_column!r}. Leave `engine` at 'auto'."
             )
+
+    def report_folder(self, output_dir: str | None) -> Path:
+        """Return the folder of the report of a run whose checkpoints go to `output_dir`."""
+        return Path(self.report_dir or f"{output_dir}/{REPORT_FOLDER}")
 
     @property
     def budget(self) -> Budget:

@@ -51,7 +51,7 @@ def require_writable(folder: Path, argument: str) -> None:
         ) from error
 
 
-def keep_aside(path: Path) -> Path | None:
+def back_up(path: Path) -> Path | None:
     """Gives a file that is about to be written anew a name of its own, such as `report-1.json`.
 
     Returns:

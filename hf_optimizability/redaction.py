@@ -32,7 +32,7 @@ _PATHS = (
 _NO_NAMES = {"root", "user", "localhost", "admin"}
 
 
-def without_secrets(text: str, *, secrets: Iterable[str | None] = ()) -> str:
+def redact_secrets(text: str, *, secrets: Iterable[str | None] = ()) -> str:
     """The text without tokens, and with `~` for home directories.
 
     Args:
@@ -40,7 +40,7 @@ def without_secrets(text: str, *, secrets: Iterable[str | None] = ()) -> str:
         secrets: Tokens that are known; those in the environment are found.
 
     Example:
-        >>> without_secrets("hf_abcdefghijklmnopqrstuvwxyz012345 was refused for /home/ada/model")
+        >>> redact_secrets("hf_abcdefghijklmnopqrstuvwxyz012345 was refused for /home/ada/model")
         '<secret> was refused for ~/model'
     """
     found = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _LEAST_SECRET]
@@ -53,14 +53,14 @@ def without_secrets(text: str, *, secrets: Iterable[str | None] = ()) -> str:
     return _HOME.sub("~", text)
 
 
-def anonymous(text: str) -> str:
+def anonymize(text: str) -> str:
     """The text without secrets, with the last part of each path only, and without the names of user and machine.
 
     Example:
-        >>> anonymous("FileNotFoundError: '/mnt/ada/secret project/train.csv' (see https://pytorch.org/docs/stable)")
+        >>> anonymize("FileNotFoundError: '/mnt/ada/secret project/train.csv' (see https://pytorch.org/docs/stable)")
         "FileNotFoundError: '…/train.csv' (see https://pytorch.org/docs/stable)"
     """
-    text = without_secrets(_QUOTED_PATH.sub(r"\g<quote>…/\g<last>\g<quote>", text))  # may hold spaces
+    text = redact_secrets(_QUOTED_PATH.sub(r"\g<quote>…/\g<last>\g<quote>", text))  # may hold spaces
     for path in _PATHS:
         text = path.sub(r"…/\g<last>", text)
     for name, instead in _names().items():
@@ -69,12 +69,12 @@ def anonymous(text: str) -> str:
     return text
 
 
-def in_strings(value: Any, change: Callable[[str], str]) -> Any:
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     """The value with each string in it changed, in nested dicts (but not their keys) and lists."""
     if isinstance(value, dict):
-        return {key: in_strings(item, change) for key, item in value.items()}
+        return {key: map_strings(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [in_strings(item, change) for item in value]
+        return [map_strings(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
 
 

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from transformers import TrainerCallback
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
-from hf_optimizability.redaction import anonymous, without_secrets
+from hf_optimizability.redaction import anonymize, redact_secrets
 from hf_optimizability.training.provenance import describe_model
 from tests.support import tiny_models, tiny_training
 from tests.support.tiny_training import CONFIG
@@ -66,7 +66,7 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_goes(text: str, expected: str):
-    assert anonymous(text) == expected
+    assert anonymize(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -81,18 +81,18 @@ def test_what_goes(text: str, expected: str):
     ],
 )
 def test_what_stays(text: str):
-    assert anonymous(text) == text
+    assert anonymize(text) == text
 
 
 def test_names_that_are_words_stay(monkeypatch: pytest.MonkeyPatch):
     for name in ("root", "me"):
         for variable in ("USER", "LOGNAME", "LNAME", "USERNAME"):
             monkeypatch.setenv(variable, name)
-        assert anonymous("the root of all, to me") == "the root of all, to me"
+        assert anonymize("the root of all, to me") == "the root of all, to me"
 
 
 def test_a_secret_that_is_passed():
-    assert without_secrets("an opaque one, None", secrets=["opaque", None, ""]) == "an <secret> one, None"
+    assert redact_secrets("an opaque one, None", secrets=["opaque", None, ""]) == "an <secret> one, None"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
 from ..files import finite, require_writable, write_atomically
-from ..redaction import anonymous, without_secrets
+from ..redaction import anonymize, redact_secrets
 from ..report import OptimizabilityReport
 from ..scoring.checkpoint import CheckpointScores
 from ..serialization import structure
@@ -431,4 +431,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in told:
         told = f"Out of memory: {told.rstrip('.')}. Lower --per_device_train_batch_size, and raise "
         told += "--gradient_accumulation_steps by as much."
-    return anonymous(without_secrets(told))
+    return anonymize(redact_secrets(told))

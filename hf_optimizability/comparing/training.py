@@ -9,7 +9,6 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..config import OptimizabilityConfig
 from ..dynamics import compute_dynamics
 from ..log_keys import PREFIX
 from ..objective.probe_set import probe_indices
-from ..redaction import anonymous, in_strings
+from ..redaction import anonymize, map_strings
 from ..report import OptimizabilityReport
 from ..tasks.checkpoint import CheckpointArguments
 from ..tasks.datasets import LabelledDataArguments
@@ -251,19 +250,16 @@ def _report(trainer: Trainer, scores: Scores, config: OptimizabilityConfig) -> O
     state, optimizer, model = trainer.state, trainer.optimizer, trainer.model
     assert optimizer is not None and isinstance(model, torch.nn.Module)
     state.log_history.append({**_gap(trainer, scores, config), "step": state.global_step})
-    log = in_strings(state.log_history, anonymous)
+    log = map_strings(state.log_history, anonymize)
     train: Any = trainer.train_dataset
     evaluation: Any = trainer.eval_dataset
-    return OptimizabilityReport(
-        model=provenance.describe_model(model),
-        task=provenance.describe_task(model, own_loss=False),
-        data=provenance.describe_data(train, evaluation) | provenance.describe_probe_set([], model),
-        training=provenance.describe_training(trainer.args, optimizer, state.max_steps),
-        versions=provenance.library_versions(),
-        log_history=log,
-        dynamics=compute_dynamics(log, seed=config.probe_seed),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
+    report = provenance.new_report(model, train, evaluation, own_loss=False)
+    report.data |= provenance.describe_probe_set([], model)
+    report.training = provenance.describe_training(trainer.args, optimizer, state.max_steps)
+    report.log_history = log
+    report.dynamics = compute_dynamics(log, seed=config.probe_seed)
+    report.created = provenance.timestamp()
+    return report
 
 
 def _gap(trainer: Trainer, scores: Scores, config: OptimizabilityConfig) -> dict[str, float]:

@@ -26,7 +26,7 @@ from ..errors import MeasurementError, WrongDerivativeError
 from ..linalg.vectors import norm
 from ..model_state.measuring import eager_attention, math_attention, pretrained
 from ..objective.objective import Objective
-from ..redaction import anonymous, without_secrets
+from ..redaction import anonymize, redact_secrets
 
 
 logger = logging.get_logger(__name__)
@@ -160,7 +160,7 @@ def choose_engine(
         if engine.fallback is not None:
             logger.warning_once(
                 f"Hessian-vector products are made by {engine.name} under {engine.attention} attention, because of "
-                f"this: {without_secrets(_explained(refusals[0]) if refusals else engine.fallback)}"
+                f"this: {redact_secrets(_explained(refusals[0]) if refusals else engine.fallback)}"
             )
         return engine, result
     if isinstance(refusals[0], WrongDerivativeError):
@@ -207,7 +207,7 @@ def _with_reason(
     if config.engine != "auto" or config.curvature == "empirical_fisher":
         return engine
     if refusals:
-        return replace(engine, fallback=anonymous(_explained(refusals[0])))
+        return replace(engine, fallback=anonymize(_explained(refusals[0])))
     if engine.name == "central_difference":
         return replace(engine, fallback=objective.second_derivative_blocker)
     return engine

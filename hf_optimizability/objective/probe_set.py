@@ -21,7 +21,7 @@ from ..config import OptimizabilityConfig
 from ..errors import MeasurementError
 from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..model_state.measuring import preserved_rng
-from ..redaction import without_secrets
+from ..redaction import redact_secrets
 from .batches import batch_size as examples_in
 from .data_state import DataState, preserved_data
 from .task_labels import require_several, smaller_batches, tasks_of_rows
@@ -245,7 +245,7 @@ def _readable_rows(dataset: Any, indices: Sequence[int]) -> tuple[list[int], lis
     if failures:
         logger.warning_once(
             f"{len(failures)} of {len(indices)} rows drawn for the probe set can't be read and are left out; the "
-            f"first one: {without_secrets(_said(failures[0]))}."
+            f"first one: {redact_secrets(_said(failures[0]))}."
         )
     return list(rows), list(rows.values())
 

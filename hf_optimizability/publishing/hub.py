@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx, validate_repo_id
 
 from ..files import write_atomically
-from ..redaction import in_strings, without_secrets
+from ..redaction import map_strings, redact_secrets
 from ..report import OptimizabilityReport
 from ..report.markdown import ALT_TEXTS, CARD_FOLDER, card_section
 from ..report_data.number_format import one_line
@@ -94,8 +94,8 @@ def push(
     except HFValidationError as error:
         raise ValueError(f"`repo_id` is no name of a repository, such as 'user/my-model'. {error}") from None
     # A report may be older than the rule that none holds secrets or home directories.
-    clean = partial(without_secrets, secrets=[token, get_token()])
-    report = OptimizabilityReport.from_dict(in_strings(OptimizabilityReport.load(folder).to_dict(), clean))
+    clean = partial(redact_secrets, secrets=[token, get_token()])
+    report = OptimizabilityReport.from_dict(map_strings(OptimizabilityReport.load(folder).to_dict(), clean))
     files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
     files |= {name: clean(content.decode()).encode() for name, content in files.items() if name in _TEXTS}
     api = HfApi(token=token, library_name="hf-optimizability")
@@ -151,7 +151,7 @@ def explained(what: str, *, kept: str, token: str | None = None) -> Iterator[Non
         why, remedy = _explanation(error, token)
         message = one_line(f"Failed at {what}. {why} {remedy} {kept}")
         # The client's traceback is long, and may show what the server answered: an echo of the request, say.
-        raise HubError(without_secrets(message, secrets=[token, get_token()])) from None
+        raise HubError(redact_secrets(message, secrets=[token, get_token()])) from None
 
 
 def _commit(

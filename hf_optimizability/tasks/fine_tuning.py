@@ -14,7 +14,6 @@ from typing import Any, NoReturn, Protocol
 from datasets import Dataset
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
 
-from ..config import OptimizabilityConfig
 from ..training.trainer import OptimizabilityTrainer
 from . import image_classification, text_classification
 from .checkpoint import CheckpointArguments, own_config
@@ -179,9 +178,4 @@ def fine_tune(trainer: OptimizabilityTrainer, **card: Any) -> Path:
         trainer.push_to_hub(**card)
     else:
         trainer.create_model_card(**card)
-    return report_folder(trainer.optimizability_callback.config, args)
-
-
-def report_folder(config: OptimizabilityConfig, args: TrainingArguments) -> Path:
-    """Where the report of a run is written."""
-    return Path(config.report_dir or f"{args.output_dir}/optimizability")
+    return trainer.optimizability_callback.config.report_folder(args.output_dir)

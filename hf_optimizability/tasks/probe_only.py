@@ -1,47 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Trainer would measure before its first step, without training."""
+"""The measurement that a Trainer would make before its first step, without training."""
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers import Trainer
 
 from ..config import OptimizabilityConfig
+from ..measurement.forecast import Forecast, forecast
+from ..measurement.measure import measure
 from ..measurement.results import Measurement
+from ..objective.objective import LossFunction
 from ..objective.probe_set import ProbeSpec, draw_probe_set
 from ..report import OptimizabilityReport
 from ..training import provenance
 from ..training.trainer_loss import trainer_loss
 
 
-def measure_inputs(trainer: Trainer, config: OptimizabilityConfig) -> dict[str, Any]:
-    """What `measure` and `forecast` take by these names: the Trainer's model and loss, and the probe set.
+@dataclass(frozen=True)
+class MeasureInputs:
+    """What `measure` and `forecast` take.
 
-    Raises:
-        ValueError: If the training set is too small for the probe set, or tasks shall be told apart.
+    Attributes:
+        model: The Trainer's model.
+        batches: The probe set.
+        config: What to measure.
+        loss_fn: The Trainer's loss.
     """
-    if config.task_column is not None:
-        raise ValueError(
-            "`task_column` is not offered here: the command leaves the model nothing but its inputs. Train with "
-            "`OptimizabilityTrainer`, or call `hf_optimizability.measure`."
-        )
-    batches = draw_probe_set(trainer.get_train_dataloader(), ProbeSpec.from_config(config)).batches
-    return {"model": trainer.model, "batches": batches, "config": config, "loss_fn": trainer_loss(trainer)}
+
+    model: nn.Module
+    batches: list[Any]
+    config: OptimizabilityConfig
+    loss_fn: LossFunction
+
+    @classmethod
+    def from_trainer(cls, trainer: Trainer, config: OptimizabilityConfig) -> MeasureInputs:
+        """Draw the probe set from a Trainer's training set.
+
+        Raises:
+            ValueError: If the training set is too small for the probe set, or `task_column` is set.
+        """
+        if config.task_column is not None:
+            raise ValueError(
+                "`task_column` is not supported here: the command passes the model nothing but its inputs. Train with "
+                "`OptimizabilityTrainer`, or call `hf_optimizability.measure`."
+            )
+        batches = draw_probe_set(trainer.get_train_dataloader(), ProbeSpec.from_config(config)).batches
+        assert isinstance(trainer.model, nn.Module)
+        return cls(trainer.model, batches, config, trainer_loss(trainer))
+
+    def forecast(self) -> Forecast:
+        """Return what the measurement will take at most."""
+        return forecast(self.model, self.batches, self.config, loss_fn=self.loss_fn)
+
+    def measure(self, *, progress: bool) -> Measurement:
+        """Make the measurement, with a progress bar or without."""
+        return measure(self.model, self.batches, self.config, loss_fn=self.loss_fn, progress=progress)
 
 
-def single_report(trainer: Trainer, measured: dict[str, Any], measurement: Measurement) -> OptimizabilityReport:
-    """The report of one measurement."""
-    model, batches = measured["model"], measured["batches"]
+def report_measurement(trainer: Trainer, inputs: MeasureInputs, measurement: Measurement) -> OptimizabilityReport:
+    """Return the report of one measurement."""
     train: Any = trainer.train_dataset
     validation: Any = trainer.eval_dataset
-    return OptimizabilityReport(
-        model=provenance.describe_model(model),
-        task=provenance.describe_task(model, own_loss=False),
-        data=provenance.describe_data(train, validation) | provenance.describe_probe_set(batches, model),
-        config=provenance.describe_config(measured["config"]),
-        versions=provenance.library_versions(),
-        measurements=[measurement],
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
+    report = provenance.new_report(inputs.model, train, validation, own_loss=False, config=inputs.config)
+    report.data |= provenance.describe_probe_set(inputs.batches, inputs.model)
+    report.measurements = [measurement]
+    report.created = provenance.timestamp()
+    return report

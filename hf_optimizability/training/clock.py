@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long training takes, and how long its measurements."""
+"""Time of training, of its steps, and of its measurements."""
 
 from __future__ import annotations
 
@@ -11,40 +11,72 @@ from contextlib import contextmanager
 
 
 RECENT_STEPS = 255
-"""How many of the last steps tell what a step takes. It is asked after each: the median of all takes ever longer."""
+"""How many of the last steps the time of a step is estimated from. It is needed after each step, and the median of all
+would take ever longer."""
 
 
-class Clock:
-    """Time training without what is measured in between.
-
-    Make one where preparing the measurements starts, and call `begin` where training does.
-
-    Args:
-        trained: Seconds that the run had trained before this process took it up.
-        measured: Seconds that each of its measurements had taken.
+class StepTimer:
+    """Time optimizer steps, data loading included, without what is done between them.
 
     Attributes:
-        measured: Seconds of each measurement so far, those that failed included.
+        seconds: Time of all steps so far.
+        recent: Time of each of the last steps.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._step_began = time.perf_counter()
+
+    def restart(self) -> None:
+        """Begin a step now: the time since the last step ended counts as no step."""
+        self._step_began = time.perf_counter()
+
+    def step_ended(self) -> None:
+        """End a step and begin the next one."""
+        now = time.perf_counter()
+        self.recent.append(now - self._step_began)
+        self.seconds += self.recent[-1]
+        self._step_began = now
+
+    @property
+    def step_seconds(self) -> float:
+        """Time of a step: the median of the recent ones, since the first ones warm up."""
+        return statistics.median(self.recent)
+
+
+class Clock(StepTimer):
+    """Time training without the measurements made in between.
+
+    Create it where the preparation of measurements starts, and call `begin` where training does.
+
+    Args:
+        trained: Seconds of training before a resumed run was interrupted.
+        measured: Seconds of each measurement made until then.
+
+    Attributes:
+        measured: Seconds of each measurement so far, including failed ones.
         borrowed: Seconds that this process has spent on measurements and on preparing them.
     """
 
     def __init__(self, *, trained: float = 0.0, measured: Iterable[float] = ()):
+        super().__init__()
         self.measured = list(measured)
         self.borrowed = 0.0
         self._trained = trained
-        self._made = self._since = self._step_begun = time.perf_counter()
-        self._earlier = sum(self.measured)
-        self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._created = self._began = self._step_began
+        self._measured_before = sum(self.measured)
 
     def begin(self) -> None:
-        """Training begins now: what was done since the clock was made, measurements included, prepared it."""
-        self._since = self._step_begun = time.perf_counter()
-        self._earlier = sum(self.measured)
-        self.borrowed = self._since - self._made
+        """Begin training now: everything since the clock was created, measurements included, prepared it."""
+        self.restart()
+        self._began = self._step_began
+        self._measured_before = sum(self.measured)
+        self.borrowed = self._began - self._created
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside is no training."""
+        """Exclude the enclosed time from training time."""
         started = time.perf_counter()
         try:
             yield
@@ -53,25 +85,11 @@ class Clock:
             self.measured.append(seconds)
             self.borrowed += seconds
 
-    def step_ended(self) -> None:
-        """A step has ended, and the next one begins."""
-        now = time.perf_counter()
-        self._steps.append(now - self._step_begun)
-        self._step_begun = now
-
-    def go_on(self) -> None:
-        """The next step begins now: what was done since the last one ended is no part of it."""
-        self._step_begun = time.perf_counter()
-
-    @property
-    def step_seconds(self) -> float:
-        """What a step takes, data loading included: the median of the recent ones, since the first ones warm up."""
-        return statistics.median(self._steps)
-
     @property
     def train_seconds(self) -> float:
         """Time of training so far."""
-        return self._trained + time.perf_counter() - self._since - (sum(self.measured) - self._earlier)
+        measured = sum(self.measured) - self._measured_before
+        return self._trained + time.perf_counter() - self._began - measured
 
     @property
     def overhead(self) -> float:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report says about where its numbers come from: model, task, data, training settings, versions."""
+"""Where a report's numbers come from: model, task, data, training settings, versions."""
 
 from __future__ import annotations
 
 import platform
 import re
 from dataclasses import asdict
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..distributed.fsdp import class_name
 from ..model_state.measuring import pretrained
 from ..objective.batches import batch_size, count_items
 from ..objective.probe_set import fingerprint, num_examples
+from ..report import OptimizabilityReport
 
 
 _ARGUMENTS = (
@@ -31,8 +33,39 @@ _ARGUMENTS = (
 """Training arguments that a reader needs to repeat or to judge the run."""
 
 
+def new_report(
+    model: nn.Module,
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | None,
+    *,
+    own_loss: bool,
+    config: OptimizabilityConfig | None = None,
+) -> OptimizabilityReport:
+    """Return a report of where its numbers come from, without any numbers.
+
+    Args:
+        model: The model.
+        train_dataset: The data trained on.
+        eval_dataset: The data evaluated on.
+        own_loss: Whether the loss is the model's own, not a Trainer's.
+        config: What is measured, if anything is.
+    """
+    return OptimizabilityReport(
+        model=describe_model(model),
+        task=describe_task(model, own_loss=own_loss),
+        data=describe_data(train_dataset, eval_dataset),
+        config={} if config is None else describe_config(config),
+        versions=library_versions(),
+    )
+
+
+def timestamp() -> str:
+    """Return the time in UTC, to the second, by ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Model id (of a local checkpoint, its folder's name), class, size, and whether eval mode changes its geometry."""
+    """Return model id (of a local checkpoint, its folder's name), class, size, and whether it has BatchNorm."""
     inner = pretrained(model)
     parameters = list(model.parameters())
     return {
@@ -45,7 +78,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 
 def public_id(identifier: str) -> str:
-    """The name of a checkpoint on the Hub as it is; of a local path, which says where things are kept, the last part.
+    """Return the name of a checkpoint on the Hub as it is; of a local path, which reveals folders, the last part.
 
     Example:
         >>> public_id("org/name"), public_id("/data/models/mine/"), public_id("./mine")
@@ -56,7 +89,7 @@ def public_id(identifier: str) -> str:
 
 
 def describe_task(model: nn.Module, *, own_loss: bool) -> dict[str, str]:
-    """The task in the Hub's terms, and whose loss was measured."""
+    """Return the task in the Hub's terms, and whose loss was measured."""
     from transformers.modelcard import TASK_MAPPING
 
     name = class_name(pretrained(model) or model)
@@ -66,7 +99,7 @@ def describe_task(model: nn.Module, *, own_loss: bool) -> dict[str, str]:
 
 
 def describe_data(train_dataset: Dataset | None, eval_dataset: Dataset | None) -> dict[str, Any]:
-    """Name and sizes of the data (`None`: streamed or absent)."""
+    """Return name and sizes of the data (`None`: streamed or absent)."""
     return {
         "dataset": _dataset_name(train_dataset),
         "train_examples": num_examples(train_dataset),
@@ -75,7 +108,7 @@ def describe_data(train_dataset: Dataset | None, eval_dataset: Dataset | None) -
 
 
 def describe_probe_set(batches: list[Any], model: nn.Module) -> dict[str, Any]:
-    """Size and fingerprint of the probe set."""
+    """Return size and fingerprint of the probe set."""
     return {
         "probe_examples": sum(batch_size(batch) for batch in batches),
         "probe_items": sum(count_items(model, batch) for batch in batches),
@@ -85,20 +118,20 @@ def describe_probe_set(batches: list[Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _dataset_name(dataset: Dataset | None) -> str:
-    """What `load_dataset` called it; nothing for data sets from elsewhere."""
+    """Return what `load_dataset` called it; nothing for data sets from elsewhere."""
     import datasets
 
     return (dataset.info.dataset_name or "") if isinstance(dataset, datasets.Dataset) else ""
 
 
 def describe_config(config: OptimizabilityConfig) -> dict[str, Any]:
-    """The options, with what the profile filled in, less the folder: it says where the user keeps things."""
+    """Return the options, with those the profile fills in, without the folder, which reveals the user's paths."""
     options = asdict(config) | asdict(config.budget)
     return {name: value for name, value in options.items() if name != "report_dir"}
 
 
 def describe_training(args: TrainingArguments, optimizer: Optimizer, max_steps: int) -> dict[str, Any]:
-    """The optimizer with its settings, and the arguments that shape the run."""
+    """Return the optimizer with its settings, and the arguments that shape the run."""
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     group = inner.param_groups[0]
     settings = {name: value for name, value in group.items() if isinstance(value, (bool, int, float, tuple))}
@@ -113,7 +146,7 @@ def describe_training(args: TrainingArguments, optimizer: Optimizer, max_steps: 
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
+    """Return the versions of everything that can change a number."""
     from .. import __version__
 
     packages = ("torch", "transformers", "accelerate", "numpy", "scipy")

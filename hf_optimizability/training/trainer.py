@@ -18,9 +18,8 @@ from ..log_keys import PREFIX
 from ..objective.objective import trainable_parameters
 from ..objective.parameter_blocks import block_indices
 from ..publishing.hub import HubError, add_to_model_folder, explained
-from ..redaction import without_secrets
+from ..redaction import redact_secrets
 from ..report import OptimizabilityReport
-from ..report.markdown import CARD_FOLDER
 from .callback import OptimizabilityCallback
 
 
@@ -81,7 +80,7 @@ class OptimizabilityTrainerMixin(_Base):
                 try:
                     self._train_grad_norms = self._grad_norms()
                 except Exception as error:  # whatever it is, the step that is logged counts more
-                    reason = without_secrets(f"{type(error).__name__}: {error}")
+                    reason = redact_secrets(f"{type(error).__name__}: {error}")
                     logger.warning_once(f"The gradient norms by block are not logged. {reason} Training continues.")
         return loss
 
@@ -130,11 +129,11 @@ class OptimizabilityTrainerMixin(_Base):
             add_to_model_folder(
                 report,
                 folder,
-                report_folder=Path(self.optimizability_callback.config.report_dir or folder / CARD_FOLDER),
+                report_folder=self.optimizability_callback.config.report_folder(self.args.output_dir),
                 name=Path(self.args.hub_model_id or folder.resolve()).name,
             )
         except Exception as error:
-            reason = without_secrets(f"{type(error).__name__}: {error}")
+            reason = redact_secrets(f"{type(error).__name__}: {error}")
             logger.warning(f"The model card goes without the optimizability report. {reason}")
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss that a Trainer minimizes, on the probe set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import MeasurementError, MeasurementInterruptedError
+from ..linalg.communicator import ProcessGroup
+from ..measurement.out_of_memory import out_of_memory
+from ..objective.objective import Objective
+from ..objective.probe_set import ProbeSet, tensors_in
+from ..report import OptimizabilityReport
+from . import provenance
+from .trainer_loss import trainer_loss
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class ProbeObjective:
+    """The loss on the probe set, as a function of the parameters that are trained at the time.
+
+    Args:
+        model: The model as it is trained.
+        probe_set: The examples.
+        trainer: Whose loss to compute; without it, the model's own.
+        seed: Seed for whatever the model draws.
+        group: Processes that train together.
+        report: Where to describe the probe set and the model.
+        should_stop: Whether to interrupt a measurement.
+
+    Attributes:
+        objective: The loss as last built; a measurement may replace it by one on smaller batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe_set: ProbeSet,
+        *,
+        trainer: Trainer | None,
+        seed: int,
+        group: ProcessGroup,
+        report: OptimizabilityReport,
+        should_stop: Callable[[], bool],
+    ):
+        self.objective: Objective | None = None
+        self._model, self._probe_set, self._trainer = model, probe_set, trainer
+        self._seed, self._group, self._report, self._should_stop = seed, group, report, should_stop
+
+    def current(self) -> Objective:
+        """Return the loss by the parameters that are trained now, once it has been checked.
+
+        Raises:
+            MeasurementError: If the probe set can't be counted, or has no loss with a gradient.
+        """
+        if self.objective is not None and self.objective.names != trained_names(self._model):  # frozen or unfrozen
+            self.objective = None
+        if self.objective is None:
+            with self._group.propagate_errors():
+                self.objective = self._build()
+        return self.objective
+
+    def _build(self) -> Objective:
+        batches = self._probe_set.batches
+        loss_fn = None if self._trainer is None else trainer_loss(self._trainer)
+        try:
+            objective = Objective(
+                self._model,
+                batches,
+                loss_fn=loss_fn,
+                tasks=self._probe_set.tasks,
+                seed=self._seed,
+                preserved=() if self._trainer is None else (self._trainer,),
+                should_stop=self._should_stop,
+            ).shard(self._group)
+            self._report.data |= provenance.describe_probe_set(batches, self._model)
+            self._report.model = provenance.describe_model(self._model)
+            _check(objective)
+        except MeasurementInterruptedError:
+            raise
+        except Exception as error:
+            raise _no_loss(error, batches, own_loss=loss_fn is None) from error
+        return objective
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that are trained now."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _check(objective: Objective) -> None:
+    """Raise if the objective has no loss; a lack of memory is left to the measurement, which cuts the batches."""
+    try:
+        objective.check()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+
+
+def _no_loss(error: Exception, batches: list[Any], *, own_loss: bool) -> MeasurementError:
+    """Return why there is no loss on the probe set, and what to do about it."""
+    reason = str(error) if isinstance(error, (ValueError, MeasurementError)) else f"{type(error).__name__}: {error}"
+    if not any(list(tensors_in(batch)) for batch in batches):
+        return MeasurementError(
+            f"The collator's batches hold no tensors, so no loss can be computed on them ({reason}): its inputs are "
+            "generated during training (completions, in GRPO and other online methods).",
+            "Measure with `hf_optimizability.measure`, on batches as the loss takes them.",
+        )
+    if own_loss:
+        return MeasurementError(
+            f"The model gives no loss that can be measured: {reason}",
+            "If the loss is the Trainer's (`compute_loss`, `compute_loss_func`), pass "
+            "`OptimizabilityCallback(config, trainer=trainer)`, call its `set_trainer`, or put "
+            "`OptimizabilityTrainerMixin` before the Trainer's class.",
+        )
+    return MeasurementError(
+        f"The Trainer's loss can't be computed on the probe set: {reason}",
+        "Check that `trainer.compute_loss(model, batch)` gives a scalar with a gradient in eval mode.",
+    )
