@@ -17,7 +17,7 @@ import gc
 import io
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,8 @@ def train(name: str) -> OptimizabilityReport:
     model_args, data_args, config, args = parse_arguments(parser, [], values=values)
     inputs = load(task, model_args, data_args, args)
     if case.noisy:
-        inputs["train_dataset"] = with_noise(inputs["train_dataset"], data_args.label_column_name)
-    trainer = OptimizabilityTrainer(args=args, optimizability=config, **inputs)
+        inputs = replace(inputs, train_dataset=with_noise(inputs.train_dataset, data_args.label_column_name))
+    trainer = OptimizabilityTrainer(args=args, optimizability=config, **inputs.as_kwargs())
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     report = trainer.optimizability_report()

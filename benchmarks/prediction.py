@@ -35,7 +35,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from workloads import CACHE, ROOT, TEXT_CHECKPOINT, TEXT_DATA, VISION_CHECKPOINT, VISION_DATA
 
 from hf_optimizability import OptimizabilityConfig, measure
-from hf_optimizability.comparing.training import GoOn, Stopwatch, score
+from hf_optimizability.comparing.training import Stopwatch, StopwatchRestart, score
 from hf_optimizability.dynamics.convergence_speed import fit_convergence
 from hf_optimizability.errors import MeasurementError
 from hf_optimizability.files import finite, write_atomically
@@ -225,12 +225,12 @@ def quantities(found: Measurement) -> dict[str, float | None]:
 def prepared(flags: Flags, folder: Path) -> tuple[Trainer, Stopwatch]:
     """A training of a candidate, and the watch that times it without what is done on the way."""
     task = TASKS[0] if flags["dataset_name"] == str(TEXT_DATA) else TASKS[1]
-    parser = FlagParser((task.ModelArguments, task.DataArguments, TrainingArguments))
+    parser = FlagParser(task.ModelArguments, task.DataArguments, TrainingArguments)
     held = {**COMMON, **flags, "output_dir": str(folder / "training")}
     model_args, data_args, training_args = parse_arguments(parser, [], values=held)
     inputs = load(task, model_args, data_args, training_args)
     stopwatch = Stopwatch(math.inf)
-    trainer = Trainer(args=training_args, callbacks=[stopwatch], **inputs)
+    trainer = Trainer(args=training_args, callbacks=[stopwatch], **inputs.as_kwargs())
     trainer.remove_callback(PrinterCallback)
     return trainer, stopwatch
 
@@ -249,7 +249,7 @@ def made(flags: Flags, folder: Path, *, whole: bool) -> dict[str, Any]:
     scores = scored(trainer) if whole else {}
     look = LookOnce(trainer, round(EARLY * trainer.args.max_steps), curvature=whole)
     trainer.add_callback(look)
-    trainer.add_callback(GoOn(stopwatch))
+    trainer.add_callback(StopwatchRestart(stopwatch))
     end = ended(trainer)
     return finite(
         {
@@ -265,7 +265,7 @@ def made_short(flags: Flags, folder: Path) -> dict[str, Any]:
     """Trains one candidate for a tenth of the steps, in which its learning rate rises and falls as in all of them."""
     steps, warm_up = round(EARLY * flags["max_steps"]), max(1, round(EARLY * COMMON["warmup_steps"]))
     trainer, stopwatch = prepared(flags | {"max_steps": steps, "warmup_steps": warm_up}, folder)
-    trainer.add_callback(GoOn(stopwatch))
+    trainer.add_callback(StopwatchRestart(stopwatch))
     end = ended(trainer)
     return finite({**end, "seconds": stopwatch.seconds})
 

@@ -252,7 +252,7 @@ def _run(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bo
     model_args, data_args, optimizability, training_args = _parsed(parser, args, flags=flags)
     with _only_json_on_stdout(as_json):
         inputs = load(task, model_args, data_args, training_args)
-        trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs)
+        trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs.as_kwargs())
         folder = fine_tune(trainer, tasks=task.NAME, dataset=data_args.public_name)
     if not trainer.is_world_process_zero():
         return
@@ -279,7 +279,7 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
             require_writable(folder, "report_dir")
         training_args.output_dir = scratch
         with _only_json_on_stdout(as_json):
-            trainer = Trainer(args=training_args, **load(task, model_args, data_args, training_args))
+            trainer = Trainer(args=training_args, **load(task, model_args, data_args, training_args).as_kwargs())
             probe = MeasureInputs.from_trainer(trainer, config)
             if forecast_only:
                 price = probe.forecast()
@@ -299,7 +299,8 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
 
 def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool) -> None:
     from .comparing.candidates import parse_candidates
-    from .comparing.runner import Comparing, list_of_flags
+    from .comparing.flags import list_flags
+    from .comparing.runner import ComparisonRunner
 
     rest = list(args)
     with _usage_errors():
@@ -308,13 +309,13 @@ def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags
         )
         given = [*values.pop("candidates", []), *takewhile(lambda word: not word.startswith("-"), rest)]
         if flags:
-            typer.echo(list_of_flags(task_name))
+            typer.echo(list_flags(task_name))
             raise typer.Exit
         shared = list(dropwhile(lambda word: not word.startswith("-"), rest))
-        comparing = Comparing(parse_candidates(given), task_name=task_name, values=values, args=shared)
+        runner = ComparisonRunner(parse_candidates(given), task_name=task_name, values=values, args=shared)
     with _only_json_on_stdout(as_json):
-        comparison = comparing.run(on_run=lambda text: typer.echo(text, err=True))
-    page = comparing.folder / "comparison.html"
+        comparison = runner.run(on_run=lambda text: typer.echo(text, err=True))
+    page = runner.folder / "comparison.html"
     if as_json:
         typer.echo(json.dumps({"page": str(page), "comparison": comparison.to_dict()}, allow_nan=False))
     else:
@@ -324,25 +325,29 @@ def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags
 
 
 def _task_and_parser(task_name: str | None, args: Sequence[str]) -> tuple[Task, HfArgumentParser]:
-    """The task, told from the checkpoint if it is not named, and the parser of all its flags."""
+    """Return the task, that of the checkpoint if it is not named, and the parser of all its flags."""
     from transformers import TrainingArguments
 
     from .config import OptimizabilityConfig
-    from .tasks.checkpoint import CheckpointArguments
-    from .tasks.fine_tuning import TASKS, FlagParser, made_for, parse_arguments
+    from .tasks.fine_tuning import (
+        FlagParser,
+        UndecidedTaskError,
+        checkpoint_arguments,
+        task_named,
+        task_of_checkpoint,
+    )
 
-    tasks = [task for task in TASKS if task_name == task.NAME]
     if task_name is None:
-        checkpoint_only: Any = CheckpointArguments
         with _usage_errors():
-            (checkpoint,) = parse_arguments(FlagParser(checkpoint_only), args, partly=True)
-        tasks = made_for(checkpoint)
-        if len(tasks) != 1:
-            fitting = " and ".join(task.NAME for task in tasks) or "no task of this command"
-            raise typer.BadParameter(f"{checkpoint.model_name_or_path!r} is made for {fitting}. Choose one by --task.")
-    task = tasks[0]
-    dataclasses: Any = (task.ModelArguments, task.DataArguments, OptimizabilityConfig, TrainingArguments)
-    return task, FlagParser(dataclasses, usage=f"{task.NAME}: all flags", add_help=False)
+            checkpoint = checkpoint_arguments(args)
+        try:
+            task = task_of_checkpoint(checkpoint)
+        except UndecidedTaskError as error:
+            raise typer.BadParameter(str(error)) from error
+    else:
+        task = task_named(task_name)
+    dataclasses = (task.ModelArguments, task.DataArguments, OptimizabilityConfig, TrainingArguments)
+    return task, FlagParser(*dataclasses, usage=f"{task.NAME}: all flags", add_help=False)
 
 
 def _parsed(parser: HfArgumentParser, args: Sequence[str], *, flags: bool) -> tuple[Any, ...]:

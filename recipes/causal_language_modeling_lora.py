@@ -40,7 +40,7 @@ from transformers import (
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.objective.objective import IGNORED_LABEL
 from hf_optimizability.tasks.checkpoint import own_config
-from hf_optimizability.tasks.datasets import DataSetArguments, drawn, load_data
+from hf_optimizability.tasks.datasets import DataSetArguments, load_data, subsample
 from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
 from hf_optimizability.tasks.text_classification import ModelArguments
 
@@ -116,7 +116,7 @@ def main() -> None:
         rank = model_args.lora_rank
         lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         model = get_peft_model(model, lora)
-    train, validation = (prepare(split, tokenizer, data_args) for split in drawn(splits, data_args, seed=seed))
+    train, validation = (prepare(split, tokenizer, data_args) for split in subsample(splits, data_args, seed=seed))
     trainer = OptimizabilityTrainer(
         model=model,
         args=training_args,

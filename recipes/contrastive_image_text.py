@@ -43,7 +43,7 @@ from transformers import (
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.tasks.checkpoint import own_config
-from hf_optimizability.tasks.datasets import DataSetArguments, drawn, load_data
+from hf_optimizability.tasks.datasets import DataSetArguments, load_data, subsample
 from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
 from hf_optimizability.tasks.text_classification import ModelArguments
 
@@ -143,7 +143,8 @@ def main() -> None:
         processor = AutoImageProcessor.from_pretrained(vision, **hub)
     model = load_model(model_args)
     train, validation = (
-        prepare(split, tokenizer, processor, data_args) for split in drawn(splits, data_args, seed=training_args.seed)
+        prepare(split, tokenizer, processor, data_args)
+        for split in subsample(splits, data_args, seed=training_args.seed)
     )
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

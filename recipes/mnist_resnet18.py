@@ -168,7 +168,7 @@ def main() -> None:
     model_args, data_args, optimizability, exact_args, training_args = parse_arguments(parser)
 
     inputs = load(image_classification, model_args, data_args, training_args)
-    trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs)
+    trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs.as_kwargs())
     folder = fine_tune(trainer, tasks="image-classification", tags=["vision"], dataset=data_args.public_name)
     if not trainer.is_world_process_zero():
         return

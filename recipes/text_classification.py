@@ -36,7 +36,7 @@ def main() -> None:
     model_args, data_args, optimizability, training_args = parse_arguments(parser)
 
     inputs = load(text_classification, model_args, data_args, training_args)
-    trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs)
+    trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs.as_kwargs())
     folder = fine_tune(trainer, tasks="text-classification", dataset=data_args.public_name)
     if training_args.do_train and trainer.is_world_process_zero():
         print(f"\n{trainer.optimizability_report().summary()}\n\nReport: {folder / 'report.md'}")

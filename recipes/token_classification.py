@@ -40,8 +40,8 @@ from transformers import (
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.objective.objective import IGNORED_LABEL
 from hf_optimizability.tasks.checkpoint import label2id, load_config
-from hf_optimizability.tasks.datasets import DataSetArguments, drawn, load_data
-from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments, trained_part
+from hf_optimizability.tasks.datasets import DataSetArguments, load_data, subsample
+from hf_optimizability.tasks.fine_tuning import fine_tune, freeze_untrained, parse_arguments
 from hf_optimizability.tasks.text_classification import ModelArguments
 
 
@@ -140,10 +140,10 @@ def main() -> None:
             **({"add_prefix_space": True} if config.model_type in ("bloom", "deberta", "gpt2", "roberta") else {}),
             **model_args.hub_options(),
         )
-    model = trained_part(model_args.load_model(AutoModelForTokenClassification, config), model_args)
+    model = freeze_untrained(model_args.load_model(AutoModelForTokenClassification, config), model_args)
     numbers = numbers_in(config, names)
     train, validation = (
-        prepare(split, tokenizer, data_args, numbers) for split in drawn(splits, data_args, seed=seed)
+        prepare(split, tokenizer, data_args, numbers) for split in subsample(splits, data_args, seed=seed)
     )
     trainer = OptimizabilityTrainer(
         model=model,

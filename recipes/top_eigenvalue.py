@@ -180,9 +180,9 @@ def main() -> None:
     model_args, data_args, optimizability, peer_args, training_args = parse_arguments(parser)
 
     inputs = load(image_classification, model_args, data_args, training_args)
-    dataset = inputs["train_dataset"]
+    dataset = inputs.train_dataset
     optimizability = replace(optimizability, probe_examples=len(dataset))
-    trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs)
+    trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs.as_kwargs())
     peer = PyHessian(dataset, optimizability.probe_batch_size)
     if peer_args.beside_pyhessian:
         trainer.add_callback(peer)

@@ -382,7 +382,7 @@ def test_candidates_can_stand_in_the_file(comparison: str) -> None:
     [
         ("", "nothing to compare: 0 candidates"),
         ("optim=sgd", "Name at least two"),
-        ("optim=sgd optim=adafactor --max_steps 3", "--max_steps is settled by the comparison"),
+        ("optim=sgd optim=adafactor --max_steps 3", "--max_steps is set by the comparison"),
         ("optim=sgd optim=adafactor --sedes 3", "There is no argument --sedes. Did you mean --seeds?"),
         ("optim=sgd optim=adafactor --budget_examples 3", "exactly one of --budget_steps"),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which candidates are worth training: scores before any training, and who they drop."""
+"""Score candidates before any training, and select those worth training."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .training import Inputs
 
 
 GRADIENT_EXAMPLES = 32
-"""Of these, gradients are taken; a product over them costs as much as a forward pass over six times as many."""
+"""Examples whose gradients are taken; a product over them costs as much as a forward pass over six times as many."""
 
 
 def score_inputs(inputs: Inputs, *, examples: int) -> CheckpointScores:
-    """Scores a candidate on training examples, the same ones for every candidate.
+    """Score a candidate on training examples, the same ones for every candidate.
 
     Raises:
         ValueError: If something can't be loaded or does not fit.
         Exception: Whatever the model raises.
     """
-    loaded = inputs.loaded()
-    trainer = Trainer(args=inputs.training, **loaded)
+    loaded = inputs.load()
+    trainer = Trainer(args=inputs.training, **loaded.as_kwargs())
     spec = ProbeSpec(examples, batch_size=inputs.training.per_device_eval_batch_size, seed=inputs.data_seed)
     batches = draw_probe_set(trainer.get_train_dataloader(), spec).batches
     return score_checkpoint(
-        loaded["model"],
+        loaded.model,
         batches,
         loss_fn=trainer_loss(trainer),
         gradient_examples=GRADIENT_EXAMPLES,
@@ -41,30 +41,30 @@ def score_inputs(inputs: Inputs, *, examples: int) -> CheckpointScores:
     )
 
 
-def kept(scores: Mapping[str, Score | None], number: int) -> tuple[str, ...]:
-    """The `number` best, those that can't be told from the last of these, and those without a score.
+def select(scores: Mapping[str, Score | None], number: int) -> tuple[str, ...]:
+    """Return the `number` best, those not significantly worse than the last of these, and those without a score.
 
-    Two scores are told apart where the better one is truly better with a probability of at least 0.95, their errors
-    taken as independent. They are from the same examples, so that this errs on the side of keeping. Candidates that
-    differ only in what the score does not see score alike, and go or stay together.
+    A score is significantly worse if it is so with a probability of at least 0.95, the errors taken as independent.
+    They are from the same examples, so that this errs on the side of keeping. Candidates that differ only in what the
+    score does not see score alike, and are kept or dropped together.
 
     Args:
         scores: By candidate.
-        number: How many shall stay at least.
+        number: How many to keep at least.
 
     Example:
         >>> scores = {name: Score.from_error(value, 0.02, freedom=99, examples=100) for name, value in
         ...           {"a": 0.9, "b": 0.7, "b too": 0.7, "c": 0.68, "d": 0.5}.items()}
-        >>> kept(scores, 2)
+        >>> select(scores, 2)
         ('a', 'b', 'b too', 'c')
     """
-    known = sorted((score for score in scores.values() if score is not None), key=lambda score: -score.value)
-    if len(known) <= number:
+    ordered = sorted((score for score in scores.values() if score is not None), key=lambda score: -score.value)
+    if len(ordered) <= number:
         return tuple(scores)
-    last = known[number - 1]
+    last = ordered[number - 1]
 
-    def told_worse(score: Score) -> bool:
+    def significantly_worse(score: Score) -> bool:
         error = math.hypot(last.std_error, score.std_error)
         return last.value - score.value > float(norm.ppf(CONFIDENCE)) * error
 
-    return tuple(name for name, score in scores.items() if score is None or not told_worse(score))
+    return tuple(name for name, score in scores.items() if score is None or not significantly_worse(score))

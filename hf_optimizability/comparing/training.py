@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training of one candidate, from flags to scores; a killed one goes on from its last checkpoint."""
+"""One training of one candidate, from flags to scores; a killed one resumes from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import log_softmax
-from torch.utils.data import Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import OptimizabilityConfig
 from ..dynamics import compute_dynamics
 from ..log_keys import PREFIX
-from ..objective.probe_set import probe_indices
 from ..redaction import anonymize, map_strings
 from ..report import OptimizabilityReport
 from ..tasks.checkpoint import CheckpointArguments
 from ..tasks.datasets import LabelledDataArguments
-from ..tasks.fine_tuning import Task, load
+from ..tasks.fine_tuning import Task, TrainerInputs, load
 from ..training import provenance
-from ..training.train_eval_gap import GAP_EXAMPLES
+from ..training.clock import StepTimer
+from ..training.train_eval_gap import measure_gap
 from ..training.trainer import OptimizabilityTrainer
 from .results import Run, Scores
 
 
-LOGGED = 20
+LOGGED_POINTS = 20
 """Points of a training's loss curve."""
 
-EVALUATED = 4
+EVALUATIONS = 4
 """Evaluations in a training, each at a point of the loss curve."""
 
 TIMED_STEPS = 8
-"""Steps that tell how long a step takes; the first three of them warm up and do not count."""
+"""Steps from which the time of a step is estimated."""
+
+WARM_UP_STEPS = 3
+"""How many of them warm up and do not count."""
 
 _SECONDS = f"{PREFIX}train_seconds"
 
@@ -56,7 +58,7 @@ class Inputs:
         data: Which data.
         config: What to measure.
         training: The Trainer's arguments.
-        data_seed: Seed of the draw of the examples, the same for every training of a comparison.
+        data_seed: Seed of the sample of the examples, the same for every training of a comparison.
     """
 
     task: Task
@@ -72,8 +74,8 @@ class Inputs:
         args = self.training
         return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
-    def loaded(self) -> dict[str, Any]:
-        """What a Trainer takes.
+    def load(self) -> TrainerInputs:
+        """Load checkpoint and data.
 
         Raises:
             ValueError: If something can't be loaded, or does not fit.
@@ -82,25 +84,25 @@ class Inputs:
 
 
 def training_flags(steps: int, seed: int) -> dict[str, Any]:
-    """The Trainer's arguments that the comparison settles.
+    """Return the Trainer's arguments that the comparison sets.
 
-    The loss is logged at the same steps in a training that goes on from a checkpoint: those are made at such steps.
+    The loss is logged at the same steps in a training resumed from a checkpoint: those are saved at such steps.
     """
-    logging_steps = max(1, steps // LOGGED)
-    evaluated = max(1, steps // (EVALUATED * logging_steps)) * logging_steps
+    logging_steps = max(1, steps // LOGGED_POINTS)
+    eval_steps = max(1, steps // (EVALUATIONS * logging_steps)) * logging_steps
     return {
         "max_steps": steps, "seed": seed, "data_seed": seed, "logging_strategy": "steps",
-        "logging_steps": logging_steps, "eval_strategy": "steps", "eval_steps": evaluated, "save_strategy": "no",
+        "logging_steps": logging_steps, "eval_strategy": "steps", "eval_steps": eval_steps, "save_strategy": "no",
         "save_total_limit": 2, "measure_steps": max(1, -(-steps // 2)),
     }  # fmt: skip
 
 
 def train(inputs: Inputs, *, measured: bool, save_seconds: float) -> Run:
-    """Trains, goes on from the last whole checkpoint if there is one, and scores the result.
+    """Train, from the last complete checkpoint if there is one, and score the result.
 
     Args:
-        inputs: From what; the checkpoints are in the Trainer's `output_dir`.
-        measured: Whether curvature is measured on the way.
+        inputs: Model, data and settings; the checkpoints are in the Trainer's `output_dir`.
+        measured: Whether to measure curvature while training.
         save_seconds: Seconds between two checkpoints.
 
     Raises:
@@ -110,13 +112,13 @@ def train(inputs: Inputs, *, measured: bool, save_seconds: float) -> Run:
     args = inputs.training
     stopwatch = Stopwatch(save_seconds)
     _free_memory(args)
-    options = {"args": args, "callbacks": [stopwatch], **inputs.loaded()}
+    options = {"args": args, "callbacks": [stopwatch], **inputs.load().as_kwargs()}
     trainer = OptimizabilityTrainer(optimizability=inputs.config, **options) if measured else Trainer(**options)
-    trainer.add_callback(GoOn(stopwatch))  # after all others
+    trainer.add_callback(StopwatchRestart(stopwatch))  # after all others
     if args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=whole_checkpoint(Path(str(args.output_dir))))
-    peak = _peak(args)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(Path(str(args.output_dir))))
+    peak = _peak_memory(args)
     scores, predict_seconds = score(trainer, trainer.eval_dataset)
     if not np.isfinite(scores.losses).all():
         raise ValueError(
@@ -125,7 +127,7 @@ def train(inputs: Inputs, *, measured: bool, save_seconds: float) -> Run:
         )
     return Run(
         seed=args.seed,
-        report=_report(trainer, scores, inputs.config),
+        report=_report(trainer, inputs.config),
         scores=scores,
         train_seconds=stopwatch.seconds,
         predict_seconds=predict_seconds,
@@ -134,103 +136,96 @@ def train(inputs: Inputs, *, measured: bool, save_seconds: float) -> Run:
 
 
 def score(trainer: Trainer, dataset: Any) -> tuple[Scores, float]:
-    """Loss and correctness of each example in eval mode, and the seconds that an example took."""
+    """Return loss and correctness of each example in eval mode, and the seconds that an example took."""
     started = time.perf_counter()
-    found = trainer.predict(dataset)
+    output = trainer.predict(dataset)
     seconds = (time.perf_counter() - started) / len(dataset)
-    logits = np.asarray(found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions)
-    labels: Any = found.label_ids
+    logits = np.asarray(output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions)
+    labels: Any = output.label_ids
     logs = log_softmax(logits.astype(np.float64), axis=1)
     return Scores(-logs[np.arange(len(labels)), labels], logits.argmax(axis=1) == labels), seconds
 
 
 def step_seconds(inputs: Inputs) -> float:
-    """Times a few steps of a training that is thrown away.
+    """Return the time of a step, from a few steps of a training that is thrown away.
 
     Raises:
         ValueError: If something can't be loaded or does not fit.
         Exception: Whatever the training raises.
     """
     stopwatch = Stopwatch(math.inf)
-    trainer = Trainer(args=inputs.training, callbacks=[stopwatch], **inputs.loaded())
-    trainer.add_callback(GoOn(stopwatch))
+    trainer = Trainer(args=inputs.training, callbacks=[stopwatch], **inputs.load().as_kwargs())
+    trainer.add_callback(StopwatchRestart(stopwatch))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return float(np.median(stopwatch.steps[3:]))
+    return float(np.median(list(stopwatch.timer.recent)[WARM_UP_STEPS:]))
 
 
 class Stopwatch(TrainerCallback):
-    """Times the steps of a training, its killed parts included, and asks for checkpoints.
+    """Times the steps of a training, including those before it was killed, and asks for checkpoints.
 
-    It must come before the callbacks that measure; a `GoOn` after them starts it again.
+    It must come before the callbacks that measure, and a `StopwatchRestart` after all others.
 
     Args:
         save_seconds: Seconds between two checkpoints.
 
     Attributes:
-        seconds: Of all steps so far, data loading included.
-        steps: Seconds of each step of this process.
+        timer: Times the steps of this process.
     """
 
     def __init__(self, save_seconds: float):
-        self.seconds = 0.0
-        self.steps: list[float] = []
+        self.timer = StepTimer()
+        self._seconds_before = 0.0
         self._save_seconds = save_seconds
-        self._since = self._saved = time.perf_counter()
+        self._saved = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps so far."""
+        return self._seconds_before + self.timer.seconds
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes up the time that a killed part of this training took."""
-        self.seconds = max((entry[_SECONDS] for entry in state.log_history if _SECONDS in entry), default=0.0)
+        """Read from the log how long the training took before it was killed."""
+        self._seconds_before = max((entry[_SECONDS] for entry in state.log_history if _SECONDS in entry), default=0.0)
         self._saved = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stops, and asks for a checkpoint if it is time for one and the loss is logged at this step."""
+        """Stop, and ask for a checkpoint if it is time for one and the loss is logged at this step."""
+        self.timer.step_ended()
         now = time.perf_counter()
-        self.steps.append(now - self._since)
-        self.seconds += self.steps[-1]
         if now - self._saved >= self._save_seconds and state.global_step % state.logging_steps == 0:
             control.should_save = state.global_step < state.max_steps
             self._saved = now
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts the time into the log, and so into the checkpoint."""
+        """Add the time to the log, and so to the checkpoint."""
         if "loss" in kwargs["logs"]:
             state.log_history.append({_SECONDS: self.seconds, "step": state.global_step})
 
-    def go_on(self) -> None:
-        """Starts: whatever was done since the last step is no part of the training."""
-        self._since = time.perf_counter()
 
+class StopwatchRestart(TrainerCallback):
+    """Restarts a `Stopwatch` after all other callbacks, an evaluation or a checkpoint.
 
-class GoOn(TrainerCallback):
-    """Starts a `Stopwatch` when all other callbacks, an evaluation or a checkpoint are through."""
+    Args:
+        stopwatch: What to restart.
+    """
 
     def __init__(self, stopwatch: Stopwatch):
-        self._stopwatch = stopwatch
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Starts it."""
-        self._stopwatch.go_on()
+        self._timer = stopwatch.timer
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Starts it after a measurement."""
-        self._stopwatch.go_on()
+        """Begin the next step."""
+        self._timer.restart()
 
-    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Starts it after an evaluation."""
-        self._stopwatch.go_on()
-
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        """Starts it after a checkpoint."""
-        self._stopwatch.go_on()
+    on_train_begin = on_evaluate = on_save = on_step_end
 
 
-def whole_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to the end; those that were not are removed.
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """Return the last checkpoint that was written completely; remove those that were not.
 
     The Trainer writes `trainer_state.json` last.
     """
@@ -243,48 +238,31 @@ def whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _report(trainer: Trainer, scores: Scores, config: OptimizabilityConfig) -> OptimizabilityReport:
-    """What there is to report: the report of a measured training, or all of it that needs no measurement."""
+def _report(trainer: Trainer, config: OptimizabilityConfig) -> OptimizabilityReport:
+    """Return the report of a measured training; otherwise, one of all that needs no measurement."""
     if isinstance(trainer, OptimizabilityTrainer):
         return trainer.optimizability_report()
     state, optimizer, model = trainer.state, trainer.optimizer, trainer.model
     assert optimizer is not None and isinstance(model, torch.nn.Module)
-    state.log_history.append({**_gap(trainer, scores, config), "step": state.global_step})
-    log = map_strings(state.log_history, anonymize)
     train: Any = trainer.train_dataset
     evaluation: Any = trainer.eval_dataset
     report = provenance.new_report(model, train, evaluation, own_loss=False)
     report.data |= provenance.describe_probe_set([], model)
     report.training = provenance.describe_training(trainer.args, optimizer, state.max_steps)
-    report.log_history = log
-    report.dynamics = compute_dynamics(log, seed=config.probe_seed)
+    gap = {**measure_gap(trainer, config), "step": state.global_step}
+    report.log_history = map_strings([*state.log_history, gap], anonymize)
+    report.dynamics = compute_dynamics(report.log_history, seed=config.probe_seed)
     report.created = provenance.timestamp()
     return report
 
 
-def _gap(trainer: Trainer, scores: Scores, config: OptimizabilityConfig) -> dict[str, float]:
-    """What a measured training logs about train and eval loss: means over equally many examples of both."""
-    train: Any = trainer.train_dataset
-    number = min(GAP_EXAMPLES, len(train), len(scores.losses))
-    trained, _ = score(trainer, Subset(train, probe_indices(len(train), number, seed=config.probe_seed)))
-    kept = probe_indices(len(scores.losses), number, seed=config.probe_seed)
-    evaluated = Scores(scores.losses[kept], scores.correct[kept])
-    numbers: dict[str, float] = {f"{PREFIX}gap_examples": number}
-    for split, held in {"train": trained, "eval": evaluated}.items():
-        numbers[f"{PREFIX}{split}_loss"] = float(held.losses.mean())
-        numbers[f"{PREFIX}{split}_accuracy"] = float(held.correct.mean())
-        if number > 1:
-            numbers[f"{PREFIX}{split}_loss_std_error"] = float(held.losses.std(ddof=1)) / math.sqrt(number)
-    return numbers
-
-
 def _free_memory(args: TrainingArguments) -> None:
-    """Frees what the Trainer before held: it and its callbacks hold each other."""
+    """Free the memory of the Trainer before: it and its callbacks reference each other."""
     gc.collect()
     if args.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(args.device)
 
 
-def _peak(args: TrainingArguments) -> int | None:
+def _peak_memory(args: TrainingArguments) -> int | None:
     return torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else None

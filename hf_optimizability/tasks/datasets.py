@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a data set's name, files or folders to training and validation splits, and to numbered classes."""
+"""From a data set's name, files or folders to training and validation splits with numbered classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .checkpoint import label2id, loading, same_classes
 
 
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""What `datasets` calls the formats of local files, by suffix; a compressed file has one more suffix (`.csv.gz`)."""
+"""Names in `datasets` of the formats of local files, by suffix; a compressed file has one more (`.csv.gz`)."""
 
 
 @dataclass
@@ -45,12 +45,8 @@ class DataSetArguments:
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of the training split to evaluate on where there is no other split."}
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on this many examples, drawn at random."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on this many examples, drawn at random."}
-    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many random examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many random examples."})
 
     def __post_init__(self) -> None:
         given = [name for name in self.SOURCES if vars(self)[name] is not None]
@@ -78,7 +74,7 @@ class DataSetArguments:
         return self.source if on_the_hub else Path(self.source).name
 
     def loader(self) -> tuple[str, dict[str, str] | None]:
-        """What to call `datasets.load_dataset` with: a name or format, and the files by split if they are local."""
+        """Return what to call `datasets.load_dataset` with: a name or format, and the files by split if local."""
         if self.train_file is None:
             return str(self.dataset_name), None
         files = {"train": self.train_file}
@@ -98,7 +94,7 @@ class LabelledDataArguments(DataSetArguments):
 
 
 def file_format(file: str) -> str:
-    """The format of a local file by its name: `"csv"`, `"json"` or `"parquet"`.
+    """Return the format of a local file by its name: `"csv"`, `"json"` or `"parquet"`.
 
     Raises:
         ValueError: If the name ends in none of `FILE_FORMATS`.
@@ -116,11 +112,11 @@ def file_format(file: str) -> str:
 def load_splits(
     args: LabelledDataArguments, *, seed: int, cache_dir: str | None, token: str | None
 ) -> tuple[Dataset, Dataset, list[str]]:
-    """Loads the data, encodes the labels and draws the asked number of examples.
+    """Load the data, encode the labels and sample the requested number of examples.
 
     Args:
         args: Which data.
-        seed: Seed of the split and of the draw.
+        seed: Seed of the split and of the sample.
         cache_dir: Where `datasets` keeps what it downloads.
         token: Token for the Hub.
 
@@ -128,15 +124,15 @@ def load_splits(
         The training split, the validation split, and the names of the classes in the order of their numbers.
 
     Raises:
-        ValueError: If the data can't be loaded, a split or the label column is missing, or the labels are no classes.
+        ValueError: If the data can't be loaded, a split or the label column is missing, or the labels are not classes.
     """
     splits = load_data(args, seed=seed, cache_dir=cache_dir, token=token)
     splits, names = encode_labels(splits, args.label_column_name)
-    return *drawn(splits, args, seed=seed), names
+    return *subsample(splits, args, seed=seed), names
 
 
 def load_data(args: DataSetArguments, *, seed: int, cache_dir: str | None, token: str | None) -> DatasetDict:
-    """Loads the data as it is, with the splits `train` and `validation`.
+    """Load the data as it is, with the splits `train` and `validation`.
 
     Raises:
         ValueError: If the data can't be loaded, or a split is missing.
@@ -154,7 +150,7 @@ def load_data(args: DataSetArguments, *, seed: int, cache_dir: str | None, token
 
 
 def choose_splits(data: DatasetDict, args: DataSetArguments, *, seed: int) -> DatasetDict:
-    """Picks the splits by name, or splits the training data where there is only that."""
+    """Return the splits of the given names; split the training data where there is only that."""
     wanted = args.validation_split_name
     validation = next((name for name in ("validation", "test") if name in data), None) if wanted is None else wanted
     for name in filter(None, (args.train_split_name, validation)):
@@ -171,7 +167,7 @@ def choose_splits(data: DatasetDict, args: DataSetArguments, *, seed: int) -> Da
 
 
 def encode_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, list[str]]:
-    """Turns the labels of all splits into class numbers, by the classes of the training split."""
+    """Convert the labels of all splits into class numbers, by the classes of the training split."""
     features = splits["train"].features
     if column not in features:
         raise ValueError(f"There is no column {column!r}, only {', '.join(features)}; pass --label_column_name.")
@@ -205,19 +201,19 @@ def require_complete(examples: Dataset, column: str, what: str) -> None:
         )
 
 
-def draw(examples: Dataset, count: int | None, *, seed: int) -> Dataset:
-    """Draws `count` examples at random (files are often sorted by class), or gives all back if `count` is `None`."""
+def subsample(splits: DatasetDict, args: DataSetArguments, *, seed: int) -> tuple[Dataset, Dataset]:
+    """Return as many random examples of the training and the validation split as `args` asks for."""
+    train, validation = splits["train"], splits["validation"]
+    return _subsample(train, args.max_train_samples, seed), _subsample(validation, args.max_eval_samples, seed)
+
+
+def _subsample(examples: Dataset, count: int | None, seed: int) -> Dataset:
+    """Return `count` random examples, since files are often sorted by class; all of them if it is `None`."""
     return examples if count is None else examples.shuffle(seed=seed).select(range(min(count, len(examples))))
 
 
-def drawn(splits: DatasetDict, args: DataSetArguments, *, seed: int) -> tuple[Dataset, Dataset]:
-    """The asked number of examples of both splits."""
-    train, validation = splits["train"], splits["validation"]
-    return draw(train, args.max_train_samples, seed=seed), draw(validation, args.max_eval_samples, seed=seed)
-
-
-def numbered_as_in(config: PreTrainedConfig, examples: Dataset, column: str) -> Dataset:
-    """The examples with their classes numbered as in the checkpoint, where it has the same ones in another order."""
+def align_labels(config: PreTrainedConfig, examples: Dataset, column: str) -> Dataset:
+    """Number the examples' classes as the checkpoint does, where it has the same ones in another order."""
     in_checkpoint, in_data = list(label2id(config)), examples.features[column].names
     if in_checkpoint == in_data or not same_classes(in_checkpoint, in_data):
         return examples

@@ -365,8 +365,8 @@ class OptimizabilityCallback(TrainerCallback):
 
     def _tasks_at(self, step: int | None) -> Mapping[str, TaskMeasurement]:
         """Return the tasks as they were measured at a step; none if they were not."""
-        several = next((m.multitask for m in self.report.measurements if m.step == step), None)
-        return {} if several is None else several.tasks
+        multitask = next((m.multitask for m in self.report.measurements if m.step == step), None)
+        return {} if multitask is None else multitask.tasks
 
     def _write_numbers(self, run: _Run) -> None:
         self.report.created = provenance.timestamp()
@@ -379,8 +379,8 @@ class OptimizabilityCallback(TrainerCallback):
         report = self.report
         entries = [{**log_entry(m), "epoch": m.epoch, "step": m.step} for m in report.measurements]
         report.log_history = map_strings(merged_log(state.log_history, [*entries, *run.gap]), anonymize)
-        several = report.measurements[-1].multitask if report.measurements else None
-        tasks = [] if several is None else list(several.tasks)
+        multitask = report.measurements[-1].multitask if report.measurements else None
+        tasks = [] if multitask is None else list(multitask.tasks)
         report.dynamics = compute_dynamics(report.log_history, tasks=tasks, seed=self.config.probe_seed)
         report.training["overhead"] = run.clock.overhead
         report.created = provenance.timestamp()

@@ -15,7 +15,7 @@ import pytest
 
 from hf_optimizability import Comparison
 from hf_optimizability.comparing.results import Run
-from hf_optimizability.comparing.training import whole_checkpoint
+from hf_optimizability.comparing.training import last_complete_checkpoint
 
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,6 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if content is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
-    assert whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
-    assert whole_checkpoint(tmp_path / "nowhere") is None
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None

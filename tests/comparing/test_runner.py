@@ -255,7 +255,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("candidates", "more", "message"),
         [
-            (rates(1, 2), {"num_train_epochs": 3}, "--num_train_epochs is settled by the comparison"),
+            (rates(1, 2), {"num_train_epochs": 3}, "--num_train_epochs is set by the comparison"),
             (rates(1, 2), {"budget_steps": None}, "exactly one of --budget_steps"),
             (rates(1, 2), {"lerning_rate": 3}, "Did you mean --learning_rate"),
             (["lerning_rate=1", "b"], {}, "lerning_rate=1: There is no argument --lerning_rate"),
@@ -264,7 +264,7 @@ class TestMistakes:
             (["optim=none-such", "b"], {}, "optim=none-such: .*none-such"),
             (["method=lora,lora_rank=x", "b"], {}, "lora_rank"),
             (["a", "b"], {"task": "poetry"}, "no task 'poetry'; choose one of text-classification"),
-            (["nowhere/at-all", "nowhere/else"], {}, "Can't tell the task: nowhere/at-all: .*--task"),
+            (["nowhere/at-all", "nowhere/else"], {}, "No task fits the candidates. nowhere/at-all: .*--task"),
         ],
     )
     def test_flags_that_cant_work_are_told_before_any_training(self, flags, made, candidates, more, message):

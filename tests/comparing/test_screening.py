@@ -10,7 +10,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from hf_optimizability import Comparison, compare
-from hf_optimizability.comparing.screening import kept
+from hf_optimizability.comparing.screening import select
 from hf_optimizability.scoring.checkpoint import CheckpointScores
 from hf_optimizability.scoring.score import Score
 from tests.support.example_comparison import make_comparison
@@ -45,18 +45,18 @@ def candidates(*rates: float) -> list[str]:
 class TestKept:
     def test_the_best_and_those_that_cant_be_told_from_the_last_of_them(self):
         scores = {"a": score(0.9), "b": score(0.8), "c": score(0.79), "d": score(0.7)}
-        assert kept(scores, 1) == ("a",)
-        assert kept(scores, 2) == ("a", "b", "c")
-        assert kept(scores, 4) == kept(scores, 9) == tuple(scores)
+        assert select(scores, 1) == ("a",)
+        assert select(scores, 2) == ("a", "b", "c")
+        assert select(scores, 4) == select(scores, 9) == tuple(scores)
 
     def test_at_the_edge_of_95_percent(self):
         """1.645 standard errors of a difference of two scores."""
         edge = 1.6449 * 0.01 * 2**0.5
-        assert kept({"a": score(0.9), "b": score(0.9 - edge + 1e-4)}, 1) == ("a", "b")
-        assert kept({"a": score(0.9), "b": score(0.9 - edge - 1e-4)}, 1) == ("a",)
+        assert select({"a": score(0.9), "b": score(0.9 - edge + 1e-4)}, 1) == ("a", "b")
+        assert select({"a": score(0.9), "b": score(0.9 - edge - 1e-4)}, 1) == ("a",)
 
     def test_without_a_score_nobody_is_dropped(self):
-        assert kept({"a": score(0.9), "b": None, "c": score(0.1)}, 1) == ("a", "b")
+        assert select({"a": score(0.9), "b": None, "c": score(0.1)}, 1) == ("a", "b")
 
 
 class TestScreening:

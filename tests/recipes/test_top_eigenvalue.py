@@ -32,7 +32,7 @@ def scipys_top_eigenvalue(checkpoint: Path, settings: dict[str, object], tmp_pat
         image_classification.ModelArguments(model_name_or_path=str(checkpoint)),
         image_classification.DataArguments(**{name: settings[name] for name in names}),
         TrainingArguments(output_dir=str(tmp_path)),
-    )["train_dataset"][:EXAMPLES]
+    ).train_dataset[:EXAMPLES]
     pixels = torch.stack([torch.as_tensor(image) for image in examples["pixel_values"]]).double()
     loss = model(pixel_values=pixels, labels=torch.tensor(examples["labels"])).loss
     parameters = list(model.parameters())
