@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
 
-from hf_optimizability import OptimizabilityConfig, __version__
+from hf_optimizability import __version__
 
 
 project = "hf_optimizability"
@@ -67,13 +66,6 @@ def keep_links_within(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = LINK.sub(kept, source[0])
 
 
-def describe_options(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Adds the options of the configuration, which are told once, in the help of their flags."""
-    if thing is OptimizabilityConfig:
-        place = lines.index("Raises:")
-        lines[place:place] = ["Args:", *(f"    {field.name}: {field.metadata['help']}" for field in fields(thing)), ""]
-
-
 def as_restructured_text(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Docstrings have `code` as in Markdown, and [`links`] as Transformers writes them."""
     lines[:] = re.sub(r"\[?(?<!`)`~?([^`]+)`(?!`)\]?", r"``\1``\\ ", "\n".join(lines)).splitlines()
@@ -83,5 +75,4 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", add_contents)
     app.connect("source-read", keep_links_within)
-    app.connect("autodoc-process-docstring", describe_options, priority=300)  # before napoleon, which has 500
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)

@@ -11,15 +11,15 @@ from typing import Literal, NamedTuple, get_args, get_type_hints
 
 @dataclass(frozen=True)
 class Budget:
-    """What a measurement is made on, how precise it shall be, and what it may spend.
+    """The size of the probe set, the precision and the cost of a measurement.
 
     Attributes:
         probe_examples: Examples to measure on.
-        max_hvps: Most Hessian-vector products.
+        max_hvps: Maximum number of Hessian-vector products.
         trace_tolerance: Relative standard error of the trace at which to stop.
         eigen_tolerance: Relative residual of the eigenvalues at which to stop.
-        block_eigenvalues: Whether to find the largest and the smallest eigenvalue of each block too.
-        task_eigenvalues: Whether to find the largest eigenvalue of each task's Hessian too, where there are several.
+        block_eigenvalues: Whether to compute the largest and the smallest eigenvalue of each block too.
+        task_eigenvalues: Whether to compute the largest eigenvalue of each task's Hessian too, if there are several.
     """
 
     probe_examples: int
@@ -29,18 +29,18 @@ class Budget:
     block_eigenvalues: bool
     task_eigenvalues: bool
 
-    def shares(self, *, sharpness: bool, blocks: bool, tasks: bool, differences: bool) -> Shares:
-        """What each part of a measurement may spend.
+    def allocate(self, *, sharpness: bool, blocks: bool, tasks: bool, differences: bool) -> HvpAllocation:
+        """Divide the products among the parts of a measurement.
 
         Args:
             sharpness: Whether the sharpness that the optimizer sees takes products of its own.
             blocks: Whether the eigenvalues of the blocks do.
-            tasks: Whether those of the tasks do. A product with each task's own Hessian counts as one: each goes over
-                its own batches.
-            differences: Whether eigenvalues are checked along their vectors, by one product where all is well.
+            tasks: Whether those of the tasks do. One product with each task's Hessian counts as one: each goes over
+                that task's batches.
+            differences: Whether eigenvalues are checked along their vectors, by one product unless that fails.
         """
         each = self.max_hvps // 5
-        taken = Shares(
+        allocation = HvpAllocation(
             spectrum=0,
             along_gradient=2,
             along_eigenvectors=int(differences),
@@ -48,11 +48,20 @@ class Budget:
             blocks=each * blocks,
             tasks=each * tasks,
         )
-        return taken._replace(spectrum=self.max_hvps - sum(taken))
+        return allocation._replace(spectrum=self.max_hvps - sum(allocation))
 
 
-class Shares(NamedTuple):
-    """Products for the ends, density and trace; along the gradient and eigenvectors; the sharpness; blocks; tasks."""
+class HvpAllocation(NamedTuple):
+    """Hessian-vector products for each part of a measurement.
+
+    Attributes:
+        spectrum: For extreme eigenvalues, density and trace.
+        along_gradient: For the curvature along the gradient.
+        along_eigenvectors: For checking eigenvalues along their vectors.
+        sharpness: For the sharpness that the optimizer sees.
+        blocks: For the eigenvalues of the blocks.
+        tasks: For the eigenvalues of the tasks.
+    """
 
     spectrum: int
     along_gradient: int
@@ -73,14 +82,14 @@ PROFILES = {
         256, 256, trace_tolerance=0.05, eigen_tolerance=0.001, block_eigenvalues=True, task_eigenvalues=True
     ),
 }
-"""Presets, each several times the price of the one before."""
+"""Presets, each several times the cost of the one before."""
 
 
 REPORT_FOLDER = "optimizability"
 """Name of the report's folder inside `output_dir`."""
 
 MIN_HVPS = 16
-"""Products that every part of a measurement has enough of to give an estimate and an error."""
+"""Fewest products with which every part of a measurement gives an estimate and an error."""
 
 
 @dataclass
@@ -88,6 +97,38 @@ class OptimizabilityConfig:
     """What to measure, how precisely, and when.
 
     Works with `HfArgumentParser`: every field is a command-line flag of the same name.
+
+    Args:
+        profile: Preset for the options left unset: probe_examples, max_hvps, trace_tolerance, eigen_tolerance,
+            block_eigenvalues, task_eigenvalues.
+        measure_strategy: When to measure between the start and the end of training, where it is always measured: as
+            often as `overhead_budget` allows, never, every `measure_steps` optimizer steps, or after each epoch.
+        overhead_budget: Share of the training time that measurements may take if measure_strategy='auto'.
+        measure_steps: Optimizer steps between two measurements if measure_strategy='steps'.
+        probe_examples: Examples of the training set to measure on, drawn once. Set by the profile.
+        probe_batch_size: Probe examples per forward pass. Lower it if a measurement runs out of memory.
+        engine: How Hessian-vector products are computed. 'auto' is double_backward, or central_difference if the loss
+            has no second derivative or the weights are quantized.
+        curvature: Which matrix to measure: the Hessian; gauss_newton, without the curvature of the network itself;
+            empirical_fisher, the second moment of the gradients of single examples.
+        eigen_method: Lanczos gives the largest and the smallest eigenvalue; power iteration the largest only.
+        eigen_tolerance: Stop when the residual is below this share of the eigenvalue. Set by the profile.
+        num_eigenvalues: How many of the largest, and of the smallest, eigenvalues to compute; Lanczos only.
+        block_eigenvalues: Compute the largest and the smallest eigenvalue of each block as well; a product for all
+            blocks costs up to as much as one for each. Set by the profile.
+        trace_method: Hutchinson averages over random probes; hutch++ and xtrace treat a random subspace exactly; exact
+            spends one product per parameter, not max_hvps.
+        trace_tolerance: Stop when the standard error is below this share of the trace. Set by the profile.
+        max_hvps: Maximum number of Hessian-vector products of one measurement. Set by the profile.
+        landscape: Evaluate the loss along the optimizer's update and over the plane of the top two eigenvectors as
+            well: 144 forward passes over the probe set, a gradient, and a product on top of max_hvps.
+        blocks: Glob patterns of parameter names; each makes one block of the report, the others go to 'other'. By
+            default: embeddings, each layer, head.
+        task_column: Column, or key in a batch, with the task of each example, a string or a whole number. Gradient and
+            curvature are then reported by task as well, and how far the tasks conflict.
+        task_eigenvalues: With task_column, compute the largest eigenvalue of each task's Hessian. Set by the profile.
+        probe_seed: Seed of the probe set and of the probe vectors.
+        report_dir: Folder of the report. By default the folder 'optimizability' inside output_dir.
 
     Raises:
         ValueError: If an option has a value that can't work; the message names the option and what it takes.
@@ -121,7 +162,7 @@ class OptimizabilityConfig:
     )
     probe_examples: int | None = field(
         default=None,
-        metadata={"help": "Examples drawn (seeded, once) from the training set to measure on. Set by the profile."},
+        metadata={"help": "Examples of the training set to measure on, drawn once. Set by the profile."},
     )
     probe_batch_size: int = field(
         default=16,
@@ -130,32 +171,33 @@ class OptimizabilityConfig:
     engine: Literal["auto", "double_backward", "forward_over_reverse", "central_difference"] = field(
         default="auto",
         metadata={
-            "help": "How Hessian-vector products are made. 'auto' is double_backward, or central_difference where the "
-            "loss has no second derivative or the weights are quantized."
+            "help": "How Hessian-vector products are computed. 'auto' is double_backward, or central_difference if "
+            "the loss has no second derivative or the weights are quantized."
         },
     )
     curvature: Literal["hessian", "gauss_newton", "empirical_fisher"] = field(
         default="hessian",
         metadata={
             "help": "Which matrix to measure: the Hessian; gauss_newton, without the curvature of the network itself; "
-            "empirical_fisher, the second moment of the examples' gradients."
+            "empirical_fisher, the second moment of the gradients of single examples."
         },
     )
     eigen_method: Literal["lanczos", "power_iteration"] = field(
         default="lanczos",
-        metadata={"help": "Lanczos gives both ends of the spectrum; power iteration the largest eigenvalue only."},
+        metadata={"help": "Lanczos gives the largest and the smallest eigenvalue; power iteration the largest only."},
     )
     eigen_tolerance: float | None = field(
         default=None,
         metadata={"help": "Stop when the residual is below this share of the eigenvalue. Set by the profile."},
     )
     num_eigenvalues: int = field(
-        default=1, metadata={"help": "Eigenvalues to find at each end of the spectrum; Lanczos only."}
+        default=1,
+        metadata={"help": "How many of the largest, and of the smallest, eigenvalues to compute; Lanczos only."},
     )
     block_eigenvalues: bool | None = field(
         default=None,
         metadata={
-            "help": "Find the largest and the smallest eigenvalue of each block as well; a product for all blocks "
+            "help": "Compute the largest and the smallest eigenvalue of each block as well; a product for all blocks "
             "costs up to as much as one for each. Set by the profile."
         },
     )
@@ -172,7 +214,7 @@ class OptimizabilityConfig:
     )
     max_hvps: int | None = field(
         default=None,
-        metadata={"help": "Most Hessian-vector products one measurement may spend. Set by the profile."},
+        metadata={"help": "Maximum number of Hessian-vector products of one measurement. Set by the profile."},
     )
     landscape: bool = field(
         default=False,
@@ -184,22 +226,21 @@ class OptimizabilityConfig:
     blocks: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Glob patterns of parameter names; each makes one block of the report, the rest goes to 'other'. "
+            "help": "Glob patterns of parameter names; each makes one block of the report, the others go to 'other'. "
             "By default: embeddings, each layer, head."
         },
     )
     task_column: str | None = field(
         default=None,
         metadata={
-            "help": "Name of the column, or of the key in a batch, that says to which task an example belongs, by a "
-            "string or a whole number. Gradient and curvature are then told by task as well, and how far the tasks "
-            "conflict."
+            "help": "Column, or key in a batch, with the task of each example, a string or a whole number. Gradient "
+            "and curvature are then reported by task as well, and how far the tasks conflict."
         },
     )
     task_eigenvalues: bool | None = field(
         default=None,
         metadata={
-            "help": "With task_column, find the largest eigenvalue of each task's own Hessian. Set by the profile."
+            "help": "With task_column, compute the largest eigenvalue of each task's Hessian. Set by the profile."
         },
     )
     probe_seed: int = field(default=0, metadata={"help": "Seed of the probe set and of the probe vectors."})
@@ -215,7 +256,7 @@ class OptimizabilityConfig:
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(map(repr, choices))}."
                 )
-        for name, least in {
+        for name, minimum in {
             "measure_steps": 1,
             "probe_examples": 2,
             "probe_batch_size": 1,
@@ -223,8 +264,8 @@ class OptimizabilityConfig:
             "max_hvps": MIN_HVPS,
         }.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
+            if value is not None and value < minimum:
+                raise ValueError(f"`{name}` is {value}; it must be at least {minimum}.")
         for name in ("eigen_tolerance", "trace_tolerance", "overhead_budget"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
@@ -236,10 +277,10 @@ class OptimizabilityConfig:
             raise ValueError("`blocks` is empty; pass at least one pattern, or leave it unset for automatic blocks.")
 
     def _require_options_that_fit(self) -> None:
-        """Refuses what would have no effect."""
+        """Raise for combinations of options that would have no effect."""
         if self.curvature != "hessian" and self.engine in ("forward_over_reverse", "central_difference"):
             raise ValueError(
-                f"`engine` is {self.engine!r}, which makes products with the Hessian only, but `curvature` is "
+                f"`engine` is {self.engine!r}, which multiplies with the Hessian only, but `curvature` is "
                 f"{self.curvature!r}. Leave `engine` at 'auto'."
             )
         if self.block_eigenvalues and self.curvature != "hessian":
@@ -252,15 +293,14 @@ class OptimizabilityConfig:
             )
         if self.eigen_method == "power_iteration" and self.num_eigenvalues > 1:
             raise ValueError(
-                f"`num_eigenvalues` is {self.num_eigenvalues}, but power iteration finds one. Set `eigen_method` to "
-                "'lanczos'."
+                f"`num_eigenvalues` is {self.num_eigenvalues}, but power iteration computes one. Set `eigen_method` "
+                "to 'lanczos'."
             )
-
         self._require_tasks_that_fit()
         if self.eigen_method == "power_iteration" and self.landscape:
             raise ValueError(
-                "`landscape` needs the top two eigenvectors, but power iteration finds one. Set `eigen_method` to "
-                "'lanczos'."
+                "`landscape` needs the top two eigenvectors, but power iteration computes one. Set `eigen_method` "
+                "to 'lanczos'."
             )
 
     def _require_tasks_that_fit(self) -> None:
@@ -268,17 +308,17 @@ class OptimizabilityConfig:
             raise ValueError("`task_eigenvalues` needs `task_column`: set it, or leave both unset.")
         if self.task_column is not None and self.trace_method in ("hutch++", "xtrace"):
             raise ValueError(
-                f"`trace_method` is {self.trace_method!r}, which does not tell the traces of tasks apart, but "
+                f"`trace_method` is {self.trace_method!r}, which has no traces by task, but "
                 f"`task_column` is {self.task_column!r}. Choose 'hutchinson' or 'exact'."
             )
         if self.task_column is not None and self.curvature == "empirical_fisher":
             raise ValueError(
-                "`curvature` is 'empirical_fisher', which is not told by task, but `task_column` is "
+                "`curvature` is 'empirical_fisher', which is not available by task, but `task_column` is "
                 f"{self.task_column!r}. Choose 'hessian' or 'gauss_newton'."
             )
         if self.task_column is not None and self.engine == "central_difference":
             raise ValueError(
-                "`engine` is 'central_difference', whose products do not tell tasks apart, but `task_column` is "
+                "`engine` is 'central_difference', whose products are not available by task, but `task_column` is "
                 f"{self.task_column!r}. Leave `engine` at 'auto'."
             )
 
@@ -288,7 +328,7 @@ class OptimizabilityConfig:
 
     @property
     def budget(self) -> Budget:
-        """The profile's budget, with the options that were set in place of its own."""
+        """The profile's budget, overridden by the options that are set."""
         preset = PROFILES[self.profile]
         options = {name: getattr(self, name) for name in asdict(preset)}
         return replace(preset, **{name: value for name, value in options.items() if value is not None})

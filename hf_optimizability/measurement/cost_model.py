@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..config import OptimizabilityConfig, Shares
+from ..config import OptimizabilityConfig, HvpAllocation
 from ..linalg.lanczos import BASIS_CHUNK
 from ..linalg.spectrum_and_trace import DEFLATED
 from ..linalg.trace import PROBE_BLOCK_SIZE
@@ -63,7 +63,7 @@ class HvpBudget(NamedTuple):
         return sum(self)
 
 
-def allocate_hvps(config: OptimizabilityConfig, engine: HvpEngine, *, preconditions: bool) -> Shares:
+def allocate_hvps(config: OptimizabilityConfig, engine: HvpEngine, *, preconditions: bool) -> HvpAllocation:
     """Return what each part of a measurement may spend with an engine.
 
     Args:
@@ -72,7 +72,7 @@ def allocate_hvps(config: OptimizabilityConfig, engine: HvpEngine, *, preconditi
         preconditions: Whether the sharpness that the optimizer sees takes products of its own.
     """
     by_task = config.task_column is not None and engine.separates_tasks
-    return config.budget.shares(
+    return config.budget.allocate(
         sharpness=preconditions,
         blocks=engine.differentiates_hessian and config.budget.block_eigenvalues,
         tasks=by_task and config.budget.task_eigenvalues,
@@ -81,7 +81,7 @@ def allocate_hvps(config: OptimizabilityConfig, engine: HvpEngine, *, preconditi
 
 
 def count_hvps(
-    config: OptimizabilityConfig, engine: HvpEngine, shares: Shares, *, size: int, update: bool
+    config: OptimizabilityConfig, engine: HvpEngine, shares: HvpAllocation, *, size: int, update: bool
 ) -> HvpBudget:
     """Return the products that a measurement makes at most.
 

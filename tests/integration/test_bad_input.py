@@ -48,7 +48,7 @@ def refused(folder: Path, match: str, *, config: dict[str, Any] | None = None, *
         ({"blocks": []}, "`blocks` is empty"),
         (
             {"curvature": "gauss_newton", "engine": "forward_over_reverse"},
-            "`engine` is 'forward_over_reverse', which makes products with the Hessian only.*Leave `engine` at 'auto'",
+            "`engine` is 'forward_over_reverse', which multiplies with the Hessian only.*Leave `engine` at 'auto'",
         ),
         ({"curvature": "empirical_fisher", "engine": "central_difference"}, "`engine` is 'central_difference'"),
         ({"curvature": "gauss_newton", "block_eigenvalues": True}, "`block_eigenvalues` are those of the Hessian"),
@@ -58,7 +58,7 @@ def refused(folder: Path, match: str, *, config: dict[str, Any] | None = None, *
         ),
         (
             {"eigen_method": "power_iteration", "num_eigenvalues": 2},
-            "`num_eigenvalues` is 2, but power iteration finds one. Set `eigen_method` to 'lanczos'",
+            "`num_eigenvalues` is 2, but power iteration computes one. Set `eigen_method` to 'lanczos'",
         ),
     ],
 )
