@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Trainer that measures as it trains, and the mixin that makes one of any Trainer."""
+"""A Trainer that measures as it trains, and a mixin for any other Trainer."""
 
 from __future__ import annotations
 
@@ -24,6 +24,22 @@ from .callback import OptimizabilityCallback
 
 
 if TYPE_CHECKING:
+    import datasets
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
+    from torch.utils.data import Dataset
+    from transformers import (
+        BaseImageProcessor,
+        DataCollator,
+        EvalPrediction,
+        FeatureExtractionMixin,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
     _Base = Trainer
 else:
     _Base = object
@@ -34,9 +50,9 @@ logger = logging.get_logger(__name__)
 class OptimizabilityTrainerMixin(_Base):
     """Adds measurements and the optimizability report to a Trainer class; put it before that class.
 
-    Besides what [`OptimizabilityCallback`] does, it logs the gradient norm of each block beside each training loss, as
+    Besides what [`OptimizabilityCallback`] does, it logs the gradient norm of each block with each training loss, as
     `optimizability/train_grad_norm/<block>`: of the training batch, summed over accumulation steps, before clipping.
-    They are taken at the steps that `logging_strategy` names; a loss that a callback has logged besides is without.
+    They are computed at the steps given by `logging_strategy`; a loss that a callback logs at other steps has none.
 
     Args:
         optimizability: What to measure and when.
@@ -68,46 +84,46 @@ class OptimizabilityTrainerMixin(_Base):
             cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
 
     def optimizability_report(self) -> OptimizabilityReport:
-        """The report so far; complete after `train()`."""
+        """Return the report so far; it is complete after `train()`."""
         return self.optimizability_callback.report
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Train on one batch; where that completes an optimizer step, take the norms before they are clipped."""
+        """Train on one batch; if that completes an optimizer step, compute the norms before clipping."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients:
             self._train_grad_norms = {}
             if self._is_logged():
                 try:
                     self._train_grad_norms = self._grad_norms()
-                except Exception as error:  # whatever it is, the step that is logged counts more
+                except Exception as error:  # whatever it is, training matters more
                     reason = redact_secrets(f"{type(error).__name__}: {error}")
                     logger.warning_once(f"The gradient norms by block are not logged. {reason} Training continues.")
         return loss
 
     def _grad_norms(self) -> dict[str, Tensor]:
-        """Return the norm of each block's gradient as it is now, of blocks that have one."""
+        """Return the current norm of each block's gradient, of blocks that have one."""
         parameters = dict(cast(nn.Module, self.model).named_parameters())
         gradients = {
             block: [grad for name in names if (grad := parameters[name].grad) is not None]
             for block, names in self._block_names().items()
         }
-        return norms_over_ranks({block: held for block, held in gradients.items() if held})
+        return norms_over_ranks({block: grads for block, grads in gradients.items() if grads})
 
     def _is_logged(self) -> bool:
-        """Whether the present step will be logged, as the arguments have it: only then do norms cost any time."""
+        """Return whether the current step will be logged, by the arguments: only then do norms cost any time."""
         step, args = self.state.global_step + 1, self.args
         if step == 1 and args.logging_first_step:
             return True
         if args.logging_strategy == "steps":
             return step % self.state.logging_steps == 0
-        ends = step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
-        return args.logging_strategy == "epoch" and ends
+        last = step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
+        return args.logging_strategy == "epoch" and last
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does: times without what measuring took, training losses with the norms by block."""
+        """Log as the Trainer does: times without those of measurements, training losses with the norms by block."""
         if self.is_in_train and (borrowed := self.optimizability_callback.borrowed_seconds):
             if {"train_runtime", "train_loss"} <= logs.keys():
-                _take_out(borrowed, logs)
+                _subtract_time(borrowed, logs)
             start_time = None if start_time is None else start_time + borrowed
         if "loss" in logs:
             scaler = self.accelerator.scaler
@@ -117,9 +133,9 @@ class OptimizabilityTrainerMixin(_Base):
         super().log(logs, *([] if start_time is None else [start_time]))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the model card as the Trainer does, and puts the report into it; its files go beside the model.
+        """Write the model card as the Trainer does, with the report in it; the report's files go next to the model.
 
-        What lies in `output_dir` goes up with `push_to_hub`, in one commit.
+        `push_to_hub` uploads everything in `output_dir` in one commit.
         """
         super().create_model_card(*args, **kwargs)
         report, folder = self.optimizability_report(), Path(cast(str, self.args.output_dir))
@@ -134,20 +150,20 @@ class OptimizabilityTrainerMixin(_Base):
             )
         except Exception as error:
             reason = redact_secrets(f"{type(error).__name__}: {error}")
-            logger.warning(f"The model card goes without the optimizability report. {reason}")
+            logger.warning(f"The model card has no optimizability report. {reason}")
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Saves the model as the Trainer does; if a push that goes with it fails, that is a warning."""
+        """Save the model as the Trainer does; if a push that comes with it fails, that is a warning."""
         try:
             super().save_model(*args, **kwargs)
         except HubError as error:
             logger.warning(str(error))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Pushes model, card and report as the Trainer does.
+        """Push model, card and report as the Trainer does.
 
         Raises:
-            HubError: If that fails: why, and what to do. Nothing in `output_dir` is lost.
+            HubError: If that fails, with the reason and what to do. Nothing in `output_dir` is lost.
         """
         kept = f"The model and its report are in {self.args.output_dir}."
         with explained("pushing the model", kept=kept, token=kwargs.get("token") or self.args.hub_token):
@@ -164,34 +180,34 @@ class OptimizabilityTrainerMixin(_Base):
 
 
 def _constructor(cls: type[OptimizabilityTrainerMixin]) -> Callable[..., None]:
-    """Return an `__init__` that says what it takes: what the class after the mixin does, and `optimizability`."""
+    """Return an `__init__` with the signature of the class after the mixin, plus `optimizability`."""
     following = cls.__mro__[cls.__mro__.index(OptimizabilityTrainerMixin) + 1 :]
-    base = next(held for held in following if "__init__" in vars(held))
+    base = next(other for other in following if "__init__" in vars(other))
     signature = inspect.signature(base.__init__)  # type: ignore[misc]
     parameters = list(signature.parameters.values())
-    own = inspect.signature(OptimizabilityTrainerMixin.__init__).parameters["optimizability"]
+    added = inspect.signature(OptimizabilityTrainerMixin.__init__).parameters["optimizability"]
     last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
     def construct(self: OptimizabilityTrainerMixin, *args: Any, **kwargs: Any) -> None:
         super(cls, self).__init__(*args, **kwargs)
 
     construct.__name__, construct.__qualname__ = "__init__", f"{cls.__qualname__}.__init__"
-    construct.__signature__ = signature.replace(parameters=[*parameters[:last], own, *parameters[last:]])  # type: ignore[attr-defined]
+    construct.__signature__ = signature.replace(parameters=[*parameters[:last], added, *parameters[last:]])  # type: ignore[attr-defined]
     return construct
 
 
-def _take_out(seconds: float, logs: dict[str, float]) -> None:
-    """Take seconds that were no training out of what the Trainer logs at the end, which `train()` returns as well."""
-    whole = logs["train_runtime"]
-    trained = max(whole - seconds, 1e-4)  # to which the Trainer rounds
+def _subtract_time(seconds: float, logs: dict[str, float]) -> None:
+    """Subtract seconds from the run time that the Trainer logs at the end, and that `train()` returns as well."""
+    runtime = logs["train_runtime"]
+    trained = max(runtime - seconds, 1e-4)  # to which the Trainer rounds
     logs["train_runtime"] = round(trained, 4)
     for name in logs:
         if name.startswith("train_") and name.endswith("_per_second"):
-            logs[name] = round(logs[name] * whole / trained, 3)
+            logs[name] = round(logs[name] * runtime / trained, 3)
 
 
 class OptimizabilityTrainer(OptimizabilityTrainerMixin, Trainer):
-    """A [`~transformers.Trainer`] that measures as it trains; `optimizability` is its one further argument.
+    """A [`~transformers.Trainer`] that measures as it trains, with one further argument, `optimizability`.
 
     Example:
         >>> from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
@@ -201,3 +217,28 @@ class OptimizabilityTrainer(OptimizabilityTrainerMixin, Trainer):
         ...     trainer.train()
         ...     return trainer.optimizability_report()
     """
+
+    if TYPE_CHECKING:  # for editors and type checkers; `inspect.signature` says the same
+
+        def __init__(
+            self,
+            model: PreTrainedModel | nn.Module | None = None,
+            args: TrainingArguments | None = None,
+            data_collator: DataCollator | None = None,
+            train_dataset: Dataset[Any] | datasets.Dataset | None = None,
+            eval_dataset: Dataset[Any] | dict[str, Dataset[Any]] | datasets.Dataset | None = None,
+            processing_class: PreTrainedTokenizerBase
+            | BaseImageProcessor
+            | FeatureExtractionMixin
+            | ProcessorMixin
+            | None = None,
+            model_init: Callable[..., PreTrainedModel] | None = None,
+            compute_loss_func: Callable[..., Any] | None = None,
+            compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+            callbacks: list[TrainerCallback] | None = None,
+            optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+            optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+            preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+            *,
+            optimizability: OptimizabilityConfig | None = None,
+        ) -> None: ...
