@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `hf-optimizability`. What a command needs is imported when it runs, so that `--help` is quick."""
+"""The command `hf-optimizability`. Imports happen when a command runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ app = typer.Typer(
 
 DEMO = "recipes/demo/vision.json"
 
-PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+EXTRA_FLAGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """Settings of the commands whose further flags are fields of dataclasses, which `HfArgumentParser` reads."""
 
-PASSED_ON_METAVAR = "[ARGUMENTS.json] [OPTIONS] [FLAGS]"
+EXTRA_FLAGS_METAVAR = "[ARGUMENTS.json] [OPTIONS] [FLAGS]"
 
 TaskName = Annotated[
     Literal["text-classification", "image-classification"] | None,
-    typer.Option("--task", help="What the checkpoint shall do. By default, what it was made for."),
+    typer.Option("--task", help="The checkpoint's task. By default, the one that its architecture has a head for."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and everything else to stderr.")]
-AllFlags = Annotated[bool, typer.Option("--flags", help="List all further flags of the task, and stop.")]
+AllFlags = Annotated[bool, typer.Option("--flags", help="List all further flags of the task, and exit.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, file_okay=False, help="Folder of a report.")]
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the command."""
     app(prog_name="hf-optimizability")
 
 
@@ -61,7 +61,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog="""Exit codes: 0 all went well; 1 the work failed; 2 the command line can't be understood.
+    epilog="""Exit codes: 0 success; 1 the work failed; 2 the command line is invalid.
 
 \b
 Examples:
@@ -72,17 +72,17 @@ Examples:
 )
 def options(
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="HF_DEBUG", help="Show the traceback where a command fails.")
+        bool, typer.Option("--debug", envvar="HF_DEBUG", help="Show the traceback if a command fails.")
     ] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
     ] = False,
 ) -> None:
     """How well does this checkpoint optimize on my task? Measures it, and writes an optimizability report."""
 
 
 @app.command(
-    context_settings=PASSED_ON,
+    context_settings=EXTRA_FLAGS,
     options_metavar="[OPTIONS] [FLAGS]",
     epilog="""\b
 Examples:
@@ -94,7 +94,7 @@ def demo(ctx: typer.Context, as_json: AsJson = False) -> None:
     """Fine-tune MobileNetV2 on MNIST, and report.
 
     Both come with the package, so that no network is needed. Takes a few minutes. Further flags are those of `run`.
-    The report is in out/demo/vision/optimizability, unless --output_dir says else.
+    The report is in out/demo/vision/optimizability, unless --output_dir names another folder.
     """
     with _work(ctx):
         root = _demo_root()
@@ -105,8 +105,8 @@ def demo(ctx: typer.Context, as_json: AsJson = False) -> None:
 
 
 @app.command(
-    context_settings=PASSED_ON,
-    options_metavar=PASSED_ON_METAVAR,
+    context_settings=EXTRA_FLAGS,
+    options_metavar=EXTRA_FLAGS_METAVAR,
     epilog="""\b
 Examples:
   hf-optimizability run --model_name_or_path distilbert/distilbert-base-uncased \\
@@ -121,8 +121,8 @@ def run(ctx: typer.Context, task: TaskName = None, as_json: AsJson = False, flag
     r"""Fine-tune a checkpoint on a data set, and report.
 
     Checkpoint and data are names on the Hub, or local folders and files. All further flags go to the task's data,
-    Transformers' TrainingArguments and OptimizabilityConfig: --flags lists them. They can stand in a JSON file, named
-    first; flags after it overrule it. These matter most:
+    Transformers' TrainingArguments and OptimizabilityConfig: --flags lists them. They can be in a JSON file, named
+    first; flags after it override it. These matter most:
 
     \b
       --model_name_or_path   the checkpoint
@@ -136,8 +136,8 @@ def run(ctx: typer.Context, task: TaskName = None, as_json: AsJson = False, flag
 
 
 @app.command(
-    context_settings=PASSED_ON,
-    options_metavar=PASSED_ON_METAVAR,
+    context_settings=EXTRA_FLAGS,
+    options_metavar=EXTRA_FLAGS_METAVAR,
     epilog="""\b
 Examples:
   hf-optimizability measure --model_name_or_path org/checkpoint --dataset_name org/data --forecast
@@ -149,11 +149,11 @@ Examples:
 def measure(
     ctx: typer.Context,
     task: TaskName = None,
-    forecast: Annotated[bool, typer.Option("--forecast", help="Print what it will take at most, and stop.")] = False,
+    forecast: Annotated[bool, typer.Option("--forecast", help="Print the maximum cost, and exit.")] = False,
     as_json: AsJson = False,
     flags: AllFlags = False,
 ) -> None:
-    """Measure a checkpoint as it stands, without training.
+    """Measure a checkpoint without training it.
 
     Takes the flags of `run` (--flags lists them), and measures gradient and curvature on the training set, as
     `run` with the same flags would before its first step. Writes a report if --output_dir or --report_dir is given.
@@ -163,7 +163,7 @@ def measure(
 
 
 @app.command(
-    context_settings=PASSED_ON,
+    context_settings=EXTRA_FLAGS,
     options_metavar="[ARGUMENTS.json] CANDIDATE... [OPTIONS] [FLAGS]",
     epilog="""\b
 Examples:
@@ -179,14 +179,14 @@ def compare(ctx: typer.Context, task: TaskName = None, as_json: AsJson = False, 
     r"""Fine-tune candidates under one equal budget, and rank them.
 
     A candidate is a checkpoint, flags of its own, or both: CHECKPOINT,flag=value,flag=value. Candidates come first,
-    then the flags that all share, which are those of `run` and the budget. Both can stand in a JSON file, named before
-    them, with the candidates as a list. Killed and started again, a comparison goes on where it was.
+    then the flags that all share, which are those of `run` and the budget. Both can be in a JSON file, named before
+    them, with the candidates as a list. Killed and started again, a comparison resumes where it was.
 
     \b
-      --budget_steps, --budget_examples, --budget_seconds   what each training gets; one of them
+      --budget_steps, --budget_examples, --budget_seconds   the budget of each training; pass one of them
       --seeds            trainings of each candidate, 3 by default
       --halving_rounds   rounds of successive halving, for many candidates
-      --screen_to        train so many, the best by a score before any training
+      --screen_to        train only so many, the best by a score before training
       --output_dir       where comparison.html, .md and .json go
     """
     with _work(ctx):
@@ -197,16 +197,16 @@ def compare(ctx: typer.Context, task: TaskName = None, as_json: AsJson = False, 
 def report(ctx: typer.Context, folder: Folder, as_json: AsJson = False) -> None:
     """Render a report again from its report.json.
 
-    Each file is replaced as a whole, or stays as it was.
+    Each file is replaced completely, or not at all.
     """
     with _work(ctx):
         from .report import OptimizabilityReport
 
         if not (folder / "report.json").is_file():
             raise FileNotFoundError(f"There is no report.json in {str(folder)!r}. Name the folder of a report.")
-        found = OptimizabilityReport.load(folder)
-        found.save(folder)
-        _print_report(found, folder, found.summary(), as_json=as_json)
+        report = OptimizabilityReport.load(folder)
+        report.save(folder)
+        _print_report(report, folder, report.summary(), as_json=as_json)
 
 
 @app.command(
@@ -220,14 +220,14 @@ def push(
     ctx: typer.Context,
     folder: Folder,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="The model's repository, such as user/my-model.")],
-    private: Annotated[bool, typer.Option("--private", help="Make it private, if it is made.")] = False,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is created.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch to push to.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put a report into a model's repository on the Hub.
+    """Push a report to a model's repository on the Hub.
 
-    Its files, and a section of the model card. Takes the token of `hf auth login`, or that in HF_TOKEN.
+    Pushes its files, and a section of the model card. Uses the token of `hf auth login`, or that in HF_TOKEN.
     """
     with _work(ctx):
         from .publishing.hub import push as push_to_hub
@@ -256,10 +256,10 @@ def _run(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bo
         folder = fine_tune(trainer, tasks=task.NAME, dataset=data_args.public_name)
     if not trainer.is_world_process_zero():
         return
-    found = trainer.optimizability_report()
-    _print_report(found, folder, found.summary(), as_json=as_json)
-    if training_args.do_train and not found.measurements:
-        raise MeasurementError("The checkpoint is trained, but nothing could be measured.", found.failures[-1].remedy)
+    report = trainer.optimizability_report()
+    _print_report(report, folder, report.summary(), as_json=as_json)
+    if training_args.do_train and not report.measurements:
+        raise MeasurementError("The checkpoint is trained, but nothing could be measured.", report.failures[-1].remedy)
 
 
 def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool, as_json: bool, flags: bool) -> None:
@@ -271,7 +271,7 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
 
     task, parser = _task_and_parser(task_name, args)
     with tempfile.TemporaryDirectory() as scratch:
-        parser.set_defaults(output_dir=scratch)  # a Trainer makes its folder, wanted or not
+        parser.set_defaults(output_dir=scratch)  # a Trainer always creates its folder
         model_args, data_args, config, training_args = _parsed(parser, args, flags=flags)
         folder = None
         if not forecast_only and (config.report_dir is not None or training_args.output_dir != scratch):
@@ -290,11 +290,11 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
     if forecast_only:
         typer.echo(json.dumps(asdict(price)) if as_json else str(price))
         return
-    found = report_measurement(trainer, probe, measurement)
+    report = report_measurement(trainer, probe, measurement)
     if folder is not None:
         back_up(folder / "report.json")
-        found.save(folder)
-    _print_report(found, folder, _table(measurement), as_json=as_json)
+        report.save(folder)
+    _print_report(report, folder, _table(measurement), as_json=as_json)
 
 
 def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool) -> None:
@@ -302,16 +302,16 @@ def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags
     from .comparing.flags import list_flags
     from .comparing.runner import ComparisonRunner
 
-    rest = list(args)
+    words = list(args)
     with _usage_errors():
         values = (
-            json.loads(Path(rest.pop(0)).read_text(encoding="utf-8")) if rest and rest[0].endswith(".json") else {}
+            json.loads(Path(words.pop(0)).read_text(encoding="utf-8")) if words and words[0].endswith(".json") else {}
         )
-        given = [*values.pop("candidates", []), *takewhile(lambda word: not word.startswith("-"), rest)]
+        given = [*values.pop("candidates", []), *takewhile(lambda word: not word.startswith("-"), words)]
         if flags:
             typer.echo(list_flags(task_name))
             raise typer.Exit
-        shared = list(dropwhile(lambda word: not word.startswith("-"), rest))
+        shared = list(dropwhile(lambda word: not word.startswith("-"), words))
         runner = ComparisonRunner(parse_candidates(given), task_name=task_name, values=values, args=shared)
     with _only_json_on_stdout(as_json):
         comparison = runner.run(on_run=lambda text: typer.echo(text, err=True))
@@ -351,7 +351,7 @@ def _task_and_parser(task_name: str | None, args: Sequence[str]) -> tuple[Task, 
 
 
 def _parsed(parser: HfArgumentParser, args: Sequence[str], *, flags: bool) -> tuple[Any, ...]:
-    """The dataclasses; or nothing but a list of all flags, if that is asked for."""
+    """Return the dataclasses; or print all flags and exit, if that is asked for."""
     from .tasks.fine_tuning import parse_arguments
 
     if flags:
@@ -363,7 +363,7 @@ def _parsed(parser: HfArgumentParser, args: Sequence[str], *, flags: bool) -> tu
 
 @contextmanager
 def _usage_errors() -> Iterator[None]:
-    """Makes errors of reading the command line end with exit code 2."""
+    """Make errors in reading the command line exit with code 2."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -372,7 +372,7 @@ def _usage_errors() -> Iterator[None]:
 
 @contextmanager
 def _work(ctx: typer.Context) -> Iterator[None]:
-    """Turns whatever goes wrong inside into one message and exit code 1, or a traceback for --debug."""
+    """Turn any error inside into one message and exit code 1, or a traceback for --debug."""
     try:
         yield
     except (typer.BadParameter, typer.Exit):
@@ -388,26 +388,26 @@ def _explained(error: Exception) -> str:
     from .errors import MeasurementError
     from .publishing.hub import HubError
 
-    if isinstance(error, (ValueError, OSError, ImportError, MeasurementError, HubError)):  # these say what to do
+    if isinstance(error, (ValueError, OSError, ImportError, MeasurementError, HubError)):  # messages with a remedy
         return str(error)
-    return f"{type(error).__name__}: {error}\n`hf-optimizability --debug …` shows where."
+    return f"{type(error).__name__}: {error}\n`hf-optimizability --debug …` shows the traceback."
 
 
 def _only_json_on_stdout(as_json: bool) -> AbstractContextManager[Any]:
-    """Sends what a Trainer prints to stderr where stdout is for a machine."""
+    """Send what a Trainer prints to stderr if stdout is for a machine."""
     return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
-def _print_report(found: OptimizabilityReport, folder: Path | None, text: str, *, as_json: bool) -> None:
+def _print_report(report: OptimizabilityReport, folder: Path | None, text: str, *, as_json: bool) -> None:
     if as_json:
         report_folder = None if folder is None else str(folder)
-        typer.echo(json.dumps({"report_folder": report_folder, "report": found.to_dict()}, allow_nan=False))
+        typer.echo(json.dumps({"report_folder": report_folder, "report": report.to_dict()}, allow_nan=False))
     else:
         typer.echo(f"\n{text}" + ("" if folder is None else f"\n\nReport: {folder / 'report.md'}"))
 
 
 def _table(measurement: Measurement) -> str:
-    """Value, error, convergence and products of what was measured."""
+    """Format value, error, convergence and products of a measurement."""
     from .report_data.number_format import format_number, format_with_error
 
     hessian = measurement.hessian
@@ -432,12 +432,12 @@ def _table(measurement: Measurement) -> str:
 
 
 def _demo_root() -> Path:
-    """The folder that holds `recipes`: the checkout, or where an installation put what the demo needs."""
+    """Return the folder that holds `recipes`: the checkout, or where an installation put the demo."""
     roots = [Path(__file__).parents[1], Path(sysconfig.get_path("data"), "share", "hf-optimizability")]
     for root in roots:
         if (root / DEMO).is_file():
             return root
     raise FileNotFoundError(
-        f"The demo's data is in neither of {' and '.join(map(str, roots))}. Install hf-optimizability anew, or run "
+        f"The demo's data is in neither of {' and '.join(map(str, roots))}. Reinstall hf-optimizability, or run "
         "the command in a checkout of it."
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that a kill at any moment leaves the old file or the new one, never a torn one."""
+"""Write files so that a kill at any moment leaves the old file or the new one, never a partial one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` beside `path`, flushes it to the disk and renames it into place.
+    """Write `content` next to `path`, flush it to the disk and rename it to `path`.
 
     Args:
-        path: Where the content shall be. Its folder is made if missing.
+        path: Where to write. Its folder is created if missing.
         content: The whole content of the file.
 
     Raises:
-        OSError: If the folder can't be made or written.
+        OSError: If the folder can't be created or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -31,14 +31,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def require_writable(folder: Path, argument: str) -> None:
-    """Makes `folder` and checks that a file can be written there, before hours of training rely on it.
+    """Create `folder` and check that a file can be written there, before hours of training rely on it.
 
     Args:
         folder: The folder to write to later.
         argument: Name of the argument it came from, for the error.
 
     Raises:
-        ValueError: If it can't be made or written.
+        ValueError: If it can't be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,19 +52,19 @@ def require_writable(folder: Path, argument: str) -> None:
 
 
 def back_up(path: Path) -> Path | None:
-    """Gives a file that is about to be written anew a name of its own, such as `report-1.json`.
+    """Rename a file that is about to be overwritten to a free name, such as `report-1.json`.
 
     Returns:
-        Where it is now; `None` if there was none, or if another process has moved it meanwhile.
+        Where it is now; `None` if there was none, or if another process has renamed it meanwhile.
 
     Raises:
-        ValueError: If it can't be renamed: in a folder such as `/tmp`, that of another user can't.
+        ValueError: If it can't be renamed, such as that of another user in `/tmp`.
     """
     if not path.exists():
         return None
-    free = next(place for n in count(1) if not (place := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
     try:
-        return path.rename(free)
+        return path.rename(next(name for name in names if not name.exists()))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -75,7 +75,7 @@ def back_up(path: Path) -> Path | None:
 
 
 def finite(value: Any) -> Any:
-    """Replaces numbers that JSON can't hold by `None`, in nested dicts and lists.
+    """Replace numbers that JSON can't hold by `None`, in nested dicts and lists.
 
     Example:
         >>> finite({"x": (1.0, math.inf)})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes out of a text what tells who ran the code and where: secrets, paths, the names of user and machine.
+"""Remove from a text what reveals who ran the code and where: secrets, paths, names of user and machine.
 
-A report is made to be shown. What the package writes into it itself names no place; the messages of exceptions, which
-it keeps as reasons of failures, may name any.
+Reports are made to be shared. The package itself writes no paths into them, but messages of exceptions, which are
+stored as reasons of failures, may contain any.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")  # those of today have 34
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")  # today's have 34
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
-_LEAST_SECRET = 16
+_MIN_SECRET = 16
 """Shorter values of variables such as `SORT_KEY` are hardly secrets, and may be words."""
 
 _HOME = re.compile(r"(?<![\w.])(/home/|/Users/|\b[A-Za-z]:\\+Users\\+)[^\s/\\'\"`:,;()<>]+|(?<![\w.])/root\b")
@@ -33,18 +33,18 @@ _NO_NAMES = {"root", "user", "localhost", "admin"}
 
 
 def redact_secrets(text: str, *, secrets: Iterable[str | None] = ()) -> str:
-    """The text without tokens, and with `~` for home directories.
+    """Return the text without tokens, and with `~` for home directories.
 
     Args:
         text: Any text.
-        secrets: Tokens that are known; those in the environment are found.
+        secrets: Known tokens; those in the environment are found.
 
     Example:
         >>> redact_secrets("hf_abcdefghijklmnopqrstuvwxyz012345 was refused for /home/ada/model")
         '<secret> was refused for ~/model'
     """
-    found = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _LEAST_SECRET]
-    for secret in filter(None, [*secrets, *found]):
+    tokens = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _MIN_SECRET]
+    for secret in filter(None, [*secrets, *tokens]):
         text = text.replace(secret, "<secret>")
     text = _HUB_TOKEN.sub("<secret>", text)
     home = str(Path.home())
@@ -54,7 +54,7 @@ def redact_secrets(text: str, *, secrets: Iterable[str | None] = ()) -> str:
 
 
 def anonymize(text: str) -> str:
-    """The text without secrets, with the last part of each path only, and without the names of user and machine.
+    """Return the text without secrets, names of user and machine, and all but the last part of each path.
 
     Example:
         >>> anonymize("FileNotFoundError: '/mnt/ada/secret project/train.csv' (see https://pytorch.org/docs/stable)")
@@ -63,14 +63,14 @@ def anonymize(text: str) -> str:
     text = redact_secrets(_QUOTED_PATH.sub(r"\g<quote>…/\g<last>\g<quote>", text))  # may hold spaces
     for path in _PATHS:
         text = path.sub(r"…/\g<last>", text)
-    for name, instead in _names().items():
+    for name, replacement in _names().items():
         if len(name) > 2 and name.lower() not in _NO_NAMES:
-            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(\.[\w-]+)*(?![\w-])", instead, text)
+            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(\.[\w-]+)*(?![\w-])", replacement, text)
     return text
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with each string in it changed, in nested dicts (but not their keys) and lists."""
+    """Return the value with each string in it changed, in nested dicts (but not their keys) and lists."""
     if isinstance(value, dict):
         return {key: map_strings(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -79,7 +79,7 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _names() -> dict[str, str]:
-    """What stands for the names of this user and this machine."""
+    """Return the replacements for the names of this user and this machine."""
     names = {socket.gethostname(): "<host>", socket.gethostname().partition(".")[0]: "<host>"}
     try:
         return {**names, getpass.getuser(): "<user>"}

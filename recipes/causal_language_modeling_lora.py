@@ -39,7 +39,7 @@ from transformers import (
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.objective.objective import IGNORED_LABEL
-from hf_optimizability.tasks.checkpoint import own_config
+from hf_optimizability.tasks.checkpoint import original_config
 from hf_optimizability.tasks.datasets import DataSetArguments, load_data, subsample
 from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
 from hf_optimizability.tasks.text_classification import ModelArguments
@@ -63,7 +63,7 @@ class DataArguments(DataSetArguments):
 
 
 def prepare(examples: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
-    """Turns texts into token numbers, which are the labels too; both are padded later, batch by batch.
+    """Convert texts to token numbers, which are the labels too; both are padded later, batch by batch.
 
     The labels are made here, as Transformers' collator for language models takes them off wherever the padding token
     stands: where that is the end-of-text token too, the model would not learn to stop.
@@ -84,12 +84,12 @@ def prepare(examples: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArg
 
 
 def most_likely(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """The predicted tokens, in place of the logits, which would take much memory."""
+    """Return the predicted tokens in place of the logits, which would take much memory."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of next tokens that were predicted."""
+    """Compute the share of next tokens that were predicted."""
     predicted, actual = np.asarray(prediction.predictions)[:, :-1], np.asarray(prediction.label_ids)[:, 1:]
     return {"accuracy": float(np.mean((predicted == actual)[actual != IGNORED_LABEL]))}
 
@@ -108,7 +108,7 @@ def main() -> None:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config = own_config(model_args)
+    config = original_config(model_args)
     if model_args.config_overrides is not None:
         config.update_from_string(model_args.config_overrides)
     model: Any = model_args.load_model(AutoModelForCausalLM, config)

@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
-from hf_optimizability.tasks.checkpoint import own_config
+from hf_optimizability.tasks.checkpoint import original_config
 from hf_optimizability.tasks.datasets import DataSetArguments, load_data, subsample
 from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
 from hf_optimizability.tasks.text_classification import ModelArguments
@@ -74,7 +74,7 @@ class DataArguments(DataSetArguments):
 
 
 def require_one_batch_size(args: TrainingArguments, config: OptimizabilityConfig) -> None:
-    """Raises where another loss would be measured than the one that is trained on."""
+    """Raise if the loss that is measured would differ from the one that is trained."""
     size, probe = args.per_device_train_batch_size, config.budget.probe_examples
     if config.probe_batch_size != size or args.per_device_eval_batch_size != size or probe % size:
         raise ValueError(
@@ -86,16 +86,16 @@ def require_one_batch_size(args: TrainingArguments, config: OptimizabilityConfig
 
 
 def load_model(args: EncoderArguments) -> Any:
-    """A dual encoder, or two encoders as one with new projections between them."""
+    """Load a dual encoder, or two encoders as one with new projections between them."""
     if args.vision_model_name_or_path is None:
-        return args.load_model(AutoModel, own_config(args))
+        return args.load_model(AutoModel, original_config(args))
     name, hub = args.vision_model_name_or_path, args.hub_options()
     with args.loading("The text or image encoder"):
         if args.random_vision_weights:
             vision = AutoModel.from_config(AutoConfig.from_pretrained(name, **hub))
         else:
             vision = AutoModel.from_pretrained(name, **hub)
-    text = args.load_model(AutoModel, own_config(args))
+    text = args.load_model(AutoModel, original_config(args))
     model = VisionTextDualEncoderModel(vision_model=vision, text_model=text)
     model.name_or_path = " + ".join(Path(part).name for part in (args.model_name_or_path, name))  # for the report
     return model
@@ -104,7 +104,7 @@ def load_model(args: EncoderArguments) -> Any:
 def prepare(
     examples: Dataset, tokenizer: PreTrainedTokenizerBase, processor: BaseImageProcessor, args: DataArguments
 ) -> Dataset:
-    """Gives the model's inputs whenever examples are fetched, so that no processed image is stored."""
+    """Convert images and captions whenever examples are fetched, so that no processed image is stored."""
     for column in (args.image_column_name, args.caption_column_name):
         if column not in examples.column_names:
             raise ValueError(

@@ -34,7 +34,7 @@ PROBES, BATCH_SIZE = 64, 16
 
 
 def make_model() -> Any:
-    """A network as in Keras's first example."""
+    """Return a network as in Keras's first example."""
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
@@ -48,7 +48,7 @@ def make_model() -> Any:
 
 
 def load_digits(dataset_name: str, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images in [0, 1] of shape (samples, 28, 28, 1), and their labels."""
+    """Return images in [0, 1] of shape (samples, 28, 28, 1), and their labels."""
     rows = load_dataset(dataset_name, split="train").shuffle(seed=0).select(range(samples))
     return np.stack([np.asarray(image, np.float32) / 255 for image in rows["image"]])[..., None], np.array(
         rows["label"]
@@ -56,12 +56,12 @@ def load_digits(dataset_name: str, samples: int) -> tuple[np.ndarray, np.ndarray
 
 
 def loss_fn(model: Any, batch: Batch) -> torch.Tensor:
-    """The mean loss of a batch, as Keras trains it; `training=False` switches dropout off."""
+    """Return the mean loss of a batch, as Keras trains it; `training=False` switches dropout off."""
     return torch.nn.functional.cross_entropy(model(batch["images"], training=False), batch["labels"])
 
 
 def describe(step: str, measured: Measurement) -> str:
-    """A line with what was measured."""
+    """Return a line with the measured numbers."""
     hessian = measured.hessian
     shares = ", ".join(f"{name} {block.trace.value:.3g}" for name, block in measured.blocks.items())
     return (

@@ -72,13 +72,13 @@ class Row:
 
 
 def exact_eigenvalues(operator: HessianOperator) -> np.ndarray:
-    """All eigenvalues of a small operator, ascending, from one product per row."""
+    """Return all eigenvalues of a small operator, ascending, from one product per row."""
     matrix = operator.matmat(torch.eye(operator.size, dtype=operator.dtype, device=operator.device)).double().cpu()
     return np.linalg.eigvalsh(((matrix + matrix.T) / 2).numpy())
 
 
 def estimates(operator: HessianOperator, seed: int) -> tuple[dict[str, Estimate], Density]:
-    """What a few products tell of the same operator."""
+    """Estimate the same quantities from a few products with the operator."""
     budget: dict[str, Any] = {"max_hvps": 60, "seed": seed}
     run = lanczos(operator, tolerance=0.01, starts=2, **budget)
     spread = density(run.nodes, run.weights, run.residuals, size=operator.size, hvps=run.hvps, tolerance=0.1)
@@ -94,7 +94,7 @@ def estimates(operator: HessianOperator, seed: int) -> tuple[dict[str, Estimate]
 
 
 def exact_values(eigenvalues: np.ndarray) -> dict[str, float]:
-    """The same of all eigenvalues; what is 0 to the rounding of float32 is not negative."""
+    """Compute the quantities from all eigenvalues; what is 0 to the rounding of float32 is not negative."""
     total, square = float(eigenvalues.sum()), float(np.square(eigenvalues).sum())
     rounding = len(eigenvalues) * np.finfo(np.float32).eps * np.abs(eigenvalues).max()
     return {
@@ -108,7 +108,7 @@ def exact_values(eigenvalues: np.ndarray) -> dict[str, float]:
 
 
 def plot(spectra: dict[str, tuple[np.ndarray, Density]]) -> Figure:
-    """Eigenvalues by rank: all of them, and the nodes that stand for them in the quadrature."""
+    """Plot eigenvalues by rank: all of them, and the nodes that represent them in the quadrature."""
     figure = Figure(figsize=(4.5 * len(spectra), 3.2), layout="constrained", dpi=100)
     panels = figure.subplots(1, len(spectra), squeeze=False)[0]
     for axes, (block, (eigenvalues, spread)) in zip(panels, spectra.items(), strict=True):
@@ -127,7 +127,7 @@ def plot(spectra: dict[str, tuple[np.ndarray, Density]]) -> Figure:
 def compare_blocks(
     trainer: OptimizabilityTrainer, config: OptimizabilityConfig, most: int
 ) -> tuple[list[Row], dict[str, tuple[np.ndarray, Density]]]:
-    """Small blocks' Hessians in full and by estimates, on the examples that the callback measures on."""
+    """Compare small blocks' Hessians with their estimates, on the examples that the callback measures on."""
     batches = draw_probe_set(trainer.get_train_dataloader(), ProbeSpec.from_config(config)).batches
     model: Any = trainer.model
     objective = Objective(model, batches)
@@ -146,7 +146,7 @@ def compare_blocks(
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as Markdown."""
     lines = ["| block | quantity | estimate | 95 % interval | products | exact |", "|:--|:--|--:|--:|--:|--:|"]
     lines += [
         f"| {row.block} | {row.quantity} | {row.estimate:.4g} | {row.low:.4g} – {row.high:.4g} | {row.hvps} "

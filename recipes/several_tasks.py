@@ -38,7 +38,7 @@ from transformers import (
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
 from hf_optimizability.tasks.metrics import compute_metrics
-from hf_optimizability.tasks.multitask_model import TASK_COLUMN, MultiTaskModel, mixed
+from hf_optimizability.tasks.multitask_model import TASK_COLUMN, MultiTaskModel, combine_tasks
 
 
 @dataclass
@@ -59,7 +59,7 @@ class SeveralTasksArguments:
 
 
 def labelled(rows: Dataset, task: str, *, median: float) -> Dataset:
-    """The sentences with the classes of a task."""
+    """Return the sentences with the classes of a task."""
 
     def label(score: float) -> dict[str, int]:
         positive, strong = int(score > 0), int(abs(score) > median)
@@ -69,7 +69,7 @@ def labelled(rows: Dataset, task: str, *, median: float) -> Dataset:
 
 
 def load_tasks(args: SeveralTasksArguments, tokenizer: Any, *, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
-    """The training set of both tasks, and an evaluation set of each; no sentence is in two of them."""
+    """Return the training set of both tasks, and an evaluation set of each; no sentence is in two of them."""
     data = load_dataset(args.dataset_name, cache_dir=args.cache_dir)
     median = float(np.median(np.abs(data["train"]["score"])))
 
@@ -88,8 +88,8 @@ def load_tasks(args: SeveralTasksArguments, tokenizer: Any, *, seed: int) -> tup
         }
 
     test = encoded("test", args.max_eval_samples)
-    whole = mixed(test)
-    return mixed(encoded("train", args.max_train_samples)), {
+    whole = combine_tasks(test)
+    return combine_tasks(encoded("train", args.max_train_samples)), {
         name: whole.filter(lambda task, number=number: task == number, input_columns=TASK_COLUMN)
         for number, name in enumerate(test)
     }

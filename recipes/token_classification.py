@@ -58,7 +58,7 @@ class DataArguments(DataSetArguments):
 
 
 def tag_names(splits: DatasetDict, column: str) -> list[str]:
-    """The names of the tags in the order of their numbers; sorted, where the data holds names."""
+    """Return the names of the tags in the order of their numbers; sorted, where the data holds names."""
     features = splits["train"].features
     kind = getattr(features.get(column), "feature", None)
     if isinstance(kind, ClassLabel):
@@ -72,7 +72,7 @@ def tag_names(splits: DatasetDict, column: str) -> list[str]:
 
 
 def numbers_in(config: PreTrainedConfig, names: Sequence[str]) -> dict[int | str, int]:
-    """The checkpoint's number of each tag, by its number and by its name in the data."""
+    """Return the checkpoint's number of each tag, by its number and by its name in the data."""
     own = label2id(config)
     whatever_case = {name.lower(): number for name, number in own.items()} | own
     found = [whatever_case.get(name, whatever_case[name.lower()]) for name in names]
@@ -80,7 +80,7 @@ def numbers_in(config: PreTrainedConfig, names: Sequence[str]) -> dict[int | str
 
 
 def align(words: Sequence[int | None], tags: Sequence[int], *, label_all_tokens: bool) -> list[int]:
-    """The label of each token.
+    """Return the label of each token.
 
     Args:
         words: For each token the number of its word; `None` for special tokens.
@@ -96,7 +96,7 @@ def align(words: Sequence[int | None], tags: Sequence[int], *, label_all_tokens:
 def prepare(
     examples: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments, numbers: dict[int | str, int]
 ) -> Dataset:
-    """Turns words into token numbers and their tags into labels; both are padded later, batch by batch."""
+    """Convert words to token numbers and their tags to labels; both are padded later, batch by batch."""
     length = min(args.max_seq_length, tokenizer.model_max_length)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
@@ -111,7 +111,7 @@ def prepare(
 
 
 def compute_metrics(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, float]:
-    """Accuracy over the labelled tokens, F1 of each tag that occurs, and their mean."""
+    """Compute accuracy over the labelled tokens, F1 of each tag that occurs, and their mean."""
     labelled = prediction.label_ids != IGNORED_LABEL
     predicted, actual = np.argmax(prediction.predictions, axis=-1)[labelled], prediction.label_ids[labelled]
     scores = {}

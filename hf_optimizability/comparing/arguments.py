@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a comparison is made: the budget that each candidate gets, and how often."""
+"""Options of a comparison: budget, seeds, ranking criterion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..scoring.logme import MIN_EXAMPLES
 
 @dataclass
 class ComparisonArguments:
-    """The budget of each training, the seeds, and what decides.
+    """The budget of each training, the seeds, and what candidates are ranked by.
 
     Works with `HfArgumentParser`: every field is a command-line flag of the same name.
 
@@ -32,36 +32,36 @@ class ComparisonArguments:
     budget_seconds: float | None = field(
         default=None,
         metadata={
-            "help": "Train each candidate for about so many seconds: the number of steps is settled beforehand, by "
+            "help": "Train each candidate for about so many seconds: the number of steps is determined beforehand, by "
             "timing a few."
         },
     )
-    seeds: int = field(default=3, metadata={"help": "Trainings of each candidate; they begin with --seed."})
+    seeds: int = field(default=3, metadata={"help": "Trainings of each candidate, with seeds from --seed on."})
     rank_by: Literal["accuracy", "loss"] = field(
-        default="accuracy", metadata={"help": "What decides, on the evaluation set after the training."}
+        default="accuracy", metadata={"help": "What to rank by, on the evaluation set after training."}
     )
     halving_rounds: int = field(
         default=1,
         metadata={
             "help": "Rounds of successive halving: each but the last has half the budget of the next, and drops the "
-            "worse half, but none that can't be told apart from the best."
+            "worse half, except candidates statistically tied with the best."
         },
     )
     screen_to: int | None = field(
         default=None,
         metadata={
-            "help": "Score the candidates before any training, and train so many: the best, and all that can't be "
-            "told from the last of them."
+            "help": "Score the candidates before any training, and train so many: the best, and all that are "
+            "statistically tied with the last of them."
         },
     )
-    screen_examples: int = field(default=256, metadata={"help": "Training examples that the scores are from."})
+    screen_examples: int = field(default=256, metadata={"help": "Training examples to compute the scores on."})
     measured_seeds: int = field(
         default=1, metadata={"help": "Trainings of each candidate in which curvature is measured."}
     )
     save_seconds: float = field(
-        default=60.0, metadata={"help": "Seconds between two checkpoints, from which a killed training goes on."}
+        default=60.0, metadata={"help": "Seconds between two checkpoints, from which a killed training resumes."}
     )
-    retry_failures: bool = field(default=False, metadata={"help": "Try again what failed in an earlier call."})
+    retry_failures: bool = field(default=False, metadata={"help": "Retry what failed in an earlier call."})
 
     def __post_init__(self) -> None:
         budgets = [name for name in ("budget_steps", "budget_examples", "budget_seconds") if vars(self)[name]]
@@ -70,8 +70,8 @@ class ComparisonArguments:
                 "Pass exactly one of --budget_steps, --budget_examples and --budget_seconds, above 0; got "
                 f"{', '.join(budgets) or 'none'}."
             )
-        least = {budgets[0]: 0, "seeds": 1, "halving_rounds": 1, "measured_seeds": 0, "save_seconds": 0}
-        for name, bound in least.items():
+        minimums = {budgets[0]: 0, "seeds": 1, "halving_rounds": 1, "measured_seeds": 0, "save_seconds": 0}
+        for name, bound in minimums.items():
             if not math.isfinite(vars(self)[name]) or vars(self)[name] < bound:
                 raise ValueError(f"--{name} is {vars(self)[name]}; it must be at least {bound}.")
         if self.screen_to is not None and self.screen_to < 1:
@@ -83,7 +83,7 @@ class ComparisonArguments:
 
     @property
     def unit(self) -> Literal["steps", "examples", "seconds"]:
-        """What the budget is counted in."""
+        """Unit of the budget."""
         return "steps" if self.budget_steps else "examples" if self.budget_examples else "seconds"
 
     @property
@@ -92,6 +92,6 @@ class ComparisonArguments:
         return self.budget_steps or self.budget_examples or self.budget_seconds or 0
 
     def budget(self, number: int) -> float:
-        """The budget of a training in round `number`, counted from 1; steps and examples are whole."""
+        """Return the budget of a training in round `number`, counted from 1; steps and examples are integers."""
         budget = self.amount / 2 ** (self.halving_rounds - number)
         return budget if self.unit == "seconds" else max(1, round(budget))

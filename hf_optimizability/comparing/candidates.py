@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared: each candidate is a name and the flags in which it differs from what all share."""
+"""Candidates: each is a name and the flags in which it differs from the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHANGE = re.compile(r"([a-z][a-z0-9_]*)=(.*)", flags=re.DOTALL)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A name, and the flags of `hf-optimizability run` that are this candidate's own.
+    """A name, and the flags of `hf-optimizability run` that only this candidate has.
 
     Attributes:
         name: What the candidate is called on the page.
@@ -33,25 +33,25 @@ class Candidate:
 
     @property
     def flags(self) -> list[str]:
-        """The changes as they would stand on a command line."""
+        """The changes as on a command line."""
         return [f"--{name}={value}" for name, value in self.changes.items()]
 
     @property
     def public_changes(self) -> dict[str, Flag]:
-        """The changes with no more of a local path than its last part."""
+        """The changes, with only the last part of local paths."""
         return {name: public_id(value) if isinstance(value, str) else value for name, value in self.changes.items()}
 
 
 def parse_candidates(given: Iterable[str | Mapping[str, Flag]]) -> tuple[Candidate, ...]:
-    """Reads candidates.
+    """Parse candidates.
 
     Args:
         given: Each a checkpoint (`"org/name"`, a local folder), flags (`"learning_rate=1e-3,optim=sgd"`) or both
-            (`"org/name,method=lora"`); or a mapping of flags, with `name` for the candidate's name if it shall have a
+            (`"org/name,method=lora"`); or a mapping of flags, with `name` for the candidate's name if it has a
             special one.
 
     Returns:
-        The candidates. Names are made of what differs; candidates that would be called alike are numbered.
+        The candidates. Names are made of what differs; equal names are numbered.
 
     Raises:
         ValueError: If there are fewer than two, or one of them can't be read.
@@ -62,57 +62,59 @@ def parse_candidates(given: Iterable[str | Mapping[str, Flag]]) -> tuple[Candida
         >>> parse_candidates(["learning_rate=1e-3", {"name": "slow", "learning_rate": 1e-4}])[1]
         Candidate(name='slow', changes={'learning_rate': 0.0001})
     """
-    changes = [_from_text(one) if isinstance(one, str) else dict(one) for one in given]
+    changes = [_from_text(candidate) if isinstance(candidate, str) else dict(candidate) for candidate in given]
     if len(changes) < 2:
         raise ValueError(
             f"There is nothing to compare: {len(changes)} candidates. Name at least two, such as `org/a org/b` or "
             "`learning_rate=1e-3 learning_rate=1e-4`."
         )
-    names = [str(held.pop("name", "")) or _name(held) for held in changes]
-    for held in changes:
-        for name, value in held.items():
+    names = [str(flags.pop("name", "")) or _name(flags) for flags in changes]
+    for flags in changes:
+        for name, value in flags.items():
             if not isinstance(value, (str, int, float, bool)):
                 raise ValueError(f"{name} of a candidate is {value!r}; it must be a number, a string or a switch.")
-    return tuple(Candidate(*pair) for pair in zip(_apart(names), changes, strict=True))
+    return tuple(Candidate(*pair) for pair in zip(_number_duplicates(names), changes, strict=True))
 
 
 def _from_text(text: str) -> dict[str, Flag]:
-    """`org/name,flag=value,flag=value`, of which either part may be missing."""
+    """Parse `org/name,flag=value,flag=value`, of which either part may be missing."""
     checkpoint, *parts = text.split(",")
-    held: dict[str, Flag] = {}
+    changes: dict[str, Flag] = {}
     if not _CHANGE.fullmatch(checkpoint):
-        held[CHECKPOINT] = checkpoint
+        changes[CHECKPOINT] = checkpoint
     else:
         parts = [checkpoint, *parts]
     for part in parts:
         change = _CHANGE.fullmatch(part.strip())
         if change is None:
             raise ValueError(
-                f"{part!r} in the candidate {text!r} is no change of a flag. Write a candidate as "
+                f"{part!r} in the candidate {text!r} does not change a flag. Write a candidate as "
                 "CHECKPOINT,flag=value,flag=value; one with commas in its values goes into a JSON file."
             )
-        held[change[1]] = change[2]
-    if held.get(CHECKPOINT) == "":
+        changes[change[1]] = change[2]
+    if changes.get(CHECKPOINT) == "":
         raise ValueError(f"The candidate {text!r} names no checkpoint.")
-    return held
+    return changes
 
 
 def _name(changes: Mapping[str, Flag]) -> str:
-    """The checkpoint, without the folders it is in, and whatever else is changed."""
-    rest = [f"{name}={public_id(str(value))}" for name, value in changes.items() if name != CHECKPOINT]
-    return ", ".join([*(public_id(str(changes[name])) for name in [CHECKPOINT] if name in changes), *rest]) or "as is"
+    """Return the checkpoint, without its folders, and all other changes."""
+    others = [f"{name}={public_id(str(value))}" for name, value in changes.items() if name != CHECKPOINT]
+    return (
+        ", ".join([*(public_id(str(changes[name])) for name in [CHECKPOINT] if name in changes), *others]) or "as is"
+    )
 
 
-def _apart(names: Sequence[str]) -> list[str]:
-    """The names, numbered from the second on where they are the same."""
-    apart: list[str] = []
+def _number_duplicates(names: Sequence[str]) -> list[str]:
+    """Number equal names, from the second on."""
+    unique: list[str] = []
     for name in names:
         numbered = (f"{name} ({number})" for number in count(2))
-        apart.append(next(free for free in chain([name], numbered) if free not in apart))
-    return apart
+        unique.append(next(free for free in chain([name], numbered) if free not in unique))
+    return unique
 
 
 def folder_name(candidate: Candidate, digest: str) -> Path:
-    """A folder for what a candidate leaves, readable and apart from all others."""
+    """Return a readable, unique folder name for a candidate."""
     plain = re.sub(r"[^A-Za-z0-9.=-]+", "-", candidate.name).strip("-.")[:48]
     return Path(f"{plain or 'candidate'}-{digest}")

@@ -21,7 +21,7 @@ class Comparison(ComparisonData):
     """Candidates fine-tuned under one equal budget, as files and pages; see `ComparisonData`."""
 
     def save(self, folder: str | Path) -> Path:
-        """Writes `comparison.json`, `comparison.md` and `comparison.html` into `folder`, each file atomically.
+        """Write `comparison.json`, `comparison.md` and `comparison.html` into `folder`, each file atomically.
 
         Returns:
             The path of `comparison.html`.
@@ -38,11 +38,11 @@ class Comparison(ComparisonData):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a comparison from `comparison.json` or the folder that holds it.
+        """Read a comparison from `comparison.json` or the folder that holds it.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is no comparison of this version of the package; the message names the file.
+            ValueError: If the file is not a comparison of this version of the package; the message names the file.
         """
         path = Path(path)
         file = path / "comparison.json" if path.is_dir() else path
@@ -52,13 +52,13 @@ class Comparison(ComparisonData):
             raise ValueError(f"{file} can't be read as a comparison. {error}") from None
 
     def to_markdown(self) -> str:
-        """The comparison as GitHub-flavoured Markdown."""
+        """Return the comparison as GitHub-flavoured Markdown."""
         return to_markdown(self)
 
     def to_html(self) -> str:
-        """The comparison as one page that needs no other file and no network."""
+        """Return the comparison as one page that needs no other file and no network."""
         return to_html(self)
 
     def summary(self) -> str:
-        """The ranking as plain text, a line for each candidate."""
+        """Return the ranking as plain text, a line for each candidate."""
         return to_summary(self)

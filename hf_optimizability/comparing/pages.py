@@ -52,7 +52,7 @@ SCORED = {
 
 
 def to_html(comparison: ComparisonData) -> str:
-    """Renders the comparison as one self-contained page, under the same policy as the page of a report.
+    """Render the comparison as one self-contained page, under the same policy as the page of a report.
 
     Args:
         comparison: The comparison; nothing in it need have been trained.
@@ -71,13 +71,13 @@ def to_html(comparison: ComparisonData) -> str:
 
 
 def to_markdown(comparison: ComparisonData) -> str:
-    """Renders the comparison as GitHub-flavoured Markdown. Whatever came from outside is escaped."""
+    """Render the comparison as GitHub-flavoured Markdown. Text from outside is escaped."""
     text = markdown_environment().get_template("comparison.md.jinja").render(**_values(comparison))
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def to_summary(comparison: ComparisonData) -> str:
-    """Renders the ranking as aligned lines of plain text, with the verdict below."""
+    """Render the ranking as aligned lines of plain text, with the verdict below."""
     values = _values(comparison)
     head = ("rank", "candidate", "accuracy", "loss", "P(best)")
     rows = [
@@ -94,7 +94,7 @@ def to_summary(comparison: ComparisonData) -> str:
 
 
 def charts(comparison: ComparisonData) -> list[Chart]:
-    """Every plot of the page for which there is data."""
+    """Return every plot of the page for which there is data."""
     ranked = _ranked(comparison)
     every = [
         _pareto(comparison, "pareto_training", "seconds of training", lambda run: run.train_seconds),
@@ -109,7 +109,7 @@ def charts(comparison: ComparisonData) -> list[Chart]:
 
 
 def _values(comparison: ComparisonData) -> dict[str, Any]:
-    """What both templates take."""
+    """Return the variables of both templates."""
     ranking, settings = comparison.ranking, comparison.setting["settings"]
     ranked = _ranked(comparison)
     models = [_model_row(entry, settings) for entry in comparison.entries if entry.runs]
@@ -135,7 +135,7 @@ def _values(comparison: ComparisonData) -> dict[str, Any]:
 
 
 def verdict(comparison: ComparisonData) -> list[str]:
-    """The ranking in sentences; what can't be told apart is said to be so."""
+    """Return the ranking in sentences; candidates that are statistically tied are called so."""
     ranking, left = comparison.ranking, _ranked(comparison)
     if len(left) == 1 and any(entry.dropped is not None for entry in comparison.entries):
         by = "successive halving" if len(comparison.rounds) > 1 else "its score"
@@ -157,7 +157,7 @@ def verdict(comparison: ComparisonData) -> list[str]:
 
 
 def _score_rows(comparison: ComparisonData) -> list[dict[str, Any]]:
-    """What was known of each candidate before any training, the best score first."""
+    """Return the scores of each candidate before training, the best first."""
     scored = [(entry, entry.scores) for entry in comparison.entries if entry.scores is not None]
     return [
         {
@@ -181,21 +181,21 @@ def _decisive(scores: CheckpointScores) -> float:
 
 
 def _share(probability: float) -> str:
-    """A probability; one that no draw spoke against is not certain, but near it."""
+    """Format a probability; one that no draw contradicts is not certain, but near it."""
     if probability > 0.999:
         return "> 0.999"
     return "< 0.001" if probability < 0.001 else f"{probability:.3f}".rstrip("0")
 
 
 def _ranked(comparison: ComparisonData) -> list[Entry]:
-    """The candidates with the whole budget: by rank, or as given where there is no ranking."""
+    """Return the candidates with the whole budget: by rank, or as given where there is no ranking."""
     if comparison.ranking is not None:
         return [comparison.entry(name) for name in comparison.ranking.names]
     return [entry for entry in comparison.entries if entry.failure is None and entry.dropped is None and entry.runs]
 
 
 def _ranking_rows(comparison: ComparisonData) -> list[dict[str, Any]]:
-    """A row of the ranking for each candidate that is in it."""
+    """Return a row of the ranking for each candidate in it."""
     ranking = comparison.ranking
     if ranking is None:
         return []
@@ -216,7 +216,7 @@ def _ranking_rows(comparison: ComparisonData) -> list[dict[str, Any]]:
 
 
 def _interval(quality: str, ranking: Ranking | None, name: str) -> str:
-    """A candidate's value of a quality with its 95 % interval."""
+    """Format a candidate's value of a quality with its 95 % interval."""
     if ranking is None:
         return MISSING
     at, scale = ranking.names.index(name), SCALE[quality]
@@ -225,7 +225,7 @@ def _interval(quality: str, ranking: Ranking | None, name: str) -> str:
 
 
 def _pairs(ranking: Ranking, quality: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Probability that the candidate of the row is better than that of the column, and the difference."""
+    """Return the probability that the row's candidate is better than the column's, and the difference."""
     scale = SCALE[quality]
     return [
         (name, [("", "") if i == j else (_share(ranking.better[i][j]),
@@ -236,7 +236,7 @@ def _pairs(ranking: Ranking, quality: str) -> list[tuple[str, list[tuple[str, st
 
 
 def _dynamics_row(entry: Entry) -> dict[str, Any]:
-    """How a candidate trained: means over its seeds, with their standard errors."""
+    """Return how a candidate trained: means over its seeds, with their standard errors."""
     runs = entry.runs
 
     def over_seeds(number: Callable[[Run], float | None]) -> str:
@@ -278,7 +278,7 @@ def _stability(run: Run, series: str, name: str) -> float | None:
 
 
 def _setbacks(run: Run) -> float | None:
-    """Share of the comparisons of one logged training loss with the next that are set-backs, in percent."""
+    """Return the share of set-backs between consecutive logged training losses, in percent."""
     share = _stability(run, "loss", "setback_share")
     return None if share is None else 100 * share
 
@@ -288,7 +288,7 @@ def _milliseconds(run: Run) -> float | None:
 
 
 def _model_row(entry: Entry, shared: dict[str, Any]) -> dict[str, Any]:
-    """Size, source of the weights and architecture."""
+    """Return size, source of the weights and architecture."""
     model = entry.model
     random = str({**shared, **entry.changes}.get("random_weights")).lower() in ("true", "t", "yes", "y", "1")
     size, trained = model.get("parameters") or 0, model.get("trainable_parameters") or 0
@@ -306,7 +306,7 @@ def _model_row(entry: Entry, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def pareto_front(comparison: ComparisonData, cost: Callable[[Run], float | None]) -> set[str]:
-    """Candidates that no other is known to beat in quality or in cost without being known to lose in the other.
+    """Return the candidates not beaten in quality or cost by one that does not significantly lose in the other.
 
     Qualities are told apart as in the ranking; costs if they differ by more than twice the standard error over the
     seeds and by more than `CLOCK_NOISE`. Two copies of one checkpoint are both on the front, or both off.
@@ -330,18 +330,18 @@ def pareto_front(comparison: ComparisonData, cost: Callable[[Run], float | None]
 
 
 def _clearly_less(one: Array, other: Array) -> bool:
-    """Whether costs, one for each seed, are lower by more than their noise."""
+    """Return whether costs, one for each seed, are lower by more than their noise."""
     errors = [held.std(ddof=1) / math.sqrt(len(held)) if len(held) > 1 else 0.0 for held in (one, other)]
     return float(other.mean() - one.mean()) > max(2 * math.hypot(*errors), CLOCK_NOISE * float(other.mean()))
 
 
 def _costs(cost: Callable[[Run], float | None], entry: Entry) -> Array:
-    """The cost of each of a candidate's runs; NaN where one does not know it."""
+    """Return the cost of each of a candidate's runs; NaN where it is unknown."""
     return np.array([math.nan if (value := cost(run)) is None else value for run in entry.runs])
 
 
 def _pareto(comparison: ComparisonData, identifier: str, x: str, cost: Callable[[Run], float | None]) -> Chart:
-    """Quality with its interval against cost, a point for each candidate, and the front as a line."""
+    """Plot quality with its interval against cost, a point for each candidate, and the front as a line."""
     ranking, quality = comparison.ranking, comparison.setting["rank_by"]
     y = f"{quality}, %" if quality == "accuracy" else quality
     if ranking is None:
@@ -367,13 +367,13 @@ def _pareto(comparison: ComparisonData, identifier: str, x: str, cost: Callable[
 
 
 def _style(index: int, number: int) -> dict[str, Any]:
-    """Colour and marker of a candidate."""
+    """Return colour and marker of a candidate."""
     color = {"color": COLORS[index]} if number <= len(COLORS) else {"ramp": index / (number - 1)}
     return {**color, "marker": MARKERS[index % len(MARKERS)]}
 
 
 def _curves(ranked: Sequence[Entry], key: str, y: str, identifier: str) -> Chart:
-    """A logged value of every candidate, the mean over the seeds."""
+    """Plot a logged value of every candidate, the mean over the seeds."""
     series = []
     for index, entry in enumerate(ranked):
         style = _style(index, len(ranked))
@@ -385,14 +385,14 @@ def _curves(ranked: Sequence[Entry], key: str, y: str, identifier: str) -> Chart
 
 
 def _mean_curve(curves: Sequence[Points]) -> Points:
-    """The mean at each step at which every seed has a value."""
+    """Return the mean at each step at which every seed has a value."""
     tables = [dict(zip(*curve, strict=True)) for curve in curves]
     steps = [step for step in tables[0] if all(step in table for table in tables)]
     return steps, [float(np.mean([table[step] for table in tables])) for step in steps]
 
 
 def _measured(ranked: Sequence[Entry], name: str, y: str) -> Chart:
-    """A measured quantity over the steps, of the first seed that was measured."""
+    """Plot a measured quantity over the steps, of the first seed that was measured."""
     series = []
     for index, entry in enumerate(ranked):
         report = next((run.report for run in entry.runs if run.report.measurements), None)

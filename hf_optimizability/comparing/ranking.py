@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From scores to ranks, with the probability that one candidate is better than another. Nothing here trains.
+"""From scores to ranks, with the probability that one candidate is better than another.
 
 A score is a number per evaluation example and seed: 1 or 0 for a right or wrong prediction, or a loss. All candidates
-are scored on the same examples after trainings with the same seeds, so that what is hard about an example or lucky
-about a seed cancels where two of them are compared.
+are scored on the same examples after trainings with the same seeds, so that hard examples and lucky seeds cancel when
+two of them are compared.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from scipy.stats import norm
 Array = NDArray[np.float64]
 
 CONFIDENCE = 0.95
-"""Probability from which on one candidate counts as better than another."""
+"""Probability from which one candidate counts as significantly better than another."""
 
 RESAMPLES = 4000
-"""Draws of the bootstrap. Probabilities near 0.95 are then known to ±0.0035."""
+"""Draws of the bootstrap: probabilities near 0.95 then have a standard error of 0.0035."""
 
-_AT_ONCE = 500
-"""Resamples held in memory together."""
+_CHUNK = 500
+"""Resamples in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Ranking:
     Attributes:
         names: The candidates.
         values: What they are ranked by.
-        low: Lower ends of the 95 % intervals of the values.
-        high: Upper ends.
-        ranks: 1 + how many others are better with a probability of at least 0.95. Equal ranks: no order is known.
+        low: Lower bounds of the 95 % intervals of the values.
+        high: Upper bounds.
+        ranks: 1 + how many others are better with a probability of at least 0.95; equal for ties.
         best: Probability of being the best of all.
         better: `better[i][j]` is the probability that `i` is better than `j`; ½ on the diagonal.
         differences: `differences[i][j]` is the value of `i` less that of `j`, with its 95 % interval.
@@ -53,12 +53,12 @@ class Ranking:
     better: tuple[tuple[float, ...], ...]
     differences: tuple[tuple[tuple[float, float, float], ...], ...]
 
-    def told_apart(self, first: int, second: int) -> bool:
-        """Whether it is known which of the two is better."""
+    def differs_significantly(self, first: int, second: int) -> bool:
+        """Return whether one of the two is significantly better."""
         return max(self.better[first][second], self.better[second][first]) >= CONFIDENCE
 
     def kept(self, number: int) -> tuple[str, ...]:
-        """The first `number` candidates, and those that can't be told apart from the first one.
+        """Return the first `number` candidates, and those statistically tied with the first one.
 
         Example:
             >>> draws = normal_draws([0.9, 0.89, 0.5], [0.02, 0.02, 0.02])
@@ -66,7 +66,7 @@ class Ranking:
             ('a', 'b')
         """
         at = range(len(self.names))
-        return tuple(self.names[i] for i in at if i < number or not self.told_apart(0, i))
+        return tuple(self.names[i] for i in at if i < number or not self.differs_significantly(0, i))
 
 
 def rank(
@@ -77,14 +77,14 @@ def rank(
     greater_is_better: bool = True,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Ranking:
-    """Ranks candidates by their values and draws of what the values may be.
+    """Rank candidates by their values and draws of what the values may be.
 
     Args:
         names: The candidates.
         values: Their values.
-        draws: (draws, candidates); a row is drawn jointly, so that what the candidates share cancels.
+        draws: (draws, candidates); rows are drawn jointly, so that what the candidates share cancels.
         greater_is_better: `False` for a loss.
-        bounds: What a value can be: no interval of one goes beyond.
+        bounds: Range of values, to which intervals are clipped.
 
     Example:
         >>> ranking = rank(["a", "b"], [0.5, 0.9], normal_draws([0.5, 0.9], [0.02, 0.02]))
@@ -93,13 +93,13 @@ def rank(
     """
     sign = 1 if greater_is_better else -1
     order = np.argsort(-sign * np.asarray(values, dtype=float), kind="stable")
-    held, numbers = draws[:, order], np.asarray(values, dtype=float)[order]
-    gains = sign * (held[:, :, None] - held[:, None, :])
+    ordered, numbers = draws[:, order], np.asarray(values, dtype=float)[order]
+    gains = sign * (ordered[:, :, None] - ordered[:, None, :])
     better = np.mean(gains > 0, axis=0) + np.mean(gains == 0, axis=0) / 2
-    top = (sign * held) == (sign * held).max(axis=1, keepdims=True)
-    low, high = np.quantile(held, [0.025, 0.975], axis=0).clip(*bounds)
-    ends = np.quantile(held[:, :, None] - held[:, None, :], [0.025, 0.975], axis=0)
-    differences = np.stack([numbers[:, None] - numbers[None, :], *ends], axis=-1)
+    top = (sign * ordered) == (sign * ordered).max(axis=1, keepdims=True)
+    low, high = np.quantile(ordered, [0.025, 0.975], axis=0).clip(*bounds)
+    intervals = np.quantile(ordered[:, :, None] - ordered[:, None, :], [0.025, 0.975], axis=0)
+    differences = np.stack([numbers[:, None] - numbers[None, :], *intervals], axis=-1)
     return Ranking(
         names=tuple(names[i] for i in order),
         values=tuple(numbers.tolist()),
@@ -113,13 +113,13 @@ def rank(
 
 
 def paired_bootstrap(scores: Array, *, resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """Draws of the candidates' mean scores, over the examples and over the seeds.
+    """Draw the candidates' mean scores, over the examples and over the seeds.
 
     Examples are resampled, the same ones for every candidate (Efron and Tibshirani 1993, chapter 6). Seeds are too few
-    for that: three give ten resamples, and an interval that is a third too short. In their place stands a multiplier
-    bootstrap, whose draws are the seeds' deviations with random weights, the same for every candidate. Its multipliers
-    are normal, over the root of a χ² variable, so that a difference of two candidates is drawn from Student's t with
-    one degree of freedom less than there are seeds: exact where the seeds' differences are normal.
+    for that: three give ten resamples, and an interval that is a third too short. A multiplier bootstrap replaces
+    them, whose draws are the seeds' deviations with random weights, the same for every candidate. Its multipliers are
+    normal, divided by the root of a χ² variable, so that a difference of two candidates is drawn from Student's t with
+    one degree of freedom less than there are seeds: exact if the seeds' differences are normal.
 
     What differs by seed *and* by example is in both parts, so that intervals err on the wide side. With one seed there
     is no seed part: the intervals then say nothing about other seeds.
@@ -127,7 +127,7 @@ def paired_bootstrap(scores: Array, *, resamples: int = RESAMPLES, seed: int = 0
     Args:
         scores: (candidates, seeds, examples).
         resamples: Number of draws.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         (resamples, candidates).
@@ -149,8 +149,8 @@ def paired_bootstrap(scores: Array, *, resamples: int = RESAMPLES, seed: int = 0
     by_example, by_seed = scores.mean(axis=1).T, scores.mean(axis=2).T
     uniform = np.full(examples, 1 / examples)
     parts = []
-    for start in range(0, resamples, _AT_ONCE):
-        counts = rng.multinomial(examples, uniform, size=min(_AT_ONCE, resamples - start))
+    for start in range(0, resamples, _CHUNK):
+        counts = rng.multinomial(examples, uniform, size=min(_CHUNK, resamples - start))
         parts.append(counts @ by_example / examples)
     draws = np.concatenate(parts)
     if seeds > 1:
@@ -161,9 +161,9 @@ def paired_bootstrap(scores: Array, *, resamples: int = RESAMPLES, seed: int = 0
 
 
 def normal_draws(values: Sequence[float], std_errors: Sequence[float], *, draws: int = RESAMPLES) -> Array:
-    """Draws of values that are known with independent normal errors: no example or seed is shared.
+    """Draw values that have independent normal errors: no example or seed is shared.
 
-    The draws are the same whenever they are made: normal quantiles, shuffled apart for each value.
+    The draws are deterministic: normal quantiles, shuffled separately for each value.
 
     Returns:
         (draws, values).

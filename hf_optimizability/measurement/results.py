@@ -69,7 +69,7 @@ class TaskMeasurement:
         grad_norm: 2-norm of the gradient of that loss.
         signal_norm: 2-norm of the gradient over all data: `grad_norm` without the contribution of the noise.
         share: wₜ⟨gₜ, g⟩/‖g‖², g the joint gradient over all data: the task's part in the decrease of the joint loss by
-            a small step of gradient descent. HvpAllocation sum to 1; a negative one means that this step raises the task's
+            a small step of gradient descent. Shares sum to 1; a negative one means that this step raises the task's
             own loss.
         noise_scale: Gradient noise scale of this task alone.
         trace: Trace of the Hessian of the task's loss. Times w, the traces sum to the joint one.

@@ -23,23 +23,23 @@ from .logme import logme
 from .score import Score
 
 
-PART = 4
-"""Examples of each part whose gradients are compared."""
+PART_EXAMPLES = 4
+"""Examples in each part whose gradients are compared."""
 
 _GRADIENT, _PRODUCT = 2, 4
-"""Passes of a gradient, forward and backward; and of a product, whose two backward passes are differentiated again."""
+"""Passes of a gradient (forward, backward) and of a product, whose passes are differentiated again."""
 
 
 @dataclass(frozen=True)
 class CheckpointScores:
-    """What is known of a checkpoint for a task before any training; `None` where a score can't be had.
+    """Scores of a checkpoint for a task before any training; `None` where one can't be computed.
 
     Attributes:
         logme: Log maximum evidence of the labels, given the frozen features.
         linear_probe: Cross-validated accuracy of logistic regression on the frozen features.
         alignment: Mean cosine between the gradients of small parts of the data.
-        predicted_decrease: What the best step along −g gains by the quadratic model, in units of the loss.
-        notes: Why a score can't be had, by its name.
+        predicted_decrease: How much the best step along −g lowers the loss by the quadratic model.
+        notes: Why a score can't be computed, by its name.
     """
 
     logme: Score | None = None
@@ -50,24 +50,24 @@ class CheckpointScores:
 
     @property
     def seconds(self) -> float:
-        """What all of them took together."""
+        """Time that all of them took together."""
         held = (self.logme or self.linear_probe, self.alignment or self.predicted_decrease)
         return sum(score.seconds for score in held if score is not None)
 
     @property
     def result(self) -> str:
-        """The scores in a few words, or why there is none."""
+        """The scores in a few words, or why there are none."""
         held = {name: self.of(name) for name in NAMES}
-        told = [f"{name} {score.value:.4g} ± {score.std_error:.2g}" for name, score in held.items() if score]
-        return ", ".join(told) or f"not scored: {'; '.join(dict.fromkeys(self.notes.values()))}"
+        parts = [f"{name} {score.value:.4g} ± {score.std_error:.2g}" for name, score in held.items() if score]
+        return ", ".join(parts) or f"not scored: {'; '.join(dict.fromkeys(self.notes.values()))}"
 
     def of(self, name: str) -> Score | None:
-        """The score of that name."""
+        """Return the score of that name."""
         score: Score | None = vars(self)[name]
         return score
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as plain data."""
+        """Return the scores as plain data."""
         return {**asdict(self), "notes": dict(self.notes)}
 
 
@@ -82,20 +82,20 @@ def score_checkpoint(
     gradient_examples: int = 64,
     seed: int = 0,
 ) -> CheckpointScores:
-    """Scores a classifier for a task without training it: LogME, linear probe, gradient alignment, predicted decrease.
+    """Score a classifier for a task without training it: LogME, linear probe, gradient alignment, predicted decrease.
 
-    In eval mode, float32. The model is left as it was. LogME and the linear probe see what the head takes, and so know
-    nothing of the learning rate, of the optimizer, or of what is trained; the gradients are by what is trained.
+    In eval mode, float32. The model is left unchanged. LogME and the linear probe see the inputs of the head, so they
+    ignore learning rate, optimizer and which weights are trained; gradients are with respect to the trained weights.
 
     Args:
         model: A `*ForSequenceClassification` or `*ForImageClassification` with a head for the task, bare or with PEFT.
         batches: A few hundred training examples, drawn at random: dicts of what the model takes, with `labels`.
         loss_fn: As for `measure`; the model's own loss by default.
-        gradient_examples: Of how many of them, the first ones, gradients are taken; 0 for none.
+        gradient_examples: How many of them, from the first on, to compute gradients of; 0 for none.
         seed: Seed of folds and groups.
 
     Returns:
-        The scores; one that can't be had is `None`, and `notes` say why.
+        The scores; one that can't be computed is `None`, and `notes` say why.
 
     Raises:
         ValueError: If there is no batch, or nothing is trained.
@@ -126,7 +126,7 @@ def score_checkpoint(
         started = time.perf_counter()
         try:
             objective = Objective(model, _first(batches, gradient_examples), loss_fn=loss_fn)
-            alignment, decrease = _of_gradients(objective, seed=seed)
+            alignment, decrease = _gradient_scores(objective, seed=seed)
             held["alignment"] = _priced(alignment, passes=2 * _GRADIENT, since=started)
             if decrease is None:
                 notes["predicted_decrease"] = "Along −g the loss curves downward (gᵀHg ≤ 0): there is no best step."
@@ -142,15 +142,15 @@ def _priced(score: Score, *, passes: int, since: float) -> Score:
 
 
 def _first(batches: Iterable[Any], examples: int) -> list[Any]:
-    """The first examples, in parts of `PART`."""
-    return [part for batch in batches for part in cut_batch(batch, PART)][: examples // PART]
+    """Return the first examples, in parts of `PART_EXAMPLES`."""
+    return [part for batch in batches for part in cut_batch(batch, PART_EXAMPLES)][: examples // PART_EXAMPLES]
 
 
-def _of_gradients(objective: Objective, *, seed: int) -> tuple[Score, Score | None]:
+def _gradient_scores(objective: Objective, *, seed: int) -> tuple[Score, Score | None]:
     config = OptimizabilityConfig(probe_seed=seed)
     with measuring(objective.model, seed=seed), full_precision(objective.model):
 
-        def scored(engine: HvpEngine) -> tuple[Score, Score | None]:
+        def score(engine: HvpEngine) -> tuple[Score, Score | None]:
             return gradient_scores(objective, engine.operator(objective))
 
-        return choose_engine(objective, config, scored)[1]
+        return choose_engine(objective, config, score)[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint's gradients promise: whether parts of the data pull alike, and what one step would gain."""
+"""Scores from a checkpoint's gradients: whether parts of the data agree, and what one step would gain."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .score import Score
 
 
 MIN_PARTS = 4
-"""Parts without which there is too little to take an error from."""
+"""Fewest parts from which an error can be estimated."""
 
 
 def gradient_scores(objective: EmpiricalRisk, matrix: ObjectiveOperator) -> tuple[Score, Score | None]:
-    """Gradient alignment and predicted decrease, from two gradients and a product.
+    """Return gradient alignment and predicted decrease, from two gradients and a product.
 
     Memory: five vectors as long as the parameters. Leaves `.grad` alone.
 
@@ -39,7 +39,7 @@ def gradient_scores(objective: EmpiricalRisk, matrix: ObjectiveOperator) -> tupl
     """
     mean, units = torch.zeros(2, matrix.size, dtype=matrix.dtype, device=matrix.device)
     counts = []
-    for part, count in _by_part(objective):
+    for part, count in _part_gradients(objective):
         mean += count * part
         units += _unit(part)
         counts.append(count)
@@ -48,22 +48,22 @@ def gradient_scores(objective: EmpiricalRisk, matrix: ObjectiveOperator) -> tupl
     mean /= sum(counts)
     product, forms, _ = matrix.matmat_per_batch(mean[:, None], [[slice(0, matrix.size)]])
     along = product[:, 0]
-    rows = [(dot(part, mean), dot(part, along), dot(_unit(part), units)) for part, _ in _by_part(objective)]
+    rows = [(dot(part, mean), dot(part, along), dot(_unit(part), units)) for part, _ in _part_gradients(objective)]
     slopes, bends, to_units = np.array(rows).T
     alignment = mean_cosine(to_units, dot(units, units), examples=sum(counts))
     curvature = forms[:, 0, 0]
     return alignment, decrease_with_error(slopes, curvature, bends, counts)
 
 
-def _by_part(objective: EmpiricalRisk) -> Iterator[tuple[Tensor, int]]:
-    """Each part's mean gradient as one vector, and its number of items."""
+def _part_gradients(objective: EmpiricalRisk) -> Iterator[tuple[Tensor, int]]:
+    """Yield each part's mean gradient as one vector, and its number of items."""
     for loss, count in objective.losses():
         pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
         yield torch.cat([piece.reshape(-1) for piece in pieces]) / count, count
 
 
 def _unit(vector: Tensor) -> Tensor:
-    """The vector at length 1."""
+    """Return the vector scaled to length 1."""
     length = float(torch.linalg.vector_norm(vector, dtype=torch.float64))
     if not (0 < length < math.inf):
         raise FloatingPointError(f"A part's gradient has length {length}, so that it has no direction.")
@@ -71,17 +71,17 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 def mean_cosine(to_sum: ArrayLike, sum_squared: float, *, examples: int) -> Score:
-    """The mean cosine between the gradients of every two parts.
+    """Return the mean cosine between the gradients of every two parts.
 
-    1: all parts pull alike; 0: they have nothing to do with each other; below: what helps one harms another. It is a
-    U-statistic, whose standard error is had by the jackknife over the parts (Efron and Stein 1981). Fort et al. 2019
+    1: all parts agree; 0: they are unrelated; below: what helps one harms another. It is a U-statistic, whose standard
+    error comes from the jackknife over the parts (Efron and Stein 1981). Fort et al. 2019
     (arXiv 1901.09491, section 2) call it stiffness, for single examples; Sankararaman et al. 2020 (arXiv 1904.06963)
-    bound by it how fast SGD converges.
+    bound the convergence rate of SGD by it.
 
     Args:
         to_sum: uᵢ·S for each of N parts, where uᵢ is its gradient at length 1 and S = Σ uᵢ.
         sum_squared: ‖S‖².
-        examples: What all parts hold together.
+        examples: Number of examples of all parts together.
 
     Example:
         >>> mean_cosine([1.0] * 4, 4.0, examples=4).value  # all at right angles to each other
@@ -95,7 +95,7 @@ def mean_cosine(to_sum: ArrayLike, sum_squared: float, *, examples: int) -> Scor
 
 
 def decrease_with_error(slopes: ArrayLike, curvatures: ArrayLike, bends: ArrayLike, counts: ArrayLike) -> Score | None:
-    """The predicted decrease ½‖g‖⁴/gᵀHg with its error over the data (infinitesimal jackknife, Efron 1982, chapter 6).
+    """Return the predicted decrease ½‖g‖⁴/gᵀHg with its error (infinitesimal jackknife, Efron 1982, chapter 6).
 
     A part's weight enters ‖g‖² through g twice, and gᵀHg through g twice and H once: the derivatives of both by it are
     2(gᵢ·g − ‖g‖²) and 2(gᵢ·Hg − gᵀHg) + gᵀHᵢg − gᵀHg.
@@ -109,7 +109,7 @@ def decrease_with_error(slopes: ArrayLike, curvatures: ArrayLike, bends: ArrayLi
     Returns:
         The decrease; `None` where gᵀHg ≤ 0, so that there is no best step.
     """
-    a, b, c, w = (np.asarray(held, dtype=np.float64) for held in (slopes, curvatures, bends, counts))
+    a, b, c, w = (np.asarray(array, dtype=np.float64) for array in (slopes, curvatures, bends, counts))
     w = w / w.sum()
     squared, curvature = float(w @ a), float(w @ b)
     if not curvature > 0:

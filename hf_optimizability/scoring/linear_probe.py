@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear probe: how well logistic regression on frozen features does on examples that it was not fitted to."""
+"""A linear probe: accuracy of logistic regression on frozen features, on examples it was not fitted to."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-from .features import checked_features
-from .logme import in_their_span
+from .features import validate_features
+from .logme import project_onto_span
 from .score import Score
 
 
 Array = NDArray[np.float64]
 
 FOLDS = 5
-"""Parts of the examples, each predicted by a fit to the others."""
+"""Number of parts of the examples, each predicted by a fit to the others."""
 
 
 def linear_probe(features: ArrayLike, labels: ArrayLike, *, penalty: float = 1.0, seed: int = 0) -> Score:
-    """Cross-validated accuracy of multinomial logistic regression (Alain and Bengio 2016, arXiv 1610.01644).
+    """Return the cross-validated accuracy of logistic regression (Alain and Bengio 2016, arXiv 1610.01644).
 
     Features are standardized. The standard error is over the examples, each predicted once; it takes the fits as
     given, of which every two share most of their examples.
 
     Args:
-        features: Of shape (n, d): what the classification head takes. float64 inside.
+        features: Inputs of the classification head, of shape (n, d). float64 inside.
         labels: The n classes, whole numbers.
         penalty: λ in `Σ cross-entropy + ½λ‖W‖²`.
         seed: Seed of the folds, which are stratified by class.
@@ -42,10 +42,10 @@ def linear_probe(features: ArrayLike, labels: ArrayLike, *, penalty: float = 1.0
         >>> linear_probe(np.eye(3)[labels] + 0.1 * rng.normal(size=(60, 3)), labels).value
         1.0
     """
-    F, y = checked_features(features, labels, least=2 * FOLDS)
+    F, y = validate_features(features, labels, minimum=2 * FOLDS)
     F = F - F.mean(axis=0)
     deviation = F.std(axis=0)
-    F = in_their_span(F / np.where(deviation > 1e-12 * max(deviation.max(), 1e-300), deviation, 1.0))
+    F = project_onto_span(F / np.where(deviation > 1e-12 * max(deviation.max(), 1e-300), deviation, 1.0))
     classes, y = np.unique(y, return_inverse=True)
     fold = stratified_folds(y, seed=seed)
     correct = np.empty(len(y))
@@ -59,7 +59,7 @@ def linear_probe(features: ArrayLike, labels: ArrayLike, *, penalty: float = 1.0
 
 
 def stratified_folds(y: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
-    """The fold of each example: at random, with each class spread evenly."""
+    """Return the fold of each example: at random, with each class spread evenly."""
     order = np.random.default_rng(seed).permutation(len(y))
     order = order[np.argsort(y[order], kind="stable")]
     fold = np.empty(len(y), dtype=np.int64)
@@ -68,7 +68,7 @@ def stratified_folds(y: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
 
 
 def fit(F: Array, y: NDArray[np.int64], *, classes: int, penalty: float) -> tuple[Array, Array]:
-    """Weights of shape (d, classes) and bias of logistic regression, by L-BFGS; the bias is not penalized."""
+    """Fit logistic regression by L-BFGS: weights of shape (d, classes), and a bias, which is not penalized."""
     target = np.eye(classes)[y]
 
     def loss(flat: Array) -> tuple[float, Array]:

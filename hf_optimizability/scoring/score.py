@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a score is: a value with its error, and what it cost."""
+"""A score: a value with its error and its cost."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from scipy.special import stdtrit
 
 @dataclass(frozen=True)
 class Score:
-    """A number that may tell how well a checkpoint will do, had before any training.
+    """A number that may predict how well a checkpoint will do, computed before any training.
 
     Attributes:
-        value: The score; more is meant to be better.
-        low: Lower end of its 95 % interval over examples like those it is from.
-        high: Upper end.
+        value: The score; more should be better.
+        low: Lower bound of its 95 % interval over examples like those it was computed on.
+        high: Upper bound.
         std_error: Its standard error over such examples.
-        examples: What it is from.
-        passes: Passes through the model over all these examples, a forward and a backward pass counted as one each.
-        seconds: What it took by the clock; passes that scores share are in the seconds of each.
+        examples: Examples it was computed on.
+        passes: Passes through the model over all these examples; forward and backward count one each.
+        seconds: Time it took; passes that scores share count for each.
     """
 
     value: float
@@ -32,7 +32,7 @@ class Score:
 
     @classmethod
     def from_error(cls, value: float, std_error: float, *, freedom: int, examples: int) -> Score:
-        """With an interval by Student's t.
+        """Return a score with an interval by Student's t.
 
         Example:
             >>> Score.from_error(1.0, 0.1, freedom=9, examples=40).high

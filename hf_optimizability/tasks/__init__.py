@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""By task, from the names of a checkpoint and a data set to what a Trainer takes: for the command and the recipes.
+"""From the names of a checkpoint and a data set to what a Trainer takes, by task: for the command and the recipes.
 
 Importing a module of this package imports `datasets` and `evaluate`.
 """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint to load, and its configuration for the classes of the data."""
+"""Load a checkpoint, and its configuration for the classes of the data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Any, Literal
@@ -47,7 +47,7 @@ class CheckpointArguments:
     lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA matrices, whose alpha is twice that."})
 
     def hub_options(self) -> dict[str, Any]:
-        """What every `from_pretrained` of this checkpoint takes."""
+        """Return what every `from_pretrained` of this checkpoint takes."""
         return {
             "cache_dir": self.cache_dir,
             "revision": self.model_revision,
@@ -56,7 +56,7 @@ class CheckpointArguments:
         }
 
     def load_model(self, auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
-        """The checkpoint's model with the head that `auto_class` gives it, or with random weights.
+        """Return the checkpoint's model with the head of `auto_class`, or with random weights.
 
         Raises:
             ValueError: If it can't be loaded.
@@ -73,8 +73,8 @@ class CheckpointArguments:
                 **self.hub_options(),
             )
 
-    def loading(self, what: str) -> Any:
-        """Around loading a part of the checkpoint: an error says what to do."""
+    def loading(self, what: str) -> AbstractContextManager[None]:
+        """Return a context in which an error in loading a part of the checkpoint says what to do."""
         return loading(
             f"{what} of {self.model_name_or_path!r}",
             "Check --model_name_or_path: it takes the name of a checkpoint on the Hub (private and gated ones after "
@@ -82,21 +82,21 @@ class CheckpointArguments:
         )
 
 
-def own_config(args: CheckpointArguments) -> PreTrainedConfig:
-    """The checkpoint's configuration as it is."""
+def original_config(args: CheckpointArguments) -> PreTrainedConfig:
+    """Return the checkpoint's configuration as it is."""
     with args.loading("The configuration"):
         return AutoConfig.from_pretrained(args.config_name or args.model_name_or_path, **args.hub_options())
 
 
 def load_config(args: CheckpointArguments, names: list[str]) -> PreTrainedConfig:
-    """The checkpoint's configuration, with the classes `names`.
+    """Return the checkpoint's configuration, with the classes `names`.
 
-    A checkpoint that already has just these classes keeps its own order of them: its head knows no other.
+    A checkpoint that already has exactly these classes keeps their order, which its head was trained with.
 
     Raises:
         ValueError: If it can't be loaded, or an override does not fit.
     """
-    config = own_config(args)
+    config = original_config(args)
     if not same_classes(label2id(config), names):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
@@ -106,12 +106,12 @@ def load_config(args: CheckpointArguments, names: list[str]) -> PreTrainedConfig
 
 
 def label2id(config: PreTrainedConfig) -> dict[str, int]:
-    """A checkpoint's classes and their numbers."""
+    """Return a checkpoint's classes and their numbers."""
     return {str(name): int(number) for name, number in (config.label2id or {}).items()}
 
 
 def same_classes(of_checkpoint: Iterable[str], of_data: Iterable[str]) -> bool:
-    """Whether the names are the same but for their order and case.
+    """Return whether the names are the same but for their order and case.
 
     Example:
         >>> same_classes(["NEGATIVE", "POSITIVE"], ["positive", "negative"]), same_classes(["a", "A"], ["a"])
@@ -123,10 +123,10 @@ def same_classes(of_checkpoint: Iterable[str], of_data: Iterable[str]) -> bool:
 
 @contextmanager
 def loading(what: str, remedy: str) -> Iterator[None]:
-    """Says of whatever goes wrong inside what could not be loaded, why, and what to do.
+    """Raise an error that names what could not be loaded, why, and what to do.
 
     Raises:
-        ValueError: In place of whatever was raised inside, which is its cause.
+        ValueError: In place of any exception raised inside, which is its cause.
 
     Example:
         >>> with loading("The list", "Count from 0."):

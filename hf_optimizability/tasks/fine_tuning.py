@@ -16,7 +16,7 @@ from transformers import EvalPrediction, HfArgumentParser, PreTrainedModel, Trai
 
 from ..training.trainer import OptimizabilityTrainer
 from . import image_classification, text_classification
-from .checkpoint import CheckpointArguments, own_config
+from .checkpoint import CheckpointArguments, original_config
 from .datasets import LabelledDataArguments, align_labels, load_splits
 from .metrics import compute_metrics
 from .peft_methods import with_frozen_features, with_lora
@@ -67,7 +67,7 @@ def task_of_checkpoint(args: CheckpointArguments) -> Task:
         UndecidedTaskError: If there is not exactly one.
         ValueError: If its configuration can't be loaded.
     """
-    config = own_config(args)
+    config = original_config(args)
     tasks = [task for task in TASKS if type(config) in task.MODELS]
     if len(tasks) != 1:
         fitting = " and ".join(task.NAME for task in tasks) or "no task of this command"

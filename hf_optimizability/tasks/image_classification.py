@@ -53,7 +53,7 @@ class DataArguments(LabelledDataArguments):
     )
 
     def loader(self) -> tuple[str, dict[str, str] | None]:
-        """As before, and folders of images."""
+        """Return what to call `datasets.load_dataset` with, which may be a folder of images."""
         if self.train_dir is None:
             return super().loader()
         folders = {"train": self.train_dir}
@@ -63,7 +63,7 @@ class DataArguments(LabelledDataArguments):
 
 
 def load_model(args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Loads the checkpoint with a head for the classes `names`, and its image processor."""
+    """Load the checkpoint with a head for the classes `names`, and its image processor."""
     config = load_config(args, names)
     model = args.load_model(AutoModelForImageClassification, config)
     if args.batch_norm_momentum is not None:
@@ -76,7 +76,7 @@ def load_model(args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel,
 
 
 def prepare(examples: Dataset, processor: BaseImageProcessor, args: DataArguments) -> Dataset:
-    """Gives the model's inputs whenever examples are fetched, so that no processed image is stored."""
+    """Convert images to inputs whenever examples are fetched, so that no processed image is stored."""
     if args.image_size is not None:
         resize(processor, args.image_size)
     if not isinstance(examples.features.get(args.image_column_name), Image):
@@ -93,7 +93,7 @@ def prepare(examples: Dataset, processor: BaseImageProcessor, args: DataArgument
 
 
 def resize(processor: Any, pixels: int) -> None:
-    """Makes the image processor give images of `pixels` × `pixels`, cropped where it crops."""
+    """Make the image processor output images of `pixels` × `pixels`, cropped where it crops."""
     square = {"height": pixels, "width": pixels}
     if "shortest_edge" in processor.size:
         processor.size = {"shortest_edge": pixels}

@@ -53,7 +53,7 @@ def _of_classes(description: str) -> evaluate.MetricInfo:
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy and macro F1 of a classifier's logits, for a Trainer."""
+    """Compute accuracy and macro F1 of a classifier's logits, for a Trainer."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     metrics = evaluate.combine([Accuracy(), F1()])
     return metrics.compute(predictions=np.argmax(logits, axis=1), references=prediction.label_ids)

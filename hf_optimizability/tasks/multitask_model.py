@@ -37,10 +37,10 @@ class MultiTaskConfig(PreTrainedConfig):
 
 
 class MultiTaskModel(PreTrainedModel):
-    """One trunk, and a linear head on its pooled output for each task. It saves and loads like any other checkpoint.
+    """One trunk, and a linear head on its pooled output for each task. It saves and loads like any checkpoint.
 
     Args:
-        config: With the trunk's configuration; its weights are drawn at random.
+        config: Trunk and heads; the weights are random.
 
     Example:
         >>> from transformers import BertConfig
@@ -66,7 +66,7 @@ class MultiTaskModel(PreTrainedModel):
 
     @classmethod
     def on_checkpoint(cls, name_or_path: str, heads: Mapping[str, int]) -> MultiTaskModel:
-        """New heads on a pretrained trunk.
+        """Put new heads on a pretrained trunk.
 
         Args:
             name_or_path: A checkpoint on the Hub, or a local folder.
@@ -87,7 +87,7 @@ class MultiTaskModel(PreTrainedModel):
         task: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        """Classifies each example by the head of its task.
+        """Classify each example by the head of its task.
 
         Args:
             input_ids: Of texts, of shape (batch, tokens).
@@ -118,8 +118,8 @@ class MultiTaskModel(PreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def mixed(sets: Mapping[str, Dataset]) -> Dataset:
-    """One data set of several, with the task of each row; shuffle it before training, as a Trainer does.
+def combine_tasks(sets: Mapping[str, Dataset]) -> Dataset:
+    """Concatenate data sets, with the task of each row; shuffle the result before training, as a Trainer does.
 
     Args:
         sets: By task, with the same columns.
@@ -131,7 +131,7 @@ def mixed(sets: Mapping[str, Dataset]) -> Dataset:
         ValueError: If a set has the column `task` already.
 
     Example:
-        >>> rows = mixed({"a": Dataset.from_dict({"x": [1]}), "b": Dataset.from_dict({"x": [2, 3]})})
+        >>> rows = combine_tasks({"a": Dataset.from_dict({"x": [1]}), "b": Dataset.from_dict({"x": [2, 3]})})
         >>> rows["task"][:], rows.features["task"].names
         ([0, 1, 1], ['a', 'b'])
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of a checkpoint is trained: all of it, LoRA matrices and the head, or the head alone."""
+"""Train a part of a checkpoint: LoRA matrices and the head, or the head alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
-    """Freezes the model, and adds LoRA matrices to every linear layer below the head, which is trained whole.
+    """Freeze the model, and add LoRA matrices to every linear layer below the head, which is trained entirely.
 
     Alpha is twice the rank, dropout is 0. Source: Hu et al. 2021, arXiv 2106.09685.
 
@@ -42,9 +42,9 @@ def with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
 
 
 def with_frozen_features(model: PreTrainedModel) -> PreTrainedModel:
-    """Freezes all but the head, and keeps the frozen part in eval mode.
+    """Freeze everything but the head, and keep the frozen part in eval mode.
 
-    In training mode its dropout would blur the features, and BatchNorm would make them depend on the batch.
+    In training mode, dropout would perturb the features, and BatchNorm would make them depend on the batch.
 
     Raises:
         ValueError: If the model has no head apart from its base.

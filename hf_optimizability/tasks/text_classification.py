@@ -40,7 +40,7 @@ class DataArguments(LabelledDataArguments):
 
 
 def load_model(args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the checkpoint with a head for the classes `names`, and its tokenizer."""
+    """Load the checkpoint with a head for the classes `names`, and its tokenizer."""
     config = load_config(args, names)
     with args.loading("The tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, **args.hub_options())
@@ -51,7 +51,7 @@ def load_model(args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel,
 
 
 def prepare(examples: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
-    """Turns texts into token numbers; they are padded later, batch by batch."""
+    """Convert texts to token numbers; they are padded later, batch by batch."""
     columns = text_columns(examples, args)
     for column in columns:
         require_complete(examples, column, "text")
@@ -65,7 +65,7 @@ def prepare(examples: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArg
 
 
 def text_columns(examples: Dataset, args: DataArguments) -> list[str]:
-    """The one or two columns that hold the text."""
+    """Return the one or two columns that hold the text."""
     if args.text_column_name is None:
         columns = [name for name, kind in examples.features.items() if kind.dtype in ("string", "large_string")]
     else:

@@ -78,7 +78,7 @@ def measure_task_gaps(
     *,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, float]:
-    """Loss of each task on the evaluation set of its name, in eval mode, beside that on its probe examples.
+    """Return each task's loss on the evaluation set of its name, in eval mode, with that on its probe examples.
 
     Args:
         trainer: Its evaluation sets and loss are used.
@@ -115,7 +115,7 @@ def _mean_loss(
     group: ProcessGroup,
     unit: Unit = "items",
 ) -> dict[str, float]:
-    """Mean loss over a sample, and its standard error from the spread between batches (that of a ratio of sums)."""
+    """Return the mean loss over a sample with its standard error over batches (that of a ratio of sums)."""
     batch_size = min(config.probe_batch_size, -(-examples // MIN_BATCHES))
     spec = ProbeSpec(examples, batch_size=batch_size, seed=config.probe_seed, group=group)
     batches = draw_probe_set(loader, spec).batches
@@ -146,7 +146,7 @@ def _passes(objective: Objective) -> list[tuple[float, int, float]]:
 
 
 def _is_classified(objective: Objective) -> bool:
-    """Whether the accuracy can be read off the logits: each example of the sample has a label, one of the model's."""
+    """Return whether the logits give the accuracy: each example has one label, which is a class of the model."""
     known = pretrained(objective.model)
     if known is None or describe_task(known, own_loss=True)["task"] not in _ONE_LABEL_EACH:
         return False

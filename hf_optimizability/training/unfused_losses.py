@@ -96,18 +96,18 @@ class PlainLogProb:
 
 
 def _no_kernel(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> bool:
-    """TRL's `_supports_trl_loss_kernel`: never, so that `selective_log_softmax` and others use plain operations."""
+    """Return `False` for `_supports_trl_loss_kernel`: `selective_log_softmax` and others then use plain operations."""
     return False
 
 
 def _forward_cached(self: Any, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-    """`CachedLossMixin.forward_cached` without its cache: the same mini-batches, in one graph."""
+    """Compute `CachedLossMixin.forward_cached` without its cache: the same mini-batches, in one graph."""
     embeddings = [[outputs[0] for outputs in _embedded(self, features)] for features in sentence_features]
     return self.calculate_loss(embeddings, labels)
 
 
 def _forward_gist(self: Any, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
-    """`CachedGISTEmbedLoss.forward` without its cache."""
+    """Compute `CachedGISTEmbedLoss.forward` without its cache."""
     columns = list(sentence_features)
     guides = [[outputs[1] for outputs in _embedded(self, features, with_grad=False)] for features in columns]
     embeddings = [[outputs[0] for outputs in _embedded(self, features)] for features in columns]
@@ -117,7 +117,7 @@ def _forward_gist(self: Any, sentence_features: Iterable[dict[str, Tensor]], lab
 def _forward_multi_vector(
     self: Any, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
 ) -> Tensor:
-    """`CachedMultiVectorMultipleNegativesRankingLoss.forward` without its cache."""
+    """Compute `CachedMultiVectorMultipleNegativesRankingLoss.forward` without its cache."""
     columns = [
         list(_embedded(self, {"task": "document" if index else "query", **features}))
         for index, features in enumerate(sentence_features)
@@ -133,13 +133,13 @@ def _forward_cross_encoder(
     prompt: str | None = None,
     task: str | None = None,
 ) -> Tensor:
-    """The cross-encoder's `CachedMultipleNegativesRankingLoss.forward` without its cache: that of its parent."""
+    """Compute the cross-encoder's `CachedMultipleNegativesRankingLoss.forward` as its parent does, uncached."""
     module = sys.modules["sentence_transformers.cross_encoder.losses.multiple_negatives_ranking"]
     return module.MultipleNegativesRankingLoss.forward(self, inputs, labels, prompt, task)
 
 
 def _shrunk_losses(self: Any, reps: list[list[Tensor]], *args: Any, **kwargs: Any) -> Tensor:
-    """`CachedLossDecorator.__call__`, by which `MatryoshkaLoss` shrinks embeddings, without a backward pass."""
+    """Compute `CachedLossDecorator.__call__` (`MatryoshkaLoss` shrinks embeddings by it) without a backward pass."""
     module = sys.modules["sentence_transformers.sentence_transformer.losses.matryoshka"]
     dimensions = list(zip(self.matryoshka_dims, self.matryoshka_weights, strict=True))
     if 0 < self.n_dims_per_step < len(dimensions):

@@ -95,7 +95,7 @@ class TestHonesty:
             ranking = rank(["a", "b"], scores.mean(axis=(1, 2)).tolist(), draws)
             _, low, high = ranking.differences[0][1]
             covered += low <= 0 <= high
-            told += ranking.told_apart(0, 1)
+            told += ranking.differs_significantly(0, 1)
         assert covered / trials >= 0.92
         assert told / trials <= 0.15  # 0.10 is what two sides of 0.95 promise, ± 0.02 for so few trials
 
@@ -113,7 +113,7 @@ class TestHonesty:
         scores = np.random.default_rng(0).normal(size=(1, 3, 50))
         ranking = ranked(np.concatenate([scores, scores, scores + 1]))
         assert ranking.names[0] == "c" and ranking.ranks == (1, 2, 2)
-        assert ranking.better[1][2] == 0.5 and not ranking.told_apart(1, 2)
+        assert ranking.better[1][2] == 0.5 and not ranking.differs_significantly(1, 2)
         assert ranking.differences[1][2] == (0, 0, 0)
 
 

@@ -63,7 +63,7 @@ def test_it_is_that_of_the_full_training_set(run_recipe: Callable[..., Path], tm
         "probe_batch_size": 12,
         "max_hvps": 60,
         "eigen_tolerance": 1e-3,
-        "beside_pyhessian": True,
+        "compare_pyhessian": True,
     }
     output = run_recipe(top_eigenvalue, **settings)
 

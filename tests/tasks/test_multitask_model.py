@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import BertModel
 
 from hf_optimizability import OptimizabilityConfig, measure
-from hf_optimizability.tasks.multitask_model import MultiTaskConfig, MultiTaskModel, mixed
+from hf_optimizability.tasks.multitask_model import MultiTaskConfig, MultiTaskModel, combine_tasks
 from tests.support import tiny_models
 
 
@@ -65,7 +65,7 @@ def test_its_second_derivatives_by_the_classes_a_task_does_not_have_are_none():
 
 def test_a_mixed_data_set_names_its_tasks():
     sets = {"a": Dataset.from_dict({"x": [1]}), "b": Dataset.from_dict({"x": [2, 3]})}
-    rows = mixed(sets)
+    rows = combine_tasks(sets)
     assert rows["x"][:] == [1, 2, 3] and rows.features["task"].int2str(rows["task"][:]) == ["a", "b", "b"]
     with pytest.raises(ValueError, match="'a' has a column 'task' already"):
-        mixed({"a": rows})
+        combine_tasks({"a": rows})
