@@ -99,10 +99,9 @@ def _from_text(text: str) -> dict[str, Flag]:
 
 def _name(changes: Mapping[str, Flag]) -> str:
     """Return the checkpoint, without its folders, and all other changes."""
+    checkpoint = [public_id(str(changes[CHECKPOINT]))] if CHECKPOINT in changes else []
     others = [f"{name}={public_id(str(value))}" for name, value in changes.items() if name != CHECKPOINT]
-    return (
-        ", ".join([*(public_id(str(changes[name])) for name in [CHECKPOINT] if name in changes), *others]) or "as is"
-    )
+    return ", ".join([*checkpoint, *others]) or "as is"
 
 
 def _number_duplicates(names: Sequence[str]) -> list[str]:
