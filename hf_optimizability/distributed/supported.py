@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to train on several devices that can't be measured under, or only in part, and what to do instead."""
+"""Kinds of distributed training that are unsupported, or supported in part, and what to do instead."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _INSTEAD = "Train with FSDP2 (`fsdp=True, fsdp_config={'version': 2}`), which ca
 
 
 def require_supported(model: nn.Module, args: TrainingArguments | None = None) -> None:
-    """Refuses models whose parameters can't be had as they must be: whole, or as FSDP2's shards.
+    """Raise for models whose parameters are available neither unsharded nor as FSDP2's shards.
 
-    What can be measured: one process, DistributedDataParallel, FSDP2, DeepSpeed up to ZeRO-2 (see
+    Supported: one process, DistributedDataParallel, FSDP2, DeepSpeed up to ZeRO-2 (see
     `deepspeed_limits`), and models that `device_map` splits over devices.
 
     Args:
-        model: What would be measured.
+        model: The model to measure.
         args: The Trainer's arguments, if there is one.
 
     Raises:
@@ -32,32 +32,32 @@ def require_supported(model: nn.Module, args: TrainingArguments | None = None) -
     """
     if zero_stage(args) == 3 or any("ds_id" in vars(parameter) for parameter in model.parameters()):
         raise ValueError(
-            "DeepSpeed ZeRO-3 cuts each parameter into pieces and has whole ones only while a layer runs, within its "
-            "own backward pass: there is no gradient to differentiate again, and no shard to move. Use ZeRO stage 2, "
-            f"where parameters are whole. {_INSTEAD}"
+            "DeepSpeed ZeRO-3 partitions each parameter and gathers it only while a layer runs, within its own "
+            "backward pass: there is no gradient to differentiate again, and no shard to perturb. Use ZeRO stage 2, which does "
+            f"not partition parameters. {_INSTEAD}"
         )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
-            f"FSDP1 flattens the parameters of a layer into one, of which there is no second derivative. {_INSTEAD}"
+            f"FSDP1 flattens the parameters of a layer into one, which has no second derivative. {_INSTEAD}"
         )
     if not is_sharded(model) and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError(f"The parameters are split by tensor parallelism. {_INSTEAD}")
+        raise ValueError(f"The parameters are sharded by tensor parallelism. {_INSTEAD}")
 
 
 def deepspeed_limits(args: TrainingArguments) -> str | None:
-    """What is not measured under DeepSpeed up to ZeRO-2, and why; `None` without DeepSpeed."""
+    """Return what is not measured under DeepSpeed up to ZeRO-2, and why; `None` without DeepSpeed."""
     stage = zero_stage(args)
     if stage is None:
         return None
     return (
-        f"Under DeepSpeed (ZeRO-{stage}) gradient and curvature are measured as under DistributedDataParallel: the "
-        "parameters are whole. In half-precision training they are DeepSpeed's rounded copies, cast to float32. Not "
-        "measured, from ZeRO-1 on and in half precision, is how far the optimizer may step: its state is DeepSpeed's "
-        "own. Not logged are the gradient norms by block of each training step: DeepSpeed steps within its backward "
-        "pass, and leaves `.grad` empty. For those, train with FSDP2 or DistributedDataParallel."
+        f"Under DeepSpeed (ZeRO-{stage}), gradient and curvature are measured as under DistributedDataParallel, in "
+        "half-precision training on DeepSpeed's rounded weights, cast to float32. Not measured with ZeRO-1/2 or in "
+        "half precision: optimizer stability, since DeepSpeed keeps the optimizer's state. Not logged: per-block "
+        "gradient norms of training steps, since DeepSpeed leaves `.grad` empty. For those, train with FSDP2 or "
+        "DistributedDataParallel."
     )
 
 
 def zero_stage(args: TrainingArguments | None) -> int | None:
-    """The stage of DeepSpeed's ZeRO that a Trainer with these arguments uses; `None` without DeepSpeed."""
+    """Return the stage of DeepSpeed's ZeRO that a Trainer with these arguments uses; `None` without DeepSpeed."""
     return None if args is None or args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage

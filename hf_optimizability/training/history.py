@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run has measured so far, kept in the Trainer's state, which lives in every checkpoint.
+"""What a run has measured so far, stored in the Trainer's state, which is part of every checkpoint.
 
 `TrainerState.stateful_callbacks` is written with each checkpoint, in one file with the rest of the state, and read
-back before training begins. A Trainer takes up what bears the name of a callback's class there, and nothing else.
-`log_history` stays the Trainer's: callbacks, trackers and tests read its entries by their place.
+back before training begins. A Trainer restores what bears the name of a callback's class there, and nothing else.
+`log_history` stays the Trainer's: callbacks, trackers and tests read its entries by position.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from .clock import Clock
 logger = logging.get_logger(__name__)
 
 RECORDS = f"{PREFIX}records"
-"""Key of `stateful_callbacks` under which the records of all callbacks are, in the order in which they were made."""
+"""Key of `stateful_callbacks` that holds the records of all callbacks, in chronological order."""
 
 RECORD = f"{PREFIX}record"
-"""Key, in a record, of the measurement, or of why there is none."""
+"""Key, in a record, of the measurement or the failure."""
 
 _ENTRY = f"{PREFIX}hvps"
-"""Key that each entry for a measurement has, and no other entry."""
+"""Key that all log entries of measurements have, and no others."""
 
 
-_WHEN = ("profile", "measure_strategy", "measure_steps", "overhead_budget")
-"""Options that say when to measure, not what; the profile stands there with all that it fills in."""
+SCHEDULING_OPTIONS = ("profile", "measure_strategy", "measure_steps", "overhead_budget")
+"""Options that say when to measure, not what; `profile` is among them, as the options it fills in are stored too."""
 
 
 class History(NamedTuple):
@@ -45,8 +45,8 @@ class History(NamedTuple):
     Attributes:
         measurements: In the order of the steps.
         failures: Measurements that could not be made.
-        measured_seconds: Time that each of both took.
-        train_seconds: Time that training took until the last of them, without measurements.
+        measured_seconds: Time of each measurement and failure.
+        train_seconds: Time of training until the last of them, without measurements.
     """
 
     measurements: list[Measurement]
@@ -56,38 +56,39 @@ class History(NamedTuple):
 
     @property
     def steps(self) -> list[int]:
-        """The steps at which a measurement was made or tried."""
-        return [found.step for found in self.measurements] + [found.step for found in self.failures]
+        """Steps at which a measurement was made or tried."""
+        return [result.step for result in [*self.measurements, *self.failures]]
 
 
 def record(
-    state: TrainerState, found: Measurement | MeasurementFailure, *, config: dict[str, Any], clock: Clock
+    state: TrainerState, result: Measurement | MeasurementFailure, *, config: dict[str, Any], clock: Clock
 ) -> None:
     """Add a measurement, or a failure, to the state that goes into the next checkpoint.
 
     Args:
         state: The Trainer's state.
-        found: What was measured, or why nothing was.
+        result: The measurement, or why there is none.
         config: The options it was measured with: several callbacks may share a state.
-        clock: The run's, with this as the last thing that it measured.
+        clock: Times the run; its last measurement is this one.
     """
-    kind = "measurement" if isinstance(found, Measurement) else "failure"
-    data = found.to_dict() if isinstance(found, Measurement) else vars(found)
-    held = {kind: finite(data), "config": config, "seconds": clock.measured[-1], "train_seconds": clock.train_seconds}
-    if isinstance(found, Measurement):
-        held["blocks"] = list(found.blocks)  # the Trainer sorts all keys
-    entry: dict[str, Any] = {RECORD: held, "epoch": state.epoch, "step": found.step}
+    kind = "measurement" if isinstance(result, Measurement) else "failure"
+    data = result.to_dict() if isinstance(result, Measurement) else vars(result)
+    times = {"seconds": clock.measured[-1], "train_seconds": clock.train_seconds}
+    stored = {kind: finite(data), "config": config, **times}
+    if isinstance(result, Measurement):
+        stored["blocks"] = list(result.blocks)  # the Trainer sorts all keys
+    entry: dict[str, Any] = {RECORD: stored, "epoch": state.epoch, "step": result.step}
     _records(state).append(entry)
 
 
 def restore(state: TrainerState, *, config: dict[str, Any]) -> History:
-    """Return what a resumed run has measured with these options; nothing in a run that begins.
+    """Return what a resumed run has measured with these options; nothing in a new run.
 
-    Options that say when to measure may change on the way. With others changed, the run is measured from the
-    checkpoint on, as by a callback that is new to it: a report is about one probe set and one precision, and several
-    callbacks may share a state. No record is lost, and a warning says what is not taken up.
+    Options that say when to measure may change between runs. If others have changed, the report starts over at the
+    checkpoint, as with a callback that is new to the run: a report is about one probe set and one precision, and
+    several callbacks may share a state. No record is lost, and a warning says what is not restored.
 
-    Version 0.1 kept its records, and an entry for each, in `log_history`. They are moved out of there.
+    Version 0.1 stored its records, and an entry for each, in `log_history`. They are moved out of there.
 
     Args:
         state: The Trainer's state, as a checkpoint left it.
@@ -96,69 +97,73 @@ def restore(state: TrainerState, *, config: dict[str, Any]) -> History:
     _move_out_of_log(state)
     history = History([], [], [], 0.0)
     others: list[dict[str, Any]] = []
-    for held in _supported_optimizer(state):
-        if _what(held.config) != _what(config):
-            others.append(held.config)
-        elif held.found.step not in history.steps:  # two callbacks with the same options measure the same
-            kept = history.measurements if isinstance(held.found, Measurement) else history.failures
-            kept.append(held.found)  # type: ignore[arg-type]
-            history.measured_seconds.append(held.seconds)
-            history = history._replace(train_seconds=held.train_seconds)
-    resumed = state.global_step > 0  # else they are those of another callback, which has just begun
+    for stored in _stored_records(state):
+        if _measuring_options(stored.config) != _measuring_options(config):
+            others.append(stored.config)
+        elif stored.result.step not in history.steps:  # two callbacks with the same options measure the same
+            if isinstance(stored.result, Measurement):
+                history.measurements.append(stored.result)
+            else:
+                history.failures.append(stored.result)
+            history.measured_seconds.append(stored.seconds)
+            history = history._replace(train_seconds=stored.train_seconds)
+    resumed = state.global_step > 0  # otherwise they are those of another callback, which has just begun
     if resumed and others and not history.steps:
-        changed = ", ".join(f"`{name}`" for name, value in _what(config).items() if others[-1].get(name) != value)
+        options = _measuring_options(config)
+        changed = ", ".join(f"`{name}`" for name, value in options.items() if others[-1].get(name) != value)
         logger.warning(
-            f"The run was measured {len(others)} times with another {changed}. That stays in `trainer_state.json`; "
-            "the report begins anew, and the one of before is kept beside it."
+            f"The run was measured {len(others)} times with another {changed}. Those measurements stay in "
+            "`trainer_state.json`; the report starts over, and the earlier one is kept under another name."
         )
     return history
 
 
 class _Record(NamedTuple):
-    found: Measurement | MeasurementFailure
+    result: Measurement | MeasurementFailure
     config: dict[str, Any]
     seconds: float
     train_seconds: float
 
 
-def _supported_optimizer(state: TrainerState) -> Iterator[_Record]:
-    """Yield the records in the state; one that is damaged is named in a warning and left where it is."""
+def _stored_records(state: TrainerState) -> Iterator[_Record]:
+    """Yield the records in the state; a damaged one is left where it is, with a warning."""
     for entry in _records(state):
         try:
             yield _read(entry[RECORD])
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             logger.warning(
                 f"The measurement at step {entry.get('step')} in the checkpoint can't be read "
-                f"({type(error).__name__}: {error}). It stays in `trainer_state.json`; the report goes on without it."
+                f"({type(error).__name__}: {error}). It stays in `trainer_state.json` but not in the report."
             )
 
 
-def _read(held: Any) -> _Record:
-    found: Measurement | MeasurementFailure
-    if "measurement" in held:
-        found = Measurement.from_dict(with_current_names(held["measurement"]))
-        found = _in_order(found, held["blocks"])
+def _read(stored: Any) -> _Record:
+    result: Measurement | MeasurementFailure
+    if "measurement" in stored:
+        measurement = Measurement.from_dict(with_current_names(stored["measurement"]))
+        result = _with_block_order(measurement, stored["blocks"])
     else:
-        found = MeasurementFailure(**held["failure"])
-    return _Record(found, dict(held["config"]), float(held["seconds"]), float(held["train_seconds"]))
+        result = MeasurementFailure(**stored["failure"])
+    return _Record(result, dict(stored["config"]), float(stored["seconds"]), float(stored["train_seconds"]))
 
 
-def _in_order(found: Measurement, blocks: list[str]) -> Measurement:
-    """The measurement with its blocks in the model's order, wherever they are."""
-    several = found.multitask
-    if several is not None:
+def _with_block_order(measurement: Measurement, blocks: list[str]) -> Measurement:
+    """Return the measurement with its blocks in the model's order, everywhere."""
+    multitask = measurement.multitask
+    if multitask is not None:
         tasks = {
             name: replace(task, blocks={block: task.blocks[block] for block in blocks})
-            for name, task in several.tasks.items()
+            for name, task in multitask.tasks.items()
         }
-        conflicts = (replace(c, blocks={block: c.blocks[block] for block in blocks}) for c in several.conflicts)
-        several = replace(several, tasks=tasks, conflicts=tuple(conflicts))
-    return replace(found, blocks={name: found.blocks[name] for name in blocks}, multitask=several)
+        conflicts = (replace(c, blocks={block: c.blocks[block] for block in blocks}) for c in multitask.conflicts)
+        multitask = replace(multitask, tasks=tasks, conflicts=tuple(conflicts))
+    in_order = {name: measurement.blocks[name] for name in blocks}
+    return replace(measurement, blocks=in_order, multitask=multitask)
 
 
-def _what(config: dict[str, Any]) -> dict[str, Any]:
-    """The options that a measurement depends on."""
-    return {name: value for name, value in config.items() if name not in _WHEN}
+def _measuring_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that a measurement depends on."""
+    return {name: value for name, value in config.items() if name not in SCHEDULING_OPTIONS}
 
 
 def merged_log(log_history: list[dict[str, Any]], entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -172,9 +177,9 @@ def merged_log(log_history: list[dict[str, Any]], entries: Iterable[dict[str, An
 
 
 def _records(state: TrainerState) -> list[Any]:
-    """Return the list of records in the state, to which may be added."""
-    held = cast("dict[str, list[Any]]", state.stateful_callbacks)
-    return held.setdefault(RECORDS, [])
+    """Return the list of records in the state; adding to it adds to the state."""
+    callbacks = cast("dict[str, list[Any]]", state.stateful_callbacks)
+    return callbacks.setdefault(RECORDS, [])
 
 
 def _move_out_of_log(state: TrainerState) -> None:

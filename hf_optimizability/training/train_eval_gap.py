@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train and eval loss measured alike, for the generalization gap."""
+"""Train and eval loss on equal samples, for the generalization gap."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 GAP_EXAMPLES = 512
-"""Most examples of each set. Losses that spread by 1 among examples then give a mean that is known to ±0.044."""
+"""Maximum number of examples of each set. Losses with a standard deviation of 1 then give a mean within ±0.044."""
 
 MIN_BATCHES = 8
-"""Batches to cut a small sample into: the standard error comes from the spread between them."""
+"""Batches to divide a small sample into: the standard error comes from the spread between them."""
 
 _ONE_LABEL_EACH = ("text-classification", "image-classification")
-"""Tasks whose accuracy is that of the logits: one label to an example."""
+"""Tasks with one label per example, whose accuracy follows from the logits."""
 
 
 def measure_gap(
@@ -50,12 +50,12 @@ def measure_gap(
         trainer: Its data and loss are used.
         config: Seed and batch size.
         group: Processes that train together: they share the examples.
-        unit: What the mean loss of a batch is over, as the self-check found it.
+        unit: What the mean loss of a batch is over, as found by the self-check.
 
     Returns:
         What to log: `train_loss`, `eval_loss`, each with `_std_error` (over batches), `gap_examples`, and for models
-        that classify texts or images `train_accuracy` and `eval_accuracy`, all behind the common prefix. Empty where
-        no equal samples can be drawn: if a data set is streamed, or if there is not exactly one evaluation set.
+        that classify texts or images `train_accuracy` and `eval_accuracy`, all with the common prefix. Empty if no
+        equal samples can be drawn: if a data set is streamed, or if there is not exactly one evaluation set.
     """
     if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
         return {}
@@ -87,8 +87,8 @@ def measure_task_gaps(
         group: Processes that train together: they share the examples.
 
     Returns:
-        What to log, behind the common prefix and `task/<name>/`: `train_loss` and `eval_loss`, each with `_std_error`.
-        Empty where the Trainer has no evaluation sets by name; none that are streamed or have another name.
+        What to log, with the common prefix and `task/<name>/`: `train_loss` and `eval_loss`, each with `_std_error`.
+        Only for tasks whose evaluation set has their name and is not streamed.
     """
     numbers: dict[str, float] = {}
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
@@ -123,19 +123,19 @@ def _mean_loss(
     objective = Objective(model, batches, loss_fn=trainer_loss(trainer), seed=config.probe_seed, preserved=(trainer,))
     objective = objective.counted_by(unit).shard(group)
     with measuring(model, seed=config.probe_seed, state=objective.state), torch.no_grad():
-        sums, items, right = np.array(group.all_gather_interleaved(_passes(objective))).T
+        sums, items, correct = np.array(group.all_gather_interleaved(_passes(objective))).T
     number, mean = len(sums), sums.sum() / items.sum()
     numbers = {f"{PREFIX}{split}_loss": float(mean)}
     if number > 1:
         spread = np.sum((sums - mean * items) ** 2) * number / (number - 1)
         numbers[f"{PREFIX}{split}_loss_std_error"] = math.sqrt(spread) / float(items.sum())
-    if np.isfinite(right).all():
-        numbers[f"{PREFIX}{split}_accuracy"] = float(right.sum() / items.sum())
+    if np.isfinite(correct).all():
+        numbers[f"{PREFIX}{split}_accuracy"] = float(correct.sum() / items.sum())
     return numbers
 
 
 def _passes(objective: Objective) -> list[tuple[float, int, float]]:
-    """Return each batch's sum of losses, the number of its items, and how many are classified right; else NaN."""
+    """Return each batch's sum of losses, its number of items, and of correctly classified ones (or NaN)."""
     if not _is_classified(objective):
         return [(float(loss), count, math.nan) for loss, count in objective.losses()]
     passes = zip(objective.batches, objective.outputs_and_losses(), strict=True)
@@ -147,11 +147,11 @@ def _passes(objective: Objective) -> list[tuple[float, int, float]]:
 
 def _is_classified(objective: Objective) -> bool:
     """Return whether the logits give the accuracy: each example has one label, which is a class of the model."""
-    known = pretrained(objective.model)
-    if known is None or describe_task(known, own_loss=True)["task"] not in _ONE_LABEL_EACH:
+    model = pretrained(objective.model)
+    if model is None or describe_task(model, own_loss=True)["task"] not in _ONE_LABEL_EACH:
         return False
     labels = [batch.get("labels") for batch in objective.unsharded().batches if isinstance(batch, Mapping)]
-    return (known.config.num_labels or 0) > 1 and all(
-        isinstance(held, Tensor) and held.ndim == 1 and not held.is_floating_point() and bool((held >= 0).all())
-        for held in labels
+    return (model.config.num_labels or 0) > 1 and all(
+        isinstance(row, Tensor) and row.ndim == 1 and not row.is_floating_point() and bool((row >= 0).all())
+        for row in labels
     )

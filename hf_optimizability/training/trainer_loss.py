@@ -25,18 +25,18 @@ ONLINE_TRAINERS = (
     "GRPOTrainer", "IWOPDTrainer", "NashMDTrainer", "OnlineDPOTrainer", "PPOTrainer", "RLOOTrainer", "SDFTTrainer",
     "SDPOTrainer", "XPOTrainer",
 )  # fmt: skip
-"""TRL's Trainers whose batches hold prompts: what their loss is over is generated while they train."""
+"""TRL's Trainers whose batches hold prompts: they generate the inputs of their loss during training."""
 
 
 def trainer_loss(trainer: Trainer) -> LossFunction:
     """Return the loss that a Trainer minimizes, as the plain mean over each batch.
 
-    Includes label smoothing, `compute_loss_func` and an overridden `compute_loss`; leaves out the factors that
-    gradient accumulation and several processes put on it. Fused losses without a second derivative (TRL's LM head,
-    gradient caches of sentence-transformers) are computed in their plain form, which gives the same number.
+    Includes label smoothing, `compute_loss_func` and an overridden `compute_loss`, but not the scaling for gradient
+    accumulation and several processes. Fused losses without a second derivative (TRL's LM head, gradient caches of
+    sentence-transformers) are computed in their plain form, which gives the same number.
 
     Raises:
-        MeasurementError: If the Trainer generates what its loss is over; see `require_measurable_loss`.
+        MeasurementError: If the Trainer generates the inputs of its loss; see `require_measurable_loss`.
     """
     require_measurable_loss(trainer)
 
@@ -47,8 +47,8 @@ def trainer_loss(trainer: Trainer) -> LossFunction:
             if trainer.compute_loss_func is None:
                 loss = trainer.compute_loss(model, inputs)
             else:
-                # Such functions are promised the number of items; one that divides by it gives the batch's mean.
-                items = promised_items(model, batch)
+                # Such functions expect the number of items; one that divides by it gives the batch's mean.
+                items = items_argument(model, batch)
                 loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
                 if items is not None and trainer.args.average_tokens_across_devices:
                     loss = loss / trainer.accelerator.num_processes
@@ -62,7 +62,7 @@ def require_measurable_loss(trainer: Trainer) -> None:
     """Raise for a Trainer that has no loss over its training set.
 
     Raises:
-        MeasurementError: If it generates what its loss is over, as GRPO and other online methods do.
+        MeasurementError: If it generates the inputs of its loss, as GRPO and other online methods do.
     """
     for kind in type(trainer).__mro__:
         if kind.__name__ in ONLINE_TRAINERS and kind.__module__.partition(".")[0] == "trl":
@@ -74,7 +74,7 @@ def require_measurable_loss(trainer: Trainer) -> None:
             )
 
 
-def promised_items(model: nn.Module, batch: Batch) -> Tensor | None:
+def items_argument(model: nn.Module, batch: Batch) -> Tensor | None:
     """Return the number of items that a Trainer passes for one batch alone; `None` where it passes none."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
@@ -83,7 +83,7 @@ def promised_items(model: nn.Module, batch: Batch) -> Tensor | None:
 
 
 def _require_connected(loss: Any) -> None:
-    """Raise for a loss whose gradient is made by a hook: differentiated here, it would be 0 everywhere."""
+    """Raise for a loss whose gradient comes from a hook: differentiated here, it would be 0 everywhere."""
     if isinstance(loss, Tensor) and loss.is_leaf and loss.requires_grad:
         raise MeasurementError(
             "The loss is not connected to the model: its backward pass is a hook that recomputes the model's outputs "

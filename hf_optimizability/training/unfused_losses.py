@@ -2,7 +2,7 @@
 """Plain forms of fused losses: the same number, with a second derivative.
 
 Fused losses compute gradients themselves, by operations that can't be differentiated again. While a loss is evaluated
-for a measurement, plain functions take their place in the modules of libraries that are already imported.
+for a measurement, plain functions replace them in the modules of libraries that are already imported.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ logger = logging.get_logger(__name__)
 
 @contextmanager
 def unfused_losses() -> Iterator[None]:
-    """Compute fused losses of TRL and sentence-transformers in their plain form inside; all comes back at exit.
+    """Compute fused losses of TRL and sentence-transformers in their plain form inside; restore them at exit.
 
-    A library that is not imported is left alone. So is one whose functions take other arguments than those that the
-    plain forms were written for: then there is a warning, and a loss without a second derivative is met as any other.
+    A library that is not imported is left alone. So is one whose functions take other arguments than the plain forms
+    were written for: then there is a warning, and the loss is treated as any without a second derivative.
     """
     with ExitStack() as stack:
         for (module_name, owner_name, name), plain in _PLAIN_FORMS.items():
@@ -37,20 +37,20 @@ def unfused_losses() -> Iterator[None]:
                 continue
             owner = vars(module).get(owner_name, module)
             fused = vars(owner).get(name)
-            if _takes_the_same(fused, plain, f"{module_name}.{owner_name or name}"):
+            if _has_same_arguments(fused, plain, f"{module_name}.{owner_name or name}"):
                 stack.callback(setattr, owner, name, fused)
                 setattr(owner, name, plain)
         yield
 
 
 @cache
-def _takes_the_same(fused: Any, plain: Any, place: str) -> bool:
+def _has_same_arguments(fused: Any, plain: Any, place: str) -> bool:
     """Return whether a fused function takes the arguments that its plain form was written for."""
     if _arguments(fused) == _arguments(plain):
         return True
     logger.warning_once(
-        f"`{place}` is not the one that hf_optimizability knows a plain form of, so it is left in place. If it has no "
-        "second derivative, central differences are used."
+        f"`{place}` differs from the version that hf_optimizability has a plain form of, so it is left in place. "
+        "If it has no second derivative, central differences are used."
     )
     return False
 

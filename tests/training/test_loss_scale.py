@@ -123,8 +123,8 @@ def test_a_batch_without_labels_has_no_factor_of_the_count(tmp_path: Path):
 
 
 def test_a_factor_below_one_is_that_of_a_count():
-    assert "counts more items than the loss is a mean over" in explanation("GPT2LMHeadModel", 0.94)
-    assert "does not divide by their number" in explanation("BertForSequenceClassification", 3.0)
+    assert "counts more items than the loss averages over" in explanation("GPT2LMHeadModel", 0.94)
+    assert "averages over each micro-batch" in explanation("BertForSequenceClassification", 3.0)
 
 
 def test_a_factor_is_told_once_with_what_it_does(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -135,4 +135,5 @@ def test_a_factor_is_told_once_with_what_it_does(tmp_path: Path, caplog: pytest.
         for _ in range(2):
             tiny_training.trainer(tmp_path, cls=OptimizabilityTrainer, **options).train()
     [told] = [entry.getMessage() for entry in caplog.records if "times the mean over a step's items" in entry.message]
-    assert "BertForSequenceClassification comes out 5 times" in told and "as if it were 0.2 times" in told
+    assert "BertForSequenceClassification returns a loss (and gradients) of 5 times" in told
+    assert "as if it were 0.2 times" in told
