@@ -33,8 +33,8 @@ def require_supported(model: nn.Module, args: TrainingArguments | None = None) -
     if zero_stage(args) == 3 or any("ds_id" in vars(parameter) for parameter in model.parameters()):
         raise ValueError(
             "DeepSpeed ZeRO-3 partitions each parameter and gathers it only while a layer runs, within its own "
-            "backward pass: there is no gradient to differentiate again, and no shard to perturb. Use ZeRO stage 2, which does "
-            f"not partition parameters. {_INSTEAD}"
+            "backward pass: there is no gradient to differentiate again, and no shard to perturb. Use ZeRO stage 2, "
+            f"which does not partition parameters. {_INSTEAD}"
         )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
