@@ -74,7 +74,7 @@ def fail(*args: str, code: int) -> str:
 def test_help_names_every_command_and_the_exit_codes() -> None:
     printed = succeed("--help")
     assert set(COMMANDS) == set(re.findall(r"^  (\w+)  ", printed.partition("Commands:")[2], flags=re.MULTILINE))
-    assert "0 all went well; 1 the work failed; 2" in " ".join(printed.split())
+    assert "0 success; 1 the work failed; 2" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -240,7 +240,7 @@ def test_what_the_demo_runs_on_is_installed_with_the_package() -> None:
 
 def test_a_demo_without_its_data_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "DEMO", "nowhere.json")
-    assert "Install hf-optimizability anew" in fail("demo", code=1)
+    assert "Reinstall hf-optimizability" in fail("demo", code=1)
 
 
 def test_schema_is_json() -> None:
@@ -333,7 +333,7 @@ def test_a_bug_is_no_traceback_either_but_for_debug(monkeypatch: pytest.MonkeyPa
         raise KeyError("lost")
 
     monkeypatch.setattr(cli, "_demo_root", broken)
-    assert invoke("demo").stderr == "Error: KeyError: 'lost'\n`hf-optimizability --debug …` shows where.\n"
+    assert invoke("demo").stderr == "Error: KeyError: 'lost'\n`hf-optimizability --debug …` shows the traceback.\n"
     for result in (invoke("--debug", "demo"), invoke("demo", env={"HF_DEBUG": "1"})):
         assert isinstance(result.exception, KeyError) and result.exit_code == 1
 

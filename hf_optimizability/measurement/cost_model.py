@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..config import OptimizabilityConfig, HvpAllocation
+from ..config import HvpAllocation, OptimizabilityConfig
 from ..linalg.lanczos import BASIS_CHUNK
 from ..linalg.spectrum_and_trace import DEFLATED
 from ..linalg.trace import PROBE_BLOCK_SIZE

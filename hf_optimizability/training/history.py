@@ -57,7 +57,7 @@ class History(NamedTuple):
     @property
     def steps(self) -> list[int]:
         """Steps at which a measurement was made or tried."""
-        return [result.step for result in [*self.measurements, *self.failures]]
+        return [one.step for one in self.measurements] + [one.step for one in self.failures]
 
 
 def record(

@@ -50,7 +50,7 @@ def test_folders_are_readable_and_plain():
     [
         ([], "nothing to compare: 0 candidates"),
         (["org/a"], "Name at least two"),
-        (["org/a,lora", "b"], "'lora' in the candidate 'org/a,lora' is no change of a flag"),
+        (["org/a,lora", "b"], "'lora' in the candidate 'org/a,lora' does not change a flag"),
         ([",lora_rank=4", "b"], "names no checkpoint"),
         ([{"learning_rate": [1, 2]}, "b"], r"learning_rate of a candidate is \[1, 2\]"),
     ],
