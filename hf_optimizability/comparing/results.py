@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison holds, to plain data and back, and the ranking that follows from it."""
+"""The data of a comparison, to plain data and back, and the ranking that follows from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SCREENED_BY = "logme"
 
 @dataclass(frozen=True)
 class Scores:
-    """How a trained model did on each evaluation example, in eval mode.
+    """Scores of a trained model on each evaluation example, in eval mode.
 
     Attributes:
         losses: Cross-entropy of each example, without label smoothing, whatever the model was trained with.
@@ -46,17 +46,17 @@ class Scores:
     correct: NDArray[np.bool_]
 
     def of(self, quality: Quality) -> NDArray[np.float64]:
-        """The scores that a quality is the mean of."""
+        """Return the scores that a quality is the mean of."""
         return self.losses if quality == "loss" else self.correct.astype(float)
 
     def to_dict(self) -> dict[str, Any]:
-        """Six digits of each loss, and a string of 0 and 1."""
+        """Return six digits of each loss, and a string of 0 and 1."""
         losses = [float(f"{loss:.6g}") for loss in self.losses]
         return {"losses": losses, "correct": "".join("01"[int(hit)] for hit in self.correct)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
-        """Rebuilds scores from `to_dict`."""
+        """Rebuild scores from `to_dict`."""
         return cls(np.array(data["losses"], dtype=float), np.array([hit == "1" for hit in data["correct"]]))
 
 
@@ -65,12 +65,12 @@ class Run:
     """One training of one candidate.
 
     Attributes:
-        seed: Of the new weights, of dropout and of the order of the data; `None` where it is not known.
+        seed: Seed of new weights, dropout and order of the data; `None` if unknown.
         report: Model, log and dynamics of the training, and measurements if it was measured.
-        scores: How the trained model did; `None` where only a report is known.
+        scores: Scores of the trained model; `None` if there is only a report.
         train_seconds: Time of all steps, data loading included, without evaluations, checkpoints and measurements.
-        predict_seconds: Time of the trained model for an evaluation example.
-        peak_bytes: Most memory of the accelerator in use while it trained; `None` on the CPU.
+        predict_seconds: Time of the trained model per evaluation example.
+        peak_bytes: Peak memory of the accelerator during training; `None` on the CPU.
     """
 
     seed: int | None
@@ -88,14 +88,14 @@ class Run:
         return f"accuracy {self.scores.correct.mean():.1%}, loss {self.scores.losses.mean():.4f}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The run as plain data."""
+        """Return the run as plain data."""
         scores = None if self.scores is None else self.scores.to_dict()
         return {**vars(self), "report": self.report.to_dict(), "scores": scores}
 
     def logged(self, key: str) -> float:
-        """The last number logged as `key`; NaN if there is none."""
-        found = [entry[key] for entry in self.report.log_history if isinstance(entry.get(key), (int, float))]
-        return float(found[-1]) if found else math.nan
+        """Return the last number logged as `key`; NaN if there is none."""
+        values = [entry[key] for entry in self.report.log_history if isinstance(entry.get(key), (int, float))]
+        return float(values[-1]) if values else math.nan
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Failure:
     """Why a candidate is not ranked.
 
     Attributes:
-        seed: Of the training that failed.
+        seed: Seed of the training that failed.
         reason: What went wrong, and what to do.
     """
 
@@ -113,16 +113,16 @@ class Failure:
 
 @dataclass
 class Entry:
-    """A candidate, and what became of it.
+    """A candidate and its results.
 
     Attributes:
-        name: What it is called.
-        changes: Flags that are its own.
+        name: Its name.
+        changes: Flags that only it has.
         runs: Its trainings under the largest budget it got, one for each seed.
         failure: Why it is not ranked; `None` if all its trainings finished.
-        dropped: Number of the round after which successive halving dropped it, 0 if its score did so before any
-            training; `None` if it got the whole budget.
-        scores: What was known of it before any training; `None` if that was not asked for.
+        dropped: Number of the round after which successive halving dropped it, 0 if it was dropped by its score before
+            any training; `None` if it got the whole budget.
+        scores: Its scores before any training; `None` if that was not asked for.
     """
 
     name: str
@@ -134,7 +134,7 @@ class Entry:
 
     @property
     def model(self) -> dict[str, Any]:
-        """What its reports say about the model; empty if there is none."""
+        """The model according to its reports; empty if there are none."""
         return self.runs[0].report.model if self.runs else {}
 
 
@@ -143,9 +143,9 @@ class Round:
     """One round of successive halving, or the only one.
 
     Attributes:
-        budget: Steps, examples or seconds of each training in it.
-        ranking: Of the candidates that finished it.
-        kept: Those that go on, or at the end all.
+        budget: Steps, examples or seconds of each of its trainings.
+        ranking: Ranking of the candidates that finished it.
+        kept: Candidates in the next round, or at the end all.
     """
 
     budget: float
@@ -161,7 +161,7 @@ class ComparisonData:
         setting: `task`, `dataset`, `budget` (with `unit` and `amount`), `seeds`, `rank_by`, `examples`, `settings`
             (flags that all share), `versions`, and `screen_to` if scores were asked for.
         entries: The candidates, in the order in which they were given.
-        rounds: Of successive halving; one if there was none.
+        rounds: Rounds of successive halving; one if there was none.
         schema_version: Layout of the JSON file.
     """
 
@@ -176,19 +176,19 @@ class ComparisonData:
         return rank_entries(self.entries, self.setting["rank_by"])
 
     def by(self, quality: Quality) -> Ranking | None:
-        """The ranking by another quality."""
+        """Return the ranking by another quality."""
         return rank_entries(self.entries, quality)
 
     def entry(self, name: str) -> Entry:
-        """The candidate of that name."""
+        """Return the candidate of that name."""
         return next(entry for entry in self.entries if entry.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as plain data; numbers that are not finite become `None`."""
+        """Return the comparison as plain data; numbers that are not finite become `None`."""
         entries = [{**vars(entry), "runs": [run.to_dict() for run in entry.runs]} for entry in self.entries]
-        for held, entry in zip(entries, self.entries, strict=True):
-            held["failure"] = None if entry.failure is None else asdict(entry.failure)
-            held["scores"] = None if entry.scores is None else entry.scores.to_dict()
+        for plain, entry in zip(entries, self.entries, strict=True):
+            plain["failure"] = None if entry.failure is None else asdict(entry.failure)
+            plain["scores"] = None if entry.scores is None else entry.scores.to_dict()
         rounds = [asdict(one) for one in self.rounds]
         ranking = None if self.ranking is None else asdict(self.ranking)
         data = {"schema_version": self.schema_version, "setting": self.setting, "ranking": ranking}
@@ -196,10 +196,10 @@ class ComparisonData:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Rebuilds a comparison from `to_dict`.
+        """Rebuild a comparison from `to_dict`.
 
         Raises:
-            ValueError: If the data was written by a later version of this package, or is none.
+            ValueError: If the data was written by a later version of this package, or is not a comparison.
         """
         if data.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
@@ -212,9 +212,9 @@ class ComparisonData:
 
 
 def rank_entries(entries: Sequence[Entry], quality: Quality) -> Ranking | None:
-    """Ranks the candidates that got as far as any, by the scores of their runs, or by what their reports know.
+    """Rank the candidates with the largest budget, by the scores of their runs or else by their reports.
 
-    A report alone knows the loss and its error on a sample of the evaluation set; metrics have none there, so that
+    A report alone has the loss with its error on a sample of the evaluation set, but metrics without errors, so that
     reports are ranked by the loss.
 
     Returns:
