@@ -408,25 +408,19 @@ def _print_report(report: OptimizabilityReport, folder: Path | None, text: str, 
 
 def _table(measurement: Measurement) -> str:
     """Format value, error, convergence and products of a measurement."""
+    from .linalg.estimate import Estimate
+    from .measurement.quantities_table import QUANTITIES, number_of
     from .report_data.number_format import format_number, format_with_error
 
-    hessian = measurement.hessian
-    estimates = {
-        "Hessian trace": hessian.trace,
-        "λ_max": hessian.lambda_max,
-        "λ_min": hessian.lambda_min,
-        "gradient noise scale": measurement.noise_scale,
-    }
-    rows = [
-        ("", "value ± error", "converged", "products"),
-        ("loss", format_number(measurement.loss), "", ""),
-        ("gradient norm", format_number(measurement.grad_norm), "", ""),
-    ]
-    for name, estimate in estimates.items():
-        if estimate is not None:
-            value = format_with_error(estimate.value, estimate.error)
-            rows.append((name, value, "yes" if estimate.converged else "no", str(estimate.hvps)))
-    lines = [f"{name:<22}{value:<26}{converged:<11}{products:>8}" for name, value, converged, products in rows]
+    lines = [f"{'':<22}{'value ± error':<26}{'converged':<11}{'products':>8}"]
+    for quantity in QUANTITIES:
+        value = quantity.get(measurement)
+        if quantity.card and isinstance(value, Estimate):
+            converged = "yes" if value.converged else "no"
+            number = format_with_error(value.value, value.error)
+            lines.append(f"{quantity.label:<22}{number:<26}{converged:<11}{value.hvps:>8}")
+        elif quantity.card and value is not None:
+            lines.append(f"{quantity.label:<22}{format_number(number_of(value))}")
     cost = f"{measurement.hvps} products in {format_number(measurement.seconds, digits=3)} s ({measurement.engine})"
     return "\n".join([*lines, "", f"{measurement.num_items} items, {cost}"])
 

@@ -17,6 +17,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from ..linalg.estimate import Estimate
+from ..measurement.quantities_table import QUANTITIES
 from ..report import OptimizabilityReport
 from ..report.markdown import card_section, escape
 from ..report_data.number_format import one_line
@@ -99,16 +100,10 @@ def metadata_result(report: OptimizabilityReport) -> dict[str, Any] | None:
     if not task or not report.measurements:
         return None
     last = report.measurements[-1]
-    estimates = {
-        "hessian_trace": ("Hessian trace", last.hessian.trace),
-        "hessian_lambda_max": ("Largest eigenvalue of the Hessian", last.hessian.lambda_max),
-        "hessian_lambda_min": ("Smallest eigenvalue of the Hessian", last.hessian.lambda_min),
-        "gradient_noise_scale": ("Gradient noise scale", last.noise_scale),
-    }
     metrics = [
-        _metric(kind, name, estimate, last.step)
-        for kind, (name, estimate) in estimates.items()
-        if estimate is not None and math.isfinite(estimate.value)
+        _metric(quantity.name, quantity.metric, value, last.step)
+        for quantity in QUANTITIES
+        if quantity.metric and isinstance(value := quantity.get(last), Estimate) and math.isfinite(value.value)
     ]
     dataset = one_line(report.data.get("dataset") or "unknown")
     kind = re.sub(r"[^\w.-]+", "-", dataset, flags=re.ASCII).strip("-")  # the Hub takes a name such as `imdb` only

@@ -22,7 +22,7 @@ from ..report_data.data import ReportData
 from ..report_data.number_format import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
 from ..report_data.series import landscapes
 from .charts import Chart, charts
-from .templating import SHADES, environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
+from .templating import SHADES, environment, format_plain, measurement_values, title_of
 
 
 SECTIONS = (
@@ -54,15 +54,13 @@ def to_html(report: ReportData) -> str:
         sections=[name for name in SECTIONS if name != "tasks" or (last and last.multitask)],
         created=report.created,
         versions=report.versions,
-        report=report,
+        **measurement_values(report),
         findings=find(report),
         last=last,
-        ends=first_and_last(report.measurements),
-        training=flattened(report.training),
-        shares=trace_shares(last) if last else {},
         gradient_map=_heat_map(report.measurements, _relative_gradient, _rank_on_log_scale),
         trace_map=_heat_map(report.measurements, _trace, _rank_around_zero),
         landscapes=landscapes(report),
+        landscape_steps=[f"step {measurement.step:,}" for measurement, _ in landscapes(report)],
         loss_map=_loss_map,
     )
 
@@ -98,7 +96,7 @@ def _page_environment() -> Environment:
 
 def _text(value: Any) -> Markup:
     """What the template prints for a value; strings in one line and without control and direction characters."""
-    plain = text_without_strings(value)
+    plain = format_plain(value)
     if plain is not None:
         return plain
     text = one_line(str(value)).replace(" ± ", " ±\xa0")

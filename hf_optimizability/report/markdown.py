@@ -13,17 +13,18 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from ..diagnosis.findings import find
+from ..measurement.quantities_table import QUANTITIES
 from ..measurement.results import Measurement
 from ..report_data.data import ReportData
 from ..report_data.number_format import (
     NOT_CONVERGED,
-    format_estimate,
     format_interval,
     format_number,
     format_with_error,
     one_line,
 )
-from .templating import environment, first_and_last, flattened, text_without_strings, title_of, trace_shares
+from .tables import card_rows, quantity_cells
+from .templating import environment, first_and_last, format_plain, measurement_values, title_of
 
 
 CARD_FOLDER = "optimizability"
@@ -44,8 +45,8 @@ ALT_TEXTS = {
     "blocks": "Heat maps of trace and relative gradient norm, block by step.",
 }
 
-# A backslash where every dialect of Markdown takes one, an entity elsewhere. What matters only at the start of a line
-# (#, -, +, 1.) needs none: the template never puts an outside value there.
+# A backslash where every dialect of Markdown takes one, an entity elsewhere. Characters that are special only at the
+# start of a line (#, -, +, 1.) need none: the template never puts external text there.
 _ESCAPES = str.maketrans(
     {
         **{character: f"\\{character}" for character in r"\`*_[]"},
@@ -55,14 +56,14 @@ _ESCAPES = str.maketrans(
 
 
 def to_markdown(report: ReportData, *, plots: Sequence[str] = ()) -> str:
-    """Renders the report as GitHub-flavoured Markdown.
+    """Render the report as GitHub-flavoured Markdown.
 
     Args:
         report: The report; any part of it may be empty.
-        plots: Names of the plots that lie beside the file as `<name>.png`.
+        plots: Names of the plots that are saved next to the file as `<name>.png`.
 
     Returns:
-        The Markdown. Whatever came from outside (ids, block names, reasons of failures) is escaped.
+        The Markdown. External text (ids, block names, reasons of failures) is escaped.
 
     Example:
         >>> report = ReportData(model={"id": "org/a|b"}, task={"task": "fill-mask"})
@@ -71,28 +72,24 @@ def to_markdown(report: ReportData, *, plots: Sequence[str] = ()) -> str:
     """
     template = markdown_environment().get_template("report.md.jinja")
     text = template.render(
-        report=report,
         findings=find(report),
         title=title_of(report),
         plots=plots,
         alt_texts=ALT_TEXTS,
-        ends=first_and_last(report.measurements),
-        training=flattened(report.training),
-        shares=trace_shares(report.measurements[-1]) if report.measurements else {},
+        **measurement_values(report),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def card_section(report: ReportData, *, files: Collection[str] = ()) -> str:
-    """Renders the section of a model card: what was measured first and last, two plots, links to the whole report.
+    """Render the section of a model card: first and last measurement, two plots, links to the whole report.
 
     Args:
         report: The report; any part of it may be empty.
-        files: Names of the report's files that lie in the folder `optimizability` beside the card.
+        files: Names of the report's files in the folder `optimizability` next to the card.
 
     Returns:
-        GitHub-flavoured Markdown that begins with the heading `## Optimizability`. Whatever came from outside is
-        escaped.
+        GitHub-flavoured Markdown that begins with the heading `## Optimizability`. External text is escaped.
 
     Example:
         >>> report = ReportData(model={"id": "org/name"}, task={"task": "fill-mask"})
@@ -112,6 +109,7 @@ def card_section(report: ReportData, *, files: Collection[str] = ()) -> str:
             findings=find(report),
             title=title_of(report),
             ends=first_and_last(report.measurements),
+            rows=card_rows(first_and_last(report.measurements)),
             folder=CARD_FOLDER,
             plots=[name for name in CARD_PLOTS if f"{name}.png" in files],
             alt_texts=ALT_TEXTS,
@@ -122,7 +120,7 @@ def card_section(report: ReportData, *, files: Collection[str] = ()) -> str:
 
 
 def to_summary(report: ReportData) -> str:
-    """Renders the report as at most ten aligned lines of plain text, and one more for each problem and warning.
+    """Render the report as at most ten aligned lines of plain text, and one more for each problem and warning.
 
     Example:
         >>> print(to_summary(ReportData(model={"id": "org/name"}, task={"task": "fill-mask"})))
@@ -131,23 +129,24 @@ def to_summary(report: ReportData) -> str:
     """
     lines = {
         "Optimizability": title_of(report),
-        **_geometry_lines(report.measurements),
+        **_quantity_lines(report.measurements),
         **_dynamics_lines(report.dynamics),
         "Cost": _cost_line(report.measurements),
     }
-    told = [finding for finding in find(report) if finding.severity != "note"]
-    rest = [
-        (finding.severity.capitalize(), finding.sentence) for finding in told if finding.name != "measurement_failed"
+    problems = [
+        (finding.severity.capitalize(), finding.sentence)
+        for finding in find(report)
+        if finding.severity != "note" and finding.name != "measurement_failed"
     ]
     if report.failures:
         last = report.failures[-1]
         reason = shorten(last.reason, 160, placeholder=" …")
-        rest.append(("Failed", f"{len(report.failures)}, the last at step {last.step:,}: {reason} {last.remedy}"))
-    return "\n".join(f"{label:<14}  {one_line(text)}" for label, text in [*lines.items(), *rest])
+        problems.append(("Failed", f"{len(report.failures)}, the last at step {last.step:,}: {reason} {last.remedy}"))
+    return "\n".join(f"{label:<14}  {one_line(text)}" for label, text in [*lines.items(), *problems])
 
 
 def escape(text: str) -> str:
-    """The text in one line, with every character that Markdown or HTML could take for markup made harmless.
+    """Return the text in one line, with every character escaped that Markdown or HTML could read as markup.
 
     Example:
         >>> escape("<b>|x")
@@ -158,33 +157,31 @@ def escape(text: str) -> str:
 
 @cache
 def markdown_environment() -> Environment:
-    """The templates' environment, with Markdown's escaping."""
+    """Return the environment of the templates, with Markdown's escaping."""
     return environment(_text)
 
 
 def _text(value: Any) -> Markup:
-    """What the template prints for a value."""
-    plain = text_without_strings(value)
+    """Return a value as text."""
+    plain = format_plain(value)
     return Markup(escape(str(value))) if plain is None else plain
 
 
-def _geometry_lines(measurements: Sequence[Measurement]) -> dict[str, str]:
-    """The lines about loss, gradient and curvature, from the first to the last measurement."""
+def _quantity_lines(measurements: Sequence[Measurement]) -> dict[str, str]:
+    """Return the lines of the quantities, from the first to the last measurement."""
     ends = first_and_last(measurements)
     if not ends:
         return {}
-    top = " → ".join(format_estimate(end.hessian.lambda_max) for end in ends)
-    bottom = " → ".join(format_estimate(end.hessian.lambda_min) for end in ends)
-    return {
-        "Loss": " → ".join(f"{format_number(end.loss)} (step {end.step:,})" for end in ends),
-        "Gradient norm": " → ".join(format_number(end.grad_norm) for end in ends),
-        "Hessian trace": " → ".join(format_estimate(end.hessian.trace) for end in ends),
-        "λ_max; λ_min": f"{top}; {bottom}",
-    }
+    lines = {"Loss": " → ".join(f"{format_number(end.loss)} (step {end.step:,})" for end in ends)}
+    for quantity in QUANTITIES:
+        if quantity.summary:
+            values = " → ".join(quantity_cells(quantity, ends))
+            lines[quantity.summary] = f"{lines[quantity.summary]}; {values}" if quantity.summary in lines else values
+    return lines
 
 
 def _dynamics_lines(dynamics: dict[str, Any]) -> dict[str, str]:
-    """The lines about convergence speed, stability and generalization gap: what could be told from the log."""
+    """Return the lines about convergence speed, stability and generalization gap, as far as the log shows them."""
     lines = {}
     speed = dynamics.get("convergence_speed")
     if speed and speed["half_life"] is not None:
@@ -209,7 +206,7 @@ def _dynamics_lines(dynamics: dict[str, Any]) -> dict[str, str]:
 
 
 def _cost_line(measurements: Sequence[Measurement]) -> str:
-    """What the measurements cost and whether they reached their tolerances."""
+    """Return what the measurements cost and whether they reached their tolerances."""
     if not measurements:
         return "nothing was measured"
     hvps = sum(measurement.hvps for measurement in measurements)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the report's pages have in common: the environment of their templates, and what these are given."""
+"""The environment of the report's templates, and the values that all of them take."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..linalg.estimate import Estimate
 from ..measurement.results import Measurement, MultitaskMeasurement
-from ..quantities.step_size import CriticalLearningRate
 from ..report_data.data import ReportData
 from ..report_data.number_format import (
     MISSING,
-    format_estimate,
     format_interval,
     format_number,
-    format_percent,
-    format_with_error,
 )
+from . import tables
 
 
 SHADES = 6
@@ -30,13 +26,13 @@ SHADES = 6
 
 
 def environment(text: Callable[[Any], Markup]) -> Environment:
-    """The report's templates, in which every value is formatted by its type and escaped, unless a filter has done so.
+    """Return the environment of the templates, where every value is formatted by its type and escaped.
 
     Args:
-        text: What is printed for a value.
+        text: Formats and escapes a value.
 
     Example:
-        >>> templates = environment(lambda value: text_without_strings(value) or Markup.escape(value))
+        >>> templates = environment(lambda value: format_plain(value) or Markup.escape(value))
         >>> templates.from_string("{{ name }}: {{ number }}").render(name="<b>", number=1500)
         '&lt;b&gt;: 1,500'
     """
@@ -49,43 +45,12 @@ def environment(text: Callable[[Any], Markup]) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters.update(at=_at, estimate=format_estimate, percent=format_percent, number=format_number)
-    made.filters.update(range=_range, checks=checks_along_vectors)
-    made.globals.update(with_error=format_with_error, interval=format_interval)
-    made.globals.update(cosine_map=cosine_map, block_cosines=block_cosines)
+    made.globals.update(tables=tables, cosine_map=cosine_map, block_cosines=block_cosines)
     return made
 
 
-def _at(value: Any, path: str) -> Any:
-    """An attribute of an attribute, or an entry by its number; `None` where one on the way is."""
-    for name in path.split("."):
-        if value is not None:
-            value = value[int(name)] if name.isdigit() else getattr(value, name)
-    return value
-
-
-def _range(value: Estimate | CriticalLearningRate | None) -> str:
-    """A value and its interval."""
-    return MISSING if value is None else format_interval(value.value, value.low, value.high)
-
-
-def checks_along_vectors(checks: Sequence[EigenvalueCheck]) -> str:
-    """What differences along their own vectors say of the eigenvalues, in one line.
-
-    Example:
-        >>> checks_along_vectors([EigenvalueCheck("lambda_max", 2.0, (3.0, 2.0), (0.2, 0.1), "agrees")])
-        'λ_max: 2.000, by differences 2.000 (agrees)'
-    """
-    names = {"lambda_max": "λ_max", "lambda_min": "λ_min"}
-    return "; ".join(
-        f"{names[check.which]}: {format_number(check.value)}, by differences {format_number(check.differences[-1])} "
-        f"({check.verdict})"
-        for check in checks
-    )
-
-
-def text_without_strings(value: Any) -> Markup | None:
-    """What templates print for a number, a switch or what is missing; `None` for what needs escaping."""
+def format_plain(value: Any) -> Markup | None:
+    """Return a number, a flag or a missing value as text; `None` for a value that needs escaping."""
     if isinstance(value, Markup):
         return value
     if value is None:
@@ -100,19 +65,33 @@ def text_without_strings(value: Any) -> Markup | None:
 
 
 def title_of(report: ReportData) -> str:
-    """What was measured: the checkpoint, or its class where it has no id, and the task."""
+    """Return the checkpoint, or its class if it has no id, and the task."""
     model = report.model.get("id") or report.model.get("class") or "a model"
     task = report.task.get("task")
     return f"{model} on {task}" if task else str(model)
 
 
 def first_and_last(measurements: Sequence[Measurement]) -> Sequence[Measurement]:
-    """The first and the last measurement, or the only one, or none."""
+    """Return the first and the last measurement, or the only one, or none."""
     return measurements[:: max(1, len(measurements) - 1)]
 
 
+def measurement_values(report: ReportData) -> dict[str, Any]:
+    """Return the values that both templates of the report take."""
+    ends = first_and_last(report.measurements)
+    blocks = ends[-1].blocks.values() if ends else ()
+    return {
+        "report": report,
+        "ends": ends,
+        "steps": [f"step {end.step:,}" for end in ends],
+        "training": flattened(report.training),
+        "not_converged": not all(m.converged for m in report.measurements)
+        or not all(block.trace.converged for block in blocks),
+    }
+
+
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as one level of `outer.inner` names; values as Python prints them.
+    """Flatten nested settings to one level of `outer.inner` names, with values as Python prints them.
 
     Example:
         >>> flattened({"a": {"b": 1, "c": None}, "d": "x"})
@@ -127,9 +106,9 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def cosine_cells(cosines: Iterable[Estimate | None]) -> list[tuple[str, int]]:
-    """Each cosine with its interval, and a shade: that of its sign and size, or 0 where the interval holds 0.
+    """Return each cosine with its interval and its shade: by sign and size, or 0 where the interval holds 0.
 
-    An interval from -1 to 1 tells nothing; nor does its middle.
+    A cosine whose interval reaches from -1 to 1 is unknown.
 
     Example:
         >>> clear, vague = (Estimate(-0.5, low, 0.1 + low, "", 0, True) for low in (-0.6, -0.05))
@@ -141,29 +120,20 @@ def cosine_cells(cosines: Iterable[Estimate | None]) -> list[tuple[str, int]]:
         if cosine is None or (cosine.low <= -1 and cosine.high >= 1):
             cells.append((MISSING, 0))
             continue
-        told = cosine.low * cosine.high > 0
-        size = math.ceil(SHADES * math.sqrt(abs(cosine.value))) if told else 0
-        cells.append((_range(cosine), int(math.copysign(size, cosine.value))))
+        significant = cosine.low * cosine.high > 0
+        size = math.ceil(SHADES * math.sqrt(abs(cosine.value))) if significant else 0
+        cells.append((format_interval(cosine.value, cosine.low, cosine.high), int(math.copysign(size, cosine.value))))
     return cells
 
 
-def cosine_map(several: MultitaskMeasurement) -> dict[str, list[tuple[str, int]]]:
-    """The cosines of each task with all of them."""
-    return {first: cosine_cells(several.cosine(first, second) for second in several.tasks) for first in several.tasks}
+def cosine_map(multitask: MultitaskMeasurement) -> dict[str, list[tuple[str, int]]]:
+    """Return the cosines of each task with all tasks."""
+    return {
+        first: cosine_cells(multitask.cosine(first, second) for second in multitask.tasks) for first in multitask.tasks
+    }
 
 
-def block_cosines(several: MultitaskMeasurement) -> dict[str, list[tuple[str, int]]]:
-    """The cosines of each pair of tasks, by block."""
-    blocks = several.conflicts[0].blocks if several.conflicts else {}
-    return {block: cosine_cells(pair.blocks[block] for pair in several.conflicts) for block in blocks}
-
-
-def trace_shares(measurement: Measurement) -> dict[str, float]:
-    """Each block's trace as a share of the sum of the blocks' absolute traces (a total may be near 0, that sum not).
-
-    Returns:
-        Shares in [-1, 1] by block; NaN where there is no curvature at all.
-    """
-    traces = {name: block.trace.value for name, block in measurement.blocks.items()}
-    total = sum(abs(trace) for trace in traces.values())
-    return {name: trace / total if total else math.nan for name, trace in traces.items()}
+def block_cosines(multitask: MultitaskMeasurement) -> dict[str, list[tuple[str, int]]]:
+    """Return the cosines of each pair of tasks, by block."""
+    blocks = multitask.conflicts[0].blocks if multitask.conflicts else {}
+    return {block: cosine_cells(pair.blocks[block] for pair in multitask.conflicts) for block in blocks}

@@ -23,9 +23,8 @@ from ..distributed.supported import deepspeed_limits, require_supported
 from ..errors import MeasurementError, MeasurementInterruptedError
 from ..files import back_up, require_writable
 from ..linalg.communicator import ProcessGroup
-from ..log_keys import PREFIX
 from ..measurement.measure import measure_objective, progress_bar
-from ..measurement.results import Measurement, MeasurementFailure, MultitaskMeasurement, TaskMeasurement
+from ..measurement.results import Measurement, MeasurementFailure, TaskMeasurement
 from ..model_state.measuring import pretrained
 from ..objective.objective import Objective
 from ..objective.parameter_blocks import block_indices
@@ -36,6 +35,7 @@ from ..report import OptimizabilityReport
 from . import provenance
 from .clock import Clock
 from .history import merged_log, record, restore
+from .log_entry import log_entry
 from .loss_scale import explanation, loss_scale
 from .probe_objective import ProbeObjective, trained_names
 from .schedule import Schedule
@@ -403,50 +403,4 @@ def _supported_optimizer(optimizer: Optimizer) -> Optimizer | None:
         return None
 
 
-def log_entry(measurement: Measurement) -> dict[str, float]:
-    """The numbers of a measurement that go to the trackers."""
-    hessian, step_size, noise = measurement.hessian, measurement.optimizer_stability, measurement.noise_scale
-    numbers: dict[str, float | None] = {
-        "loss": measurement.loss,
-        "grad_norm": measurement.grad_norm,
-        "hessian_trace": hessian.trace.value,
-        "hessian_trace_std_error": hessian.trace.std_error,
-        "hessian_trace_data_std_error": hessian.trace.data_std_error,
-        "hessian_lambda_max": hessian.lambda_max.value,
-        "hessian_lambda_max_residual": hessian.lambda_max.residual,
-    }
-    if hessian.lambda_min is not None:
-        numbers["hessian_lambda_min"] = hessian.lambda_min.value
-        numbers["hessian_lambda_min_residual"] = hessian.lambda_min.residual
-    if hessian.density is not None:
-        numbers["hessian_frobenius_norm"] = hessian.density.frobenius_norm.value
-        numbers["hessian_effective_rank"] = hessian.density.effective_rank.value
-        numbers["hessian_negative_mass"] = hessian.density.negative_mass.value
-    if noise is not None:
-        numbers["gradient_noise_scale"] = noise.value
-    if step_size is not None:
-        numbers["sharpness"] = step_size.sharpness.value
-        numbers["sharpness_limit"] = step_size.limit
-        numbers["critical_learning_rate"] = step_size.critical.value
-    if measurement.multitask is not None:
-        numbers |= _task_entry(measurement.multitask)
-    numbers |= {"hvps": measurement.hvps, "seconds": measurement.seconds}
-    return {PREFIX + name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
-
-
-def _task_entry(several: MultitaskMeasurement) -> dict[str, float | None]:
-    """The numbers of each task, and of each pair."""
-    numbers: dict[str, float | None] = {}
-    for name, task in several.tasks.items():
-        numbers |= {f"task/{name}/loss": task.loss.value, f"task/{name}/grad_norm": task.grad_norm}
-        for key, estimate in (
-            ("grad_share", task.share),
-            ("hessian_trace", task.trace),
-            ("hessian_lambda_max", task.lambda_max),
-        ):
-            if estimate is not None:
-                numbers[f"task/{name}/{key}"] = estimate.value
-    for pair in several.conflicts:
-        if pair.cosine is not None:
-            numbers[f"task_cosine/{pair.first}/{pair.second}"] = pair.cosine.value
-    return numbers
+from ..measurement.results import Measurement, MeasurementFailure, TaskMeasurement

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantities that a measurement reports: one row each, which log, command, summary, card and pages read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from ..linalg.estimate import Estimate
+from ..quantities.loss_landscape import Landscape
+from ..quantities.step_size import CriticalLearningRate
+from .results import Measurement, TaskMeasurement
+
+
+T = TypeVar("T")
+
+Value = Estimate | CriticalLearningRate | float | None
+
+Form = Literal["number", "error", "estimate", "interval", "share"]
+"""How a value is printed: 0.69; ± 0.1; 361 ± 43; 35 (20 to 62); 42 % (36 % to 50 %)."""
+
+Section = Literal["loss", "gradient", "curvature", "spectrum", "step"]
+"""The table of the report that holds the quantity's row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """One reported quantity of a measurement.
+
+    Attributes:
+        name: Stable name: `optimizability/<name>` in the log, `optimizability_<name>` among the card's metrics.
+        get: Read the value; `None` if it was not measured, NaN if it does not exist.
+        label: Head of its row.
+        reading: How to read it, in a sentence.
+        section: Table of the report that holds its row.
+        form: How its value is printed.
+        always: Whether the row stays, with a dash, where it was not measured.
+        logged: Whether the value goes to the log and the trackers.
+        logged_error: Error of an estimate that is logged as well, as `<name>_<error>`.
+        card: Whether it is listed in the model card and printed by the command.
+        metric: Full name, for a quantity that is a metric of the model card.
+        tile: Whether it stands at the top of the page.
+        summary: Its line in the summary; quantities may share one.
+        plot: The plot over optimizer steps that shows it; quantities may share one.
+        unit: Unit of the value.
+    """
+
+    name: str
+    get: Callable[[Measurement], Value]
+    label: str
+    reading: str
+    section: Section
+    form: Form = "estimate"
+    always: bool = False
+    logged: bool = True
+    logged_error: Literal["std_error", "residual"] | None = None
+    card: bool = False
+    metric: str | None = None
+    tile: bool = False
+    summary: str | None = None
+    plot: str | None = None
+    unit: str = ""
+
+    def number(self, measurement: Measurement) -> float | None:
+        """Return the value without its error."""
+        return number_of(self.get(measurement))
+
+    @property
+    def title(self) -> str:
+        """Return the name to print where no reading explains the label."""
+        name = self.metric or self.label
+        return f"{name}, {self.unit}" if self.unit else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskQuantity:
+    """One reported quantity of a task of a joint loss.
+
+    Attributes:
+        get: Read the value; `None` if it was not measured.
+        label: Head of its column.
+        form: How its value is printed.
+        log_key: Key in the log, behind `optimizability/task/<task>/`; `None` if it is not logged.
+    """
+
+    get: Callable[[TaskMeasurement], Value]
+    label: str
+    form: Form = "estimate"
+    log_key: str | None = None
+
+
+def number_of(value: Value) -> float | None:
+    """Return a value without its error."""
+    return value.value if isinstance(value, (Estimate, CriticalLearningRate)) else value
+
+
+def _of(part: T | None, get: Callable[[T], Value]) -> Value:
+    """Return a value of a part of a measurement; `None` if that part was not measured."""
+    return None if part is None else get(part)
+
+
+def _quadratic_return(landscape: Landscape) -> float | None:
+    if landscape.update is None:
+        return None
+    back = landscape.update.axis.quadratic_return
+    return math.nan if back is None else back
+
+
+QUANTITIES: tuple[Quantity, ...] = (
+    Quantity(
+        name="loss",
+        get=lambda m: m.loss,
+        label="Loss",
+        reading="Mean over the probe set, in eval mode.",
+        section="loss",
+        form="number",
+        card=True,
+        tile=True,
+    ),
+    Quantity(
+        name="grad_norm",
+        get=lambda m: m.grad_norm,
+        label="Gradient norm ‖g‖",
+        reading="How steep the loss is. Room to improve is a large gradient over small curvature.",
+        section="gradient",
+        form="number",
+        card=True,
+        tile=True,
+        summary="Gradient norm",
+    ),
+    Quantity(
+        name="hessian_trace",
+        get=lambda m: m.hessian.trace,
+        label="Hessian trace",
+        reading="Sum of the eigenvalues: total curvature. Large curvature does not mean room to improve.",
+        section="curvature",
+        logged_error="std_error",
+        card=True,
+        metric="Hessian trace",
+        tile=True,
+        summary="Hessian trace",
+        plot="trace",
+    ),
+    Quantity(
+        name="hessian_trace_data_std_error",
+        get=lambda m: m.hessian.trace.data_std_error,
+        label="… its error over the data",
+        reading="How far another probe set of this size would move the trace (jackknife over batches).",
+        section="curvature",
+        form="error",
+    ),
+    Quantity(
+        name="hessian_lambda_max",
+        get=lambda m: m.hessian.lambda_max,
+        label="λ_max",
+        reading="Largest eigenvalue, the sharpest direction. A large value limits the learning rate.",
+        section="curvature",
+        logged_error="residual",
+        card=True,
+        metric="Largest eigenvalue of the Hessian",
+        tile=True,
+        summary="λ_max; λ_min",
+        plot="eigenvalues",
+    ),
+    Quantity(
+        name="hessian_lambda_min",
+        get=lambda m: m.hessian.lambda_min,
+        label="λ_min",
+        reading="Smallest eigenvalue. Below zero by more than its error: the loss curves downward in some direction, "
+        "so this is not a minimum.",
+        section="curvature",
+        always=True,
+        logged_error="residual",
+        card=True,
+        metric="Smallest eigenvalue of the Hessian",
+        tile=True,
+        summary="λ_max; λ_min",
+        plot="eigenvalues",
+    ),
+    Quantity(
+        name="gradient_noise_scale",
+        get=lambda m: m.noise_scale,
+        label="Gradient noise scale",
+        reading="Items in a batch whose gradient is as much noise as signal; larger batches than this gain little.",
+        section="gradient",
+        form="interval",
+        always=True,
+        card=True,
+        metric="Gradient noise scale",
+        tile=True,
+        plot="noise_scale",
+        unit="items",
+    ),
+    Quantity(
+        name="hessian_frobenius_norm",
+        get=lambda m: _of(m.hessian.density, lambda density: density.frobenius_norm),
+        label="‖H‖_F",
+        reading="Root of the sum of the squared eigenvalues: the size of the curvature, whatever its sign.",
+        section="spectrum",
+    ),
+    Quantity(
+        name="hessian_effective_rank",
+        get=lambda m: _of(m.hessian.density, lambda density: density.effective_rank),
+        label="Effective rank",
+        reading="(tr H)²/‖H‖_F²: the number of equal eigenvalues with this trace and this norm. Much smaller than n: "
+        "few directions hold the curvature.",
+        section="spectrum",
+    ),
+    Quantity(
+        name="hessian_negative_mass",
+        get=lambda m: _of(m.hessian.density, lambda density: density.negative_mass),
+        label="Negative eigenvalues",
+        reading="Share of all directions that curve downward.",
+        section="spectrum",
+        form="share",
+    ),
+    Quantity(
+        name="learning_rate",
+        get=lambda m: _of(m.optimizer_stability, lambda stability: stability.learning_rate),
+        label="Learning rate η",
+        reading="The largest among the optimizer's parameter groups at the measurement.",
+        section="step",
+        form="number",
+        logged=False,
+    ),
+    Quantity(
+        name="sharpness",
+        get=lambda m: _of(m.optimizer_stability, lambda stability: stability.sharpness),
+        label="Sharpness",
+        reading="λ_max(P^-½HP^-½), the sharpest direction as the optimizer scales it (P = 1 for SGD).",
+        section="step",
+    ),
+    Quantity(
+        name="sharpness_limit",
+        get=lambda m: _of(m.optimizer_stability, lambda stability: stability.limit),
+        label="Its limit at η",
+        reading="Above it, the optimizer would diverge on a quadratic; training often hovers there without harm. "
+        "–: η was 0.",
+        section="step",
+        form="number",
+    ),
+    Quantity(
+        name="critical_learning_rate",
+        get=lambda m: _of(m.optimizer_stability, lambda stability: stability.critical),
+        label="Critical learning rate",
+        reading="Where the loss first rises along the next update.",
+        section="step",
+        form="interval",
+        tile=True,
+    ),
+    Quantity(
+        name="quadratic_return",
+        get=lambda m: _of(m.landscape, _quadratic_return),
+        label="… by the quadratic model",
+        reading="Learning rate at which the quadratic model returns to the current loss. If this differs strongly "
+        "from the row above, curvature is not predictive here.",
+        section="step",
+        form="number",
+        logged=False,
+    ),
+    Quantity(
+        name="best_step",
+        get=lambda m: _of(m.quadratic_model, lambda model: model.best_step),
+        label="Best step along −g",
+        reading="‖g‖²/gᵀHg, the learning rate of plain gradient descent that gains most; –: no minimum in that "
+        "direction.",
+        section="step",
+        form="number",
+        always=True,
+        logged=False,
+    ),
+    Quantity(
+        name="predicted_decrease",
+        get=lambda m: _of(m.quadratic_model, lambda model: model.predicted_decrease),
+        label="Its predicted decrease",
+        reading="½‖g‖⁴/gᵀHg, of the loss.",
+        section="step",
+        form="number",
+        always=True,
+        logged=False,
+    ),
+)
+"""In the order in which they are shown."""
+
+TASK_QUANTITIES: tuple[TaskQuantity, ...] = (
+    TaskQuantity(get=lambda task: task.num_items, label="Items", form="number"),
+    TaskQuantity(get=lambda task: task.weight, label="w", form="number"),
+    TaskQuantity(get=lambda task: task.loss, label="Loss", log_key="loss"),
+    TaskQuantity(get=lambda task: task.grad_norm, label="‖g‖", form="number", log_key="grad_norm"),
+    TaskQuantity(get=lambda task: task.signal_norm, label="… without noise", form="interval"),
+    TaskQuantity(
+        get=lambda task: task.share, label="Share of the joint gradient", form="interval", log_key="grad_share"
+    ),
+    TaskQuantity(get=lambda task: task.trace, label="Trace", log_key="hessian_trace"),
+    TaskQuantity(get=lambda task: task.lambda_max, label="λ_max", log_key="hessian_lambda_max"),
+    TaskQuantity(get=lambda task: task.noise_scale, label="Noise scale", form="interval"),
+)
+"""In the order in which they are shown."""

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the report, which the Markdown, the page and the model card show alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..curvature.eigenvalue_check import EigenvalueCheck
+from ..linalg.estimate import Estimate
+from ..measurement.quantities_table import QUANTITIES, TASK_QUANTITIES, Form, Quantity, Section, Value, number_of
+from ..measurement.results import Measurement, MultitaskMeasurement
+from ..quantities.loss_landscape import Landscape
+from ..quantities.step_size import CriticalLearningRate
+from ..report_data.data import ReportData
+from ..report_data.number_format import (
+    MISSING,
+    format_estimate,
+    format_interval,
+    format_number,
+    format_percent,
+    format_with_error,
+)
+
+
+class Row(NamedTuple):
+    """A quantity, how to read it, and its values."""
+
+    label: str
+    reading: str
+    cells: Sequence[Any]
+
+
+class Table(NamedTuple):
+    """A table whose rows begin with a name."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+TEXTS = {
+    "errors": "Behind ±: the standard error over the probe vectors (trace), the bound on the distance to an "
+    "eigenvalue (λ).",
+    "intervals": "In parentheses: 95 % intervals; for the critical learning rate, its bracket.",
+    "local": "All of this is local: what λ_max says about the learning rate holds here and now and is no verdict on "
+    "the run.",
+    "not_converged": "† Not converged: the error is wider than asked for. Read the value with its error, or raise "
+    "max_hvps.",
+    "setbacks": "A setback is a step in the wrong direction from one logged value to the next. If half of the "
+    "comparisons are setbacks, this is noise around a standstill; large ones and spikes are instability.",
+    "landscape": "The loss at θ − s·u, u the optimizer's next update and s the learning rate of the step; and at "
+    "θ − s₁q₁ − s₂q₂, q₁ and q₂ the eigenvectors of the two largest eigenvalues. Positive is downhill. Dashed: the "
+    "quadratic model of gradient and Hessian. Where it follows the loss, curvature tells how far a step may go.",
+    "block_shares": "The share is the block's part of the sum of the absolute block traces. A block with a high share "
+    "and a low relative gradient limits the step, but gains little from it.",
+    "tasks": "The joint loss is the sum of the tasks' mean losses, each times its weight w, its share of the items. "
+    "In parentheses: 95 % intervals over batches. –: noise dominates a gradient, or there are fewer than 3 batches.",
+    "task_shares": "The share is a task's part of the decrease by a small step of gradient descent; if negative, that "
+    "step raises the task's own loss.",
+    "weights": "Equal norms: all tasks have gradients of the same length. Shortest joint gradient: a step along it "
+    "raises no task's loss. Both are local; neither says that the tasks will end up better for it.",
+    "task_dynamics": "From evaluation sets named like the tasks; –: there is none, or its loss does not show it.",
+    "failures": "Measurements that failed; training continued without them.",
+}
+"""Sentences of the report beside its tables."""
+
+
+def formatted(value: Value, form: Form) -> str:
+    """Return a value with its error as text.
+
+    Example:
+        >>> formatted(0.25, "number"), formatted(None, "estimate"), formatted(0.1234, "error")
+        ('0.2500', '–', '± 0.12')
+    """
+    if form == "error":
+        return f"± {format_number(number_of(value), digits=2)}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, (Estimate, CriticalLearningRate)):
+        return format_number(value)
+    if form == "share":
+        return f"{format_percent(value.value)} ({format_percent(value.low)} to {format_percent(value.high)})"
+    if form == "interval" or isinstance(value, CriticalLearningRate):
+        return format_interval(value.value, value.low, value.high)
+    return format_estimate(value)
+
+
+def quantity_rows(measurements: Sequence[Measurement], *sections: Section) -> list[Row]:
+    """Return the rows of the quantities of these sections, without those that no measurement has."""
+    return [
+        Row(quantity.label, quantity.reading, quantity_cells(quantity, measurements))
+        for quantity in QUANTITIES
+        if quantity.section in sections and (quantity.always or _is_known(quantity, measurements))
+    ]
+
+
+def card_rows(measurements: Sequence[Measurement]) -> list[Row]:
+    """Return the rows of the model card."""
+    return [Row(q.label, "", quantity_cells(q, measurements)) for q in QUANTITIES if q.card]
+
+
+def tiles(measurements: Sequence[Measurement], dynamics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return title and values of the numbers at the top of the page."""
+    tiles = [(q.title, quantity_cells(q, measurements)) for q in QUANTITIES if q.tile]
+    speed, gap = dynamics.get("convergence_speed") or {}, dynamics.get("generalization_gap") or {}
+    if speed.get("half_life") is not None:
+        tiles.append(("Half-life of the loss, steps", [_span(speed, "half_life")]))
+    if gap.get("loss_gap") is not None:
+        tiles.append(("Eval loss − train loss", [format_with_error(gap["loss_gap"], gap["std_error"])]))
+    return tiles
+
+
+def _span(numbers: Mapping[str, Any], name: str) -> str:
+    return format_interval(numbers[name], numbers[f"{name}_low"], numbers[f"{name}_high"])
+
+
+def quantity_cells(quantity: Quantity, measurements: Sequence[Measurement]) -> list[str]:
+    """Return a quantity's value at each measurement."""
+    return [formatted(quantity.get(measurement), quantity.form) for measurement in measurements]
+
+
+def _is_known(quantity: Quantity, measurements: Sequence[Measurement]) -> bool:
+    return any(quantity.get(measurement) is not None for measurement in measurements)
+
+
+def plane_rows(landscapes: Sequence[Landscape | None]) -> list[Row]:
+    """Return the eigenvalues of the plane of the landscape, and the lengths of its units."""
+    planes = [None if landscape is None else landscape.eigenvectors for landscape in landscapes]
+    rows = []
+    for index, q in enumerate(("q₁", "q₂")):
+        values = [format_estimate(plane and plane.eigenvalues[index]) for plane in planes]
+        lengths = [format_number(None if plane is None else plane.axes[index].length, digits=3) for plane in planes]
+        rows.append(Row(f"Eigenvalue of {q}", "The curvature along it.", values))
+        reading = "‖Δθ‖ at which this curvature alone changes the loss by its present value."
+        rows.append(Row(f"One unit along {q}", reading, lengths))
+    return rows
+
+
+def convergence_rows(speed: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of a fit to the loss curve."""
+    fitted = f"{format_number(speed['initial_loss'])} → {format_number(speed['final_loss'])}"
+    area = "0: dropped at once; 0.5: straight line; near 1: dropped at the very end."
+    return [
+        Row(
+            "Half-life of the loss, in steps",
+            "Steps in which the fitted loss covers half of its drop.",
+            [_span(speed, "half_life")],
+        ),
+        Row("Steps to 90 % of the drop", "Training beyond this buys the last tenth.", [_span(speed, "steps_to_90")]),
+        Row("Fitted loss, start → end", "By a robust fit to the logged points.", [fitted]),
+        Row("Drop", "Of the fitted loss.", [speed["drop"]]),
+        Row("Normalized area under the curve", area, [format_number(speed["normalized_area"], digits=3)]),
+    ]
+
+
+def gap_rows(gap: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of the generalization gap."""
+    examples = f" on {gap['examples']:,} examples each" if gap.get("examples") else ""
+    rows = [
+        Row(
+            "Eval loss − train loss",
+            "Clearly above zero: the model fits the training set better than new data.",
+            [format_with_error(gap["loss_gap"], gap["std_error"])],
+        )
+    ]
+    if gap["low"] is not None:
+        rows.append(Row("Its 95 % interval", "", [format_interval(gap["loss_gap"], gap["low"], gap["high"])]))
+    if gap["significant"] is not None:
+        rows.append(Row("More than chance", "Whether the interval excludes zero.", [gap["significant"]]))
+    alike = f"Both in eval mode{examples}; if not, the gap also includes the effects of dropout and averaging."
+    rows.append(Row("Measured alike", alike, [gap["measured_alike"]]))
+    for name, value in (gap["metric_gaps"] or {}).items():
+        reading = "Positive: better on the training set (if more is better)."
+        rows.append(Row(f"Train {name} − eval {name}", reading, [format_number(value, digits=3)]))
+    if gap["best_eval_loss"] is not None:
+        rise = format_number(gap["rise_since_best"], digits=3)
+        rows.append(Row("Best eval loss", f"At step {gap['best_step'] or 0:,}.", [gap["best_eval_loss"]]))
+        rows.append(Row("Rise since", "A clear rise is overfitting.", [rise]))
+    return rows
+
+
+def setbacks(stability: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the setbacks of each logged series."""
+    columns = (
+        "Series",
+        "Setbacks",
+        "Share (95 % interval)",
+        "Mean setback",
+        "Largest setback",
+        "Spikes",
+        "Not finite",
+    )
+    return Table(columns, [(name, *_setbacks(series)) for name, series in stability.items()])
+
+
+def _setbacks(series: Mapping[str, Any]) -> tuple[Any, ...]:
+    share, low, high = (format_percent(series[f"setback_share{end}"]) for end in ("", "_low", "_high"))
+    sizes = (format_number(series[f"{kind}_setback"], digits=3) for kind in ("mean", "largest"))
+    counts = [MISSING if series[name] is None else f"{series[name]:,}" for name in ("setbacks", "comparisons")]
+    return " of ".join(counts), f"{share} ({low} to {high})", *sizes, series["spikes"], series["non_finite"]
+
+
+def blocks(measurement: Measurement) -> Table:
+    """Return the blocks of a measurement."""
+    shares = trace_shares(measurement)
+    rows = [
+        (
+            name,
+            block.parameters,
+            format_number(block.grad_norm, digits=3),
+            format_number(block.grad_norm / block.weight_norm if block.weight_norm else None, digits=3),
+            format_estimate(block.trace),
+            format_percent(shares[name]),
+        )
+        for name, block in measurement.blocks.items()
+    ]
+    return Table(("Block", "Parameters", "‖g_b‖", "‖g_b‖/‖θ_b‖", "Trace", "Share"), rows)
+
+
+def trace_shares(measurement: Measurement) -> dict[str, float]:
+    """Return each block's trace as a share of the sum of the blocks' absolute traces (a total may be near 0).
+
+    Returns:
+        Shares in [-1, 1] by block; NaN where there is no curvature at all.
+    """
+    traces = {name: block.trace.value for name, block in measurement.blocks.items()}
+    total = sum(abs(trace) for trace in traces.values())
+    return {name: trace / total if total else float("nan") for name, trace in traces.items()}
+
+
+def all_measurements(measurements: Iterable[Measurement]) -> Table:
+    """Return one row per measurement."""
+    columns = ("Step", "Epoch", "Loss", "‖g‖", "Trace", "λ_max", "λ_min", "HVPs", "Seconds", "Converged")
+    rows = [
+        (
+            m.step,
+            format_number(m.epoch, digits=3),
+            m.loss,
+            m.grad_norm,
+            format_estimate(m.hessian.trace),
+            format_estimate(m.hessian.lambda_max),
+            format_estimate(m.hessian.lambda_min),
+            m.hvps,
+            format_number(m.seconds, digits=3),
+            m.converged,
+        )
+        for m in measurements
+    ]
+    return Table(columns, rows)
+
+
+def failures(report: ReportData) -> Table:
+    """Return what failed, why, and what to do."""
+    return Table(("Step", "Reason", "What to do"), [(one.step, one.reason, one.remedy) for one in report.failures])
+
+
+def tasks(multitask: MultitaskMeasurement) -> Table:
+    """Return the quantities of each task."""
+    rows = [
+        (name, *(formatted(quantity.get(task), quantity.form) for quantity in TASK_QUANTITIES))
+        for name, task in multitask.tasks.items()
+    ]
+    return Table(("Task", *(quantity.label for quantity in TASK_QUANTITIES)), rows)
+
+
+def suggested_weights(multitask: MultitaskMeasurement) -> Table:
+    """Return the weights that the gradients suggest."""
+    rows = [
+        (
+            name,
+            format_number(task.weight, digits=3),
+            formatted(task.equal_norm_weight, "interval"),
+            formatted(task.min_norm_weight, "interval"),
+        )
+        for name, task in multitask.tasks.items()
+    ]
+    return Table(("Task", "Now", "Equal norms", "Shortest joint gradient"), rows)
+
+
+def task_dynamics(by_task: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return convergence and generalization gap of each task."""
+    half_life, to_90 = "Half-life of the eval loss, steps", "Steps to 90 % of its drop"
+    rows = []
+    for name, found in by_task.items():
+        speed, gap = found["convergence_speed"], found["loss_gap"]
+        spans = (_span(speed, "half_life"), _span(speed, "steps_to_90"))
+        rows.append((name, *spans, format_with_error(gap["loss_gap"], gap["std_error"])))
+    return Table(("Task", half_life, to_90, "Eval loss − train loss at the end"), rows)
+
+
+def method(report: ReportData) -> dict[str, Any]:
+    """Return what was measured, on what, how, and at what price."""
+    last = report.measurements[-1] if report.measurements else None
+    known = {
+        "Model class": report.model.get("class"),
+        "Parameters": report.model.get("parameters"),
+        "Trainable parameters": report.model.get("trainable_parameters"),
+        "Loss": report.task.get("loss"),
+        "Data set": report.data.get("dataset") or None,
+        "Training examples": report.data.get("train_examples"),
+        "Evaluation examples": report.data.get("eval_examples"),
+        "Probe examples": report.data.get("probe_examples"),
+        "Probe batches": report.data.get("probe_batches"),
+        "Probe set fingerprint": report.data.get("probe_fingerprint"),
+        **({} if last is None else _method(last, report)),
+        **{name: None if value is None else str(value) for name, value in report.config.items()},
+    }
+    return {label: value for label, value in known.items() if value is not None}
+
+
+def _method(last: Measurement, report: ReportData) -> dict[str, str | None]:
+    check = last.self_check
+    counted = check is not None and check.unit in ("attended tokens", "pairs")
+    unit = check.unit if check is not None and counted else "items (examples, or labels other than -100)"
+    error = last.central_difference_error
+    off = "" if error is None else f" (relative error {format_number(error, digits=2)})"
+    hvps = sum(measurement.hvps for measurement in report.measurements)
+    seconds = format_number(sum(measurement.seconds for measurement in report.measurements), digits=3)
+    overhead = report.training.get("overhead")
+    share = f", {format_percent(overhead)} of the training time" if overhead else ""
+    return {
+        "Mean over": f"{last.num_items:,} {unit}",
+        "Self-check": None if check is None else str(check),
+        "Mode": "eval: dropout off; BatchNorm, if any, with its running statistics (its eval-mode Hessian)",
+        "Matrix": last.curvature,
+        "Hessian-vector products (HVPs)": f"{last.engine}{off}, {last.attention} attention kernel, {last.dtype}",
+        "Eigenvalues along their own vectors": eigenvalue_checks(last.eigenvalue_checks) or None,
+        "Price": f"{hvps:,} HVPs in {seconds} s{share}",
+    }
+
+
+def eigenvalue_checks(checks: Sequence[EigenvalueCheck]) -> str:
+    """Return the checks of eigenvalues by differences along their own vectors, in one line.
+
+    Example:
+        >>> eigenvalue_checks([EigenvalueCheck("lambda_max", 2.0, (3.0, 2.0), (0.2, 0.1), "agrees")])
+        'λ_max: 2.000, by differences 2.000 (agrees)'
+    """
+    names = {"lambda_max": "λ_max", "lambda_min": "λ_min"}
+    return "; ".join(
+        f"{names[check.which]}: {format_number(check.value)}, by differences {format_number(check.differences[-1])} "
+        f"({check.verdict})"
+        for check in checks
+    )
