@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Publishes a report on the Hub: its files, a section of the model card, tags and metrics, in one commit."""
+"""Publish a report on the Hub: its files, a section of the model card, tags and metrics, in one commit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx, validate_repo_id
+from huggingface_hub.utils import (
+    build_hf_headers,
+    hf_raise_for_status,
+    httpx,  # the library that this version of the client is built on: httpx or httpx2, whose errors it raises
+    validate_repo_id,
+)
 
 from ..files import write_atomically
 from ..redaction import map_strings, redact_secrets
@@ -31,19 +36,19 @@ from .model_card import ModelCardError, with_report
 
 __all__ = ["HubError", "ModelCardError", "add_to_model_folder", "card_section", "explained", "push"]
 
-PATIENCE = 60.0
-"""Seconds to wait for the Hub to send something. Its client would wait for ever."""
+TIMEOUT = 60.0
+"""Seconds to wait for the Hub to send something; its client has no limit."""
 
 ATTEMPTS = 3
-"""How often to make the commit when the repository changes between reading and writing."""
+"""Attempts at the commit when the repository changes between reading and writing."""
 
 _TEXTS = ("report.json", "report.md", "report.html")
 _FILES = (*_TEXTS, *(f"{plot}.{kind}" for plot in ALT_TEXTS for kind in ("png", "svg")))
-"""What is published of a report's folder, where it is there; what else may lie in it is the user's own."""
+"""Files of a report's folder that are published if they exist; other files in it belong to the user."""
 
 
 class HubError(RuntimeError):
-    """Something that could not be done on the Hub: what, why, and what to do about it."""
+    """An operation on the Hub failed: which one, why, and what to do about it."""
 
 
 def push(
@@ -55,28 +60,28 @@ def push(
     revision: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Puts a report into a model's repository, in one commit.
+    """Put a report into a model's repository, in one commit.
 
     `report.json`, `report.md`, `report.html` and the plots go into its folder `optimizability`. The model card gets a
     section "Optimizability", the tag `optimizability`, and trace, eigenvalues and noise scale as `model-index`
     metrics; [`~hf_optimizability.publishing.model_card.with_report`] says what stays as it is. Pushing again replaces
-    all of this; pushing what is there already makes no commit.
+    all of this; pushing an unchanged report creates no commit.
 
     Args:
         folder: Where `OptimizabilityReport.save` wrote the report.
-        repo_id: The repository, `"user/name"`. It is made if it is not there, unless for a pull request.
-        private: Whether a repository that is made is private; by default as your organization has it.
-        create_pr: Whether to propose the commit as a pull request, for repositories that you may not write to.
+        repo_id: The repository, `"user/name"`. It is created if it does not exist, except for a pull request.
+        private: Whether a new repository is private; defaults to the setting of your organization.
+        create_pr: Whether to propose the commit as a pull request, for repositories without write access.
         revision: The branch; `"refs/pr/3"` adds to pull request 3.
-        token: Token that may write; by default the one you are logged in with.
+        token: Token with write access; defaults to that of your login.
 
     Returns:
-        URL of the commit, or of the pull request. Of the last commit, where there was nothing to change.
+        URL of the commit or the pull request; of the last commit if there was nothing to change.
 
     Raises:
         FileNotFoundError: If there is no `report.json` in `folder`.
-        ValueError: If `repo_id` can't be a repository.
-        ModelCardError: If the repository's card can't be edited; nothing was changed then.
+        ValueError: If `repo_id` is not a valid name of a repository.
+        ModelCardError: If the repository's card can't be edited; nothing was changed.
         HubError: If the Hub can't be reached or refuses.
 
     Example:
@@ -92,15 +97,15 @@ def push(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"`repo_id` is no name of a repository, such as 'user/my-model'. {error}") from None
-    # A report may be older than the rule that none holds secrets or home directories.
+        raise ValueError(f"`repo_id` is not the name of a repository, such as 'user/my-model'. {error}") from None
+    # Older reports may still hold secrets or home directories.
     clean = partial(redact_secrets, secrets=[token, get_token()])
     report = OptimizabilityReport.from_dict(map_strings(OptimizabilityReport.load(folder).to_dict(), clean))
     files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
     files |= {name: clean(content.decode()).encode() for name, content in files.items() if name in _TEXTS}
     api = HfApi(token=token, library_name="hf-optimizability")
-    kept = f"The report in {folder} is as it was."
-    with explained(f"pushing the report to {repo_id}", kept=kept, token=token), _patience():
+    unchanged = f"The report in {folder} is unchanged."
+    with explained(f"pushing the report to {repo_id}", unchanged=unchanged, token=token), _timeout():
         info = _commit(api, repo_id, report, files, private=private, create_pr=create_pr, revision=revision)
     return info.pr_url or info.commit_url
 
@@ -108,13 +113,13 @@ def push(
 def add_to_model_folder(
     report: OptimizabilityReport, folder: Path, *, report_folder: Path, name: str | None = None
 ) -> None:
-    """Puts a report beside a model that is about to be pushed: the files, and the section in `README.md`.
+    """Put a report next to a model that is about to be pushed: the files, and the section in `README.md`.
 
     Args:
         report: The report.
-        folder: Where the model and its card are.
-        report_folder: Where the report was saved to; its files are copied unless they lie in place.
-        name: Name of the model, where the card has none.
+        folder: Folder of the model and its card.
+        report_folder: Folder of the report; its files are copied unless they are in place already.
+        name: Name of the model, if the card has none.
 
     Raises:
         ModelCardError: If the card can't be edited.
@@ -132,16 +137,16 @@ def add_to_model_folder(
 
 
 @contextmanager
-def explained(what: str, *, kept: str, token: str | None = None) -> Iterator[None]:
-    """Says of what goes wrong on the Hub inside the block what it was, why, and what to do.
+def explained(what: str, *, unchanged: str, token: str | None = None) -> Iterator[None]:
+    """Turn errors on the Hub inside the block into one that says what failed, why, and what to do.
 
     Args:
         what: What the block does.
-        kept: What is safe.
-        token: The token in use; no message will show it.
+        unchanged: A sentence on what is safe.
+        token: The token in use; no message shows it.
 
     Raises:
-        HubError: For what the client raises when it can't do its work.
+        HubError: If the client raises an error.
     """
     try:
         yield
@@ -149,8 +154,8 @@ def explained(what: str, *, kept: str, token: str | None = None) -> Iterator[Non
         raise
     except (httpx.HTTPError, KeyError, OSError, RuntimeError, ValueError) as error:
         why, remedy = _explanation(error, token)
-        message = one_line(f"Failed at {what}. {why} {remedy} {kept}")
-        # The client's traceback is long, and may show what the server answered: an echo of the request, say.
+        message = one_line(f"Could not finish {what}. {why} {remedy} {unchanged}")
+        # The client's traceback is long, and may show the server's answer, which may echo the request.
         raise HubError(redact_secrets(message, secrets=[token, get_token()])) from None
 
 
@@ -164,7 +169,7 @@ def _commit(
     create_pr: bool,
     revision: str | None,
 ) -> CommitInfo:
-    """Makes the commit on what the repository holds now; once more, if that changed in between."""
+    """Create the commit on the current state of the repository; retry if that changed in between."""
     attempts = 0
     while True:
         attempts += 1
@@ -192,9 +197,9 @@ def _commit(
 
 
 def _read_card(api: HfApi, repo_id: str, revision: str | None) -> str:
-    """The repository's README.md with its line breaks; empty if there is none."""
+    """Return the repository's README.md with its line breaks; empty if there is none."""
     url = hf_hub_url(repo_id, "README.md", revision=revision, endpoint=api.endpoint)
-    # Not `hf_hub_download`: what that says of a Hub out of reach is hard to tell from a file that is not there.
+    # Not `hf_hub_download`: its errors for an unreachable Hub and for a missing file are hard to distinguish.
     response = get_session().get(url, headers=build_hf_headers(token=api.token, library_name=api.library_name))
     try:
         hf_raise_for_status(response)
@@ -207,11 +212,11 @@ def _read_card(api: HfApi, repo_id: str, revision: str | None) -> str:
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
-    """Gives the Hub's client, which waits for ever, a limit."""
+def _timeout() -> Iterator[None]:
+    """Set a time limit on the Hub's client, which has none."""
     client = get_session()
     before = client.timeout
-    client.timeout = httpx.Timeout(PATIENCE)
+    client.timeout = httpx.Timeout(TIMEOUT)
     try:
         yield
     finally:
@@ -219,12 +224,12 @@ def _patience() -> Iterator[None]:
 
 
 def _explanation(error: Exception, token: str | None) -> tuple[str, str]:
-    """Why something failed, and what to do about it."""
+    """Return why something failed, and what to do about it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, (httpx.HTTPError, OfflineModeIsEnabled)):
         cause = cause.__cause__  # uploads of large files wrap what happened to them
     if isinstance(error, ValueError) and cause is not None:
-        return str(error), "Mend the front matter of the card and push again."
+        return str(error), "Fix the YAML front matter of the card and push again."
     if isinstance(cause, HfHubHTTPError):
         return _refusal(cause, token)
     if isinstance(cause, OfflineModeIsEnabled):
@@ -233,31 +238,37 @@ def _explanation(error: Exception, token: str | None) -> tuple[str, str]:
         return "The Hub did not answer in time.", "Push again."
     if isinstance(cause, httpx.HTTPError):
         reason = str(cause) or type(cause).__name__
-        return f"The connection to the Hub broke: {reason}.", "Look at your network, and push again."
+        return f"The connection to the Hub broke: {reason}.", "Check your network connection and push again."
     if isinstance(error, JSONDecodeError):
         return "The Hub's answer can't be read.", "Push again later."
-    return f"{type(error).__name__}: {error}.", "See to that and push again."
+    return f"{type(error).__name__}: {error}.", "Resolve this and push again."
 
 
 def _refusal(error: HfHubHTTPError, token: str | None) -> tuple[str, str]:
-    """What the Hub's refusal means, and what to do about it."""
+    """Return what the Hub's refusal means, and what to do about it."""
     status = error.response.status_code
-    said = f"{status}: {error.server_message}" if error.server_message else str(status)
+    answer = f"{status}: {error.server_message}" if error.server_message else str(status)
     if isinstance(error, RevisionNotFoundError):
-        return f"There is no such revision ({said}).", "Make the branch first, or leave `revision` out."
+        return f"There is no such revision ({answer}).", "Create the branch first, or omit `revision`."
     if status in (401, 404) and not (token or get_token()):
-        return f"You are not logged in ({said}).", "Log in with `hf auth login`, or pass a token that may write."
+        return f"You are not logged in ({answer}).", "Log in with `hf auth login`, or pass a token with write access."
     if status == 401:
-        return f"The Hub does not accept the token ({said}).", "Make a new one that may write, and log in with it."
+        return (
+            f"The Hub does not accept the token ({answer}).",
+            "Create a new one with write access, and log in with it.",
+        )
     if status == 403:
-        return f"The token may not do that ({said}).", "Use one that may write there, or open a pull request."
+        return f"The token does not allow that ({answer}).", "Use one with write access, or open a pull request."
     if status == 404:
-        return f"No such repository, or the token may not see it ({said}).", "Check the name and the token."
+        return f"No such repository, or the token can't see it ({answer}).", "Check the name and the token."
     if status in (409, 412):
-        return f"The repository keeps changing meanwhile ({said}).", "Push again."
+        return f"The repository keeps changing meanwhile ({answer}).", "Push again."
     if status == 429:
         wait = error.response.headers.get("Retry-After")
-        return f"Too many requests ({said}).", f"Wait {wait} seconds and push again." if wait else "Push again later."
+        return (
+            f"Too many requests ({answer}).",
+            f"Wait {wait} seconds and push again." if wait else "Push again later.",
+        )
     if status >= 500:
-        return f"The Hub has trouble ({said}).", "Push again later."
-    return f"The Hub refuses ({said}).", "See to that and push again."
+        return f"The Hub has trouble ({answer}).", "Push again later."
+    return f"The Hub refuses ({answer}).", "Resolve this and push again."

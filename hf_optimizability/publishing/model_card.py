@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a report into the text of a model card: its section, a tag, and its numbers as `model-index` metrics.
+"""Put a report into the text of a model card: its section, a tag, and its numbers as `model-index` metrics.
 
-A card belongs to whoever wrote it. It is edited as text, so that what is not the report's own stays as it was, byte
-for byte: line breaks, comments, order and quotes of the front matter, other results. Where the front matter is written
-in a way that can't be edited in place (flow style, anchors), the one key in question is written anew.
+A card belongs to its author. It is edited as text, so that everything else stays the same byte for byte: line breaks,
+comments, order and quotes of the front matter, other results. Where a key can't be edited in place (flow style,
+anchors), that key alone is rewritten. Round trips by `ruamel.yaml` would not do: 0.19 writes lists that are indented
+in different ways all alike, drops carriage returns and spaces inside of lines, and turns `~` and `null` to nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
+import yaml
 
 from ..linalg.estimate import Estimate
 from ..measurement.quantities_table import QUANTITIES
@@ -25,11 +26,11 @@ from ..report_data.number_format import one_line
 
 START = "<!-- optimizability:start -->"
 END = "<!-- optimizability:end -->"
-"""Around the section, so that the next report can take its place."""
+"""Markers around the section, by which the next report replaces it."""
 
 TAG = "optimizability"
 METRIC_PREFIX = "optimizability_"
-"""Before the type of each metric of ours in the `model-index`; by it they are found again."""
+"""Prefix of the types of our metrics in the `model-index`, by which they are found again."""
 
 # As the Hub finds it (huggingface_hub.repocard.REGEX_YAML_BLOCK), but it may be empty and follow a byte order mark.
 _FRONT_MATTER = re.compile(
@@ -42,28 +43,28 @@ _MARKER = re.compile(rf"(?:(?<=[\r\n])|\A)[ \t]*(?P<marker>{START}|{END})[ \t]*(
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 _Edit = tuple[int, int, str]
-"""Start and end of a stretch of text, and what takes its place."""
+"""Start and end of a span of text, and its replacement."""
 
 
 class ModelCardError(ValueError):
-    """A model card that can't be edited without a guess at what its author meant."""
+    """A model card that can't be edited without guessing what its author meant."""
 
 
 def with_report(card: str, report: OptimizabilityReport, *, name: str, files: Collection[str] = ()) -> str:
-    r"""The card with the report's section in it, the tag `optimizability` and the report's numbers as metrics.
+    r"""Return the card with the report's section, the tag `optimizability` and the report's numbers as metrics.
 
-    An earlier section, between its markers, is replaced; else it goes to the end. So are earlier metrics. The second
-    of two calls with one report changes nothing.
+    An earlier section, between its markers, and earlier metrics are replaced; a new section goes to the end. A second
+    call with the same report changes nothing.
 
     Args:
-        card: Text of the card, with the line breaks it has; may be empty.
-        report: What to put in.
-        name: Name of the model, for a card that has no title or `model-index` yet.
-        files: Names of the report's files that lie in the folder `optimizability` beside the card.
+        card: Text of the card, with its own line breaks; may be empty.
+        report: The report.
+        name: Name of the model, for a card without title or `model-index`.
+        files: Names of the report's files in the folder `optimizability` next to the card.
 
     Raises:
-        ModelCardError: If the front matter is not closed or no YAML mapping, the `model-index` is not as the Hub wants
-            it, or the markers don't come as one pair.
+        ModelCardError: If the front matter is not closed or not a YAML mapping, the `model-index` does not have the
+            Hub's layout, or the markers are not one pair.
 
     Example:
         >>> report = OptimizabilityReport(model={"id": "org/name"})
@@ -92,9 +93,9 @@ def with_report(card: str, report: OptimizabilityReport, *, name: str, files: Co
 
 
 def metadata_result(report: OptimizabilityReport) -> dict[str, Any] | None:
-    """The last measurement as a result for the `model-index`; `None` where the Hub would not take it.
+    """Return the last measurement as a result for the `model-index`; `None` where the Hub would reject it.
 
-    Its metrics are of no type that the Hub knows; their `args` hold the step and the interval of each.
+    The types of its metrics are our own; their `args` hold step and interval.
     """
     task = report.task.get("task")
     if not task or not report.measurements:
@@ -133,13 +134,13 @@ def _six_digits(value: float) -> float:
 
 
 def _parts(card: str, line_break: str) -> tuple[str, str, str, str]:
-    """The line that opens the front matter, the YAML, the line that closes it, and the rest."""
+    """Return the opening line of the front matter, the YAML, the closing line, and the body."""
     if found := _FRONT_MATTER.match(card):
         return found["opening"], found["yaml"], found["closing"], card[found.end() :]
     if _RULE_FIRST.match(card):
         raise ModelCardError(
-            "The card begins with a line `---`, but its front matter is never closed. Close it by another line `---`, "
-            "or take the first one out."
+            "The card begins with a line `---`, but its front matter is never closed. Close it with another line `---`, "
+            "or remove the first one."
         )
     mark, text = ("\ufeff", card[1:]) if card.startswith("\ufeff") else ("", card)
     gap = line_break if text and not text.startswith(("\r", "\n")) else ""
@@ -155,13 +156,13 @@ def _with_section(body: str, section: str, line_break: str) -> str:
         lines = ", ".join(str(len(_LINE_BREAK.findall(body[: marker.start("marker")])) + 1) for marker in markers)
         raise ModelCardError(
             f"The card should hold one line {START} and after it one line {END}, or neither; it has such lines at "
-            f"{lines} after the front matter. Take out those that are too many, or add the one that is missing."
+            f"{lines} after the front matter. Remove the extra ones, or add the missing one."
         )
     return body[: markers[0].start("marker")] + section + body[markers[1].end("marker") :]
 
 
 def _with_metadata(text: str, report: OptimizabilityReport, name: str, line_break: str) -> str:
-    """The YAML of the front matter with our tag and our metrics."""
+    """Return the YAML of the front matter with our tag and our metrics."""
     data = _load(text)
     wanted: dict[str, Any] = {"tags": _wanted_tags(data.get("tags"))}
     index = _wanted_index(data.get("model-index"), metadata_result(report), name)
@@ -181,19 +182,17 @@ def _load(text: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" (its line {error.problem_mark.line + 1})"
         raise ModelCardError(
-            f"The card's front matter is no plain YAML{line}: {error.problem}. Mend it, between the two lines `---`."
+            f"The card's YAML front matter is invalid{line}: {error.problem}. Fix it, between the two lines `---`."
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date such as 2026-13-01
-        raise ModelCardError(
-            f"The card's front matter can't be read as YAML: {type(error).__name__}. Mend it."
-        ) from None
-    if aliases:  # with them a few lines stand for millions of values, and no card needs them
+        raise ModelCardError(f"The card's YAML front matter can't be read: {type(error).__name__}. Fix it.") from None
+    if aliases:  # with aliases a few lines can expand to millions of values, and no card needs them
         raise ModelCardError("The card's front matter uses YAML aliases (`*name`). Write out what they stand for.")
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ModelCardError(
-            f"The card's front matter is a {type(data).__name__}, not a mapping such as `license: mit`. Mend it."
+            f"The card's front matter is a {type(data).__name__}, not a mapping such as `license: mit`. Fix it."
         )
     return data
 
@@ -201,12 +200,12 @@ def _load(text: str) -> dict[str, Any]:
 def _wanted_tags(tags: Any) -> list[str]:
     listed = [tags] if isinstance(tags, str) else tags or []
     if not isinstance(listed, list):
-        raise ModelCardError("`tags` in the card's front matter should be a list of words. Mend it.")
+        raise ModelCardError("`tags` in the card's front matter should be a list of words. Fix it.")
     return listed if TAG in listed else [*listed, TAG]
 
 
 def _wanted_index(index: Any, result: dict[str, Any] | None, name: str) -> list[dict[str, Any]] | None:
-    """The `model-index` with `result` in the place of our earlier metrics; `None` if there shall be none."""
+    """Return the `model-index` with `result` in place of our earlier metrics; `None` if there should be none."""
     if not index:
         return None if result is None else [{"name": name, "results": [result]}]
     try:
@@ -216,7 +215,7 @@ def _wanted_index(index: Any, result: dict[str, Any] | None, name: str) -> list[
     except (AttributeError, KeyError, TypeError):
         raise ModelCardError(
             "`model-index` in the card's front matter should be a list of models, each with a `name` and a list of "
-            "`results`, each with a list of `metrics`. Mend it, or take it out."
+            "`results`, each with a list of `metrics`. Fix or remove it."
         ) from None
     new = [result] if result is not None else []
     for model, marks in zip(models, ours, strict=True):
@@ -238,7 +237,7 @@ def _is_ours(metric: dict[str, Any]) -> bool:
 
 
 def _edited(text: str, wanted: dict[str, Any], key: str, line_break: str) -> str:
-    """The YAML with the value of `key` as in `wanted`: edited in place, or else the key written anew."""
+    """Return the YAML with the value of `key` as in `wanted`: edited in place if possible, else rewritten."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     pairs = {} if root is None else {name.value: (name, value) for name, value in root.value}
     new = _dump({key: wanted[key]}).replace("\n", line_break)
@@ -256,14 +255,14 @@ def _edited(text: str, wanted: dict[str, Any], key: str, line_break: str) -> str
         if _reads_as(edited, wanted):
             return edited
     raise ModelCardError(
-        f"The card's front matter is written in a way that `{key}` can't be changed in. Write it as `key: value`, one "
-        "a line."
+        f"The card's front matter is written in a way in which `{key}` can't be changed. Write it as `key: value`, one "
+        "per line."
     )
 
 
 def _reads_as(text: str, wanted: dict[str, Any]) -> bool:
     try:
-        return repr(yaml.safe_load(text)) == repr(wanted)  # of numbers that are not equal to themselves, too
+        return repr(yaml.safe_load(text)) == repr(wanted)  # NaN is not equal to itself
     except yaml.YAMLError:
         return False
 
@@ -273,7 +272,7 @@ def _tag_edits(text: str, tags: yaml.Node, wanted: list[str], line_break: str) -
 
 
 def _index_edits(text: str, index: yaml.Node, wanted: list[dict[str, Any]], line_break: str) -> list[_Edit]:
-    """Replaces our result by the new one, takes our metrics out of other results, or appends our result."""
+    """Return the edits that replace our result, or append it, and remove our metrics from other results."""
     if not isinstance(index, yaml.SequenceNode) or not index.value:
         return []
     ours = [one for model in wanted for one in model["results"] if any(map(_is_ours, one["metrics"]))]
@@ -300,7 +299,7 @@ def _child(mapping: yaml.Node, key: str) -> yaml.Node:
 
 
 def _appended(text: str, items: yaml.Node, item: Any, line_break: str) -> list[_Edit]:
-    """Puts an item at the end of a list."""
+    """Return the edits that append an item to a list."""
     if isinstance(items, yaml.ScalarNode):
         return []
     if not items.flow_style:
@@ -320,20 +319,20 @@ def _flow(item: Any) -> str:
 
 
 def _item(item: Any, indent: int, line_break: str) -> str:
-    """An item of a list, as lines of YAML."""
+    """Return an item of a list as lines of YAML."""
     lines = _dump([item]).rstrip("\n").split("\n")
     return "".join(f"{' ' * indent}{line}{line_break}" for line in lines)
 
 
 def _item_span(text: str, item: yaml.Node) -> tuple[int, int]:
-    """From the start of the line with the item's dash to the end of its last line."""
+    """Return the span from the start of the line with the item's dash to the end of its last line."""
     dash = text.rindex("-", 0, item.start_mark.index)
     start = max(text.rfind("\n", 0, dash), text.rfind("\r", 0, dash)) + 1
     return start, _line_end(text, _end(item))
 
 
 def _end(node: yaml.Node) -> int:
-    """Where a node ends: PyYAML lets those in block style go on over the comments that follow."""
+    """Return the end of a node: PyYAML extends those in block style over the comments that follow."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
@@ -341,7 +340,7 @@ def _end(node: yaml.Node) -> int:
 
 
 def _line_end(text: str, at: int) -> int:
-    """Where the line ends that `at` is in."""
+    """Return the end of the line that holds `at`."""
     if at and text[at - 1] in "\r\n":
         return at
     found = _LINE_BREAK.search(text, at)
@@ -349,7 +348,7 @@ def _line_end(text: str, at: int) -> int:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes words plainly and any other string in double quotes, so that YAML 1.1 and 1.2 read the same."""
+    """Dumper that writes words plainly and other strings in double quotes, to be read alike by YAML 1.1 and 1.2."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -18,7 +18,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
-from PIL import Image
 
 from ..linalg.estimate import Estimate
 from ..log_keys import PREFIX
@@ -354,7 +353,9 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _png(figure: Figure) -> bytes:
-    """The figure as a PNG file of 150 dpi; line plots in 256 colours, which makes them a third of the size."""
+    """Return the figure as a PNG file of 150 dpi; line plots in 256 colours, at a third of the size."""
+    from PIL import Image
+
     figure.set_dpi(150)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

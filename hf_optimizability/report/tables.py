@@ -128,7 +128,7 @@ def plane_rows(landscapes: Sequence[Landscape | None]) -> list[Row]:
     planes = [None if landscape is None else landscape.eigenvectors for landscape in landscapes]
     rows = []
     for index, q in enumerate(("q₁", "q₂")):
-        values = [format_estimate(plane and plane.eigenvalues[index]) for plane in planes]
+        values = [format_estimate(None if plane is None else plane.eigenvalues[index]) for plane in planes]
         lengths = [format_number(None if plane is None else plane.axes[index].length, digits=3) for plane in planes]
         rows.append(Row(f"Eigenvalue of {q}", "The curvature along it.", values))
         reading = "‖Δθ‖ at which this curvature alone changes the loss by its present value."

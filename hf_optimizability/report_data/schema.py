@@ -1,35 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of `report.json`: its JSON Schema, checks against it, and the way up from older layouts."""
+"""The layout of `report.json`: its JSON Schema, validation, and migration from older layouts."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
 
 SCHEMA_VERSION = 5
 """Version of the layout of `report.json`; raised when a reader of the old layout would misread the new one."""
 
-_RENEW = "Restore the file, or make the report again."
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "boolean": bool,
-    "null": type(None),
-    "number": (int, float),
-    "integer": int,
-}
+_RENEW = "Restore the file, or create the report again."
 
 
 @cache
 def report_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of `report.json`, as it ships with the package.
+    """Return the JSON Schema (draft 2020-12) of `report.json`.
 
     Example:
         >>> report_schema()["title"]
@@ -40,30 +33,30 @@ def report_schema() -> dict[str, Any]:
 
 
 def parse(content: bytes) -> Any:
-    """Reads JSON in UTF-8 whose numbers a float64 can hold.
+    """Read JSON in UTF-8 whose numbers fit into float64.
 
     Raises:
-        ValueError: If it is none; the message says where and what to do.
+        ValueError: If it is invalid; the message says where, and what to do.
 
     Example:
         >>> parse(b'{"x": NaN}')
         Traceback (most recent call last):
         ...
-        ValueError: It is no valid JSON (the number NaN is not finite). Restore the file, or make the report again.
+        ValueError: It is not valid JSON (the number NaN is not finite). Restore the file, or create the report again.
     """
     try:
         return json.loads(content.decode("utf-8"), parse_int=_integer, parse_float=_finite, parse_constant=_finite)
     except ValueError as error:
-        raise ValueError(f"It is no valid JSON ({error}). {_RENEW}") from None
+        raise ValueError(f"It is not valid JSON ({error}). {_RENEW}") from None
     except RecursionError:
         raise ValueError(f"It is nested too deep for a report. {_RENEW}") from None
 
 
 def upgraded(data: Any) -> dict[str, Any]:
-    """The data in the present layout, checked against the schema.
+    """Return the data in the current layout, checked against the schema.
 
     Args:
-        data: What `report.json` holds, in the layout of any version up to `SCHEMA_VERSION`.
+        data: Content of `report.json`, in the layout of any version up to `SCHEMA_VERSION`.
 
     Raises:
         ValueError: If it was written by a later version of this package or is damaged; the message says what is wrong
@@ -86,14 +79,14 @@ def upgraded(data: Any) -> dict[str, Any]:
         raise ValueError(
             f"It is damaged: not in the layout of schema version {version} ({type(error).__name__}: {error}). {_RENEW}"
         ) from None
-    problem = next(_problems(data, report_schema(), "report"), None) or next(_unequal(data), None)
+    problem = _problem(data) or next(_unequal(data), None)
     if problem:
         raise ValueError(f"It is damaged: {problem}. {_RENEW}")
     return data
 
 
 def _from_1(data: dict[str, Any]) -> dict[str, Any]:
-    """What was not yet measured is not known; findings are drawn anew from the numbers."""
+    """Add quantities that were not measured yet; findings are derived from the numbers again."""
     return {
         **data,
         "schema_version": 2,
@@ -111,19 +104,19 @@ def _measurement_from_1(measurement: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_2(data: dict[str, Any]) -> dict[str, Any]:
-    """No landscape was measured."""
+    """Add the landscape, which was not measured."""
     measurements = [{"landscape": None, **measurement} for measurement in data["measurements"]]
     return {**data, "schema_version": 3, "measurements": measurements}
 
 
 def _from_3(data: dict[str, Any]) -> dict[str, Any]:
-    """Tasks were not told apart."""
+    """Add results by task, which were not measured."""
     measurements = [{"several": None, **measurement} for measurement in data["measurements"]]
     return {**data, "schema_version": 4, "measurements": measurements}
 
 
 def _from_4(data: dict[str, Any]) -> dict[str, Any]:
-    """Fields were renamed."""
+    """Rename fields."""
     measurements = [with_current_names(measurement) for measurement in data["measurements"]]
     return {**data, "schema_version": 5, "measurements": measurements}
 
@@ -158,50 +151,36 @@ _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_from_1, 
 """From version 1 to 2, from 2 to 3, and so on."""
 
 
-def _problems(value: Any, schema: dict[str, Any], path: str) -> Iterator[str]:
-    """Where a value breaks a schema, for the keywords that the report's schema is written in."""
-    if "$ref" in schema:
-        schema = report_schema()["$defs"][schema["$ref"].removeprefix("#/$defs/")]
-    if "anyOf" in schema:
-        broken = [list(_problems(value, option, path)) for option in schema["anyOf"]]
-        yield from broken[0] if all(broken) else []
-    if value not in schema.get("enum", [value]):
-        yield f"{path} is {_shown(value)}, none of {schema['enum']}"
-    kinds = schema.get("type", list(_TYPES))
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if not any(_is(value, kind) for kind in kinds):
-        yield f"{path} is {_shown(value)}, not of type {' or '.join(kinds)}"
-    elif _is(value, "number") and value < schema.get("minimum", -math.inf):
-        yield f"{path} is {value}, less than {schema['minimum']}"
-    elif isinstance(value, dict):
-        yield from _problems_inside(value, schema, path)
-    elif isinstance(value, list):
-        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", math.inf):
-            yield f"{path} has {len(value)} entries"
-        if "items" in schema:
-            for index, item in enumerate(value):
-                yield from _problems(item, schema["items"], f"{path}[{index}]")
+def _problem(data: dict[str, Any]) -> str | None:
+    """Return the first violation of the schema."""
+    from jsonschema import Draft202012Validator
+
+    error = next(Draft202012Validator(report_schema()).iter_errors(data), None)
+    return None if error is None else _explained(error)
 
 
-def _problems_inside(value: dict[str, Any], schema: dict[str, Any], path: str) -> Iterator[str]:
-    """Where the entries of an object break its schema."""
-    known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
-    for name in schema.get("required", ()):
-        if name not in value:
-            yield f"{path} lacks {name!r}"
-    for name, item in value.items():
-        inner = f"{path}.{_shown(name)[1:-1]}"
-        schemas = [known[name]] if name in known else []
-        schemas += [rule for pattern, rule in patterns.items() if re.search(pattern, name)]
-        rest = schema.get("additionalProperties", True)
-        if not schemas and rest is False:
-            yield f"{inner} is not known"
-        for rule in schemas or ([rest] if isinstance(rest, dict) else []):
-            yield from _problems(item, rule, inner)
+def _explained(error: ValidationError) -> str:
+    """Return where a value violates the schema, and what was expected."""
+    if error.context:  # of `anyOf`: the first option says what is expected, the second that it may be null
+        return _explained(next(inner for inner in error.context if inner.schema_path[0] == 0))
+    value, expected = error.instance, error.validator_value
+    path = "report" + "".join(f"[{key}]" if isinstance(key, int) else f".{_key(key)}" for key in error.absolute_path)
+    if error.validator == "type":
+        kinds = [expected] if isinstance(expected, str) else expected
+        return f"{path} is {_shown(value)}, not of type {' or '.join(kinds)}"
+    if error.validator == "required":
+        return f"{path} lacks {next(name for name in expected if name not in value)!r}"
+    if error.validator == "additionalProperties":
+        return f"{path}.{_key(next(name for name in value if name not in error.schema['properties']))} is not known"
+    if error.validator == "enum":
+        return f"{path} is {_shown(value)}, not one of {expected}"
+    if error.validator == "minimum":
+        return f"{path} is {value}, less than {expected}"
+    return f"{path} has {len(value)} entries, not {expected}"
 
 
 def _unequal(data: dict[str, Any]) -> Iterator[str]:
-    """Lists that go together but are not of one length, which a schema can't say."""
+    """Yield lists that belong together but differ in length, which a schema can't express."""
     for index, measurement in enumerate(data["measurements"]):
         hessian, density = measurement["hessian"], measurement["hessian"]["density"] or {}
         for part, first, second in (
@@ -216,7 +195,7 @@ def _unequal(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _fit(landscape: dict[str, Any]) -> bool:
-    """Whether there is a loss for each place on the one axis, or on both."""
+    """Return whether there is a loss for each position on the one axis, or on both."""
     losses = landscape["losses"]
     if "axis" in landscape:
         return len(losses) == len(landscape["axis"]["at"])
@@ -224,30 +203,26 @@ def _fit(landscape: dict[str, Any]) -> bool:
     return len(losses) == second and all(len(row) == first for row in losses)
 
 
-def _is(value: Any, kind: str) -> bool:
-    """Whether a value is of a kind, in the terms of JSON Schema."""
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if kind == "integer" and isinstance(value, float):
-        return value.is_integer()  # JSON has one kind of number
-    return isinstance(value, _TYPES[kind])
-
-
 def _shown(value: Any) -> str:
-    """A value for an error message: in one line, not long."""
+    """Return a value for an error message: on one line, shortened."""
     text = ascii(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:56]}…{text[-1]}"
 
 
+def _key(name: str) -> str:
+    """Return a key for an error message."""
+    return _shown(name)[1:-1]
+
+
 def _integer(text: str) -> int:
-    """A whole number of at most 18 digits: steps, parameters and bytes are smaller."""
+    """Read an integer of at most 18 digits: steps, parameters and bytes are smaller."""
     if len(text) > 19:
         raise ValueError(f"the number {text[:20]}… is too large")
     return int(text)
 
 
 def _finite(text: str) -> float:
-    """A number; JSON has none that is not finite."""
+    """Read a finite number."""
     if not math.isfinite(value := float(text)):
         raise ValueError(f"the number {text[:20]} is not finite")
     return value

@@ -165,8 +165,8 @@ class OptimizabilityTrainerMixin(_Base):
         Raises:
             HubError: If that fails, with the reason and what to do. Nothing in `output_dir` is lost.
         """
-        kept = f"The model and its report are in {self.args.output_dir}."
-        with explained("pushing the model", kept=kept, token=kwargs.get("token") or self.args.hub_token):
+        unchanged = f"The model and its report are in {self.args.output_dir}."
+        with explained("pushing the model", unchanged=unchanged, token=kwargs.get("token") or self.args.hub_token):
             return super().push_to_hub(*args, **kwargs)
 
     def _block_names(self) -> dict[str, list[str]]:

@@ -109,7 +109,7 @@ def test_pushing_again(hub: HubStub, folder: Path):
 
 def test_pull_requests(hub: HubStub, folder: Path):
     hub.repositories["grace/model"] = Repository.of({"README.md": CARD})
-    with pytest.raises(HubError, match=r"may not do that \(403.*open a pull request"):
+    with pytest.raises(HubError, match=r"does not allow that \(403.*open a pull request"):
         push(folder, "grace/model")
     url = push(folder, "grace/model", create_pr=True)
     repository = hub.repositories["grace/model"]
@@ -144,7 +144,7 @@ class TestFaults:
         ("fault", "message"),
         [
             (Fault("commit/main", 401), r"does not accept the token \(401: as told to\)\. Make a new one"),
-            (Fault("commit/main", 403), r"may not do that \(403: as told to\)\. Use one that may write"),
+            (Fault("commit/main", 403), r"does not allow that \(403: as told to\)\. Use one with write access"),
             (Fault("commit/main", 404), r"No such repository.*\(404: as told to\)\. Check the name"),
             (Fault("commit/main", 409), r"keeps changing meanwhile \(409: as told to\)\. Push again"),
             (Fault("commit/main", 412), r"keeps changing meanwhile \(412: as told to\)\. Push again"),
@@ -156,7 +156,7 @@ class TestFaults:
             (Fault("resolve/.*README", 0), r"The connection to the Hub broke"),
             (Fault("resolve/.*README", 503), r"The Hub has trouble"),  # not taken for a repository without a card
             (Fault("validate-yaml", 500), r"The Hub's answer can't be read"),
-            (Fault("PUT /lfs", 403), r"may not do that \(403"),
+            (Fault("PUT /lfs", 403), r"does not allow that \(403"),
             (Fault("objects/batch", 404), r"No such repository"),
         ],
         ids=lambda value: f"{value.status} at {value.pattern}" if isinstance(value, Fault) else "",
@@ -164,9 +164,11 @@ class TestFaults:
     def test_is_explained(self, hub: HubStub, folder: Path, fault: Fault, message: str):
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         hub.faults = [fault]
-        with pytest.raises(HubError, match=f"^Failed at pushing the report to ada/model. .*{message}") as caught:
+        with pytest.raises(
+            HubError, match=f"^Could not finish pushing the report to ada/model. .*{message}"
+        ) as caught:
             push(folder, "ada/model")
-        assert str(caught.value).endswith(f"The report in {folder} is as it was.")
+        assert str(caught.value).endswith(f"The report in {folder} is unchanged.")
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
         assert hub.repositories["ada/model"].files == {"README.md": CARD}
         hub.faults = []
@@ -174,7 +176,7 @@ class TestFaults:
         assert len(hub.repositories["ada/model"].commits) == 2
 
     def test_slow(self, hub: HubStub, folder: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(hub_module, "PATIENCE", 0.2)
+        monkeypatch.setattr(hub_module, "TIMEOUT", 0.2)
         hub.faults = [Fault("commit/main", seconds=1.5, times=1)]
         start = time.monotonic()
         with pytest.raises(HubError, match=r"did not answer in time. Push again"):
@@ -233,9 +235,9 @@ class TestFaults:
         assert "optimizability/report.json" in hub.repositories[name].files
 
     def test_a_token_that_may_only_read(self, hub: HubStub, folder: Path):
-        with pytest.raises(HubError, match=r"may not do that \(403"):
+        with pytest.raises(HubError, match=r"does not allow that \(403"):
             push(folder, "ada/model", token=READER)
-        with pytest.raises(HubError, match=r"may not do that \(403"):
+        with pytest.raises(HubError, match=r"does not allow that \(403"):
             push(folder, "ada/new", token=READER)
 
     def test_a_token_that_is_unknown(self, hub: HubStub, folder: Path):

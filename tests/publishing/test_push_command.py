@@ -39,7 +39,7 @@ def test_push_as_a_pull_request_for_machines(hub: HubStub, folder: str) -> None:
 @pytest.mark.parametrize(
     ("words", "token", "message"),
     [
-        (["ada/new"], READER, "The token may not do that"),
+        (["ada/new"], READER, "The token does not allow that"),
         (["ada/new"], "", "Log in with `hf auth login`"),
         (["ada/new", "--revision", "nowhere"], WRITER, "Make the branch first"),
         (["not a name"], WRITER, "no name of a repository"),

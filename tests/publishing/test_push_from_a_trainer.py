@@ -93,15 +93,15 @@ def test_a_push_that_fails_loses_nothing_and_can_be_made_again(hub: HubStub, tmp
     kept = tmp_path / "out"
     for fault, message in {
         Fault("repos/create", 401): r"does not accept the token \(401",
-        Fault("commit/main", 403): r"may not do that \(403",
+        Fault("commit/main", 403): r"does not allow that \(403",
         Fault("commit/main", 503): r"The Hub has trouble \(503",
         Fault("commit/main", 0): "connection to the Hub broke",
-        Fault("PUT /lfs", 403): r"may not do that \(403",
+        Fault("PUT /lfs", 403): r"does not allow that \(403",
     }.items():
         hub.faults = [fault]
         hub.large.clear()
         where = rf"The model and its report are in {kept}\.$"
-        with pytest.raises(HubError, match=rf"^Failed at pushing the model\. .*{message}.*{where}"):
+        with pytest.raises(HubError, match=rf"^Could not finish pushing the model\. .*{message}.*{where}"):
             trainer.push_to_hub()
     assert len(OptimizabilityReport.load(kept / "optimizability").measurements) == 2
     hub.faults = []
@@ -135,7 +135,7 @@ def test_saving_does_not_fail_because_of_the_hub(
     elsewhere.save_model()
     assert (tmp_path / "out/model.safetensors").exists()
     [warning] = warnings
-    assert warning.startswith("Failed at pushing the model. The Hub has trouble (503")
+    assert warning.startswith("Could not finish pushing the model. The Hub has trouble (503")
     hub.faults = []
     elsewhere.save_model()
     assert "optimizability/report.json" in published(hub)
@@ -190,5 +190,5 @@ def test_a_token_of_the_arguments_shows_up_nowhere(
 
 def test_a_token_that_may_only_read(hub: HubStub, elsewhere: OptimizabilityTrainer):
     elsewhere.args.hub_token = READER
-    with pytest.raises(HubError, match=r"may not do that \(403"):
+    with pytest.raises(HubError, match=r"does not allow that \(403"):
         elsewhere.push_to_hub()

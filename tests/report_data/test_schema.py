@@ -218,9 +218,9 @@ class TestDamaged:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b"", r"no valid JSON .* Restore the file"),
-            (to_json(REPORT)[:5000], r"no valid JSON .* Restore the file"),
-            (b"\xff\xfe{}", r"no valid JSON \('utf-8' codec .* Restore the file"),
+            (b"", r"not valid JSON .* Restore the file"),
+            (to_json(REPORT)[:5000], r"not valid JSON .* Restore the file"),
+            (b"\xff\xfe{}", r"not valid JSON \('utf-8' codec .* Restore the file"),
             (b"[" * 100_000, r"nested too deep for a report\. Restore the file"),
             (b"[1, 2]", r"holds a list, not a report\. Pass the `report\.json`"),
             (b"{}", r"`schema_version` is None, not a number from 1 to 5\. Restore"),
