@@ -139,8 +139,8 @@ def _parts(card: str, line_break: str) -> tuple[str, str, str, str]:
         return found["opening"], found["yaml"], found["closing"], card[found.end() :]
     if _RULE_FIRST.match(card):
         raise ModelCardError(
-            "The card begins with a line `---`, but its front matter is never closed. Close it with another line `---`, "
-            "or remove the first one."
+            "The card begins with a line `---`, but its front matter is never closed. Close it with another line "
+            "`---`, or remove the first one."
         )
     mark, text = ("\ufeff", card[1:]) if card.startswith("\ufeff") else ("", card)
     gap = line_break if text and not text.startswith(("\r", "\n")) else ""
@@ -255,8 +255,8 @@ def _edited(text: str, wanted: dict[str, Any], key: str, line_break: str) -> str
         if _reads_as(edited, wanted):
             return edited
     raise ModelCardError(
-        f"The card's front matter is written in a way in which `{key}` can't be changed. Write it as `key: value`, one "
-        "per line."
+        f"The card's front matter is written in a way in which `{key}` can't be changed. Write it as `key: value`, "
+        "one per line."
     )
 
 
