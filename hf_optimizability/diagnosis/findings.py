@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Findings: sentences that a report draws from its numbers, each with its evidence, what to do, and its source.
+"""Findings: conclusions from the numbers of a report, each with evidence, advice and source.
 
-One function per finding: a report in, a finding or nothing out. An effect within its error is no finding.
+One function per finding: it takes a report and returns a finding or `None`. An effect within its error is not a
+finding.
 """
 
 from __future__ import annotations
@@ -37,78 +38,78 @@ SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note")
 Z = 1.96
 """Standard errors in a 95 % interval."""
 
-DEAD = 2.0**-23
-"""Share of the whole gradient's norm below which a block's is rounding, in float32."""
+DEAD_GRADIENT_SHARE = 2.0**-23
+"""Share of the whole gradient's norm below which a block's norm is rounding in float32."""
 
-UNEVEN = 1000.0
+LAYER_GRADIENT_RATIO = 1000.0
 """Factor between one layer's ‖g_b‖/‖θ_b‖ and another's. Layers of healthy small runs stayed within 5; not yet measured
 on large ones."""
 
 MIN_BLOCKS = 4
-"""Blocks without which there is no \"most\" of them to compare one with."""
+"""Smallest number of blocks among which one can stand out."""
 
-CONCENTRATED = 2 / 3
-"""Share of the curvature above which a block holds twice as much as all others together."""
+CONCENTRATED_SHARE = 2 / 3
+"""Share of the curvature at which a block holds twice as much as all others together."""
 
-SADDLE = 0.1
-"""`|λ_min|/λ_max` beyond which an end below 0 is no remnant."""
+NEGATIVE_CURVATURE_RATIO = 0.1
+"""`|λ_min|/λ_max` above which negative curvature is significant."""
 
-FAR_BELOW = 10.0
-"""Factor below the limit from which a rate whose loss did not get far is too low: in sweeps this was found at a
-sixteenth of the best rate only, never at the best or above (measured: benchmarks/advice.py)."""
+FAR_BELOW_LIMIT = 10.0
+"""Factor below the limit at which a learning rate is too low if the loss hardly decreased: in sweeps this held at a
+sixteenth of the best rate only, never at the best rate or above (measured: benchmarks/advice.py)."""
 
 LIMIT_SOURCE = "Cohen et al., arXiv 2103.00065 and 2207.14484; what the limit is worth: benchmarks/advice.py"
 
-UNDERFIT = 0.9
-"""Share of the starting loss that is still there."""
+UNDERFIT_SHARE = 0.9
+"""Share of the initial loss that remains."""
 
 LARGE_SPIKE = 0.25
-"""Share of the training loss's range. A loss that settles near 0 scatters least where most of its values are, which
-makes spikes of the scatter before: up to 0.16 of the range in healthy runs."""
+"""Share of the training loss's range. A loss that settles near 0 scatters least where most of its values are, so that
+its earlier scatter counts as spikes: up to 0.16 of the range in healthy runs."""
 
-RISEN = 1.2
-"""Training loss, over its start, at which training has made the model worse."""
+LOSS_RISE = 1.2
+"""Training loss, relative to its start, above which training has made the model worse."""
 
-WINDOW = 3
+SMOOTHING_WINDOW = 3
 """Logged losses to average for that, and ..."""
 
-RISEN_SIGMAS = 3.0
+LOSS_RISE_SIGMAS = 3.0
 """... robust standard deviations of a single one by which the average is above the start."""
 
-MIN_LOSSES = 6
-"""Logged losses from which a scatter can be told."""
+MIN_LOGGED_LOSSES = 6
+"""Smallest number of logged losses from which the scatter can be estimated."""
 
-SWING = 3.0
-"""Standard errors of the evaluation loss in a rise, and in a fall, that are no chance."""
+SWING_STD_ERRORS = 3.0
+"""Standard errors of the evaluation loss above which a rise or a fall is significant."""
 
-FAR_BATCH = 10.0
-"""Batch over noise scale, or noise scale over batch, that is far. At a batch B and a noise scale S a run takes 1 + S/B
-times the least steps, and 1 + B/S times the least examples (McCandlish et al., 2018): 11 times at a factor 10."""
+BATCH_FACTOR = 10.0
+"""Ratio of batch to noise scale, or the inverse, that is large. At a batch B and a noise scale S a run takes 1 + S/B
+times the fewest steps, and 1 + B/S times the fewest examples (McCandlish et al., 2018): 11 times at a factor 10."""
 
 NOISE_SOURCE = "McCandlish et al., arXiv 1812.06162, section 2.2"
 
-WIDE = 0.5
-"""Error over value beyond which a number says no more than its order of magnitude."""
+MAX_RELATIVE_ERROR = 0.5
+"""Relative error above which only the order of magnitude of a number is known."""
 
-OFF = 0.1
-"""Relative error of a product, as large as the widest tolerance that profiles but the lightest ask of the trace."""
+MAX_PRODUCT_ERROR = 0.1
+"""Relative error of a product: the largest tolerance of the trace in any profile but the lightest."""
 
-DOMINANT = 2 / 3
-"""Share of the joint gradient above which a task has twice as much as all others together."""
+DOMINANT_SHARE = 2 / 3
+"""Share of the joint gradient at which a task has twice as much as all others together."""
 
 MAX_NAMED = 3
-"""Blocks to name before \"and others\"."""
+"""Names to list before \"and 2 more\"."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a report says about a run.
+    """One conclusion about a run.
 
     Attributes:
-        name: Stable name, that of the function that found it.
+        name: Stable name, that of its function.
         severity: `"problem"` (the run or the report is not what it should be), `"warning"` (likely to cost something),
             or `"note"` (good to know).
-        sentence: What was found, in one plain sentence.
+        sentence: The conclusion, in one plain sentence.
         evidence: The numbers with their errors, as text.
         advice: What to do.
         source: Paper and section, or what was measured.
@@ -123,7 +124,7 @@ class Finding:
 
 
 def find(report: ReportData) -> tuple[Finding, ...]:
-    """All findings of a report, worst first.
+    """Return all findings of a report, worst first.
 
     Example:
         >>> from hf_optimizability.report_data.data import ReportData
@@ -135,26 +136,26 @@ def find(report: ReportData) -> tuple[Finding, ...]:
 
 
 def learning_rate_above_limit(report: ReportData) -> Finding | None:
-    """The run went astray, and its learning rate was above the stability limit."""
-    peak, stable, troubles = _peak_rate(report), _largest_stable(report), _troubles(report)
-    if peak is None or stable is None or not troubles or peak <= stable.low:
+    """Report an unstable run whose learning rate was above the stability limit."""
+    peak, stable, instability = _peak_rate(report), _largest_stable_rate(report), _instability(report)
+    if peak is None or stable is None or not instability or peak <= stable.low:
         return None
     return Finding(
         name="learning_rate_above_limit",
         severity="problem",
         sentence="The learning rate was above its stability limit, and training was unstable.",
-        evidence=(*troubles, *stable.evidence(peak)),
+        evidence=(*instability, *stable.evidence(peak)),
         advice=f"Start again at {format_number(stable.low, digits=2)} or less, or with a longer warm-up.",
         source=LIMIT_SOURCE,
     )
 
 
 def learning_rate_far_below_limit(report: ReportData) -> Finding | None:
-    """The learning rate leaves much of what the curvature allows, and the loss did not get far."""
-    peak, stable = _peak_rate(report), _largest_stable(report)
-    if peak is None or stable is None or peak >= stable.low / FAR_BELOW or _troubles(report):
+    """Report a learning rate far below its limit in a run whose loss hardly decreased."""
+    peak, stable = _peak_rate(report), _largest_stable_rate(report)
+    if peak is None or stable is None or peak >= stable.low / FAR_BELOW_LIMIT or _instability(report):
         return None
-    slow = _still_falling(report) or _nothing_learnt(report)
+    slow = _still_falling(report) or _unchanged_loss(report)
     if slow is None:
         return None
     return Finding(
@@ -168,15 +169,15 @@ def learning_rate_far_below_limit(report: ReportData) -> Finding | None:
 
 
 def training_unstable(report: ReportData) -> Finding | None:
-    """The run went astray, by its own log."""
-    troubles = _troubles(report)
-    if not troubles or learning_rate_above_limit(report) is not None:
+    """Report a run that its own log shows to be unstable."""
+    instability = _instability(report)
+    if not instability or learning_rate_above_limit(report) is not None:
         return None
     return Finding(
         name="training_unstable",
         severity="problem",
         sentence="Training was unstable.",
-        evidence=troubles,
+        evidence=instability,
         advice="Try a lower learning rate, a longer warm-up or a lower `max_grad_norm`, and look at the batches where "
         "the loss jumps.",
         source="this run's log",
@@ -184,15 +185,15 @@ def training_unstable(report: ReportData) -> Finding | None:
 
 
 def gradients_dead(report: ReportData) -> Finding | None:
-    """Blocks that no gradient reaches."""
-    last = _last(report)
-    dead = [] if last is None else _dead(last)
+    """Report blocks that no gradient reaches."""
+    last = _last_measurement(report)
+    dead = [] if last is None else _dead_blocks(last)
     if last is None or not dead:
         return None
     return Finding(
         name="gradients_dead",
         severity="problem",
-        sentence=f"No gradient reaches {_listed(dead)}.",
+        sentence=f"No gradient reaches {_enumeration(dead)}.",
         evidence=tuple(
             f"{name}: ‖g_b‖ = {format_number(last.blocks[name].grad_norm, digits=3)} at step {last.step:,}, "
             f"‖g‖ = {format_number(last.grad_norm, digits=3)}"
@@ -205,11 +206,13 @@ def gradients_dead(report: ReportData) -> Finding | None:
 
 
 def gradients_vanishing(report: ReportData) -> Finding | None:
-    """Layers whose gradient is tiny beside their weights, compared with the other layers."""
+    """Report layers with a far smaller gradient, relative to their weights, than the other layers."""
     relative = _relative_gradients(report)
-    exploding = _exploding(relative)
-    least = max((value for name, value in relative.items() if name not in exploding), default=0.0) / UNEVEN
-    return _off_the_others(
+    exploding = _exploding_layers(relative)
+    least = (
+        max((value for name, value in relative.items() if name not in exploding), default=0.0) / LAYER_GRADIENT_RATIO
+    )
+    return _outlying_layers(
         report,
         relative,
         [name for name, value in relative.items() if value < least],
@@ -221,12 +224,12 @@ def gradients_vanishing(report: ReportData) -> Finding | None:
 
 
 def gradients_exploding(report: ReportData) -> Finding | None:
-    """Layers whose gradient is huge beside their weights, compared with the other layers."""
+    """Report layers with a far larger gradient, relative to their weights, than the other layers."""
     relative = _relative_gradients(report)
-    return _off_the_others(
+    return _outlying_layers(
         report,
         relative,
-        _exploding(relative),
+        _exploding_layers(relative),
         name="gradients_exploding",
         sentence="The gradient explodes in {}.",
         advice="Give these layers a lower learning rate, a normalization or a smaller initial scale. Clipping by the "
@@ -235,17 +238,17 @@ def gradients_exploding(report: ReportData) -> Finding | None:
 
 
 def curvature_concentrated(report: ReportData) -> Finding | None:
-    """One block of many holds most of the curvature."""
-    last = _last(report)
+    """Report a block that holds most of the curvature."""
+    last = _last_measurement(report)
     if last is None or len(last.blocks) < MIN_BLOCKS:
         return None
     total = sum(abs(block.trace.value) for block in last.blocks.values())
     margin = Z * math.hypot(*(_error(block.trace) for block in last.blocks.values()))
-    if not total + margin:  # a loss that does not curve, as after divergence
+    if not total + margin:  # a loss without curvature, as after divergence
         return None
     for name, block in last.blocks.items():
         least = (abs(block.trace.value) - Z * _error(block.trace)) / (total + margin)
-        if least > CONCENTRATED:
+        if least > CONCENTRATED_SHARE:
             return Finding(
                 name="curvature_concentrated",
                 severity="note",
@@ -264,12 +267,12 @@ def curvature_concentrated(report: ReportData) -> Finding | None:
 
 
 def saddle(report: ReportData) -> Finding | None:
-    """Significant negative curvature where training ended."""
-    last = _end(report)
+    """Report significant negative curvature at the end of training."""
+    last = _final_measurement(report)
     if last is None or last.hessian.lambda_min is None:
         return None
     bottom, top = last.hessian.lambda_min, last.hessian.lambda_max
-    if last.curvature != "hessian" or bottom.high >= -SADDLE * abs(top.value):
+    if last.curvature != "hessian" or bottom.high >= -NEGATIVE_CURVATURE_RATIO * abs(top.value):
         return None
     return Finding(
         name="saddle",
@@ -282,8 +285,8 @@ def saddle(report: ReportData) -> Finding | None:
 
 
 def not_converged(report: ReportData) -> Finding | None:
-    """The loss was still falling at the end."""
-    last, falling = _end(report), _still_falling(report)
+    """Report a loss that was still falling at the end."""
+    last, falling = _final_measurement(report), _still_falling(report)
     if last is None or falling is None:
         return None
     evidence = [falling, f"gradient norm at step {last.step:,}: {format_number(last.grad_norm)}"]
@@ -301,7 +304,7 @@ def not_converged(report: ReportData) -> Finding | None:
 
 
 def overfitting(report: ReportData) -> Finding | None:
-    """The evaluation loss has risen again while the training loss is below it."""
+    """Report an evaluation loss that has risen again, above the training loss."""
     gap = report.dynamics.get("generalization_gap") or {}
     error, rise = gap.get("std_error"), gap.get("rise_since_best")
     if error is None or rise is None or not (gap["low"] > 0 and rise > Z * error):
@@ -321,18 +324,22 @@ def overfitting(report: ReportData) -> Finding | None:
 
 
 def underfitting(report: ReportData) -> Finding | None:
-    """The loss is about where it started, on training and evaluation data alike."""
+    """Report a loss close to its start, on training and evaluation data alike."""
     gap = report.dynamics.get("generalization_gap") or {}
-    learnt = _nothing_learnt(report)
-    if learnt is None or gap.get("high") is None or gap["high"] > (1 - UNDERFIT) * report.measurements[-1].loss:
+    unchanged = _unchanged_loss(report)
+    if (
+        unchanged is None
+        or gap.get("high") is None
+        or gap["high"] > (1 - UNDERFIT_SHARE) * report.measurements[-1].loss
+    ):
         return None
-    if _troubles(report) or not_converged(report) or learning_rate_far_below_limit(report):
+    if _instability(report) or not_converged(report) or learning_rate_far_below_limit(report):
         return None
     return Finding(
         name="underfitting",
         severity="warning",
         sentence="The model has learnt next to nothing: its loss is about where it started.",
-        evidence=(learnt, f"eval loss − train loss: {format_with_error(gap['loss_gap'], gap['std_error'])}"),
+        evidence=(unchanged, f"eval loss − train loss: {format_with_error(gap['loss_gap'], gap['std_error'])}"),
         advice="Check that the labels belong to the inputs and that nothing needed is frozen; then try a higher "
         "learning rate, more steps, or a larger model.",
         source="less than a tenth of the starting loss is gone, with no gap to new data; Goodfellow et al. 2016, "
@@ -341,16 +348,16 @@ def underfitting(report: ReportData) -> Finding | None:
 
 
 def evaluation_unstable(report: ReportData) -> Finding | None:
-    """The evaluation loss rises and falls again by more than its error."""
+    """Report an evaluation loss that rises and falls again by more than its error."""
     gap = report.dynamics.get("generalization_gap") or {}
     error = gap.get("std_error")
     points = [
         (entry["step"], entry["eval_loss"]) for entry in report.log_history if _is_finite(entry.get("eval_loss"))
     ]
-    bumps = [] if not error else _bumps([loss for _, loss in points], least=SWING * error)
-    if not bumps:
+    swings = [] if not error else _swings([loss for _, loss in points], least=SWING_STD_ERRORS * error)
+    if not swings:
         return None
-    size, at = max(bumps)
+    size, at = max(swings)
     return Finding(
         name="evaluation_unstable",
         severity="warning",
@@ -358,18 +365,19 @@ def evaluation_unstable(report: ReportData) -> Finding | None:
         evidence=(
             f"largest swing: {format_with_error(size, error)}, up to {format_number(points[at][1])} at step "
             f"{points[at][0]:,} and down again",
-            f"swings of that kind: {len(bumps)} in {len(points)} evaluations",
+            f"swings of that kind: {len(swings)} in {len(points)} evaluations",
         ),
         advice="Which checkpoint is best is partly luck: lower the learning rate towards the end, average weights, or "
         "evaluate more often and keep the best.",
-        source=f"this run's log; a swing is a rise and a fall of over {SWING} standard errors of the mean loss each",
+        source=f"this run's log; a swing is a rise and a fall of over {SWING_STD_ERRORS} standard errors of the mean "
+        "loss each",
     )
 
 
 def batch_below_noise_scale(report: ReportData) -> Finding | None:
-    """A step's gradient is nearly all noise."""
+    """Report a batch so small that its gradient is mostly noise."""
     batch, noise = batch_items(report), _noise_interval(report)
-    if batch is None or noise is None or noise[0] <= FAR_BATCH * batch:
+    if batch is None or noise is None or noise[0] <= BATCH_FACTOR * batch:
         return None
     return Finding(
         name="batch_below_noise_scale",
@@ -383,9 +391,9 @@ def batch_below_noise_scale(report: ReportData) -> Finding | None:
 
 
 def batch_above_noise_scale(report: ReportData) -> Finding | None:
-    """A step spends examples on a gradient that fewer would give as well."""
+    """Report a batch so large that most of its examples add little."""
     batch, noise = batch_items(report), _noise_interval(report)
-    if batch is None or noise is None or noise[1] * FAR_BATCH >= batch:
+    if batch is None or noise is None or noise[1] * BATCH_FACTOR >= batch:
         return None
     return Finding(
         name="batch_above_noise_scale",
@@ -398,24 +406,24 @@ def batch_above_noise_scale(report: ReportData) -> Finding | None:
 
 
 def tasks_conflict(report: ReportData) -> Finding | None:
-    """Steps that lower one task's loss raise another's."""
-    several = _several(report)
-    if several is None:
+    """Report tasks of which one's steps raise the loss of another."""
+    multitask = _multitask(report)
+    if multitask is None:
         return None
-    z = statistics.NormalDist().inv_cdf(1 - 0.025 / max(len(several.conflicts), 1))  # Bonferroni's, for all pairs
-    known = [(pair, pair.cosine) for pair in several.conflicts if pair.cosine is not None]
+    z = statistics.NormalDist().inv_cdf(1 - 0.025 / max(len(multitask.conflicts), 1))  # Bonferroni's, for all pairs
+    known = [(pair, pair.cosine) for pair in multitask.conflicts if pair.cosine is not None]
     opposed = [(pair, cosine) for pair, cosine in known if max(cosine.high, cosine.value + z * _error(cosine)) < 0]
     if not opposed:
         return None
     worsened = [
         f"a step along the joint gradient raises the loss of {name}: its share is {_interval(task.share)}"
-        for name, task in several.tasks.items()
+        for name, task in multitask.tasks.items()
         if task.share is not None and task.share.high < 0
     ]
     return Finding(
         name="tasks_conflict",
         severity="warning",
-        sentence=f"Tasks conflict: {_listed([f'{pair.first} with {pair.second}' for pair, _ in opposed])}.",
+        sentence=f"Tasks conflict: {_enumeration([f'{pair.first} with {pair.second}' for pair, _ in opposed])}.",
         evidence=(
             *(
                 f"cosine of the gradients of {pair.first} and {pair.second} at step {report.measurements[-1].step:,}: "
@@ -432,12 +440,12 @@ def tasks_conflict(report: ReportData) -> Finding | None:
 
 
 def one_task_dominates(report: ReportData) -> Finding | None:
-    """One task makes most of the joint gradient, beyond its share of the examples."""
-    several = _several(report)
-    if several is None or tasks_conflict(report) is not None:  # what is left of gradients that cancel is no share
+    """Report a task with most of the joint gradient, beyond its share of the examples."""
+    multitask = _multitask(report)
+    if multitask is None or tasks_conflict(report) is not None:  # shares mean little where gradients cancel
         return None
-    for name, task in several.tasks.items():
-        if task.share is not None and task.share.converged and task.share.low > max(DOMINANT, task.weight):
+    for name, task in multitask.tasks.items():
+        if task.share is not None and task.share.converged and task.share.low > max(DOMINANT_SHARE, task.weight):
             return Finding(
                 name="one_task_dominates",
                 severity="note",
@@ -454,9 +462,9 @@ def one_task_dominates(report: ReportData) -> Finding | None:
 
 
 def loss_scaled(report: ReportData) -> Finding | None:
-    """The loss is not the mean over a step's items."""
+    """Report a loss that is not the mean over a step's items."""
     factor = report.training.get("loss_scale") or 1.0
-    if factor == 1:  # what may be rounding has been taken out where it was measured
+    if factor == 1:  # rounding has been removed where it was measured
         return None
     return Finding(
         name="loss_scaled",
@@ -470,7 +478,7 @@ def loss_scaled(report: ReportData) -> Finding | None:
 
 
 def measurement_failed(report: ReportData) -> Finding | None:
-    """A measurement could not be made."""
+    """Report failed measurements."""
     if not report.failures:
         return None
     made, last = len(report.measurements), report.failures[-1]
@@ -485,8 +493,8 @@ def measurement_failed(report: ReportData) -> Finding | None:
 
 
 def errors_wide(report: ReportData) -> Finding | None:
-    """The last measurement did not come near its tolerances."""
-    last = _last(report)
+    """Report a last measurement far from its tolerances."""
+    last = _last_measurement(report)
     if last is None:
         return None
     hessian = last.hessian
@@ -496,24 +504,24 @@ def errors_wide(report: ReportData) -> Finding | None:
     wide = {
         name: estimate
         for name, estimate in estimates.items()
-        if not estimate.converged and not _error(estimate) <= WIDE * abs(estimate.value)
+        if not estimate.converged and not _error(estimate) <= MAX_RELATIVE_ERROR * abs(estimate.value)
     }
     if not wide:
         return None
     return Finding(
         name="errors_wide",
         severity="warning",
-        sentence=f"The last measurement is too uncertain to build on: {_listed(list(wide))}.",
+        sentence=f"The last measurement is too uncertain to build on: {_enumeration(list(wide))}.",
         evidence=tuple(f"{name} = {format_estimate(estimate)}" for name, estimate in wide.items()),
         advice="Raise `max_hvps`, or take a larger profile.",
-        source=f"its own error, over {format_percent(WIDE)} of the value",
+        source=f"its own error, over {format_percent(MAX_RELATIVE_ERROR)} of the value",
     )
 
 
 def central_differences_off(report: ReportData) -> Finding | None:
-    """Products by central differences are far from exact."""
-    last = _last(report)
-    if last is None or last.central_difference_error is None or last.central_difference_error <= OFF:
+    """Report products by central differences that are far from exact."""
+    last = _last_measurement(report)
+    if last is None or last.central_difference_error is None or last.central_difference_error <= MAX_PRODUCT_ERROR:
         return None
     return Finding(
         name="central_differences_off",
@@ -522,12 +530,12 @@ def central_differences_off(report: ReportData) -> Finding | None:
         evidence=(f"relative error of a product: {format_number(last.central_difference_error, digits=2)}",),
         advice="Read the curvature as an order of magnitude. Where the loss has a second derivative, set "
         "`engine='double_backward'`; kinks (ReLU) are what makes differences fail.",
-        source=f"its own check; over {format_percent(OFF)} it is more than `trace_tolerance` allows",
+        source=f"its own check; over {format_percent(MAX_PRODUCT_ERROR)} it is more than `trace_tolerance` allows",
     )
 
 
-def _several(report: ReportData) -> MultitaskMeasurement | None:
-    last = _last(report)
+def _multitask(report: ReportData) -> MultitaskMeasurement | None:
+    last = _last_measurement(report)
     return None if last is None else last.multitask
 
 
@@ -535,18 +543,18 @@ def _interval(estimate: Estimate) -> str:
     return format_interval(estimate.value, estimate.low, estimate.high)
 
 
-def _last(report: ReportData) -> Measurement | None:
+def _last_measurement(report: ReportData) -> Measurement | None:
     return report.measurements[-1] if report.measurements else None
 
 
 @dataclass(frozen=True)
-class _Stable:
-    """The largest stable learning rate by the formula of the optimizer in use, over a run.
+class _StableRate:
+    """Interval of the largest stable learning rate over a run, by the formula of its optimizer.
 
     Attributes:
-        low: Least lower end.
-        high: Largest upper end.
-        steps: Where it was measured.
+        low: Smallest lower bound.
+        high: Largest upper bound.
+        steps: Steps at which it was measured.
     """
 
     low: float
@@ -554,7 +562,7 @@ class _Stable:
     steps: tuple[int, ...]
 
     def evidence(self, peak: float) -> tuple[str, ...]:
-        """The rate beside its limit."""
+        """Return the learning rate and its limit as text."""
         low, high = format_number(self.low, digits=2), format_number(self.high, digits=2)
         span = f"{low} to {high}" if math.isfinite(self.high) else f"at least {low}"
         steps = ", ".join(f"{step:,}" for step in self.steps[-MAX_NAMED:])
@@ -564,10 +572,10 @@ class _Stable:
         )
 
 
-def _largest_stable(report: ReportData) -> _Stable | None:
-    """From the sharpness after the start; where the learning rate is 0, it is that of the peak.
+def _largest_stable_rate(report: ReportData) -> _StableRate | None:
+    """Return the largest stable learning rate, by the sharpness measured after the start.
 
-    There is none of models with BatchNorm: the sharpness in eval mode is not that of training.
+    `None` for models with BatchNorm: their sharpness in eval mode is not that of training.
     """
     settings = report.training.get("optimizer_settings") or {}
     measured = [
@@ -588,7 +596,7 @@ def _largest_stable(report: ReportData) -> _Stable | None:
         for measurement in measured
         if measurement.optimizer_stability is not None
     ]
-    return _Stable(
+    return _StableRate(
         low=min(limit / estimate.high for estimate in sharpness),
         high=max(limit / estimate.low if estimate.low > 0 else math.inf for estimate in sharpness),
         steps=tuple(measurement.step for measurement in measured),
@@ -596,14 +604,14 @@ def _largest_stable(report: ReportData) -> _Stable | None:
 
 
 def _peak_rate(report: ReportData) -> float | None:
-    """The largest learning rate of the schedule."""
+    """Return the largest learning rate of the schedule."""
     rate = (report.training.get("optimizer_settings") or {}).get("lr")
     sizes = [m.optimizer_stability.learning_rate for m in report.measurements if m.optimizer_stability is not None]
     return max([rate, *sizes]) if rate else None
 
 
 def _still_falling(report: ReportData) -> str | None:
-    """That more than a tenth of the loss's drop was to come, if so."""
+    """Return the evidence that more than a tenth of the loss's drop was still to come; `None` if there is none."""
     speed = report.dynamics.get("convergence_speed") or {}
     if speed.get("drop") is None or not report.measurements:
         return None
@@ -617,28 +625,28 @@ def _still_falling(report: ReportData) -> str | None:
     return None
 
 
-def _nothing_learnt(report: ReportData) -> str | None:
-    """That the loss on the probe set ended about where it started, if so."""
-    last = _end(report)
+def _unchanged_loss(report: ReportData) -> str | None:
+    """Return the evidence that the loss on the probe set ended close to its start; `None` if there is none."""
+    last = _final_measurement(report)
     if last is None:
         return None
     first = report.measurements[0]
-    if not last.loss >= UNDERFIT * first.loss > 0:
+    if not last.loss >= UNDERFIT_SHARE * first.loss > 0:
         return None
     ends = f"{format_number(first.loss)} at step {first.step:,}, {format_number(last.loss)} at step {last.step:,}"
     return f"loss on the probe set: {ends}"
 
 
-def _end(report: ReportData) -> Measurement | None:
-    """The measurement of the weights that training ended with."""
-    last = _last(report)
+def _final_measurement(report: ReportData) -> Measurement | None:
+    """Return the measurement of the final weights."""
+    last = _last_measurement(report)
     if last is None or not report.dynamics or last.step == 0:
         return None
     return None if report.failures and report.failures[-1].step > last.step else last
 
 
-def _troubles(report: ReportData) -> tuple[str, ...]:
-    """What of the run itself says that it went astray."""
+def _instability(report: ReportData) -> tuple[str, ...]:
+    """Collect evidence of instability from the training log."""
     found = []
     series = (report.dynamics.get("stability") or {}).get("loss") or {}
     if series.get("non_finite"):
@@ -655,45 +663,54 @@ def _troubles(report: ReportData) -> tuple[str, ...]:
     if (series.get("setback_share_low") or 0.0) > 0.5:
         low, high = (format_percent(series[f"setback_share_{end}"]) for end in ("low", "high"))
         found.append(f"the training loss rose more often than it fell: {low} to {high} of the time")
-    if risen := _risen(report):
-        found.append(risen)
+    if rise := _loss_rise(report):
+        found.append(rise)
     return tuple(found)
 
 
-def _risen(report: ReportData) -> str | None:
-    """The training loss rose above its start by more than its scatter."""
+def _loss_rise(report: ReportData) -> str | None:
+    """Return the evidence that the training loss rose above its start by more than its scatter."""
     losses = [entry["loss"] for entry in report.log_history if _is_finite(entry.get("loss"))]
-    if len(losses) < MIN_LOSSES:
+    if len(losses) < MIN_LOGGED_LOSSES:
         return None
     scale = report.training.get("loss_scale") or 1.0
     # Before the first step, in eval mode; the log begins after the first ones, in training mode.
     start = max([losses[0], *(measurement.loss * scale for measurement in report.measurements[:1])])
     sigma = 1.4826 * statistics.median(abs(after - before) for before, after in pairwise(losses)) / math.sqrt(2)
-    top = max(statistics.fmean(losses[index : index + WINDOW]) for index in range(len(losses) - WINDOW + 1))
-    if top <= max(RISEN * start, start + RISEN_SIGMAS * sigma):
+    top = max(
+        statistics.fmean(losses[index : index + SMOOTHING_WINDOW])
+        for index in range(len(losses) - SMOOTHING_WINDOW + 1)
+    )
+    if top <= max(LOSS_RISE * start, start + LOSS_RISE_SIGMAS * sigma):
         return None
     return f"the training loss rose to {format_number(top)}, from {format_number(start)} at the start"
 
 
-def _dead(measurement: Measurement) -> list[str]:
-    return [name for name, block in measurement.blocks.items() if block.grad_norm <= DEAD * measurement.grad_norm]
+def _dead_blocks(measurement: Measurement) -> list[str]:
+    return [
+        name
+        for name, block in measurement.blocks.items()
+        if block.grad_norm <= DEAD_GRADIENT_SHARE * measurement.grad_norm
+    ]
 
 
 def _relative_gradients(report: ReportData) -> dict[str, float]:
-    """‖g_b‖/‖θ_b‖ of the layers, which are built alike; embeddings get few gradients, a new head has small weights."""
-    last = _last(report)
+    """Return ‖g_b‖/‖θ_b‖ by layer, without embeddings (few gradients) and head (small weights): layers are alike."""
+    last = _last_measurement(report)
     if last is None:
         return {}
-    dead = {EMBEDDINGS, HEAD, *_dead(last)}
+    dead = {EMBEDDINGS, HEAD, *_dead_blocks(last)}
     layers = {name: block for name, block in last.blocks.items() if name not in dead and block.weight_norm > 0}
     return {name: block.grad_norm / block.weight_norm for name, block in layers.items()} if len(layers) > 2 else {}
 
 
-def _exploding(relative: dict[str, float]) -> list[str]:
-    return [name for name, value in relative.items() if value > UNEVEN * statistics.median(relative.values())]
+def _exploding_layers(relative: dict[str, float]) -> list[str]:
+    return [
+        name for name, value in relative.items() if value > LAYER_GRADIENT_RATIO * statistics.median(relative.values())
+    ]
 
 
-def _off_the_others(
+def _outlying_layers(
     report: ReportData,
     relative: dict[str, float],
     layers: Sequence[str],
@@ -708,7 +725,7 @@ def _off_the_others(
     return Finding(
         name=name,
         severity="warning",
-        sentence=sentence.format(_listed(layers)),
+        sentence=sentence.format(_enumeration(layers)),
         evidence=(
             *(f"‖g_b‖/‖θ_b‖ of {layer}: {format_number(relative[layer], digits=3)}" for layer in layers[:MAX_NAMED]),
             f"median of the layers: {median}, at step {report.measurements[-1].step:,}",
@@ -718,8 +735,8 @@ def _off_the_others(
     )
 
 
-def _bumps(losses: Sequence[float], *, least: float) -> list[tuple[float, int]]:
-    """Rises of at least that much that are followed by falls of at least that much: size, and where the top is."""
+def _swings(losses: Sequence[float], *, least: float) -> list[tuple[float, int]]:
+    """Return size and top of each rise of at least `least` that is followed by a fall of at least `least`."""
     found = []
     bottom, top = 0, 0
     for index, loss in enumerate(losses):
@@ -734,7 +751,7 @@ def _bumps(losses: Sequence[float], *, least: float) -> list[tuple[float, int]]:
 
 
 def _noise_interval(report: ReportData) -> tuple[float, float] | None:
-    """Lowest and highest end of the noise scale over the run, which usually grows as training goes on."""
+    """Return the bounds of the noise scale over the run, which usually grows during training."""
     scales = [measurement.noise_scale for measurement in report.measurements if measurement.noise_scale is not None]
     return (min(scale.low for scale in scales), max(scale.high for scale in scales)) if scales else None
 
@@ -750,7 +767,7 @@ def _batch_evidence(report: ReportData, batch: float) -> tuple[str, ...]:
 
 
 def _error(estimate: Estimate) -> float:
-    """The error behind ±; infinite where it is not known."""
+    """Return the error behind ±; infinite if it is unknown."""
     return math.inf if math.isnan(estimate.error) else estimate.error
 
 
@@ -762,11 +779,11 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Names in a sentence.
+def _enumeration(names: Sequence[str]) -> str:
+    """Join names for a sentence.
 
     Example:
-        >>> [_listed(["a"]), _listed(["a", "b"]), _listed(["a", "b", "c", "d", "e"])]
+        >>> [_enumeration(["a"]), _enumeration(["a", "b"]), _enumeration(["a", "b", "c", "d", "e"])]
         ['a', 'a and b', 'a, b, c and 2 more']
     """
     if len(names) > MAX_NAMED:
@@ -796,4 +813,4 @@ FINDINGS: tuple[Callable[[ReportData], Finding | None], ...] = (
     batch_below_noise_scale,
     batch_above_noise_scale,
 )
-"""Of one severity in this order."""
+"""The rules, in the order of findings of the same severity."""
