@@ -87,12 +87,12 @@ def _of_task(log_history: Sequence[dict[str, Any]], name: str, eval_loss: Curve,
 
 
 def _curve(log_history: Sequence[dict[str, Any]], key: str) -> Curve:
-    """The numbers logged as `key`; metrics that are lists or strings are left out."""
+    """Return the numbers logged as `key`, without metrics that are lists or strings."""
     return {entry["step"]: float(entry[key]) for entry in log_history if isinstance(entry.get(key), (int, float))}
 
 
 def _generalization_gap(log_history: Sequence[dict[str, Any]], loss: Curve, eval_loss: Curve) -> dict[str, Any]:
-    """The gap from losses measured alike, else from the log; the best eval loss always from the log."""
+    """Return the gap from losses measured alike, else from the log; the best eval loss is always from the log."""
     logged_at = sorted(loss)
     train_losses = [_last_until(step, logged_at, loss) for step in eval_loss]
     unknown = [None] * len(eval_loss)
@@ -118,7 +118,7 @@ def _generalization_gap(log_history: Sequence[dict[str, Any]], loss: Curve, eval
 
 
 def _last_until(step: int, logged_at: list[int], curve: Curve) -> float | None:
-    """The last value logged at or before a step."""
+    """Return the last value logged at or before a step."""
     logged = bisect_right(logged_at, step)
     return curve[logged_at[logged - 1]] if logged else None
 

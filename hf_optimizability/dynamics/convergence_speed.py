@@ -104,7 +104,7 @@ class ConvergenceSpeed(evaluate.Measurement):
 
 
 def fit_convergence(step: Sequence[float], loss: Sequence[float | None], *, seed: int = 0) -> dict[str, Any]:
-    """What `ConvergenceSpeed().compute` returns, without its detour through a file.
+    """Compute what `ConvergenceSpeed().compute` returns, without its detour through a file.
 
     Args:
         step: Optimizer steps at which the loss was logged, in any order.
@@ -155,7 +155,7 @@ def fit_convergence(step: Sequence[float], loss: Sequence[float | None], *, seed
 
 
 def _finite_points(step: Sequence[float], loss: Sequence[float | None]) -> tuple[Array, Array]:
-    """The points with a finite loss, by step."""
+    """Return the points with a finite loss, by step."""
     steps, losses = np.asarray(step, dtype=float), np.asarray(loss, dtype=float)
     order = np.argsort(steps, kind="stable")
     order = order[np.isfinite(losses[order])]
@@ -163,7 +163,7 @@ def _finite_points(step: Sequence[float], loss: Sequence[float | None]) -> tuple
 
 
 def _windows(values: Array) -> Array:
-    """The values, or the means of `MAX_POINTS` windows if there are more of them."""
+    """Return the values, or the means of `MAX_POINTS` windows if there are more of them."""
     if len(values) <= MAX_POINTS:
         return values
     return np.array([window.mean() for window in np.array_split(values, MAX_POINTS)])
@@ -197,7 +197,7 @@ def _curve(parameters: Array, elapsed: Array) -> Array:
 
 
 def _gradient(parameters: Array, elapsed: Array) -> Array:
-    """Derivatives of `_curve` by its three parameters, as columns."""
+    """Return the derivatives of `_curve` by its three parameters, as columns."""
     _, height, log_tau = parameters
     rate = np.exp(-log_tau)
     decay = np.exp(-elapsed * rate)

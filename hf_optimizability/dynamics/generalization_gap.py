@@ -88,7 +88,7 @@ def compare_losses(
     train_std_error: Sequence[float | None],
     eval_std_error: Sequence[float | None],
 ) -> dict[str, Any]:
-    """What `GeneralizationGap().compute` returns, without its detour through a file.
+    """Compute what `GeneralizationGap().compute` returns, without its detour through a file.
 
     Args:
         step: Optimizer steps at which both losses were measured, in any order.

@@ -87,7 +87,7 @@ class Stability(evaluate.Measurement):
 def count_setbacks(
     step: Sequence[float], value: Sequence[float | None], *, greater_is_better: bool = False
 ) -> dict[str, Any]:
-    """What `Stability().compute` returns, without its detour through a file.
+    """Compute what `Stability().compute` returns, without its detour through a file.
 
     Args:
         step: Optimizer steps at which the values were logged, in any order.
@@ -123,7 +123,7 @@ def count_setbacks(
 
 
 def _count_spikes(values: NDArray[np.float64]) -> int:
-    """Number of spikes upward."""
+    """Count upward spikes."""
     windows = np.lib.stride_tricks.sliding_window_view(values, 7)
     excess = windows[:, 3] - np.median(windows[:, [0, 1, 2, 4, 5, 6]], axis=1)
     deviations = np.abs(excess - np.median(excess))

@@ -43,7 +43,8 @@ class Quantity:
         metric: Full name, for a quantity that is a metric of the model card.
         tile: Whether it stands at the top of the page.
         summary: Its line in the summary; quantities may share one.
-        plot: The plot over optimizer steps that shows it; quantities may share one.
+        plot: The plot over optimizer steps that shows it; quantities may share one, if they are neighbours.
+        log_scale: Whether that plot has a logarithmic axis.
         unit: Unit of the value.
     """
 
@@ -61,6 +62,7 @@ class Quantity:
     tile: bool = False
     summary: str | None = None
     plot: str | None = None
+    log_scale: bool = False
     unit: str = ""
 
     def number(self, measurement: Measurement) -> float | None:
@@ -191,6 +193,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         metric="Gradient noise scale",
         tile=True,
         plot="noise_scale",
+        log_scale=True,
         unit="items",
     ),
     Quantity(

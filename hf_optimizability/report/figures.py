@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's plots: each function draws one figure from the report alone, without pyplot and its global state."""
+"""The report's figures, drawn from the report alone and without the global state of pyplot."""
 
 from __future__ import annotations
 
@@ -20,23 +20,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
 from ..linalg.estimate import Estimate
-from ..log_keys import PREFIX
-from ..quantities.loss_landscape import LossLine, LossPlane
+from ..quantities.loss_landscape import LossPlane
 from ..quantities.step_size import CriticalLearningRate
 from ..report_data.data import ReportData
 from ..report_data.number_format import format_estimate, format_number, one_line
-from ..report_data.series import (
-    Points,
-    batch_items,
-    block_names,
-    density_line,
-    landscapes,
-    logged,
-    measured_steps,
-    next_step,
-    quadratic_line,
-    stability_limits,
-)
+from ..report_data.series import Points, block_names, landscapes, measured_steps
+from . import panels
+from .panels import ErrorBars, Intervals, Line, Panel
 
 
 BLUE, VERMILLION, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "#888888"  # after Okabe and Ito
@@ -54,11 +44,16 @@ STYLE: Any = {
     "legend.columnspacing": 1.4,
     "legend.handlelength": 1.6,
 }
+INKS = {"blue": BLUE, "vermillion": VERMILLION, "green": GREEN, "ink": BLACK}
+MARKERS = {"circle": "o", "diamond": "D", "triangle": "^", "inverted": "v"}
 NOT_CONVERGED = "not converged"
+
+_JOINT = ("trace", "eigenvalues")
+"""Plots of quantities that share a figure, `curvature`."""
 
 
 def plot_all(report: ReportData) -> dict[str, dict[str, bytes]]:
-    """Draws every plot for which the report holds data.
+    """Draw every plot for which the report holds data.
 
     Returns:
         `png` and `svg` files by name: some of `loss`, `stability_margin`, `gradient_norm`, `noise_scale`, `curvature`,
@@ -68,11 +63,12 @@ def plot_all(report: ReportData) -> dict[str, dict[str, bytes]]:
         >>> plot_all(ReportData())
         {}
     """
+    others = {name: panel for name, panel in panels.quantity_panels(report).items() if name not in _JOINT}
     figures = {
         "loss": plot_loss(report),
         "stability_margin": plot_stability_margin(report),
         "gradient_norm": plot_gradient_norm(report),
-        "noise_scale": plot_noise_scale(report),
+        **{name: _plot(panel) for name, panel in others.items()},
         "curvature": plot_curvature(report),
         "density": plot_density(report),
         "ritz_values": plot_ritz_values(report),
@@ -82,102 +78,61 @@ def plot_all(report: ReportData) -> dict[str, dict[str, bytes]]:
     return {name: {"png": _png(figure), "svg": _svg(figure)} for name, figure in figures.items() if figure is not None}
 
 
-@matplotlib.rc_context(STYLE)
 def plot_loss(report: ReportData) -> Figure | None:
-    """Draws the loss over optimizer steps: the training log, the evaluations, the probe set at each measurement.
-
-    Returns:
-        The figure, or `None` where no loss is known.
-    """
-    figure = _figure(6.4, 3.6)
-    axes = figure.subplots()
-    losses = [measurement.loss for measurement in report.measurements]
-    _line(axes, *logged(report, "loss"), color=BLUE, linewidth=1.3, label="training log")
-    _line(axes, *logged(report, "eval_loss"), color=VERMILLION, marker="o", linewidth=0.8, label="evaluation")
-    _line(
-        axes, measured_steps(report), losses, linestyle="", marker="D", fillstyle="none", label="probe set, eval mode"
-    )
-    if not axes.lines:
-        return None
-    axes.set_ylabel("loss")
-    _step_axis(axes)
-    _legend(axes)
-    return figure
+    """Draw the loss over optimizer steps: the training log, the evaluations, the probe set at each measurement."""
+    return _plot(panels.loss(report))
 
 
-@matplotlib.rc_context(STYLE)
 def plot_stability_margin(report: ReportData) -> Figure | None:
-    """Draws the sharpness against its limit and, below it, the learning rate in use against the critical one.
-
-    Returns:
-        The figure, or `None` where no optimizer's step was measured.
-    """
-    measured = [(m.step, m.optimizer_stability) for m in report.measurements if m.optimizer_stability is not None]
-    if not measured:
-        return None
-    figure = _figure(6.4, 5.2)
-    upper, lower = figure.subplots(2, sharex=True)
-    steps, sizes = [step for step, _ in measured], [size for _, size in measured]
-    _error_bars(upper, steps, [size.sharpness for size in sizes], VERMILLION, "^", "sharpness ± residual")
-    _line(upper, *_sorted(stability_limits(report)), linestyle="--", label="stability limit at the learning rate")
-    _intervals(lower, steps, [size.critical for size in sizes], VERMILLION, "critical learning rate, with its bracket")
-    _line(lower, *logged(report, "learning_rate"), color=BLUE, label="learning rate in use")
-    for axes, label in ((upper, "sharpness"), (lower, "learning rate")):
-        axes.set_ylabel(label)
-        _log_scale(axes)
-        _legend(axes)
-    _step_axis(lower)
-    return figure
+    """Draw the sharpness against its limit and, below it, the learning rate in use against the critical one."""
+    return _plot(panels.stability_margin(report), panels.learning_rates(report))
 
 
-@matplotlib.rc_context(STYLE)
 def plot_noise_scale(report: ReportData) -> Figure | None:
-    """Draws the gradient noise scale with its 95 % interval over steps, against the batch size.
+    """Draw the gradient noise scale with its 95 % interval over steps, against the batch size."""
+    return _plot(panels.quantity_panels(report)["noise_scale"])
 
-    Returns:
-        The figure, or `None` where no noise scale was measured.
+
+def plot_curvature(report: ReportData) -> Figure | None:
+    """Draw the Hessian trace ± standard error over steps and, below it, λ_max and λ_min ± residual bound.
+
+    Behind the trace, in a wider and lighter bar, its error over the data.
     """
-    measured = [(m.step, m.noise_scale) for m in report.measurements if m.noise_scale is not None]
-    if not measured:
-        return None
-    figure = _figure(6.4, 3.6)
-    axes = figure.subplots()
-    _intervals(
-        axes, [step for step, _ in measured], [scale for _, scale in measured], GREEN, "noise scale, 95 % interval"
-    )
-    if items := batch_items(report):
-        axes.axhline(items, color=BLACK, linestyle="--", label="items in a batch")
-    axes.set_ylabel("items (examples or labels)")
-    _log_scale(axes)
-    _step_axis(axes)
-    _legend(axes)
+    by_name = panels.quantity_panels(report)
+    figure = _plot(by_name["trace"], by_name["eigenvalues"])
+    for axes in [] if figure is None else figure.axes:
+        axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+        if len(report.measurements) == 1:
+            axes.set_xticks(measured_steps(report))
     return figure
+
+
+def plot_density(report: ReportData) -> Figure | None:
+    """Draw the smoothed spectral density of the first and of the last measurement that has one."""
+    return _plot(panels.density(report))
 
 
 @matplotlib.rc_context(STYLE)
 def plot_gradient_norm(report: ReportData) -> Figure | None:
-    """Draws the gradient norm over optimizer steps, in all and by block.
+    """Draw the gradient norm over optimizer steps, as a whole and by block.
 
     Lines are norms of training batches before clipping, as logged; markers those of the probe set.
-
-    Returns:
-        The figure, or `None` where no gradient norm is known.
     """
-    blocks = block_names(report)
+    panel, blocks = panels.gradient_norm(report), block_names(report)
     figure = _figure(7.2, max(4, 1 + 0.16 * len(blocks)))
     axes = figure.subplots()
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.93, len(blocks)))  # the last yellow is lost on white
-    for block, color in zip(blocks, colors, strict=True):
-        steps, norms = logged(report, f"{PREFIX}train_grad_norm/{block}")
-        _line(axes, steps, norms, color=color, linewidth=0.6)
+    whole, by_block = panel.series[:2], panel.series[2:]
+    for block, series, color in zip(blocks, by_block, colors, strict=True):
+        assert isinstance(series, Line)
+        _line(axes, *series.points, color=color, linewidth=0.6)
         norms = [m.blocks[block].grad_norm if block in m.blocks else math.nan for m in report.measurements]
         _line(axes, measured_steps(report), norms, color=color, linestyle="", marker="o", markersize=4)
-    _line(axes, *logged(report, "grad_norm"), linewidth=1, label="all, training batches before clipping")
-    totals = [measurement.grad_norm for measurement in report.measurements]
-    _line(axes, measured_steps(report), totals, linestyle="", marker="D", fillstyle="none", label="all, probe set")
+    for series in whole:
+        _draw(axes, series)
     if not axes.lines:
         return None
-    axes.set_ylabel("gradient norm (2-norm)")
+    axes.set_ylabel(panel.y)
     _log_scale(axes)
     _step_axis(axes)
     _legend(axes)
@@ -187,61 +142,8 @@ def plot_gradient_norm(report: ReportData) -> Figure | None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_curvature(report: ReportData) -> Figure | None:
-    """Draws the Hessian trace ± standard error over steps and, below it, λ_max and λ_min ± residual bound.
-
-    Behind the trace, in a wider and lighter bar, its error over the data.
-
-    Returns:
-        The figure, or `None` where nothing was measured.
-    """
-    if not report.measurements:
-        return None
-    figure = _figure(6.4, 5.2)
-    upper, lower = figure.subplots(2, sharex=True)
-    steps, hessians = measured_steps(report), [measurement.hessian for measurement in report.measurements]
-    over_data = [(step, h.trace.value, h.trace.data_std_error) for step, h in zip(steps, hessians, strict=True)]
-    if known := [point for point in over_data if point[2] is not None]:
-        at, values, errors = zip(*known, strict=True)
-        label = "± its error over the data"
-        upper.errorbar(at, values, errors, fmt="none", ecolor=BLUE, alpha=0.25, elinewidth=7, label=label)
-    _error_bars(upper, steps, [h.trace for h in hessians], BLUE, "o", "trace ± standard error")
-    _error_bars(lower, steps, [h.lambda_max for h in hessians], VERMILLION, "^", "λ_max ± residual")
-    _error_bars(lower, steps, [h.lambda_min for h in hessians], GREEN, "v", "λ_min ± residual")
-    upper.set_ylabel("Hessian trace")
-    lower.set_ylabel("extreme eigenvalues")
-    for axes in (upper, lower):
-        axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-        _legend(axes)
-    _step_axis(lower)
-    if len(steps) == 1:
-        lower.set_xticks(steps)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def plot_density(report: ReportData) -> Figure | None:
-    """Draws the smoothed spectral density of the first and of the last measurement that has one.
-
-    Returns:
-        The figure, or `None` where none has.
-    """
-    known = [(m.step, m.hessian.density) for m in report.measurements if m.hessian.density is not None]
-    if not known:
-        return None
-    figure = _figure(6.4, 3.6)
-    axes = figure.subplots()
-    for (step, density), color, style in zip(known[:: max(1, len(known) - 1)], (BLUE, VERMILLION), "-:", strict=False):
-        _line(axes, *density_line(density), color=color, linestyle=style, linewidth=1.3, label=f"step {step:,}")
-    axes.set(xlabel="eigenvalue", ylabel="density (share per unit of eigenvalue)")
-    _log_scale(axes)
-    _legend(axes)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
 def plot_ritz_values(report: ReportData) -> Figure | None:
-    """Draws the Ritz values of the last measurement, each as high as the share of the spectrum it stands for.
+    """Draw the Ritz values of the last measurement, each as high as the share of the spectrum it represents.
 
     Returns:
         The figure, or `None` where the last measurement has no Ritz values.
@@ -271,7 +173,7 @@ def plot_ritz_values(report: ReportData) -> Figure | None:
 
 @matplotlib.rc_context(STYLE)
 def plot_landscape(report: ReportData) -> Figure | None:
-    """Draws the loss along the update, along the top two eigenvectors and over their plane, with the quadratic model.
+    """Draw the loss along the update, along the top two eigenvectors and over their plane, with the quadratic model.
 
     A row of panels for the first and one for the last measurement that has them.
 
@@ -287,37 +189,28 @@ def plot_landscape(report: ReportData) -> Figure | None:
         if landscape.update is None:
             update.set_axis_off()
         else:
-            _slice(update, landscape.update, measurement.loss, BLUE, "o", "loss", "quadratic model")
-            _line(
-                update,
-                *next_step(measurement, landscape.update),
-                color=VERMILLION,
-                marker="^",
-                label="next step",
-                zorder=4,
-            )
+            panel = panels.along_update("update", measurement, landscape.update)
+            _draw_all(update, panel, markersize=3.5)
             update.set_title(f"step {measurement.step:,}: along the update")
-            update.set_xlabel("learning rate of the step", loc="left")  # the power of ten stands to the right
+            update.set_xlabel(panel.x, loc="left")  # the power of ten stands to the right
             update.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
         if landscape.eigenvectors is None:
             lines.set_axis_off()
             plane.set_axis_off()
             continue
-        first, second = landscape.eigenvectors.lines
-        _slice(lines, first, measurement.loss, VERMILLION, "^", "along q₁", "model")
-        _slice(lines, second, measurement.loss, GREEN, "v", "along q₂", "model")
-        lines.set(title="along the top eigenvectors", xlabel="units along q₁ or q₂")
+        panel = panels.along_eigenvectors("eigenvectors", measurement, landscape.eigenvectors)
+        _draw_all(lines, panel, markersize=3.5)
+        lines.set(title="along the top eigenvectors", xlabel=panel.x)
         _loss_map(plane, landscape.eigenvectors, measurement.loss)
     for axes in rows[:, :2].flat:
         if axes.lines:
-            axes.set_ylabel("loss")
             axes.legend(loc="best", fontsize=7, frameon=True, framealpha=0.8, edgecolor="none")
     return figure
 
 
 @matplotlib.rc_context(STYLE)
 def plot_blocks(report: ReportData) -> Figure | None:
-    """Draws two heat maps, block by measured step: Hessian traces, and gradient norms relative to the weights.
+    """Draw two heat maps, block by measured step: Hessian traces, and gradient norms relative to the weights.
 
     Returns:
         The figure, or `None` where nothing was measured.
@@ -347,8 +240,53 @@ def plot_blocks(report: ReportData) -> Figure | None:
     return figure
 
 
+@matplotlib.rc_context(STYLE)
+def _plot(*drawn: Panel) -> Figure | None:
+    """Draw panels below each other, with a common horizontal axis; `None` if they have no data."""
+    figure = _figure(6.4, 3.6 if len(drawn) == 1 else 5.2)
+    rows = figure.subplots(len(drawn), sharex=True, squeeze=False)[:, 0]
+    for axes, panel in zip(rows, drawn, strict=True):
+        _draw_all(axes, panel)
+        axes.set_xlabel("")
+        if panel.log:
+            _log_scale(axes)
+        _legend(axes)
+    if not any(axes.lines or axes.containers for axes in rows):
+        return None
+    if drawn[-1].x == panels.STEP:
+        _step_axis(rows[-1])
+    else:
+        rows[-1].set_xlabel(drawn[-1].x)
+    return figure
+
+
+def _draw_all(axes: Axes, panel: Panel, **style: Any) -> None:
+    """Add the series of a panel and the titles of its axes."""
+    for series in panel.series:
+        _draw(axes, series, **style)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+
+
+def _draw(axes: Axes, series: panels.Series, **style: Any) -> None:
+    """Add a series."""
+    color = INKS[series.color]
+    if isinstance(series, Line):
+        style |= {} if series.line else {"linestyle": ""}
+        style |= {"linestyle": "--"} if series.dash else {}
+        style |= {} if series.marker is None else {"marker": MARKERS[series.marker]}
+        style |= {"fillstyle": "none"} if series.marker == "diamond" else {}
+        _line(axes, *_sorted(series.points), color=color, linewidth=1.2, label=series.label, **style)
+    elif isinstance(series, ErrorBars):
+        _error_bars(axes, series.steps, series.estimates, color, MARKERS[series.marker], series.label)
+    elif isinstance(series, Intervals):
+        _intervals(axes, series.steps, series.values, color, series.label)
+    else:
+        bars = (series.steps, series.values, series.errors)
+        axes.errorbar(*bars, fmt="none", ecolor=color, alpha=0.25, elinewidth=7, label=series.label)
+
+
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches."""
+    """Return an empty figure of that size in inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -368,7 +306,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _svg(figure: Figure) -> bytes:
-    """The figure as an SVG file, the same for the same figure; letters as outlines, which need no font."""
+    """Return the figure as an SVG file, deterministic; letters are outlines, which need no font."""
     figure.set_layout_engine("none")  # as it was laid out for the PNG
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "hf-optimizability", "svg.fonttype": "path"}):
@@ -377,7 +315,7 @@ def _svg(figure: Figure) -> bytes:
 
 
 def _log_scale(axes: Axes) -> None:
-    """Makes the vertical axis logarithmic, unless all data are zero, which it can't hold."""
+    """Make the vertical axis logarithmic, unless all data are zero."""
     if axes.dataLim.y1 > 0:
         axes.set_yscale("log")
         if axes.dataLim.minposy > 1e-3 and axes.dataLim.y1 < 1e5:  # 0.1 and 20, not 10⁻¹ and 2 × 10¹
@@ -386,14 +324,14 @@ def _log_scale(axes: Axes) -> None:
 
 
 def _sorted(points: Points) -> Points:
-    """The points from left to right."""
+    """Return the points from left to right."""
     x, y = points
     order = np.argsort(x, kind="stable")
     return [x[i] for i in order], [y[i] for i in order]
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    """Adds a line, or nothing where there is no value."""
+    """Add a line, or nothing if there is no value."""
     if np.isfinite(y).any():
         axes.plot(x, y, **{"color": BLACK, "markersize": 5, **style})
 
@@ -401,7 +339,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> N
 def _error_bars(
     axes: Axes, steps: Sequence[int], estimates: Sequence[Estimate | None], color: str, marker: str, label: str
 ) -> None:
-    """Adds estimates with their errors; those that did not converge are hollow."""
+    """Add estimates with their errors; those that did not converge are hollow."""
     points = [(step, estimate) for step, estimate in zip(steps, estimates, strict=True) if estimate is not None]
     if not points:
         return
@@ -414,7 +352,7 @@ def _error_bars(
 def _intervals(
     axes: Axes, steps: Sequence[int], values: Sequence[Estimate | CriticalLearningRate], color: str, label: str
 ) -> None:
-    """Adds values with their intervals; an arrow to the top stands for an end that is not known."""
+    """Add values with their intervals; an arrow to the top marks an unknown upper bound."""
     known = [value.value if math.isfinite(value.value) else value.low for value in values]
     below = [middle - max(value.low, 0) for middle, value in zip(known, values, strict=True)]
     above = [
@@ -434,14 +372,14 @@ def _intervals(
 
 
 def _hollow(axes: Axes, points: Sequence[tuple[int, float]], color: str, marker: str) -> None:
-    """Empties the markers of what did not converge."""
+    """Add hollow markers for values that did not converge."""
     if points:
         x, y = zip(*points, strict=True)
         axes.plot(x, y, marker, color=color, markerfacecolor="white", label=NOT_CONVERGED, zorder=3)
 
 
 def _heat_map(axes: Axes, steps: Sequence[int], values: np.ndarray, **colors: Any) -> None:
-    """Fills axes with values, block by step, adds a colour bar and, where there is room, the values as text."""
+    """Fill axes with values, block by step, with a colour bar and, where there is room, the values as text."""
     text = partial(format_number, digits=2)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **colors)
     axes.figure.colorbar(image, ax=axes, format=FuncFormatter(lambda value, _: text(value)))
@@ -457,15 +395,8 @@ def _heat_map(axes: Axes, steps: Sequence[int], values: np.ndarray, **colors: An
         axes.text(column, row, text(value), color=ink, ha="center", va="center", fontsize=7)
 
 
-def _slice(axes: Axes, line: LossLine, present: float, color: str, marker: str, label: str, model: str) -> None:
-    """Adds the loss along a line, and dashed its quadratic model."""
-    _line(axes, line.axis.at, line.losses, color=color, marker=marker, markersize=3.5, linewidth=1, label=label)
-    ink = BLACK if color == BLUE else color
-    _line(axes, *quadratic_line(line, present=present), color=ink, linestyle="--", linewidth=1, label=model, zorder=3)
-
-
 def _loss_map(axes: Axes, plane: LossPlane, present: float) -> None:
-    """Fills axes with the change of the loss over the plane of two eigenvectors, with lines of equal loss."""
+    """Fill axes with the change of the loss over the plane of two eigenvectors."""
     change = np.array(plane.losses) - present
     change[~np.isfinite(change)] = math.nan
     limit = np.abs(change[np.isfinite(change)]).max(initial=0) or 1.0
@@ -481,13 +412,13 @@ def _loss_map(axes: Axes, plane: LossPlane, present: float) -> None:
 
 
 def _step_axis(axes: Axes) -> None:
-    """Labels the horizontal axis, with ticks at whole steps."""
+    """Label the horizontal axis, with ticks at whole steps."""
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _legend(axes: Axes) -> None:
-    """Puts the legend above the axes, where it covers no data."""
+    """Place the legend above the axes, where it covers no data."""
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if NOT_CONVERGED in entries:
         entries[NOT_CONVERGED] = entries.pop(NOT_CONVERGED)  # to the end
@@ -496,7 +427,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _name_colors(axes: Axes, blocks: Sequence[str], colors: np.ndarray) -> None:
-    """Adds a colour bar with one named step per block, the first on top as in the tables."""
+    """Add a colour bar with one named step per block, the first on top as in the tables."""
     norm = BoundaryNorm(np.arange(len(blocks) + 1) - 0.5, len(blocks))
     bar = axes.figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=axes, aspect=40)
     bar.set_ticks(range(len(blocks)), labels=[_block_label(block) for block in blocks], fontsize=7)
@@ -505,6 +436,6 @@ def _name_colors(axes: Axes, blocks: Sequence[str], colors: np.ndarray) -> None:
 
 
 def _block_label(block: str) -> str:
-    """A block's name, short enough for an axis and with no character that matplotlib takes for mathematics."""
+    """Return a block's name, shortened for an axis, without characters that matplotlib reads as mathematics."""
     name = one_line(block)
     return (name if len(name) <= 28 else f"…{name[-27:]}").replace("$", r"\$")

@@ -32,10 +32,10 @@ SECTIONS = (
 
 
 def to_html(report: ReportData) -> str:
-    """Renders the report as one self-contained page.
+    """Render the report as one self-contained page.
 
-    The page's Content Security Policy lets nothing run or load but its own style and its two scripts, by their hashes.
-    Whatever came from outside is escaped text, or JSON in a block that no browser runs.
+    The page's Content Security Policy allows only its own style and its two scripts, by their hashes. External text is
+    escaped, or JSON in a block that no browser runs.
 
     Args:
         report: The report; any part of it may be empty.
@@ -66,7 +66,7 @@ def to_html(report: ReportData) -> str:
 
 
 def render_page(template: str, drawn: Sequence[Chart], *, title: str, **values: Any) -> str:
-    """Renders a template that extends `page.html.jinja`, with its plots.
+    """Render a template that extends `page.html.jinja`, with its plots.
 
     Args:
         template: Name of the template.
@@ -88,14 +88,14 @@ def render_page(template: str, drawn: Sequence[Chart], *, title: str, **values: 
 
 @cache
 def _page_environment() -> Environment:
-    """The templates' environment, with HTML's own escaping."""
+    """Return the environment of the templates, with HTML's escaping."""
     page = environment(_text)
-    page.filters.update(hash=_hash, halves=_halves)
+    page.filters.update(hash=_hash, split_error=_split_error)
     return page
 
 
 def _text(value: Any) -> Markup:
-    """What the template prints for a value; strings in one line and without control and direction characters."""
+    """Return a value as text; strings on one line, without control and direction characters."""
     plain = format_plain(value)
     if plain is not None:
         return plain
@@ -105,28 +105,28 @@ def _text(value: Any) -> Markup:
     return escape(text)
 
 
-def _halves(value: Any) -> tuple[Any, str]:
-    """A formatted number and, apart from it, its error or its interval."""
+def _split_error(value: Any) -> tuple[Any, str]:
+    """Split a formatted number from its error or interval."""
     if not isinstance(value, str) or value.startswith("("):
         return value, ""
-    ends = [at for at in (value.find(" ±"), value.find(" (")) if at > 0]
-    return (value[: min(ends)], value[min(ends) :].strip()) if ends else (value, "")
+    starts = [at for at in (value.find(" ±"), value.find(" (")) if at > 0]
+    return (value[: min(starts)], value[min(starts) :].strip()) if starts else (value, "")
 
 
 @cache
 def _asset(name: str) -> Markup:
-    """A file of the package that goes into the page as it is."""
+    """Return a file of the package that goes into the page unchanged."""
     return Markup(files(__package__).joinpath(f"templates/{name}").read_text(encoding="utf-8"))
 
 
 def _hash(content: str) -> Markup:
-    """An inline style or script, as a Content Security Policy names it."""
+    """Return the hash of an inline style or script for the Content Security Policy."""
     digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
     return Markup(f"'sha256-{digest}'")
 
 
 def _json(data: Any) -> Markup:
-    """JSON that can't end the script element it stands in."""
+    """Return JSON that can't close its script element."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
 
@@ -139,7 +139,7 @@ def _heat_map(
     cell: Callable[[Measurement, str], Cell],
     shades: Callable[[Sequence[float]], list[int]],
 ) -> dict[str, list[tuple[str, int]]]:
-    """Text and shade of every block at every measurement; shade 0 is no colour."""
+    """Return text and shade of every block at every measurement; shade 0 is no colour."""
     blocks = dict.fromkeys(name for measurement in measurements for name in measurement.blocks)
     cells = {
         name: [cell(m, name) if name in m.blocks else (math.nan, MISSING) for m in measurements] for name in blocks
@@ -149,7 +149,7 @@ def _heat_map(
 
 
 def _loss_map(present: float, plane: LossPlane) -> list[tuple[float, list[tuple[str, int]]]]:
-    """Each place on the second axis, the largest first, and the losses there with the shades of their change."""
+    """Return each position on the second axis, the largest first, and the losses there with their shades."""
     ranks = iter(_rank_around_zero([loss - present for row in plane.losses for loss in row]))
     rows = zip(plane.axes[1].at, plane.losses, strict=True)
     return [(s, [(format_number(loss, digits=3), next(ranks)) for loss in row]) for s, row in rows][::-1]
@@ -167,7 +167,7 @@ def _trace(measurement: Measurement, name: str) -> Cell:
 
 
 def _rank_on_log_scale(values: Sequence[float]) -> list[int]:
-    """Shades 1 to `SHADES` from the least positive value to the largest, evenly on a logarithmic scale."""
+    """Return shades 1 to `SHADES`, evenly on a logarithmic scale from the smallest positive value to the largest."""
     logs = [math.log(value) if 0 < value < math.inf else None for value in values]
     known = [log for log in logs if log is not None]
     low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0)) or 1.0
@@ -175,7 +175,7 @@ def _rank_on_log_scale(values: Sequence[float]) -> list[int]:
 
 
 def _rank_around_zero(values: Sequence[float]) -> list[int]:
-    """Shades −`SHADES` to `SHADES` by sign and by the root of the share of the largest absolute value."""
+    """Return shades −`SHADES` to `SHADES` by sign and by the root of the share of the largest absolute value."""
     finite = [abs(value) for value in values if math.isfinite(value)]
     limit = max(finite, default=0.0) or 1.0
     return [

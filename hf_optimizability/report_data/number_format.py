@@ -13,7 +13,7 @@ NOT_CONVERGED = "†"
 
 
 def format_number(value: float | None, *, digits: int = 4) -> str:
-    """A number that comes without an error, to `digits` significant digits.
+    """Format a number without an error, to `digits` significant digits.
 
     Example:
         >>> [format_number(value) for value in (0.693147, 12345.6, 2e-5, None)]
@@ -28,9 +28,9 @@ def format_number(value: float | None, *, digits: int = 4) -> str:
 
 
 def format_with_error(value: float | None, error: float | None) -> str:
-    """A number and its error: the error to two significant digits (GUM, 7.2.6), the number to the same place.
+    """Format a number and its error: the error to two significant digits (GUM, 7.2.6), the number to the same place.
 
-    A number is given six digits at most, however small its error. An error that is not known is `?`.
+    A number has six digits at most, however small its error. An unknown error is `?`.
 
     Example:
         >>> [format_with_error(361.29, 43.41), format_with_error(9.0213, 0.0312), format_with_error(4.2e6, 3e5)]
@@ -56,7 +56,7 @@ def format_with_error(value: float | None, error: float | None) -> str:
 
 
 def format_interval(value: float | None, low: float | None, high: float | None) -> str:
-    """A number and its 95 % interval, all rounded where a quarter of the interval has its second digit.
+    """Format a number and its 95 % interval, all rounded at the second digit of a quarter of the interval.
 
     Example:
         >>> [format_interval(35.21, 20.13, 62.34), format_interval(35.21, 20.13, None)]
@@ -77,7 +77,7 @@ def format_interval(value: float | None, low: float | None, high: float | None) 
 
 
 def format_estimate(estimate: Estimate | None) -> str:
-    """An estimate and its error, with a dagger if it did not converge."""
+    """Format an estimate and its error, with a dagger if it did not converge."""
     if estimate is None:
         return MISSING
     text = format_with_error(estimate.value, estimate.error)
@@ -85,7 +85,7 @@ def format_estimate(estimate: Estimate | None) -> str:
 
 
 def format_percent(share: float | None) -> str:
-    """A share in percent, to two significant digits.
+    """Format a share in percent, to two significant digits.
 
     Example:
         >>> [format_percent(0.4213), format_percent(1.0), format_percent(-0.0031), format_percent(None)]
@@ -95,20 +95,20 @@ def format_percent(share: float | None) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks, control characters and runs of spaces."""
+    """Return the text without line breaks, control characters and runs of spaces."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def _exponent(value: float, digits: int) -> int:
-    """Power of ten of the first digit, once `value` is rounded to `digits` significant digits."""
+    """Return the power of ten of the first digit of `value`, rounded to `digits` significant digits."""
     return int(f"{value:.{digits - 1}e}".partition("e")[2])
 
 
 def _is_scientific(exponent: int) -> bool:
-    """Whether a number of that magnitude is easier to read with a power of ten."""
+    """Return whether a number of that magnitude is easier to read with a power of ten."""
     return not -3 <= exponent < 6
 
 
 def _rounded(value: float, place: int) -> str:
-    """`value` rounded to a multiple of 10**place."""
+    """Return `value` rounded to a multiple of 10**place."""
     return f"{round(value, -place) + 0.0:,.{max(0, -place)}f}"  # + 0.0 turns -0.0 into 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers behind the plots, the still ones and the interactive ones: x and y, from the report."""
+"""The numbers behind the plots: x and y, from the report."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from .data import ReportData
 Points = tuple[Sequence[float], Sequence[float]]
 
 _MODEL_POINTS = 120
-"""Of the quadratic model along an axis."""
+"""Points of the quadratic model along an axis."""
 
 
 def measured_steps(report: ReportData) -> list[int]:
-    """The steps of the measurements."""
+    """Return the steps of the measurements."""
     return [measurement.step for measurement in report.measurements]
 
 
 def logged(report: ReportData, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one key of the Trainer's log; a value JSON could not hold (`None`) is NaN."""
+    """Return steps and values of one key of the Trainer's log; `None`, for a number that JSON can't hold, is NaN."""
     entries = [entry for entry in report.log_history if key in entry]
     return [entry["step"] for entry in entries], [math.nan if entry[key] is None else entry[key] for entry in entries]
 
 
 def block_names(report: ReportData) -> list[str]:
-    """Every block measured, in the model's order."""
+    """Return the names of all blocks measured, in the model's order."""
     return list(dict.fromkeys(name for measurement in report.measurements for name in measurement.blocks))
 
 
 def batch_items(report: ReportData) -> float | None:
-    """Items (examples, or labels that count) that a step's gradient is the mean over; `None` where it is not known."""
+    """Return the items (examples, or labels that count) behind a step's gradient; `None` if they are unknown."""
     examples = report.training.get("examples_per_step")
     probed, items = report.data.get("probe_examples"), report.data.get("probe_items")
     return examples * items / probed if examples and probed and items else None
 
 
 def stability_limits(report: ReportData) -> Points:
-    """The limit of the sharpness over time, at the learning rate of each logged step and of each measurement.
+    """Return the limit of the sharpness at the learning rate of each logged step and of each measurement.
 
-    It falls as one over the learning rate, so that one measured limit gives it at every other.
+    It is proportional to one over the learning rate, so that one measured limit gives all others.
     """
     measured = [(m.step, m.optimizer_stability) for m in report.measurements if m.optimizer_stability is not None]
     limits = {step: size.limit for step, size in measured if math.isfinite(size.limit)}
@@ -56,27 +56,27 @@ def stability_limits(report: ReportData) -> Points:
 
 
 def density_line(density: Density) -> Points:
-    """The density down to a hundredth of what a single eigenvalue makes of it; below are the kernel's tails."""
+    """Return the density without the tails of its kernel, below a hundredth of the density of one eigenvalue."""
     least = min((weight for weight in density.weights if weight > 0), default=0.0)
     floor = 0.01 * least / (density.width * math.sqrt(2 * math.pi)) if density.width > 0 else 0.0
     return density.grid, [value if value > floor else math.nan for value in density.density]
 
 
 def landscapes(report: ReportData) -> list[tuple[Measurement, Landscape]]:
-    """The first and the last measurement with slices through the loss landscape, or the only one."""
+    """Return the first and the last measurement with slices through the loss landscape, or the only one."""
     known = [(m, m.landscape) for m in report.measurements if m.landscape is not None]
     return known[:: max(1, len(known) - 1)]
 
 
 def next_step(measurement: Measurement, line: LossLine) -> Points:
-    """The learning rate in use and the loss that the update alone would lead to, where the line reaches so far."""
+    """Return the learning rate in use and the loss after the update alone, if it lies on the line."""
     rate = measurement.optimizer_stability.learning_rate if measurement.optimizer_stability is not None else 0.0
     losses = dict(zip(line.axis.at, line.losses, strict=True))
     return ([rate], [losses[rate]]) if rate > 0 and rate in losses else ([], [])
 
 
 def quadratic_line(line: LossLine, *, present: float) -> Points:
-    """The quadratic model of the loss along a line, as far as it stays near the losses: it may run away from them."""
+    """Return the quadratic model of the loss along a line, where it stays near the losses."""
     known = [loss for loss in line.losses if math.isfinite(loss)] or [present]
     low, high = min(known), max(known)
     margin = 0.25 * (high - low)

@@ -143,7 +143,7 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("fault", "message"),
         [
-            (Fault("commit/main", 401), r"does not accept the token \(401: as told to\)\. Make a new one"),
+            (Fault("commit/main", 401), r"does not accept the token \(401: as told to\)\. Create a new one"),
             (Fault("commit/main", 403), r"does not allow that \(403: as told to\)\. Use one with write access"),
             (Fault("commit/main", 404), r"No such repository.*\(404: as told to\)\. Check the name"),
             (Fault("commit/main", 409), r"keeps changing meanwhile \(409: as told to\)\. Push again"),
@@ -217,7 +217,7 @@ class TestFaults:
 
     def test_a_port_where_no_one_listens(self, hub: HubStub, folder: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-        with pytest.raises(HubError, match=r"connection to the Hub broke.*Look at your network"):
+        with pytest.raises(HubError, match=r"connection to the Hub broke.*Check your network connection"):
             push(folder, "ada/model")
 
     def test_offline(self, hub: HubStub, folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -252,7 +252,7 @@ class TestWrongArguments:
 
     @pytest.mark.parametrize("name", ["<script>", "../../x", "a/b/c", "", "a b", "ada/mo\ndel", "https://hf.co/a/b"])
     def test_no_name_of_a_repository(self, hub: HubStub, folder: Path, name: str):
-        with pytest.raises(ValueError, match="`repo_id` is no name of a repository, such as 'user/my-model'"):
+        with pytest.raises(ValueError, match="`repo_id` is not the name of a repository, such as 'user/my-model'"):
             push(folder, name)
         assert not hub.requests
 

@@ -41,8 +41,8 @@ def test_push_as_a_pull_request_for_machines(hub: HubStub, folder: str) -> None:
     [
         (["ada/new"], READER, "The token does not allow that"),
         (["ada/new"], "", "Log in with `hf auth login`"),
-        (["ada/new", "--revision", "nowhere"], WRITER, "Make the branch first"),
-        (["not a name"], WRITER, "no name of a repository"),
+        (["ada/new", "--revision", "nowhere"], WRITER, "Create the branch first"),
+        (["not a name"], WRITER, "not the name of a repository"),
     ],
 )
 def test_a_push_that_fails_ends_with_1_and_shows_no_token(

@@ -59,7 +59,7 @@ def test_what_is_not_finite_is_a_gap_and_steps_are_put_in_order():
 
 def test_error_bars_reach_one_error_up_and_down():
     report = make_report(3, converged=False)
-    drawn = series(report, "trace")["trace ± standard error"]
+    drawn = series(report, "trace")["Hessian trace ± standard error"]
     traces = [measurement.hessian.trace for measurement in report.measurements]
     np.testing.assert_allclose(drawn["low"], [trace.value - trace.std_error for trace in traces], rtol=1e-5)
     np.testing.assert_allclose(drawn["high"], [trace.value + trace.std_error for trace in traces], rtol=1e-5)
@@ -70,7 +70,7 @@ def test_error_bars_reach_one_error_up_and_down():
 
 
 def test_an_open_interval_says_so():
-    drawn = series(make_report(), "noise_scale")["noise scale, 95 % interval"]
+    drawn = series(make_report(), "noise_scale")["Gradient noise scale, 95 % interval"]
     assert drawn["open"] == [True, False, False]
     assert drawn["low"] == [20.1] * 3
     assert drawn["high"] == [None, 88.4, 88.4]

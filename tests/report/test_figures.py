@@ -199,16 +199,16 @@ class TestStabilityMargin:
         assert points.get_ydata().tolist() == [size.sharpness.value for size in sizes]
         ends = np.array(bars.get_segments())
         np.testing.assert_allclose(ends[:, 1, 1] - ends[:, 0, 1], [2 * size.sharpness.residual for size in sizes])
-        assert line(upper, "stability limit at the learning rate")[:, 1] == pytest.approx(1.9e6)
+        assert line(upper, "stability limit")[:, 1] == pytest.approx(1.9e6)
         logged = [(entry["step"], entry["learning_rate"]) for entry in report.log_history if "learning_rate" in entry]
-        assert line(lower, "learning rate in use").tolist() == [list(point) for point in logged]
-        (bars,) = error_bars(lower)["critical learning rate, with its bracket"].lines[2]
+        assert line(lower, "in use").tolist() == [list(point) for point in logged]
+        (bars,) = error_bars(lower)["critical, with its bracket"].lines[2]
         np.testing.assert_allclose(np.array(bars.get_segments())[:, :, 1], [[2.3e-4, 2.9e-4]] * 3)
 
     def test_the_limit_follows_the_learning_rate(self):
         report = make_report(2)  # limits of 1.9e6 at 2e-5 were measured at both ends
         report.log_history = [{"step": 10, "learning_rate": 4e-5}, {"step": 20, "learning_rate": 0.0}]
-        points = line(plot_stability_margin(report).axes[0], "stability limit at the learning rate")
+        points = line(plot_stability_margin(report).axes[0], "stability limit")
         assert points.tolist() == [[0, 1.9e6], [10, pytest.approx(0.95e6)], [300, 1.9e6]]
 
     def test_needs_an_optimizer(self):
@@ -229,7 +229,7 @@ class TestNoiseScale:
         report = make_report()
         report.training["examples_per_step"] = 16
         (axes,) = plot_noise_scale(report).axes
-        points, _, (bars,) = error_bars(axes)["noise scale, 95 % interval"].lines
+        points, _, (bars,) = error_bars(axes)["Gradient noise scale, 95 % interval"].lines
         assert points.get_ydata().tolist() == [35.2] * 3
         np.testing.assert_allclose(np.array(bars.get_segments())[:, :, 1], [[20.1, 35.2], [20.1, 88.4], [20.1, 88.4]])
         assert [note.xyann for note in axes.texts] == [(0, 35.2)]
@@ -274,7 +274,7 @@ class TestCurvature:
         report = make_report()
         upper, lower = plot_curvature(report).axes
         for axes, label, name in (
-            (upper, "trace ± standard error", "trace"),
+            (upper, "Hessian trace ± standard error", "trace"),
             (lower, "λ_max ± residual", "lambda_max"),
             (lower, "λ_min ± residual", "lambda_min"),
         ):
@@ -296,7 +296,7 @@ class TestCurvature:
         [measurement] = make_report(1).measurements
         hessian = dataclasses.replace(measurement.hessian, trace=unknown)
         bare = OptimizabilityReport(measurements=[dataclasses.replace(measurement, hessian=hessian)])
-        assert list(error_bars(plot_curvature(bare).axes[0])) == ["trace ± standard error"]
+        assert list(error_bars(plot_curvature(bare).axes[0])) == ["Hessian trace ± standard error"]
 
     def test_what_did_not_converge_is_hollow(self):
         upper, lower = plot_curvature(make_report(converged=False)).axes
@@ -312,7 +312,7 @@ class TestCurvature:
         figure = plot_curvature(OptimizabilityReport(measurements=[dataclasses.replace(measurement, hessian=hessian)]))
         draw(figure)
         upper, lower = figure.axes
-        assert np.size(error_bars(upper)["trace ± standard error"].lines[2][0].get_segments()) == 0
+        assert np.size(error_bars(upper)["Hessian trace ± standard error"].lines[2][0].get_segments()) == 0
         assert list(error_bars(lower)) == ["λ_max ± residual"]
 
 
