@@ -48,9 +48,6 @@ INKS = {"blue": BLUE, "vermillion": VERMILLION, "green": GREEN, "ink": BLACK}
 MARKERS = {"circle": "o", "diamond": "D", "triangle": "^", "inverted": "v"}
 NOT_CONVERGED = "not converged"
 
-_JOINT = ("trace", "eigenvalues")
-"""Plots of quantities that share a figure, `curvature`."""
-
 
 def plot_all(report: ReportData) -> dict[str, dict[str, bytes]]:
     """Draw every plot for which the report holds data.
@@ -63,7 +60,7 @@ def plot_all(report: ReportData) -> dict[str, dict[str, bytes]]:
         >>> plot_all(ReportData())
         {}
     """
-    others = {name: panel for name, panel in panels.quantity_panels(report).items() if name not in _JOINT}
+    others = {name: panel for name, panel in panels.quantity_panels(report).items() if name not in panels.JOINT_PLOTS}
     figures = {
         "loss": plot_loss(report),
         "stability_margin": plot_stability_margin(report),
@@ -271,7 +268,7 @@ def _draw(axes: Axes, series: panels.Series, **style: Any) -> None:
     """Add a series."""
     color = INKS[series.color]
     if isinstance(series, Line):
-        style |= {} if series.line else {"linestyle": ""}
+        style |= {} if series.line else {"linestyle": "", "zorder": 4}
         style |= {"linestyle": "--"} if series.dash else {}
         style |= {} if series.marker is None else {"marker": MARKERS[series.marker]}
         style |= {"fillstyle": "none"} if series.marker == "diamond" else {}

@@ -23,6 +23,7 @@ from ..report_data.number_format import (
     format_with_error,
     one_line,
 )
+from .panels import JOINT_PLOTS
 from .tables import card_rows, quantity_cells
 from .templating import environment, first_and_last, format_plain, measurement_values, title_of
 
@@ -34,6 +35,7 @@ CARD_PLOTS = ("loss", "curvature")
 """The plots that a model card shows."""
 
 ALT_TEXTS = {
+    **{q.plot: f"{q.label} over optimizer steps." for q in QUANTITIES if q.plot and q.plot not in JOINT_PLOTS},
     "loss": "Loss over optimizer steps: training log, evaluations and probe set.",
     "stability_margin": "Sharpness against its stability limit, learning rate against the critical one, over steps.",
     "gradient_norm": "Gradient norm over optimizer steps, in all and by block, on a logarithmic scale.",

@@ -34,6 +34,9 @@ Marker = Literal["circle", "diamond", "triangle", "inverted"]
 STEP = "optimizer step"
 """Title of the axis of most plots."""
 
+JOINT_PLOTS = ("trace", "eigenvalues")
+"""Plots of quantities that share the figure `curvature`."""
+
 
 @dataclass(frozen=True)
 class Line:

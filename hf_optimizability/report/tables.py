@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from ..curvature.eigenvalue_check import EigenvalueCheck
@@ -112,6 +113,16 @@ def tiles(measurements: Sequence[Measurement], dynamics: Mapping[str, Any]) -> l
 
 def _span(numbers: Mapping[str, Any], name: str) -> str:
     return format_interval(numbers[name], numbers[f"{name}_low"], numbers[f"{name}_high"])
+
+
+def plots(*sections: Section) -> list[Row]:
+    """Return title, reading and name of the plots of these sections' quantities."""
+    plotted = [quantity for quantity in QUANTITIES if quantity.plot and quantity.section in sections]
+    by_name = {name: list(group) for name, group in groupby(plotted, key=lambda quantity: quantity.plot or "")}
+    return [
+        Row(" and ".join(q.label for q in group), " ".join(q.reading for q in group), [name])
+        for name, group in by_name.items()
+    ]
 
 
 def quantity_cells(quantity: Quantity, measurements: Sequence[Measurement]) -> list[str]:

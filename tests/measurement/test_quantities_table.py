@@ -11,12 +11,12 @@ from hf_optimizability import cli
 from hf_optimizability.measurement import quantities_table
 from hf_optimizability.measurement.quantities_table import QUANTITIES, Quantity
 from hf_optimizability.publishing import model_card
-from hf_optimizability.report import OptimizabilityReport, markdown, tables
+from hf_optimizability.report import OptimizabilityReport, charts, figures, markdown, panels, tables
 from hf_optimizability.training import log_entry
 from tests.support.example_report import make_estimate, make_measurement, make_report
 
 
-READERS = (quantities_table, tables, markdown, model_card, log_entry)
+READERS = (quantities_table, tables, panels, markdown, model_card, log_entry)
 
 ROW = Quantity(
     name="gradient_skewness",
@@ -29,6 +29,7 @@ ROW = Quantity(
     metric="Skewness of the gradient",
     tile=True,
     summary="Skewness",
+    plot="gradient_skewness",
 )
 """A quantity that does not exist."""
 
@@ -37,6 +38,7 @@ ROW = Quantity(
 def report(monkeypatch: pytest.MonkeyPatch) -> OptimizabilityReport:
     for module in READERS:
         monkeypatch.setattr(module, "QUANTITIES", (*QUANTITIES, ROW))
+    monkeypatch.setitem(markdown.ALT_TEXTS, "gradient_skewness", "Made when the module is imported.")
     return make_report(2)
 
 
@@ -53,6 +55,9 @@ def test_a_new_quantity_is_shown_everywhere(report: OptimizabilityReport):
     assert "Skewness        0.50 ± 0.25 → 300.50 ± 0.25" in report.summary()
     assert "Gradient skewness     300.50 ± 0.25" in cli._table(last)
     result = model_card.metadata_result(report)
+    assert "gradient_skewness" in [chart["id"] for chart in charts.charts(report)]
+    assert "gradient_skewness" in figures.plot_all(report)
+    assert "](gradient_skewness.png)" in markdown.to_markdown(report, plots=["gradient_skewness"])
     assert result is not None and result["metrics"][-1]["type"] == "optimizability_gradient_skewness"
 
 
