@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report on the Hub, beside the model's card."""
+"""A report on the Hub, with its section in the model card."""

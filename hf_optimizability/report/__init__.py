@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report: data, Markdown and plots. Nothing in here measures anything."""
+"""The report: Markdown, page, figures. Nothing in here measures anything."""
 
 from ..report_data.schema import SCHEMA_VERSION
 from .optimizability_report import OptimizabilityReport

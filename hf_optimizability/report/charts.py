@@ -63,10 +63,10 @@ def to_chart(panel: Panel) -> Chart:
 def _series(series: panels.Series) -> Series | None:
     if isinstance(series, Line):
         style = {name: value for name, value in vars(series).items() if name not in ("label", "points")}
-        kept = {name: value for name, value in style.items() if value != _DEFAULTS[name] or name == "color"}
+        style = {name: value for name, value in style.items() if value != _DEFAULTS[name] or name == "color"}
         if series.ramp is not None:
-            del kept["color"]
-        return make_line(series.label, series.points, **kept)
+            del style["color"]
+        return make_line(series.label, series.points, **style)
     if isinstance(series, ErrorBars):
         return make_bars(series.label, series.steps, series.estimates, color=series.color, marker=series.marker)
     if isinstance(series, Intervals):
@@ -90,17 +90,17 @@ def make_line(label: str, points: Points, **style: Any) -> Series | None:
     pairs = sorted(zip(*points, strict=True), key=lambda pair: pair[0])
     if not pairs:
         return None
-    kept = _thinned([(x, rounded(y)) for x, y in pairs])
-    series = {"label": one_line(label), "x": [rounded(x) for x, _ in kept], "y": [y for _, y in kept], **style}
-    return {**series, "thinned": len(pairs)} if len(kept) < len(pairs) else series
+    thinned = _thinned([(x, rounded(y)) for x, y in pairs])
+    series = {"label": one_line(label), "x": [rounded(x) for x, _ in thinned], "y": [y for _, y in thinned], **style}
+    return {**series, "thinned": len(pairs)} if len(thinned) < len(pairs) else series
 
 
 def make_bars(label: str, at: Sequence[int], estimates: Sequence[Estimate | None], **style: Any) -> Series | None:
     """Return estimates ± their errors; hollow where they did not converge."""
-    known = [(step, estimate) for step, estimate in zip(at, estimates, strict=True) if estimate is not None]
-    values = [estimate.value for _, estimate in known]
-    bars = _bars(label, [step for step, _ in known], values, [estimate.error for _, estimate in known], **style)
-    return bars and {**bars, "wide": False, "hollow": [not estimate.converged for _, estimate in known]}
+    measured = [(step, estimate) for step, estimate in zip(at, estimates, strict=True) if estimate is not None]
+    values = [estimate.value for _, estimate in measured]
+    bars = _bars(label, [step for step, _ in measured], values, [estimate.error for _, estimate in measured], **style)
+    return bars and {**bars, "wide": False, "hollow": [not estimate.converged for _, estimate in measured]}
 
 
 def _bars(
@@ -146,11 +146,13 @@ def _thinned(points: list[tuple[float, float | None]]) -> list[tuple[float, floa
     if len(points) <= MAX_POINTS:
         return points
     size = math.ceil(2 * len(points) / MAX_POINTS)
-    kept = []
+    thinned = []
     for start in range(0, len(points), size):
         stretch = sorted(points[start : start + size], key=lambda point: (point[1] is not None, point[1] or 0.0))
-        kept += sorted({id(point): point for point in (stretch[0], stretch[-1])}.values(), key=lambda point: point[0])
-    return kept
+        thinned += sorted(
+            {id(point): point for point in (stretch[0], stretch[-1])}.values(), key=lambda point: point[0]
+        )
+    return thinned
 
 
 def rounded(value: float | None) -> float | None:

@@ -69,7 +69,7 @@ class OptimizabilityReport(ReportData):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file was written by a later version of this package, is damaged or is no report; the
+            ValueError: If the file was written by a later version of this package, is damaged or is not a report; the
                 message names the file, what is wrong and what to do.
         """
         path = Path(path)

@@ -152,8 +152,8 @@ def learning_rates(report: ReportData) -> Panel:
 
 
 def _optimizer_stability(report: ReportData) -> tuple[list[int], list[OptimizerStability]]:
-    known = [(m.step, m.optimizer_stability) for m in report.measurements if m.optimizer_stability is not None]
-    return [step for step, _ in known], [stability for _, stability in known]
+    measured = [(m.step, m.optimizer_stability) for m in report.measurements if m.optimizer_stability is not None]
+    return [step for step, _ in measured], [stability for _, stability in measured]
 
 
 def gradient_norm(report: ReportData) -> Panel:
@@ -187,31 +187,31 @@ def _quantity_series(quantities: Sequence[Quantity], measurements: Sequence[Meas
     styles: list[tuple[Color, Marker]] = [("vermillion", "triangle"), ("green", "inverted"), ("blue", "circle")]
     series: list[Series] = []
     for quantity, (color, marker) in zip(quantities, styles if len(quantities) > 1 else styles[2:], strict=False):
-        known = [(m.step, value) for m in measurements if (value := quantity.get(m)) is not None]
-        steps = [step for step, _ in known]
-        estimates = [value for _, value in known if isinstance(value, Estimate)]
-        if not known:
+        measured = [(m.step, value) for m in measurements if (value := quantity.get(m)) is not None]
+        steps = [step for step, _ in measured]
+        estimates = [value for _, value in measured if isinstance(value, Estimate)]
+        if not measured:
             continue
-        if quantity.form == "interval" and len(estimates) == len(known):
+        if quantity.form == "interval" and len(estimates) == len(measured):
             series.append(Intervals(f"{quantity.label}, 95 % interval", steps, estimates, color, marker))
-        elif len(estimates) == len(known):
+        elif len(estimates) == len(measured):
             error = "residual" if quantity.logged_error == "residual" else "standard error"
             series.append(ErrorBars(f"{quantity.label} ± {error}", steps, estimates, color, marker))
         else:
-            numbers = [number for _, value in known if (number := number_of(value)) is not None]
+            numbers = [number for _, value in measured if (number := number_of(value)) is not None]
             series.append(Line(quantity.label, (steps, numbers), color=color, marker=marker))
     return series
 
 
 def _behind(name: str, report: ReportData) -> list[Series]:
-    """Return what a plot shows besides its quantities."""
+    """Return the further series of a plot, which are drawn behind its quantities."""
     if name == "trace":
         traces = [(m.step, m.hessian.trace) for m in report.measurements]
-        known = [
+        points = [
             (step, trace.value, trace.data_std_error) for step, trace in traces if trace.data_std_error is not None
         ]
-        if known:
-            steps, values, errors = zip(*known, strict=True)
+        if points:
+            steps, values, errors = zip(*points, strict=True)
             return [WideBars("± its error over the data", steps, values, errors, "blue")]
     if name == "noise_scale" and (items := batch_items(report)):
         measured = [m.step for m in report.measurements if m.noise_scale is not None]
@@ -223,11 +223,11 @@ def _behind(name: str, report: ReportData) -> list[Series]:
 
 def density(report: ReportData) -> Panel:
     """Return the smoothed spectral density of the first and of the last measurement that has one."""
-    known = [(m.step, m.hessian.density) for m in report.measurements if m.hessian.density is not None]
+    measured = [(m.step, m.hessian.density) for m in report.measurements if m.hessian.density is not None]
     styles: list[tuple[Color, bool]] = [("blue", False), ("vermillion", True)]
     series = [
         Line(f"step {step:,}", density_line(density), color=color, dash=dash)
-        for (step, density), (color, dash) in zip(known[:: max(1, len(known) - 1)], styles, strict=False)
+        for (step, density), (color, dash) in zip(measured[:: max(1, len(measured) - 1)], styles, strict=False)
     ]
     return Panel("density", "eigenvalue", "density (share per unit of eigenvalue)", series, log=True)
 

@@ -63,7 +63,7 @@ TEXTS = {
     "task_dynamics": "From evaluation sets named like the tasks; –: there is none, or its loss does not show it.",
     "failures": "Measurements that failed; training continued without them.",
 }
-"""Sentences of the report beside its tables."""
+"""Sentences of the report around its tables."""
 
 
 def formatted(value: Value, form: Form) -> str:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report holds: fields, schema, series, formatted numbers."""
+"""The data of a report: fields, schema, series, formatted numbers."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report holds, to plain data and back."""
+"""The data of a report, to plain data and back."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class ReportData:
-    """Everything known about how a checkpoint optimized on a task.
+    """The data of a report on how a checkpoint optimized on a task.
 
-    `OptimizabilityReport` draws conclusions from it and writes it to files.
+    `OptimizabilityReport` adds conclusions and writes files.
 
     Attributes:
         model: `id`, `class`, `parameters`, `trainable_parameters`, `batch_norm` (whether it has any).
