@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -401,6 +400,3 @@ def _supported_optimizer(optimizer: Optimizer) -> Optimizer | None:
     except TypeError as error:
         logger.info(f"Optimizer stability is not measured. {error}")
         return None
-
-
-from ..measurement.results import Measurement, MeasurementFailure, TaskMeasurement

@@ -364,7 +364,9 @@ class TestLandscape:
             axis = landscape.update.axis
             np.testing.assert_allclose(model, present + axis.slope * places + axis.curvature / 2 * places**2)
             rate = measurement.optimizer_stability.learning_rate
-            assert line(update, "after the next step").tolist() == [[rate, landscape.update.losses[axis.at.index(rate)]]]
+            assert line(update, "after the next step").tolist() == [
+                [rate, landscape.update.losses[axis.at.index(rate)]]
+            ]
             losses = np.array(landscape.eigenvectors.losses)
             assert line(lines, "along q₁")[:, 1].tolist() == losses[5].tolist()
             assert line(lines, "along q₂")[:, 1].tolist() == losses[:, 5].tolist()
