@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs where several processes train together: sums over ranks, and errors that all of them agree on."""
+"""Process groups: sums over ranks, and errors that are raised on all of them."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ Item = TypeVar("Item")
 
 
 class RankLostError(Exception):
-    """A collective that failed: another process has ended or hangs, and nothing can be trained any more."""
+    """A failed collective: another process has ended or hangs, so that training can't continue."""
 
 
 def training_process_group(device: torch.device) -> ProcessGroup:
-    """The processes of the default process group, as `torchrun` and `accelerate launch` start them; or one alone.
+    """Return the default process group, as `torchrun` and `accelerate launch` start it, or a single process.
 
     Args:
-        device: Where tensors are that the ranks add up.
+        device: The device of the tensors to all-reduce.
     """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return TorchProcessGroup(device) if several else SINGLE_PROCESS
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return TorchProcessGroup(device) if distributed else SINGLE_PROCESS
 
 
 class TorchProcessGroup(ProcessGroup):
-    """The ranks of the default process group.
+    """The default process group.
 
-    Before each collective the ranks exchange whether all of them got there. One that failed says so instead, from the
-    end of the innermost `propagate_errors` around its failure, and its error is raised on all of them: none waits
-    for a rank that is not coming.
+    Before each collective the ranks exchange their status. A rank that has failed reports it at the end of the
+    innermost `propagate_errors` around its failure, and its error is raised on all ranks, so that none waits for it.
 
     Args:
-        device: Where the tensors are, and where the backend wants its own.
+        device: The device of the tensors, and of the messages unless the backend is gloo.
 
     Raises:
         RankLostError: From any collective, if another process has ended or does not answer within the time-out.
@@ -49,32 +48,32 @@ class TorchProcessGroup(ProcessGroup):
     def __init__(self, device: torch.device):
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self._device = device if dist.get_backend() != "gloo" else torch.device("cpu")
-        self._told: BaseException | None = None  # an error of another rank that this one has raised
+        self._remote_error: BaseException | None = None  # of another rank, raised here as well
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """Adds up what the ranks hold, in place; every rank gets the same bits."""
+        """Sum a tensor over the ranks, in place; every rank gets the same bits."""
         self.all_reduce_many_([tensor])
         return tensor
 
     def all_reduce_many_(self, tensors: Sequence[Tensor]) -> None:
-        """Adds up each of several tensors, in place."""
+        """Sum each of several tensors over the ranks, in place."""
         self.barrier(sum(tensor.numel() for tensor in tensors))
         with _collective():
             for tensor in tensors:
-                there = tensor.to(self._device)
-                dist.all_reduce(there)
-                if there is not tensor:
-                    tensor.copy_(there)
+                message = tensor.to(self._device)
+                dist.all_reduce(message)
+                if message is not tensor:
+                    tensor.copy_(message)
 
     def all_gather_interleaved(self, items: list[Item]) -> list[Item]:
-        """What all ranks hold, in the order in which it was dealt to them: one to each, again and again."""
+        """All-gather the items and interleave them round-robin (the inverse of `items[rank::world_size]`)."""
         self.barrier()
-        held = self._exchange(items)
-        return [item for turn in range(max(map(len, held))) for items in held for item in items[turn : turn + 1]]
+        lists = self._exchange(items)
+        return [item for turn in range(max(map(len, lists))) for items in lists for item in items[turn : turn + 1]]
 
     @contextmanager
     def propagate_errors(self) -> Iterator[None]:
-        """Around what may raise, wherever that is not the end of the work: all ranks raise the same error, or none."""
+        """Make all ranks raise the same exception if any of them raises."""
         self.barrier()
         try:
             yield
@@ -82,26 +81,26 @@ class TorchProcessGroup(ProcessGroup):
         except RankLostError:
             raise
         except Exception as error:
-            if self._told is not None and self._told in _causes(error):
-                self._told = None
+            if self._remote_error is not None and self._remote_error in _causes(error):
+                self._remote_error = None
                 raise
-            agreed = self._agree(error)
-            if agreed is error:
+            first = self._report(error)
+            if first is error:
                 raise
-            raise agreed from error
+            raise first from error
 
     def barrier(self, size: int = 0) -> None:
-        """Waits for all ranks; raises the error of one that failed, and on calls that do not fit together."""
+        """Wait for all ranks; raise the error of one that failed, or if the ranks are out of sync."""
         statuses = self._statuses(failed=False, size=size)
         if any(failed for failed, _ in statuses):
-            self._told = self._first_error(None)
-            raise self._told
+            self._remote_error = self._first_error(None)
+            raise self._remote_error
         sizes = [size for _, size in statuses]
         if len(set(sizes)) > 1:
-            raise RankLostError(f"The ranks have gone different ways: they add up tensors of {sizes} entries.")
+            raise RankLostError(f"Ranks are out of sync: all-reduce called with tensor sizes {sizes}.")
 
-    def _agree(self, error: Exception) -> Exception:
-        """Tells the others of an error; the first failed rank's is everybody's."""
+    def _report(self, error: Exception) -> Exception:
+        """Report an error to the other ranks; return that of the first failed rank, which all raise."""
         self._statuses(failed=True, size=0)
         return self._first_error(error)
 
@@ -114,14 +113,14 @@ class TorchProcessGroup(ProcessGroup):
 
     def _first_error(self, error: Exception | None) -> Exception:
         errors = self._exchange(None if error is None else _portable(error))
-        index, first = next((index, found) for index, found in enumerate(errors) if found is not None)
+        index, first = next((index, other) for index, other in enumerate(errors) if other is not None)
         return error if error is not None and index == self.rank else first
 
-    def _exchange(self, held: Item) -> list[Item]:
-        everyones: list[Item] = [held] * self.world_size
+    def _exchange(self, item: Item) -> list[Item]:
+        items: list[Item] = [item] * self.world_size
         with _collective():
-            dist.all_gather_object(everyones, held)
-        return everyones
+            dist.all_gather_object(items, item)
+        return items
 
 
 @contextmanager
@@ -133,7 +132,7 @@ def _collective() -> Iterator[None]:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or what it says where it can't be sent to another process."""
+    """Return the error, or one with its message if it can't be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -142,7 +141,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from."""
+    """Yield an error and the errors it was raised from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from .fsdp import is_sharded
+from .tensors import is_sharded
 
 
 _INSTEAD = "Train with FSDP2 (`fsdp=True, fsdp_config={'version': 2}`), which can be measured, or do not measure."

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from ..config import OptimizabilityConfig
 from ..curvature.empirical_risk import HvpCounter
 from ..curvature.gradient import Gradient, gradient, norm_of
-from ..distributed.fsdp import is_sharded
 from ..distributed.process_group import training_process_group
 from ..distributed.supported import require_supported
+from ..distributed.tensors import is_sharded
 from ..errors import MeasurementError
 from ..objective.objective import Batch, LossFunction, Objective
 from ..objective.parameter_blocks import block_indices

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..curvature.compact_embeddings import drop_unused_embedding_rows
 from ..curvature.gradient import Gradient, gradient
-from ..distributed.fsdp import ShardedObjective
+from ..distributed.sharded_objective import ShardedObjective
 from ..linalg.estimate import Estimate
 from ..linalg.spectrum_and_trace import SpectrumAndTrace
 from ..linalg.vectors import concatenate

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..config import OptimizabilityConfig
-from ..distributed.fsdp import materialize_parameters, reshard
+from ..distributed.fsdp import materialize_parameters
+from ..distributed.tensors import reshard
 from ..model_state.measuring import full_precision, measuring
 from ..objective.objective import Objective
 from ..quantities.preconditioner import TensorReader

@@ -16,9 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
-from ..distributed.fsdp import class_name
 from ..distributed.process_group import RankLostError, training_process_group
 from ..distributed.supported import deepspeed_limits, require_supported
+from ..distributed.tensors import class_name
 from ..errors import MeasurementError, MeasurementInterruptedError
 from ..files import back_up, require_writable
 from ..linalg.communicator import ProcessGroup

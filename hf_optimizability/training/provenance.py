@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from ..config import OptimizabilityConfig
-from ..distributed.fsdp import class_name
+from ..distributed.tensors import class_name
 from ..model_state.measuring import pretrained
 from ..objective.batches import batch_size, count_items
 from ..objective.probe_set import fingerprint, num_examples

@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
-from ..distributed.fsdp import norms_over_ranks
+from ..distributed.tensors import norms_over_ranks
 from ..log_keys import PREFIX
 from ..objective.objective import trainable_parameters
 from ..objective.parameter_blocks import block_indices

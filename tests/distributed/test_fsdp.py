@@ -22,10 +22,11 @@ from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfi
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
-from hf_optimizability.distributed import fsdp
-from hf_optimizability.distributed.fsdp import norms_over_ranks, on_shards, unsharded
+from hf_optimizability.distributed.fsdp import on_shards, unsharded
+from hf_optimizability.distributed.fsdp_internals import collectives_are_synchronized
 from hf_optimizability.distributed.process_group import training_process_group
 from hf_optimizability.distributed.supported import require_supported
+from hf_optimizability.distributed.tensors import norms_over_ranks
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective.objective import Objective
 from tests.support import tiny_models
@@ -129,9 +130,7 @@ def training(interrupt: Callable[[nn.Module], None] | None) -> str:
             model(**batch).loss.backward()
             if interrupt is not None and step == 1 and index != 1:
                 interrupt(model)
-                assert not any(
-                    isinstance(g._all_gather_comm, fsdp._SynchronizedCollective) for g in fsdp._groups(model)
-                )
+                assert not collectives_are_synchronized(model)
         optimizer.step()
         optimizer.zero_grad()
     digest = hashlib.sha256(str(torch.rand(1)).encode())
@@ -375,7 +374,7 @@ def test_mixed_precision_is_set_aside(found: list[dict[str, Any]]):
     [
         ("bfloat16", "the shards are in torch.bfloat16"),
         ("replicas", "over all processes"),
-        ("gauss_newton", "by the shards only the Hessian can be had"),
+        ("gauss_newton", "on shards only the Hessian can be computed"),
         ("tensor parallel", "tensor parallelism"),
     ],
 )

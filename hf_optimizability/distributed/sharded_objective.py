@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mean loss as a function of the shards of its parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from ..linalg.row_partition import RowPartition
+from ..objective.batches import batch_size
+from ..objective.objective import Objective, ProbeBatch
+from .tensors import local_tensor, reshard
+
+
+class ShardedObjective(Objective):
+    """A mean loss as a function of this rank's shards; made by `fsdp.on_shards`.
+
+    Args:
+        objective: The same loss over the whole parameters.
+        parameters: The sharded parameters.
+        rows: The partition of vectors over the parameters.
+    """
+
+    def __init__(self, objective: Objective, parameters: Sequence[DTensor], rows: RowPartition):
+        vars(self).update(vars(objective.unsharded()))
+        self._sharded = parameters
+        self._rows = rows
+        self._shards = [local_tensor(parameter).detach().requires_grad_() for parameter in parameters]
+
+    @property
+    def parameters(self) -> list[Tensor]:  # type: ignore[override]
+        """This rank's shards, in the memory that FSDP gathers from."""
+        return self._shards
+
+    @property
+    def second_derivative_blocker(self) -> str:
+        """The reason why there are no second derivatives."""
+        return (
+            "The whole parameters and the vectors of a measurement do not fit into memory, and FSDP gives only first "
+            "derivatives with respect to the shards."
+        )
+
+    @property
+    def rows(self) -> RowPartition:
+        """The partition of vectors over the whole parameters: this rank has the rows of its shards."""
+        return self._rows
+
+    def losses(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield each batch's sum of losses over all ranks, differentiable w.r.t. the shards, and its items."""
+        for batch in self._local:
+            if not batch.items:
+                continue
+            loss, items = self._share(batch)
+            gradients = self._backward(loss) if torch.is_grad_enabled() else []
+            reshard(self.model)  # unsharded copies would not follow when the shards are displaced
+            sums = self.rows.group.all_reduce_(torch.tensor([float(loss.detach()), items], dtype=torch.float64))
+            total = sums[0].to(loss)
+            yield (_PrecomputedGradient.apply(total, gradients, *self._shards) if gradients else total), int(sums[1])
+
+    def _share(self, batch: ProbeBatch) -> tuple[Tensor, int]:
+        """Return the loss of this rank's examples of a batch; if none of them counts, 0 times that of others."""
+        pieces = self._pieces_for_ranks(batch)
+        rank = self.rows.group.rank
+        if rank < len(pieces) and pieces[rank].items:
+            return self._pass(pieces[rank])
+        other = next(piece for piece in pieces if piece.items)  # all ranks must take part in FSDP's collectives
+        return 0 * self._pass(other)[0], 0
+
+    def _pieces_for_ranks(self, batch: ProbeBatch) -> list[ProbeBatch]:
+        """Cut a batch into at most one piece per rank; one that can't be cut goes to the first rank."""
+        try:
+            return self.pieces(batch, math.ceil(batch_size(batch.inputs) / self.rows.group.world_size))
+        except ValueError:
+            return [batch]
+
+    def _backward(self, loss: Tensor) -> list[Tensor]:
+        """Return the gradient of the sum of the ranks' losses w.r.t. the shards; FSDP itself takes the mean."""
+        loss.backward()
+        gradients = []
+        for parameter, shard in zip(self._sharded, self._shards, strict=True):
+            gradient = parameter.grad
+            gradients.append(
+                torch.zeros_like(shard)
+                if gradient is None
+                else local_tensor(gradient).mul_(self.rows.group.world_size)
+            )
+            parameter.grad = None
+        return gradients
+
+
+class _PrecomputedGradient(torch.autograd.Function):
+    """A scalar with a precomputed gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *variables: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient.mul_(scale) for gradient in ctx.gradients)  # in place, since it is used once
