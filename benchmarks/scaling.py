@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_optimizability import OptimizabilityConfig, curvature
+from hf_optimizability import OptimizabilityConfig, linalg
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.distributed import fsdp
@@ -186,7 +186,7 @@ def checked(route: Route) -> dict[str, float]:
     with measuring(model, seed=0), Sent() as before:
         if route == "FSDP2, shards":
             with on_shards(objective) as shards:
-                operator: Any = CentralDifferenceHessian(shards, rows=shards.rows)
+                operator: Any = CentralDifferenceHessian(shards)
                 sent["product"] = _second(operator)
         elif route == "FSDP2, whole parameters":
             with unsharded(model):
@@ -197,7 +197,7 @@ def checked(route: Route) -> dict[str, float]:
     config = OptimizabilityConfig(profile="light", eigen_tolerance=1e-12, trace_tolerance=1e-12)  # takes all it may
     free = fsdp.free_memory
     # Their copies in float64 have a fixed length, which is nothing beside long vectors.
-    curvature.vectors._CHUNK = curvature.trace._CHUNK = 1 << 14
+    linalg.vectors._CHUNK = linalg.trace._CHUNK = 1 << 14
     try:
         fsdp.free_memory = free if route != "FSDP2, shards" else (lambda device: 1)
         optimizer = torch.optim.AdamW(model.parameters())

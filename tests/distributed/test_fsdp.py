@@ -74,7 +74,7 @@ def products(name: str) -> dict[str, list[float]]:
         operator = HessianOperator(objective)
         found["unsharded"] = operator.matmat(directions(operator.size)).tolist()
     with measuring(model, seed=0), on_shards(objective) as shards:
-        differences = CentralDifferenceHessian(shards, rows=shards.rows)
+        differences = CentralDifferenceHessian(shards)
         whole = torch.zeros(differences.size, 2, dtype=torch.float64)
         here = [i for part in differences.rows.here for i in range(part.start, part.stop)]
         whole[here] = differences.matmat(differences.rows.of(directions(differences.size)))
