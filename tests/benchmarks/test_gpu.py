@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 
 import gpu
 import pytest
@@ -20,6 +21,10 @@ def run(folder, *dtypes: str) -> list[dict]:
     return json.loads((folder / "gpu.json").read_text())["models"]
 
 
+def out_of_memory(*arguments) -> None:
+    raise MeasurementError("Memory", "is short.") from torch.OutOfMemoryError()
+
+
 def test_every_part_has_figures(tmp_path) -> None:
     half, full = run(tmp_path, "bfloat16", "float32")
     for model in (half, full):
@@ -33,12 +38,15 @@ def test_every_part_has_figures(tmp_path) -> None:
     assert all(f"{model['card']['hvps']} HVPs" in row for model, row in zip((half, full), rows, strict=True))
 
 
-def test_rows_replace_those_of_the_same_model(tmp_path) -> None:
+def test_rows_replace_those_of_the_same_model(tmp_path, monkeypatch) -> None:
+    seconds = count(1.0)
+    monkeypatch.setattr(gpu, "products", lambda *_, **options: {"seconds": next(seconds), "peak_gib": 1.0})
+    monkeypatch.setattr(gpu, "measure", out_of_memory)
     [before] = run(tmp_path, "float32")
     half, full = run(tmp_path, "bfloat16")
     assert (half["dtype"], full) == ("bfloat16", before)
     [_, again] = run(tmp_path, "float32")
-    assert again["gradient"] != before["gradient"]
+    assert again["product"] != before["product"]
 
 
 def test_what_does_not_fit_is_recorded_and_leaves_the_rest(tmp_path, monkeypatch) -> None:
@@ -47,11 +55,8 @@ def test_what_does_not_fit_is_recorded_and_leaves_the_rest(tmp_path, monkeypatch
             raise torch.OutOfMemoryError
         return {"seconds": 1.0, "peak_gib": 2.0}
 
-    def measurement(*arguments):
-        raise MeasurementError("Memory", "is short.") from torch.OutOfMemoryError()
-
     monkeypatch.setattr(gpu, "products", too_large)
-    monkeypatch.setattr(gpu, "measure", measurement)
+    monkeypatch.setattr(gpu, "measure", out_of_memory)
     [model] = run(tmp_path, "float32")
     assert model["product"]["seconds"] == 1.0
     assert model["lockstep"] == model["card"] == {"failed": "out of memory"}

@@ -363,7 +363,7 @@ def test_tables_hold_numbers_and_failures() -> None:
 
 def test_a_profile_tells_where_the_time_goes(monkeypatch) -> None:
     torch.manual_seed(0)
-    workload = Workload("text", make("bert").eval(), cut(examples("bert", 4), 4))
+    workload = Workload("text", make("bert", num_hidden_layers=1).eval(), cut(examples("bert", 2), 2))
     monkeypatch.setattr(peers, "probe_set", lambda library, name: workload)
     grad, forward = torch.autograd.grad, workload.model.forward
     found = peers.profile(Ours, "text", Products())

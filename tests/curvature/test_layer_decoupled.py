@@ -23,12 +23,15 @@ def dense(objective: Objective) -> tuple[Tensor, Tensor]:
     with measuring(objective.model, seed=0), math_attention():
         operator = DecoupledHessian(objective)
         eye = torch.eye(operator.size).double()
-        first, _, of_the_kept_graph = (operator.matmat(eye) for _ in range(3))
-        torch.testing.assert_close(of_the_kept_graph, first)
+        first, _, of_the_kept_graph = (operator.matmat(vectors) for vectors in (eye, eye[:, :2], eye[:, :8]))
+        torch.testing.assert_close(of_the_kept_graph, first[:, :8])
         return first, HessianOperator(objective).matmat(eye)
 
 
-@pytest.mark.parametrize("name", sorted(tiny_models.MODELS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "vit" else name for name in sorted(tiny_models.MODELS)],
+)
 def test_diagonal_of_transformers_models(name: str):
     objective = Objective(tiny_models.make(name), tiny_models.cut(tiny_models.examples(name, 3), 3))
     decoupled, hessian = dense(objective)

@@ -47,16 +47,21 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("task", "class_name"),
     [
-        ("sequence classification", "BertForSequenceClassification"),
         ("sequence classification", "MixtralForSequenceClassification"),  # experts, by a grouped kernel
         ("image classification", "MobileNetV2ForImageClassification"),  # kinks in every layer
-        ("image classification", "SwinForImageClassification"),
-        ("causal LM", "LlamaForCausalLM"),
         ("causal LM", "MambaForCausalLM"),
-        ("causal LM", "Qwen3NextForCausalLM"),  # linear and full attention
         ("token classification", "LayoutLMv3ForTokenClassification"),  # parameters used under `no_grad`
-        ("question answering", "BertForQuestionAnswering"),  # looks at padding
         ("seq2seq LM", "T5ForConditionalGeneration"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("sequence classification", "BertForSequenceClassification"),
+                ("image classification", "SwinForImageClassification"),
+                ("causal LM", "LlamaForCausalLM"),
+                ("causal LM", "Qwen3NextForCausalLM"),  # linear and full attention
+                ("question answering", "BertForQuestionAnswering"),  # looks at padding
+            )
+        ),
     ],
 )
 def test_product_is_the_derivative_of_the_gradient_and_leaves_no_trace(task: str, class_name: str):

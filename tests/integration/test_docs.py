@@ -214,6 +214,7 @@ def test_every_page_of_a_quantity_tells_the_same_things(document: Path):
     assert [*snippets(document)]
 
 
+@pytest.mark.slow
 def test_the_pages_build_without_a_warning_and_need_no_network(tmp_path: Path):
     """Links to headings, and docstrings, are checked by this."""
     pytest.importorskip("sphinx", reason="`make docs` needs Python 3.11")

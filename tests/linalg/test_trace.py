@@ -27,6 +27,7 @@ from tests.support import tiny_models
 from tests.support.known_traces import (
     METHODS,
     NEVER,
+    cases,
     coverage,
     estimate,
     matrix,
@@ -53,21 +54,18 @@ class TestCoverage:
         assert self.LOW <= held[0] <= self.HIGH, held
         assert held.min() >= 0.9, held
 
-    @pytest.mark.parametrize("tolerance", [NEVER, 0.25], ids=["fixed", "adaptive"])
-    @pytest.mark.parametrize("name", ["network", "decaying", "bert"])
+    @pytest.mark.parametrize(("name", "tolerance"), cases(0.25))
     def test_hutchinson(self, name: str, tolerance: float):
         dense = matrix(name)
         self.check(dense, lambda seed: estimate("hutchinson", dense, tolerance=tolerance, max_hvps=24, seed=seed))
 
-    @pytest.mark.parametrize("tolerance", [NEVER, 0.03], ids=["fixed", "adaptive"])
-    @pytest.mark.parametrize("name", ["network", "decaying", "bert"])
+    @pytest.mark.parametrize(("name", "tolerance"), cases(0.03))
     def test_deflated(self, name: str, tolerance: float):
         dense = matrix(name)
         options = {"tolerance": tolerance, "max_hvps": 16, "deflation": nearly_dominant(dense, 5)}
         self.check(dense, lambda seed: estimate("hutchinson", dense, seed=seed, **options))
 
-    @pytest.mark.parametrize("tolerance", [NEVER, 0.1], ids=["fixed", "adaptive"])
-    @pytest.mark.parametrize("name", ["network", "decaying", "bert"])
+    @pytest.mark.parametrize(("name", "tolerance"), cases(0.1))
     def test_hutchplusplus(self, name: str, tolerance: float):
         dense = matrix(name)
         self.check(dense, lambda seed: estimate("hutch++", dense, tolerance=tolerance, max_hvps=32, seed=seed))

@@ -13,6 +13,7 @@ from hf_optimizability.linalg.row_partition import RowPartition
 from hf_optimizability.linalg.trace import PROBE_BLOCK_SIZE, Deflation
 from tests.support.known_traces import (
     NEVER,
+    cases,
     coverage,
     estimate,
     matrix,
@@ -24,8 +25,7 @@ from tests.support.known_traces import (
 )
 
 
-@pytest.mark.parametrize("tolerance", [NEVER, 0.1], ids=["fixed", "adaptive"])
-@pytest.mark.parametrize("name", ["network", "decaying", "bert"])
+@pytest.mark.parametrize(("name", "tolerance"), cases(0.1))
 def test_coverage(name: str, tolerance: float):
     """As often as they say or, where the diagonal matters, more often."""
     dense = matrix(name)

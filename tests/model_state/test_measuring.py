@@ -167,7 +167,7 @@ def test_every_flag_is_left_as_it_was(
     assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("ending", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("ending", [None, RuntimeError, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrapped", [True, False], ids=["torch.compile(model)", "model.compile()"])
 def test_a_compiled_model_is_measured_as_it_is_and_not_compiled_anew(
     monkeypatch: pytest.MonkeyPatch, wrapped: bool, ending: type[BaseException] | None

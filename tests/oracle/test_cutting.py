@@ -36,7 +36,9 @@ def causal_loss(logits: Tensor, labels: Tensor, **kwargs: object) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64], ids=str)
-@pytest.mark.parametrize("name", tiny_models.MODELS)
+@pytest.mark.parametrize(
+    "name", ["bert", "resnet", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "llama"))]
+)
 def test_partition_does_not_matter(name: str, dtype: torch.dtype):
     rows = tiny_models.examples(name, EXAMPLES, dtype=dtype)
     model = tiny_models.make(name, dtype=dtype)
@@ -44,8 +46,8 @@ def test_partition_does_not_matter(name: str, dtype: torch.dtype):
         model.loss_function = causal_loss
     # A tolerance that is never met, so that each cut spends the same products.
     config = OptimizabilityConfig(eigen_tolerance=1e-12, trace_tolerance=1e-12, max_hvps=24)
-    results = {size: numbers(measure(model, tiny_models.cut(rows, size), config)) for size in (EXAMPLES, 1, 3, 7)}
-    for size in (1, 3, 7):
+    results = {size: numbers(measure(model, tiny_models.cut(rows, size), config)) for size in (EXAMPLES, 1, 3)}
+    for size in (1, 3):
         assert results[size] == pytest.approx(results[EXAMPLES], rel=TOLERANCES[dtype], abs=TOLERANCES[dtype])
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 
 from tests.support.hub_stub import COMMIT, WRITER, serve
@@ -17,6 +18,7 @@ from tests.support.hub_stub import COMMIT, WRITER, serve
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_recipe_downloads_checkpoint_and_data_and_pushes_what_it_made(tmp_path: Path) -> None:
     repositories = {
         "org/mobilenet": ROOT / "recipes/checkpoints/mobilenet_v2_1.0",

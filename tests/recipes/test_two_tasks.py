@@ -32,7 +32,7 @@ def test_a_run_tells_both_tasks(tmp_path: Path, run_recipe: Callable[..., Path],
         second_task=second,
         max_train_samples=40,
         max_eval_samples=16,
-        probe_examples=32,
+        probe_examples=16,
         eval_strategy="epoch",
     )
     report = OptimizabilityReport.load(output / "optimizability")

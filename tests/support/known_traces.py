@@ -7,7 +7,9 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from hf_optimizability.linalg.operator import DenseOperator
@@ -101,3 +103,18 @@ def projected(dense: Tensor, deflation: Deflation) -> Tensor:
 def signs(number: int, size: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, (number, size), generator=generator).double() * 2 - 1
+
+
+def cases(adaptive: float) -> list[ParameterSet]:
+    """Matrices with a fixed number of probes and with as many as a tolerance takes; half of the pairs are slow."""
+    quick = {("network", adaptive), ("decaying", NEVER), ("bert", adaptive)}
+    return [
+        pytest.param(
+            name,
+            tolerance,
+            id=f"{name}-{'fixed' if tolerance == NEVER else 'adaptive'}",
+            marks=[] if (name, tolerance) in quick else [pytest.mark.slow],
+        )
+        for name in ("network", "decaying", "bert")
+        for tolerance in (NEVER, adaptive)
+    ]

@@ -34,5 +34,5 @@ def differences(found: Any, expected: Any, *, tolerance: float) -> list[tuple[st
 
 def alike(a: Any, b: Any, tolerance: float, scale: float) -> bool:
     if isinstance(b, float) and isinstance(a, float):
-        return a == b or abs(a - b) <= tolerance * max(abs(b), scale, 1e-3)
+        return a == b or abs(a - b) <= max(tolerance * max(abs(b), scale, 1e-3), 1e-11 * (tolerance > 0))
     return bool(a == b)
