@@ -11,35 +11,49 @@ import pytest
 import hf_optimizability
 
 
-def loaded_by(script: str) -> set[str]:
-    script = f"import sys, hf_optimizability; {script}; print(*(m for m in sys.modules if '.' not in m))"
-    return set(
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    )
+STAGES = {
+    "command": "import hf_optimizability.cli",
+    "page": "from hf_optimizability import OptimizabilityReport; OptimizabilityReport().to_html()",
+    "core": (
+        "import hf_optimizability.measurement.measure; "
+        "from hf_optimizability import {core}; assert callable(measure)"
+    ),
+    "plots": (
+        "from hf_optimizability.report.figures import plot_all; "
+        "assert list(plot_all(OptimizabilityReport(log_history=[dict(loss=1.0, step=1)]))) == ['loss']"
+    ),
+}
+"""What one process does, each after the others."""
 
 
-def test_the_package_alone_loads_next_to_nothing():
-    loaded = loaded_by("import hf_optimizability.cli")
-    assert "hf_optimizability" in loaded and "typer" in loaded
-    assert not {"torch", "transformers", "numpy", "rich"} & loaded
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """Modules that are loaded after each stage."""
+    core = ", ".join(name for name in hf_optimizability.__all__ if "Trainer" not in name)
+    lines = ["import sys"]
+    for stage in STAGES.values():
+        lines += [stage.replace("{core}", core), "print(*sys.modules)"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    return {stage: set(line.split()) for stage, line in zip(STAGES, done.stdout.splitlines(), strict=True)}
 
 
-def test_core_import_leaves_heavy_packages_alone():
-    names = [name for name in hf_optimizability.__all__ if "Trainer" not in name]
-    loaded = loaded_by(f"from hf_optimizability import {', '.join(names)}")
-    assert "torch" in loaded and "hf_optimizability" in loaded
-    assert not {"datasets", "evaluate", "matplotlib", "pandas", "sklearn"} & loaded
+def test_the_command_loads_next_to_nothing(loaded: dict[str, set[str]]):
+    assert {"hf_optimizability", "typer"} <= loaded["command"]
+    assert not {"torch", "transformers", "numpy", "rich"} & loaded["command"]
 
 
-def test_rendering_a_report_leaves_training_alone():
-    loaded = loaded_by("from hf_optimizability import OptimizabilityReport; OptimizabilityReport().to_html()")
-    assert "jinja2" in loaded
-    assert not {"accelerate", "datasets", "matplotlib", "peft"} & loaded
+def test_rendering_a_report_leaves_training_alone(loaded: dict[str, set[str]]):
+    assert "jinja2" in loaded["page"]
+    assert not {"accelerate", "datasets", "matplotlib", "peft"} & loaded["page"]
 
 
-def test_a_function_is_not_hidden_by_the_module_of_its_name():
-    script = "import hf_optimizability.measurement.forecast; from hf_optimizability import forecast, measure"
-    assert loaded_by(f"{script}; assert callable(forecast) and callable(measure)")
+def test_core_import_leaves_heavy_packages_alone(loaded: dict[str, set[str]]):
+    assert "torch" in loaded["core"]
+    assert not {"datasets", "evaluate", "matplotlib", "pandas", "sklearn"} & loaded["core"]
+
+
+def test_plots_leave_pyplot_alone(loaded: dict[str, set[str]]):
+    assert "matplotlib" in loaded["plots"] and "matplotlib.pyplot" not in loaded["plots"]
 
 
 def test_public_names_are_there():
