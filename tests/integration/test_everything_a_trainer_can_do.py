@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
 def bert(kind: type[PreTrainedModel] | None = None, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = tiny_models.bert(**options)
+    model = tiny_models.bert(**{"num_hidden_layers": 1, **options})
     return model if kind is None else kind(model.config)
 
 
