@@ -15,8 +15,7 @@ STAGES = {
     "command": "import hf_optimizability.cli",
     "page": "from hf_optimizability import OptimizabilityReport; OptimizabilityReport().to_html()",
     "core": (
-        "import hf_optimizability.measurement.measure; "
-        "from hf_optimizability import {core}; assert callable(measure)"
+        "import hf_optimizability.measurement.measure; from hf_optimizability import {core}; assert callable(measure)"
     ),
     "plots": (
         "from hf_optimizability.report.figures import plot_all; "
