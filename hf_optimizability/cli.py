@@ -329,13 +329,7 @@ def _task_and_parser(task_name: str | None, args: Sequence[str]) -> tuple[Task, 
     from transformers import TrainingArguments
 
     from .config import OptimizabilityConfig
-    from .tasks.fine_tuning import (
-        FlagParser,
-        UndecidedTaskError,
-        checkpoint_arguments,
-        task_named,
-        task_of_checkpoint,
-    )
+    from .tasks.fine_tuning import FlagParser, UndecidedTaskError, checkpoint_arguments, task_named, task_of_checkpoint
 
     if task_name is None:
         with _usage_errors():

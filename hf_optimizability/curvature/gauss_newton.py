@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..linalg.batch_traces import BatchTraces, exact_estimates
 from ..linalg.estimate import Estimate
-from ..linalg.trace import BatchTraces, HutchinsonAccumulator, Segments, TraceResult, average, exact_estimates
-from ..linalg.vectors import norm, segment_sums
+from ..linalg.trace import HutchinsonAccumulator
+from ..linalg.trace_result import TraceResult
+from ..linalg.vectors import Segments, norm, segment_sums
 from .empirical_risk import EmpiricalRisk
 from .hessian import ObjectiveOperator
 from .hessian_vector_product import require_second_derivative
@@ -218,11 +220,15 @@ def split_trace(
     """
     known = _known_part(objective, segments, max_outputs=MAX_SPLIT_OUTPUTS)
     rest = DecoupledHessian(_WithSlopesHeld(objective))
-    tally = HutchinsonAccumulator(rest, segments, parts=BatchTraces(segments, known.traces))
-    tally.exact += np.average(known.traces, axis=0, weights=known.items)
+    probes = HutchinsonAccumulator(
+        rest,
+        segments,
+        exact_traces=np.average(known.traces, axis=0, weights=known.items),
+        batch_traces=BatchTraces(segments, known.traces),
+    )
     generator = torch.Generator().manual_seed(seed)
     method = "gauss-newton + hutchinson"
-    result = average(tally, generator, tolerance=tolerance, max_hvps=max_hvps, method=method)
+    result = probes.run(generator, tolerance=tolerance, max_hvps=max_hvps, method=method)
     assert result.diagonal is not None
     return replace(result, frobenius_squared=None, diagonal=known.diagonal.add_(result.diagonal))
 

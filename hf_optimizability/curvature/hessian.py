@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..linalg.communicator import ProcessGroup
-from ..linalg.operator import SymmetricOperator, _forms
+from ..linalg.operator import SymmetricOperator
+from ..linalg.vectors import quadratic_forms
 from .empirical_risk import EmpiricalRisk
 from .hessian_vector_product import first_backward, second_backward
 
@@ -71,7 +72,7 @@ class ObjectiveOperator(SymmetricOperator):
         forms, items = [], []
         for products, count in self._parts(vectors.T):
             part = self._add(products, None, number=vectors.shape[1])
-            forms.append(_forms(vectors.T, part, segments, self.rows.group) / count)
+            forms.append(quadratic_forms(vectors.T, part, segments, self.rows.group) / count)
             items.append(count)
             total = part if total is None else total.add_(part)
             del part  # before the next one is made

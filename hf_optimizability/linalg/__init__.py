@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimators for any symmetric operator. No model, no loss."""
+"""Estimators for any symmetric operator; they know no model and no loss."""

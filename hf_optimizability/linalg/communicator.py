@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes that share the work on one matrix, as far as numerics need to know of them."""
+"""What the numerics need of a process group."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Item = TypeVar("Item")
 
 
 class ProcessGroup:
-    """Processes that each hold a share of a sum; this one stands for a single process, which holds it all.
+    """Processes that each hold a share of a sum; this base class is a single process, which holds all of it.
 
-    All ranks must call the same methods in the same order, with tensors of the same shape. What one of them raises in
-    between, the others raise at their next call: nobody waits for a rank that has gone another way.
+    All ranks must call the same methods in the same order, with tensors of the same shape. An error that one rank
+    raises in between is raised by the others at their next call, so that no rank waits for one that has left.
 
     Attributes:
-        world_size: How many there are.
-        rank: Which of them this process is.
+        world_size: Number of processes.
+        rank: Index of this process.
 
     Example:
         >>> ProcessGroup().all_gather_interleaved([1, 2])
@@ -32,24 +32,24 @@ class ProcessGroup:
     rank = 0
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """Adds up what the ranks hold, in place; every rank gets the same bits."""
+        """Sum a tensor over the ranks, in place; every rank gets the same bits."""
         return tensor
 
     def all_reduce_many_(self, tensors: Sequence[Tensor]) -> None:
-        """Adds up each of several tensors, in place."""
+        """Sum each of several tensors over the ranks, in place."""
 
     def all_gather_interleaved(self, items: list[Item]) -> list[Item]:
-        """What all ranks hold, in the order in which it was dealt to them: one to each, again and again."""
+        """All-gather the items and interleave them round-robin: the inverse of `items[rank::world_size]`."""
         return items
 
     def barrier(self) -> None:
-        """Waits for all ranks, before a collective of somebody else's."""
+        """Wait for all ranks, before a collective of another library."""
 
     @contextmanager
     def propagate_errors(self) -> Iterator[None]:
-        """Around what may raise, wherever that is not the end of the work: all ranks raise the same error, or none.
+        """Make all ranks raise the same exception if any of them raises one inside.
 
-        Whoever catches an error and goes on another way must catch it outside of this, or the ranks part.
+        Catch exceptions outside this context; otherwise the ranks diverge.
         """
         yield
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an estimator returns: a value, its error, what it cost and whether it converged."""
+"""Results of the estimators: a value with its error, its cost and whether it converged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from ..serialization import LowerBound
+from .statistics import NORMAL_QUANTILE
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,10 @@ class Estimate:
         converged: Whether the requested tolerance was reached.
         std_error: Standard error over the probe vectors; `None` where the estimate is not an average.
         residual: `‖Hq − θq‖` of an eigenvalue estimate θ: some eigenvalue lies within this distance of `value` (Golub
-            & Van Loan, Matrix Computations, section 8.1); `None` for other quantities. Converged is a residual that is
-            small beside the eigenvalue itself: beside the largest one, any random vector would do for an end near 0.
-        data_std_error: Standard error over the data, apart from that over the probe vectors: how far the value would
-            move with another probe set of the same size. `None` where it is not known.
+            & Van Loan, Matrix Computations, section 8.1); `None` for other quantities. Convergence is relative to the
+            eigenvalue itself, not to ‖H‖; otherwise any vector would pass for an eigenvalue near 0.
+        data_std_error: Standard error over the data, without that over the probe vectors: how far the value would
+            move with another probe set of the same size. `None` where it is unknown.
 
     Example:
         >>> Estimate(value=3.0, low=2.5, high=3.5, method="lanczos", hvps=8, converged=True, residual=0.5).error
@@ -45,22 +46,69 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        """The number to print behind ±: the standard error, or the residual bound of an eigenvalue."""
+        """The number to print after ±: the standard error, or the residual bound of an eigenvalue."""
         error = self.std_error if self.residual is None else self.residual
         return math.nan if error is None else error
+
+    @classmethod
+    def from_std_error(
+        cls,
+        value: float,
+        std_error: float,
+        *,
+        quantile: float = NORMAL_QUANTILE,
+        tolerance: float,
+        method: str,
+        hvps: int,
+        data_std_error: float | None = None,
+    ) -> Estimate:
+        """Return an estimate with a symmetric interval; it has converged if the relative error is small enough.
+
+        Args:
+            value: The estimate.
+            std_error: Its standard error.
+            quantile: Half the width of the interval, in standard errors.
+            tolerance: Relative standard error of a converged estimate.
+            method: See the class.
+            hvps: See the class.
+            data_std_error: See the class.
+        """
+        margin, converged = quantile * std_error, std_error <= tolerance * abs(value)
+        return cls(
+            value, value - margin, value + margin, method, hvps, converged, std_error, data_std_error=data_std_error
+        )
+
+    @classmethod
+    def from_relative_error(
+        cls,
+        value: float,
+        std_error: float,
+        *,
+        quantile: float = NORMAL_QUANTILE,
+        tolerance: float,
+        method: str,
+        hvps: int,
+    ) -> Estimate:
+        """Return an estimate of a positive quantity, whose interval is symmetric on a logarithmic scale.
+
+        Arguments as for `from_std_error`.
+        """
+        margin = quantile * std_error / value if value > 0 else 0.0
+        factor = math.exp(min(margin, 700.0))  # beyond, the exponential overflows
+        return cls(value, value / factor, value * factor, method, hvps, std_error <= tolerance * value, std_error)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """What is known of a matrix's eigenvalues.
+    """Extreme eigenvalues of a matrix, and its spectrum as a quadrature.
 
     Attributes:
         lambda_max: Largest algebraic eigenvalue.
-        lambda_min: Smallest algebraic eigenvalue; `None` from power iteration, which finds one end only.
-        top: The largest eigenvalues that were asked for, `lambda_max` first.
+        lambda_min: Smallest algebraic eigenvalue; `None` from power iteration, which finds only the largest.
+        top: The requested number of largest eigenvalues, `lambda_max` first.
         bottom: The smallest ones, `lambda_min` first.
-        ritz_values: All Ritz values of the Lanczos run, ascending. Those at both ends approximate eigenvalues.
-        ritz_weights: Gauss quadrature weight of each Ritz value: the share of the spectrum it stands for. Sum to 1.
+        ritz_values: All Ritz values of the Lanczos run, ascending. The outermost approximate eigenvalues.
+        ritz_weights: Gauss quadrature weight of each Ritz value: its share of the spectrum. They sum to 1.
     """
 
     lambda_max: Estimate

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Symmetric matrices that are known only by their products with vectors."""
+"""Symmetric matrices that are given by their products with vectors."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .communicator import SINGLE_PROCESS, ProcessGroup
 from .row_partition import RowPartition
-from .vectors import segment_dots
+from .vectors import Segments, quadratic_forms
 
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+
+BatchProducts = tuple[Tensor, NDArray[np.float64], list[int]]
+"""The result of `SymmetricOperator.matmat_per_batch`."""
 
 
 class SymmetricOperator(ABC):
@@ -27,7 +31,7 @@ class SymmetricOperator(ABC):
         size: n.
         dtype: Dtype of the vectors it multiplies.
         device: Device of the vectors it multiplies.
-        group: The processes that share the work on its products, and get the same ones.
+        group: The processes that share the work on its products; all of them get the same ones.
     """
 
     size: int
@@ -37,56 +41,52 @@ class SymmetricOperator(ABC):
 
     @property
     def rows(self) -> RowPartition:
-        """Which rows of the vectors are here: all n, unless they lie over ranks. Shapes below are of those."""
+        """The local rows of the vectors: all n, unless they are partitioned over ranks. Shapes below are local."""
         return RowPartition.whole(self.size)
 
     @abstractmethod
     def matmat(self, vectors: Tensor) -> Tensor:
-        """`A V` for the columns of V, of shape (n, k)."""
+        """Return `A V` for the columns of V, of shape (n, k)."""
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """`A v`, of shape (n,)."""
+        """Return `A v`, of shape (n,)."""
         return self.matmat(vector[:, None])[:, 0]
 
-    def matmat_per_batch(
-        self, vectors: Tensor, segments: Sequence[Sequence[slice]]
-    ) -> tuple[Tensor, np.ndarray, list[int]]:
-        """`A V`, and what each part p tells: A is the mean of the A_p, weighted by items.
+    def matmat_per_batch(self, vectors: Tensor, segments: Segments) -> BatchProducts:
+        """Return `A V`, and quadratic forms of each batch's A_b; A is their mean, weighted by items.
 
-        A matrix that is not made of parts is one part.
+        A matrix that is no such mean counts as one batch.
 
         Args:
             vectors: V, of shape (n, k).
             segments: Slices of the rows.
 
         Returns:
-            `A V`; `v_sᵀ(A_p v)_s` for each part, column v and segment s, of shape (parts, k, segments); the items of
-            each part.
+            `A V`; `v_sᵀ(A_b v)_s` for each batch, column v and segment s, of shape (batches, k, segments); the number
+            of items in each batch.
         """
         product = self.matmat(vectors)
-        return product, _forms(vectors.T, product.T, segments, self.rows.group)[None], [1]
+        return product, quadratic_forms(vectors.T, product.T, segments, self.rows.group)[None], [1]
 
     def to_scipy(self) -> LinearOperator:
-        """The same matrix for SciPy's solvers, on NumPy arrays."""
+        """Return the same matrix for SciPy's solvers, on NumPy arrays."""
         from scipy.sparse.linalg import LinearOperator
 
-        def matmat(vectors: np.ndarray) -> np.ndarray:
+        def matmat(vectors: NDArray[Any]) -> NDArray[Any]:
             columns = torch.from_numpy(np.ascontiguousarray(vectors)).to(device=self.device, dtype=self.dtype)
-            return self.matmat(columns).cpu().numpy()
+            product: NDArray[Any] = self.matmat(columns).cpu().numpy()
+            return product
+
+        def matvec(vector: NDArray[Any]) -> NDArray[Any]:
+            return matmat(vector.reshape(-1, 1))[:, 0]
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return LinearOperator(
-            shape=(self.size, self.size),
-            dtype=dtype,
-            matvec=lambda vector: matmat(vector.reshape(-1, 1))[:, 0],
-            rmatvec=lambda vector: matmat(vector.reshape(-1, 1))[:, 0],
-            matmat=matmat,
-            rmatmat=matmat,
-        )
+        shape = (self.size, self.size)
+        return LinearOperator(shape=shape, dtype=dtype, matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat)
 
 
 class DenseOperator(SymmetricOperator):
-    """A symmetric matrix held in memory: for examples, and to try an estimator on a known spectrum.
+    """A symmetric matrix in memory: for examples, and to try an estimator on a known spectrum.
 
     Args:
         matrix: The matrix, of shape (n, n).
@@ -99,23 +99,59 @@ class DenseOperator(SymmetricOperator):
         self.device = matrix.device
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """`A V` for the columns of V, of shape (n, k)."""
+        """Return `A V` for the columns of V, of shape (n, k)."""
         return self._matrix @ vectors
 
 
-class SharedColumns(SymmetricOperator):
-    """A matrix that every rank has in whole; of its products each rank makes those with its share of the columns.
-
-    Where there are fewer parts than ranks to share them, this is how vectors in lockstep still share the work.
+class PreconditionedOperator(SymmetricOperator):
+    """P^-½ A P^-½, which has the eigenvalues of P⁻¹A.
 
     Args:
-        operator: The matrix, by itself on every rank.
+        operator: A, of size n.
+        diagonal: The diagonal of P, of shape (n,); an infinite entry makes a zero row and column.
+
+    Raises:
+        ValueError: If the diagonal has another size or an entry that is not positive.
+
+    Example:
+        >>> operator = PreconditionedOperator(DenseOperator(torch.ones(2, 2)), torch.tensor([1.0, 4.0]))
+        >>> operator.matmat(torch.eye(2))
+        tensor([[1.0000, 0.5000],
+                [0.5000, 0.2500]])
+    """
+
+    def __init__(self, operator: SymmetricOperator, diagonal: Tensor):
+        if diagonal.shape != (len(operator.rows),):
+            raise ValueError(f"`diagonal` has shape {tuple(diagonal.shape)}, the operator size {operator.size}.")
+        if not (diagonal > 0).all():
+            raise ValueError("`diagonal` has an entry that is not positive.")
+        self._operator = operator
+        self._scale = diagonal.to(device=operator.device, dtype=operator.dtype).rsqrt()[:, None]
+        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.group = operator.group
+
+    @property
+    def rows(self) -> RowPartition:
+        """The local rows of the vectors: those of A."""
+        return self._operator.rows
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Return `P^-½ A P^-½ V` for the columns of V, of shape (n, k)."""
+        return self._operator.matmat(self._scale * vectors).mul_(self._scale)
+
+
+class ColumnParallelOperator(SymmetricOperator):
+    """A matrix that every rank has in whole; each rank multiplies its share of the columns.
+
+    With fewer batches than ranks, this is how a block of vectors still shares the work.
+
+    Args:
+        operator: The matrix, of a single process on every rank.
         group: The processes that share the columns.
         on_products: Called with the number of products that all of them just made.
 
     Example:
-        >>> from hf_optimizability.linalg.communicator import ProcessGroup
-        >>> SharedColumns(DenseOperator(torch.eye(2)), ProcessGroup()).matmat(torch.ones(2, 1)).T
+        >>> ColumnParallelOperator(DenseOperator(torch.eye(2)), ProcessGroup()).matmat(torch.ones(2, 1)).T
         tensor([[1., 1.]])
     """
 
@@ -127,32 +163,29 @@ class SharedColumns(SymmetricOperator):
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """`A V` for the columns of V, of shape (n, k)."""
-        rows, mine = torch.zeros_like(vectors.T), slice(self.group.rank, None, self.group.world_size)
-        if len(rows[mine]):
-            rows[mine] = self._operator.matmat(vectors[:, mine]).T
-        return self._summed(rows)
+        """Return `A V` for the columns of V, of shape (n, k)."""
+        products, local = torch.zeros_like(vectors.T), self._local_columns
+        if len(products[local]):
+            products[local] = self._operator.matmat(vectors[:, local]).T
+        return self._reduce(products)
 
-    def matmat_per_batch(
-        self, vectors: Tensor, segments: Sequence[Sequence[slice]]
-    ) -> tuple[Tensor, np.ndarray, list[int]]:
-        """`A V`, and what each part tells; see `SymmetricOperator`."""
-        rows, mine = torch.zeros_like(vectors.T), slice(self.group.rank, None, self.group.world_size)
-        # A rank without a column multiplies one all the same, and so knows the parts.
-        own = mine if len(rows[mine]) else slice(1)
-        product, found, items = self._operator.matmat_per_batch(vectors[:, own], segments)
-        forms = torch.zeros(len(items), len(rows), len(segments), dtype=torch.float64)
-        if own is mine:
-            rows[mine], forms[:, mine] = product.T, torch.from_numpy(found)
-        return self._summed(rows), self.group.all_reduce_(forms).numpy(), items
+    def matmat_per_batch(self, vectors: Tensor, segments: Segments) -> BatchProducts:
+        """Return `A V` and quadratic forms of each batch; see `SymmetricOperator`."""
+        products, local = torch.zeros_like(vectors.T), self._local_columns
+        has_columns = len(products[local]) > 0
+        # A rank without a column multiplies the first one all the same, to learn about the batches.
+        columns = local if has_columns else slice(1)
+        product, local_forms, items = self._operator.matmat_per_batch(vectors[:, columns], segments)
+        forms = torch.zeros(len(items), len(products), len(segments), dtype=torch.float64)
+        if has_columns:
+            products[local], forms[:, local] = product.T, torch.from_numpy(local_forms)
+        return self._reduce(products), self.group.all_reduce_(forms).numpy(), items
 
-    def _summed(self, rows: Tensor) -> Tensor:
+    @property
+    def _local_columns(self) -> slice:
+        return slice(self.group.rank, None, self.group.world_size)
+
+    def _reduce(self, products: Tensor) -> Tensor:
         if self._on_products is not None:
-            self._on_products(len(rows))
-        return self.group.all_reduce_(rows).T
-
-
-def _forms(vectors: Tensor, products: Tensor, segments: Sequence[Sequence[slice]], group: ProcessGroup) -> np.ndarray:
-    """`v_sᵀ(Av)_s` for rows v and their products, of shape (k, segments)."""
-    forms = [segment_dots(v, row, segments) for v, row in zip(vectors, products, strict=True)]
-    return group.all_reduce_(torch.tensor(forms, dtype=torch.float64)).numpy()
+            self._on_products(len(products))
+        return self.group.all_reduce_(products).T

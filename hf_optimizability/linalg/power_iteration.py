@@ -14,17 +14,17 @@ from .vectors import dot, norm
 
 
 def power_iteration(operator: SymmetricOperator, *, tolerance: float, max_hvps: int, seed: int) -> Estimate:
-    """Estimates the largest *algebraic* eigenvalue of a symmetric operator.
+    """Estimate the largest *algebraic* eigenvalue of a symmetric operator.
 
     Power iteration (Golub & Van Loan, Matrix Computations, section 8.2) finds the eigenvalue μ of largest magnitude.
-    Where that is negative, a second run on A − μI, whose spectrum is not negative, finds the largest one. The value is
-    the Rayleigh quotient; the residual ‖Av − θv‖ costs no further product. Needs one vector of memory where Lanczos
-    needs one a step, and many more products.
+    If that is negative, a second run on A − μI, whose eigenvalues are at least 0, finds the largest one. The value is
+    the Rayleigh quotient; the residual ‖Av − θv‖ costs no further product. Needs memory for one vector, where Lanczos
+    needs one for each step, and many more products.
 
     Args:
         operator: The matrix.
         tolerance: Stop when the residual is below this share of the eigenvalue.
-        max_hvps: Most products to spend, over both runs.
+        max_hvps: Maximal number of products, over both runs.
         seed: Seed of the start vector.
 
     Returns:
@@ -42,7 +42,7 @@ def power_iteration(operator: SymmetricOperator, *, tolerance: float, max_hvps: 
 def leading_eigenpair(
     operator: SymmetricOperator, *, tolerance: float, max_hvps: int, seed: int
 ) -> tuple[Estimate, Tensor]:
-    """Return what `power_iteration` does, and the approximate eigenvector, of norm 1."""
+    """Return the estimate of `power_iteration` and the approximate eigenvector, of norm 1."""
     value, residual, hvps, vector = _dominant(operator, shift=0.0, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
     if value < 0 and hvps < max_hvps:
         value, residual, more, vector = _dominant(
@@ -64,7 +64,7 @@ def leading_eigenpair(
 def _dominant(
     operator: SymmetricOperator, *, shift: float, tolerance: float, max_hvps: int, seed: int
 ) -> tuple[float, float, int, Tensor]:
-    """Eigenvalue of A whose distance from `shift` is largest, its residual, the products spent, its eigenvector."""
+    """Return the eigenvalue of A farthest from `shift`, its residual, the products spent and its eigenvector."""
     generator = torch.Generator().manual_seed(seed)
     group = operator.rows.group
     vector = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -85,7 +85,7 @@ def estimate_spectrum_and_trace(
     left_out: int = 0,
     deflate: bool = True,
 ) -> SpectrumAndTrace:
-    """Estimates both ends of the spectrum, the density and the trace, each to its tolerance.
+    """Estimate both ends of the spectrum, the density and the trace, each to its tolerance.
 
     A Lanczos run from one random start gives the ends and, as a quadrature, the density, with at most half the budget.
     The trace gets the rest, deflated by the Ritz vectors of the largest eigenvalues.
@@ -140,7 +140,7 @@ def estimate_spectrum_and_trace(
     )
     estimates = HessianEstimates(trace=trace.total, density=found, **vars(spectrum))
     return SpectrumAndTrace(
-        estimates, trace.segments, trace.diagonal, eigenvalues, eigenvectors, trace.parts, extremal
+        estimates, trace.segments, trace.diagonal, eigenvalues, eigenvectors, trace.batch_traces, extremal
     )
 
 
@@ -154,7 +154,7 @@ def _ends(
     max_hvps: int,
     seed: int,
 ) -> tuple[Spectrum, Density | None, tuple[Estimate, ...], Tensor | None, tuple[Tensor, ...]]:
-    """Both ends, the density, the largest eigenvalues with their Ritz vectors, and those of both ends."""
+    """Return both ends, the density, the largest eigenvalues with their Ritz vectors, and those of both ends."""
     if method == "power_iteration":
         top, vector = leading_eigenpair(matrix, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
         return Spectrum(lambda_max=top), None, (), None, (vector,)
@@ -166,7 +166,7 @@ def _ends(
             run.weights,
             run.residuals,
             size=matrix.size,
-            left_out=left_out,
+            zero_rows=left_out,
             hvps=run.hvps,
             tolerance=tolerance,
         )
@@ -184,21 +184,22 @@ def _trace(
     method: TraceMethod,
     split_trace: Callable[..., TraceResult] | None,
     vectors: Tensor | None,
-    **options: Any,
+    tolerance: float,
+    max_hvps: int,
+    seed: int,
 ) -> TraceResult:
-    """The trace by the chosen method; Hutchinson's in its split form, if there is one, else deflated by `vectors`."""
+    """Return the trace by the chosen method; Hutchinson's in its split form, if there is one, else deflated."""
     if method == "exact":
         return exact_trace(matrix(), segments)
     if method == "xtrace":
-        return xtrace(matrix(), segments, **options)
+        return xtrace(matrix(), segments, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
     if method == "hutch++":
-        return hutchplusplus(matrix(), segments, **options)
+        return hutchplusplus(matrix(), segments, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
     if split_trace is not None:
         with suppress(ValueError):
-            return split_trace(**options)
-    operator = matrix()
-    if vectors is None or options["max_hvps"] < len(vectors) + MIN_PROBES:
-        return hutchinson(operator, segments, **options)
-    deflation = Deflation(vectors, as_rows(operator.matmat(vectors.T)), operator.rows.group)
-    options["max_hvps"] -= len(vectors)
-    return hutchinson(operator, segments, deflation=deflation, **options)
+            return split_trace(tolerance=tolerance, max_hvps=max_hvps, seed=seed)
+    operator, deflation = matrix(), None
+    if vectors is not None and max_hvps >= len(vectors) + MIN_PROBES:
+        deflation = Deflation(vectors, as_rows(operator.matmat(vectors.T)), operator.rows.group)
+        max_hvps -= len(vectors)
+    return hutchinson(operator, segments, tolerance=tolerance, max_hvps=max_hvps, seed=seed, deflation=deflation)

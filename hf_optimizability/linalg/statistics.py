@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a mean over the probe set would move with other data: the jackknife over its parts."""
+"""Standard errors by the jackknife, and quantiles for 95 % intervals."""
 
 from __future__ import annotations
 
@@ -7,33 +7,54 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-def jackknife(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray) -> float:
-    """Standard error of the weighted mean `Σ wᵢ xᵢ / Σ wᵢ`, each part standing for the data it could be made of.
+Array = NDArray[np.float64]
 
-    Leaves out one part at a time; parts may differ in size (Busing, Meijer & van der Leeden 1999, "Delete-m jackknife
-    for unequal m"). For a weighted mean that is `√(Σ wᵢ / (W − wᵢ) · (xᵢ − x̄)² / g)` with `W = Σ wᵢ`: no
-    mean is computed anew.
+NORMAL_QUANTILE = 1.959964
+"""Quantile of the normal distribution for a two-sided 95 % interval."""
 
-    A 95 % interval takes Student's t with g − 1 degrees of freedom. That holds from about ten parts on; from four, the
+
+def student_quantile(freedom: float) -> float:
+    """Return the quantile of Student's t distribution for a two-sided 95 % interval.
+
+    Args:
+        freedom: Degrees of freedom; infinity gives the normal distribution.
+
+    Example:
+        >>> round(student_quantile(9), 3), student_quantile(math.inf)
+        (2.262, 1.959964)
+    """
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.975)) if freedom < math.inf else NORMAL_QUANTILE
+
+
+def jackknife(values: Sequence[float] | Array, weights: Sequence[float] | Array) -> float:
+    """Return the standard error of the weighted mean `Σ wᵢ xᵢ / Σ wᵢ` over independent draws of data.
+
+    Leaves out one draw at a time; they may differ in size (Busing, Meijer & van der Leeden 1999, "Delete-m jackknife
+    for unequal m"). For a weighted mean that is `√(Σ wᵢ / (W − wᵢ) · (xᵢ − x̄)² / g)` with `W = Σ wᵢ`.
+
+    A 95 % interval takes Student's t with g − 1 degrees of freedom. That holds from about ten draws on; from four, the
     standard error is itself known to ±40 % only, and t (3.18 instead of 1.96) covers it if the values are not skewed.
 
     Where the values are averages over probe vectors, such as `vᵀ H_b v`, their probe noise is part of the spread: the
     standard error is then too large rather than too small.
 
     Args:
-        values: The value of each of the g parts.
+        values: The value of each of the g draws.
         weights: The number of items in each, above 0.
 
     Returns:
-        The standard error, in the unit of the values; NaN from one part, which says nothing of others.
+        The standard error, in the unit of the values; NaN for a single draw.
 
     Raises:
         ValueError: If the numbers of values and weights differ, or a weight is not above 0.
 
     Example:
-        >>> jackknife([1.0, 2.0, 3.0, 4.0], [5, 5, 5, 5])  # equal parts: the standard error of a mean
+        >>> jackknife([1.0, 2.0, 3.0, 4.0], [5, 5, 5, 5])  # equal sizes: the standard error of a mean
         0.6454972243679028
     """
     x, w = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
@@ -43,3 +64,8 @@ def jackknife(values: Sequence[float] | np.ndarray, weights: Sequence[float] | n
         return math.nan
     mean = np.average(x, weights=w)
     return math.sqrt(np.mean(w / (w.sum() - w) * (x - mean) ** 2))
+
+
+def jackknife_variance(leave_one_out: Array) -> float:
+    """Return the variance of an estimate from its values with one draw left out (Efron & Stein 1981)."""
+    return float((len(leave_one_out) - 1) * np.mean((leave_one_out - leave_one_out.mean()) ** 2))

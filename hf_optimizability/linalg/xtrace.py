@@ -5,29 +5,24 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from .batch_traces import BatchTraces
 from .operator import SymmetricOperator
-from .trace import (
-    PROBE_BLOCK_SIZE,
-    BatchTraces,
-    Segments,
-    TraceResult,
-    gram_matrices,
-    orthonormalize,
-    sign_rows,
-    squared_pairs,
-    student_quantile,
-    symmetric,
-    trace_result,
-)
-from .vectors import as_rows
+from .probe_vectors import PROBE_BLOCK_SIZE, orthonormalize, rademacher_rows
+from .statistics import student_quantile
+from .trace_result import TraceResult, TraceStatistics, squared_products
+from .vectors import Segments, as_rows, gram_matrices, symmetrize
+
+
+Array = NDArray[np.float64]
 
 
 def xtrace(
     operator: SymmetricOperator, segments: Segments, *, tolerance: float, max_hvps: int, seed: int
 ) -> TraceResult:
-    """Estimates the trace with every test vector serving as sketch and as probe.
+    """Estimate the trace with every test vector serving as sketch and as probe.
 
     XTrace (Epperly, Tropp & Webber 2024, arXiv 2301.07825): with Q spanning A Ω for k test vectors Ω, each test vector
     in turn is the probe of what the others' span leaves of A; the trace is the mean of these k leave-one-out values,
@@ -35,16 +30,16 @@ def xtrace(
     A Q and Ω. Grows by `PROBE_BLOCK_SIZE` test vectors until the standard error is below `tolerance` times the trace.
 
     The paper's error estimate, `√(Σ (tᵢ − t̄)² / (k (k − 1)))`, takes the leave-one-out values tᵢ for independent. They
-    are positively correlated once k is not small beside the effective rank: its 95 % intervals then hold the truth in
-    as few as 77 % of runs (eigenvalues 1/i, k = 32, n = 200). Here the standard error is `√(2 f / k)` with f the mean
-    of ‖PᵢAPᵢ ωᵢ‖², where Pᵢ removes the others' span, and the interval is Student's t. It held the truth in 91 to
-    100 % of runs: it is too wide where the diagonal outweighs the rest of A.
+    are positively correlated unless k is small relative to the effective rank: its 95 % intervals then cover the truth
+    in as few as 77 % of runs (eigenvalues 1/i, k = 32, n = 200). Here the standard error is `√(2 f / k)` with f the
+    mean of ‖PᵢAPᵢ ωᵢ‖², where Pᵢ removes the others' span, and the interval is Student's t. It covered the truth in 91
+    to 100 % of runs: it is too wide where the diagonal outweighs the rest of A.
 
     Args:
         operator: The matrix.
         segments: Slices of the rows; together they must hold each row once.
         tolerance: Relative standard error to stop at.
-        max_hvps: Most products to spend, at least 4; two for each test vector.
+        max_hvps: Maximal number of products, at least 4; two for each test vector.
         seed: Seed of the test vectors.
 
     Returns:
@@ -61,38 +56,41 @@ def xtrace(
     generator = torch.Generator().manual_seed(seed)
     rows: list[Tensor] = []  # Q, A Q and Ω of each round
     gram = np.zeros((len(segments), 0, 0))
-    parts = BatchTraces(segments)
+    batch_traces = BatchTraces(segments)
     hvps = 0
     while True:
-        probes = sign_rows(operator, min(PROBE_BLOCK_SIZE, (max_hvps - hvps) // 2), generator)
-        products, _ = parts.multiply(operator, probes)
+        probes = rademacher_rows(operator, min(PROBE_BLOCK_SIZE, (max_hvps - hvps) // 2), generator)
+        products, _ = batch_traces.multiply(operator, probes)
         vectors = orthonormalize(products, rows[0::3], operator.rows.group)
         hvps += len(probes) + len(vectors)
         new = [vectors, as_rows(operator.matmat(vectors.T)) if len(vectors) else vectors, probes.to(torch.int8)]
         rows += new
         border = gram_matrices(rows, new, segments, operator.rows.group)
         gram = np.block([[gram, border[:, : gram.shape[1]]], [border.swapaxes(1, 2)]])
-        owner = np.repeat(np.arange(len(rows)) % 3, [len(block) for block in rows])
-        q, z, w = (np.flatnonzero(owner == kind) for kind in range(3))
-        values, squares = _leave_one_out(gram, q, z, w)
-        images = gram.sum(0)[np.ix_(z, w)]  # R of A Ω = Q R
-        result = trace_result(
-            values,
-            squares.mean(axis=0),
-            (images**2).sum(axis=0),
-            squared_pairs(images.T @ images),
-            quantile=student_quantile(len(values)),
-            tolerance=tolerance,
-            method="xtrace",
-            hvps=hvps,
-            data_std_errors=parts.std_errors(),
-        )
+        statistics = _statistics(gram, [len(block) for block in rows], batch_traces)
+        quantile = student_quantile(len(statistics.samples) - 1)
+        result = statistics.result(quantile=quantile, tolerance=tolerance, method="xtrace", hvps=hvps)
         if result.total.converged or max_hvps - hvps < 2 or len(vectors) < len(probes):
             return result
 
 
-def _leave_one_out(gram: np.ndarray, q: np.ndarray, z: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """XTrace's leave-one-out values and the squared norms of their residual products, by segment.
+def _statistics(gram: Array, lengths: list[int], batch_traces: BatchTraces) -> TraceStatistics:
+    """Return the statistics of the leave-one-out values, from the Gram matrix of the rounds' Q, A Q and Ω."""
+    kinds = np.repeat(np.arange(len(lengths)) % 3, lengths)
+    q, z, w = (np.flatnonzero(kinds == kind) for kind in range(3))
+    values, squares = _leave_one_out(gram, q, z, w)
+    images = gram.sum(0)[np.ix_(z, w)]  # R of A Ω = Q R
+    return TraceStatistics(
+        samples=values,
+        term_variances=squares.mean(axis=0),
+        squared_norms=(images**2).sum(axis=0),
+        squared_products=squared_products(images.T @ images),
+        data_std_errors=batch_traces.std_errors(),
+    )
+
+
+def _leave_one_out(gram: Array, q: NDArray[np.intp], z: NDArray[np.intp], w: NDArray[np.intp]) -> tuple[Array, Array]:
+    """Return XTrace's leave-one-out values and the squared norms of their residual products, by segment.
 
     Without column i, A Ω spans Q up to one direction: Qᵢ Qᵢᵀ = Q M Qᵀ with M = I − s sᵀ and s along column i of R⁻ᵀ,
     where A Ω = Q R. The value is the trace of A − PᵢAPᵢ plus
@@ -100,17 +98,17 @@ def _leave_one_out(gram: np.ndarray, q: np.ndarray, z: np.ndarray, w: np.ndarray
 
     Args:
         gram: Gram matrix of each segment's rows of Q, Z and Ω.
-        q: Places of Q's columns in it.
-        z: Places of Z's columns.
-        w: Places of Ω's columns.
+        q: Indices of Q's columns in it.
+        z: Indices of Z's columns.
+        w: Indices of Ω's columns.
 
     Returns:
         Both of shape (k, segments).
     """
     whole = gram.sum(0)
-    H, R, W = symmetric(whole[np.ix_(q, z)]), whole[np.ix_(z, w)], whole[np.ix_(q, w)]
+    H, R, W = symmetrize(whole[np.ix_(q, z)]), whole[np.ix_(z, w)], whole[np.ix_(q, w)]
     inverse = np.linalg.pinv(R)
-    # Where A Ω has dependent columns, most can be left out without losing a direction.
+    # If A Ω has dependent columns, most can be dropped without losing a direction.
     needed = np.einsum("ia,ai->i", inverse, R) > 1 - 1e-6
     directions = inverse * needed[:, None] / np.maximum(np.linalg.norm(inverse, axis=1, keepdims=True), 1e-300)
     values, squares = np.zeros((2, len(w), len(gram)))

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from ..config import HvpAllocation, OptimizabilityConfig
 from ..linalg.lanczos import BASIS_CHUNK
+from ..linalg.probe_vectors import PROBE_BLOCK_SIZE
 from ..linalg.spectrum_and_trace import DEFLATED
-from ..linalg.trace import PROBE_BLOCK_SIZE
 from ..objective.objective import Objective
 from .engines import HvpEngine
 

@@ -21,11 +21,11 @@ from ..curvature.gauss_newton import split_trace
 from ..curvature.gradient import Gradient
 from ..linalg.estimate import Estimate, Spectrum
 from ..linalg.lanczos import lanczos, lanczos_by_segment
-from ..linalg.operator import SharedColumns, SymmetricOperator
-from ..linalg.preconditioned import PreconditionedOperator
+from ..linalg.operator import ColumnParallelOperator, PreconditionedOperator, SymmetricOperator
+from ..linalg.probe_vectors import PROBE_BLOCK_SIZE
 from ..linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum_and_trace
-from ..linalg.trace import PROBE_BLOCK_SIZE, Segments, TraceResult
-from ..linalg.vectors import concatenate, dot, norm
+from ..linalg.trace_result import TraceResult
+from ..linalg.vectors import Segments, dot, flatten, norm
 from ..objective.objective import Objective
 from ..quantities.step_size import QuadraticModel, quadratic_model
 from .cost_model import allocate_hvps
@@ -95,7 +95,7 @@ def measure_directions(
     """
     operator = engine.operator(objective)
     group = operator.rows.group
-    gradient = concatenate(point.tensors).to(operator.device, operator.dtype)
+    gradient = flatten(point.tensors).to(operator.device, operator.dtype)
     length = norm(gradient, group) or 1.0
     direction = gradient / length
     generator = torch.Generator().manual_seed(config.probe_seed)
@@ -210,7 +210,7 @@ def _trace_matrix(engine: HvpEngine, objective: Objective) -> Callable[[], Symme
         return lambda: engine.trace_operator(objective)
     counter, whole = objective.hvp_counter, objective.unsharded().counting(None)
     on_products = None if counter is None else counter.add
-    return lambda: SharedColumns(engine.trace_operator(whole), group, on_products=on_products)
+    return lambda: ColumnParallelOperator(engine.trace_operator(whole), group, on_products=on_products)
 
 
 def _preconditioned_sharpness(

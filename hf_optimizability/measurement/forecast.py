@@ -21,7 +21,7 @@ from ..curvature.block_diagonal import BlockDiagonalHessian
 from ..curvature.compact_embeddings import drop_unused_embedding_rows
 from ..curvature.gauss_newton import MAX_SPLIT_OUTPUTS, gauss_newton_trace
 from ..curvature.hessian import ObjectiveOperator
-from ..linalg.trace import PROBE_BLOCK_SIZE
+from ..linalg.probe_vectors import PROBE_BLOCK_SIZE
 from ..objective.batches import Batch, batch_size
 from ..objective.objective import LossFunction, Objective
 from ..objective.parameter_blocks import block_indices

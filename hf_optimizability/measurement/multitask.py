@@ -15,7 +15,7 @@ from ..config import OptimizabilityConfig
 from ..linalg.estimate import Estimate
 from ..linalg.lanczos import lanczos
 from ..linalg.spectrum_and_trace import SpectrumAndTrace
-from ..linalg.trace import student_quantile
+from ..linalg.statistics import student_quantile
 from ..objective.objective import Objective
 from ..quantities.task_conflict import BatchProducts, TaskGram, batch_products
 from .engines import HvpEngine
@@ -145,7 +145,7 @@ def _mean(value: float, std_error: float, *, parts: int) -> Estimate:
     """Return a mean over batches; it has no error if there is one batch."""
     if parts == 1:
         return Estimate(value, -math.inf, math.inf, method="mean", hvps=0, converged=False)
-    margin = student_quantile(parts) * std_error
+    margin = student_quantile(parts - 1) * std_error
     return Estimate(value, value - margin, value + margin, method="mean", hvps=0, converged=True, std_error=std_error)
 
 

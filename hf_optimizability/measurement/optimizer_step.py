@@ -16,7 +16,7 @@ from ..curvature.gradient import Gradient, gradient
 from ..distributed.sharded_objective import ShardedObjective
 from ..linalg.estimate import Estimate
 from ..linalg.spectrum_and_trace import SpectrumAndTrace
-from ..linalg.vectors import concatenate
+from ..linalg.vectors import flatten
 from ..objective.objective import Objective
 from ..quantities.loss_landscape import LossLine, LossPlane, loss_line, loss_plane
 from ..quantities.preconditioner import Preconditioner, TensorReader, optimizer_update, read_preconditioner
@@ -102,7 +102,7 @@ def update_line(
     return loss_line(
         objective,
         update,
-        gradient=concatenate(point.tensors).to(update),
+        gradient=flatten(point.tensors).to(update),
         curvature=curvature,
         reach=critical.value if critical.converged else stability.learning_rate or _START,
         step=stability.learning_rate,
@@ -119,6 +119,6 @@ def eigenvector_plane(objective: Objective, spectrum: SpectrumAndTrace) -> LossP
             objective,
             spectrum.eigenvectors,
             spectrum.eigenvalues,
-            gradient=concatenate(point.tensors).to(spectrum.eigenvectors),
+            gradient=flatten(point.tensors).to(spectrum.eigenvectors),
             present=point.loss,
         )

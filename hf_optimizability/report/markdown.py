@@ -16,13 +16,7 @@ from ..diagnosis.findings import find
 from ..measurement.quantities_table import QUANTITIES
 from ..measurement.results import Measurement
 from ..report_data.data import ReportData
-from ..report_data.number_format import (
-    NOT_CONVERGED,
-    format_interval,
-    format_number,
-    format_with_error,
-    one_line,
-)
+from ..report_data.number_format import NOT_CONVERGED, format_interval, format_number, format_with_error, one_line
 from .panels import JOINT_PLOTS
 from .tables import card_rows, quantity_cells
 from .templating import environment, first_and_last, format_plain, measurement_values, title_of

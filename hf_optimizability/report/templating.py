@@ -13,11 +13,7 @@ from markupsafe import Markup
 from ..linalg.estimate import Estimate
 from ..measurement.results import Measurement, MultitaskMeasurement
 from ..report_data.data import ReportData
-from ..report_data.number_format import (
-    MISSING,
-    format_interval,
-    format_number,
-)
+from ..report_data.number_format import MISSING, format_interval, format_number
 from . import tables
 
 

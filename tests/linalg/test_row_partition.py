@@ -15,9 +15,8 @@ from torch import Tensor
 
 from hf_optimizability.linalg.communicator import ProcessGroup
 from hf_optimizability.linalg.lanczos import lanczos
-from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
+from hf_optimizability.linalg.operator import DenseOperator, PreconditionedOperator, SymmetricOperator
 from hf_optimizability.linalg.power_iteration import power_iteration
-from hf_optimizability.linalg.preconditioned import PreconditionedOperator
 from hf_optimizability.linalg.row_partition import RowPartition
 from hf_optimizability.linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum_and_trace
 from hf_optimizability.linalg.vectors import dot, norm

@@ -13,14 +13,10 @@ from torch import Tensor
 from hf_optimizability.curvature.empirical_risk import EmpiricalRisk
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
+from hf_optimizability.linalg.probe_vectors import PROBE_BLOCK_SIZE
 from hf_optimizability.linalg.statistics import jackknife
-from hf_optimizability.linalg.trace import (
-    MIN_PROBES,
-    PROBE_BLOCK_SIZE,
-    TraceResult,
-    exact_trace,
-    hutchinson,
-)
+from hf_optimizability.linalg.trace import MIN_PROBES, exact_trace, hutchinson
+from hf_optimizability.linalg.trace_result import TraceResult
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective.objective import Objective
 from tests.support import tiny_models
@@ -158,7 +154,7 @@ class TestDeflation:
 
 class TestHutchPlusPlus:
     def test_a_matrix_of_low_rank_is_exact(self):
-        dense = with_eigenvalues(np.concatenate([[-4.0, 3.0, 2.0], np.zeros(97)]))
+        dense = with_eigenvalues(np.flatten([[-4.0, 3.0, 2.0], np.zeros(97)]))
         result = estimate("hutch++", dense, tolerance=1e-6, max_hvps=40, seed=0)
         assert values(result) == pytest.approx(truths(dense), abs=1e-9) and result.total.converged
         assert result.total.hvps == 4 + 3 + MIN_PROBES  # sketch, its span, probes that see nothing

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_optimizability.linalg.deflation import Deflation
+from hf_optimizability.linalg.probe_vectors import PROBE_BLOCK_SIZE
 from hf_optimizability.linalg.row_partition import RowPartition
-from hf_optimizability.linalg.trace import PROBE_BLOCK_SIZE, Deflation
 from tests.support.known_traces import (
     NEVER,
     cases,
@@ -55,7 +56,7 @@ class TestXTrace:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_a_matrix_of_low_rank_is_exact(self, dtype: torch.dtype):
-        dense = with_eigenvalues(np.concatenate([[-4.0, 3.0, 2.0], np.zeros(97)])).to(dtype)
+        dense = with_eigenvalues(np.flatten([[-4.0, 3.0, 2.0], np.zeros(97)])).to(dtype)
         result = estimate("xtrace", dense, tolerance=1e-3, max_hvps=40, seed=0)
         assert values(result)[:4] == pytest.approx(truths(dense)[:4], abs=1e-5) and result.total.converged
         assert result.total.hvps <= 8

@@ -18,7 +18,7 @@ from hf_optimizability.curvature.empirical_risk import EmpiricalRisk
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.linalg.lanczos import lanczos
-from hf_optimizability.linalg.preconditioned import PreconditionedOperator
+from hf_optimizability.linalg.operator import PreconditionedOperator
 from hf_optimizability.quantities.preconditioner import read_preconditioner
 
 

@@ -14,8 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers.optimization import Adafactor
 
 from hf_optimizability.linalg.lanczos import lanczos
-from hf_optimizability.linalg.operator import DenseOperator
-from hf_optimizability.linalg.preconditioned import PreconditionedOperator
+from hf_optimizability.linalg.operator import DenseOperator, PreconditionedOperator
 from hf_optimizability.quantities.preconditioner import optimizer_update, read_preconditioner
 
 

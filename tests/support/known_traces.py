@@ -12,13 +12,10 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
+from hf_optimizability.linalg.deflation import Deflation
 from hf_optimizability.linalg.operator import DenseOperator
-from hf_optimizability.linalg.trace import (
-    Deflation,
-    TraceResult,
-    hutchinson,
-    hutchplusplus,
-)
+from hf_optimizability.linalg.trace import hutchinson, hutchplusplus
+from hf_optimizability.linalg.trace_result import TraceResult
 from hf_optimizability.linalg.xtrace import xtrace
 from tests.support import tiny_models
 
@@ -46,7 +43,7 @@ def matrix(name: str) -> Tensor:
     bulk = 0.02 + np.random.default_rng(1).normal(size=196) / 50
     return with_eigenvalues(
         {
-            "network": np.concatenate([[-6.0, -2.0, 5.0, 9.0], bulk]),
+            "network": np.flatten([[-6.0, -2.0, 5.0, 9.0], bulk]),
             "decaying": np.arange(1.0, 201.0) ** -2,
             "flat": np.linspace(1, 3, 200),
         }[name]
