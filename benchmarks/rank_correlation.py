@@ -71,8 +71,8 @@ def group(columns: Array) -> Array:
 
 def fit(known: Table, final: Table, tasks: Sequence[str]) -> Array:
     """Weights of the ranks, by ridge regression of the final ranks on some tasks. Their signs are learnt as well."""
-    x = np.flatten([group(known[task]) for task in tasks])
-    y = np.flatten([group(final[task][:, None])[:, 0] for task in tasks])
+    x = np.concatenate([group(known[task]) for task in tasks])
+    y = np.concatenate([group(final[task][:, None])[:, 0] for task in tasks])
     return np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y)
 
 

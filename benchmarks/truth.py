@@ -185,8 +185,8 @@ def pooled(runs: Sequence[Quadrature]) -> Quadrature:
         >>> pooled([one, other])
         Quadrature(nodes=array([1., 3.]), weights=array([0.5, 0.5]))
     """
-    nodes = np.flatten([run.nodes for run in runs])
-    weights = np.flatten([run.weights / run.weights.sum() for run in runs])
+    nodes = np.concatenate([run.nodes for run in runs])
+    weights = np.concatenate([run.weights / run.weights.sum() for run in runs])
     return Quadrature(nodes, weights / len(runs))
 
 
@@ -210,7 +210,7 @@ def sharpened(runs: Sequence[Run], size: int) -> Quadrature:
         nodes.append(run.nodes[rest])
         share = (1 - len(common) / size) / len(runs)
         weights.append(share * run.weights[rest] / run.weights[rest].sum())
-    return Quadrature(np.flatten(nodes), np.flatten(weights))
+    return Quadrature(np.concatenate(nodes), np.concatenate(weights))
 
 
 def _among(node: float, others: np.ndarray) -> bool:

@@ -48,7 +48,7 @@ def lanczos_run(matrix: np.ndarray, steps: int, seed: int) -> Run:
 def spiked_matrix() -> tuple[np.ndarray, np.ndarray]:
     """A bulk near zero and three eigenvalues far out: the shape of a fine-tuned network's spectrum."""
     generator = np.random.default_rng(0)
-    values = np.flatten([generator.normal(0, 0.1, 297), [-20.0, 50.0, 100.0]])
+    values = np.concatenate([generator.normal(0, 0.1, 297), [-20.0, 50.0, 100.0]])
     vectors = ortho_group.rvs(300, random_state=0)
     return values, (vectors * values) @ vectors.T
 

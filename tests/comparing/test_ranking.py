@@ -111,7 +111,7 @@ class TestHonesty:
 
     def test_copies_with_the_same_seeds_are_alike(self):
         scores = np.random.default_rng(0).normal(size=(1, 3, 50))
-        ranking = ranked(np.flatten([scores, scores, scores + 1]))
+        ranking = ranked(np.concatenate([scores, scores, scores + 1]))
         assert ranking.names[0] == "c" and ranking.ranks == (1, 2, 2)
         assert ranking.better[1][2] == 0.5 and not ranking.differs_significantly(1, 2)
         assert ranking.differences[1][2] == (0, 0, 0)

@@ -76,8 +76,8 @@ def products(name: str) -> dict[str, list[float]]:
     with measuring(model, seed=0), on_shards(objective) as shards:
         differences = CentralDifferenceHessian(shards)
         whole = torch.zeros(differences.size, 2, dtype=torch.float64)
-        here = [i for part in differences.rows.here for i in range(part.start, part.stop)]
-        whole[here] = differences.matmat(differences.rows.of(directions(differences.size)))
+        here = [i for part in differences.rows.local for i in range(part.start, part.stop)]
+        whole[here] = differences.matmat(differences.rows.select(directions(differences.size)))
         found["on shards"] = objective.group.all_reduce_(whole).tolist()
         found["rows"] = [len(differences.rows), sum(p.numel() for p in shards.parameters)]
     return found

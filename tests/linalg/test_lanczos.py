@@ -33,13 +33,13 @@ def matrix(eigenvalues: np.ndarray, *, dtype: torch.dtype = torch.float64, seed:
 
 def network_like(size: int = 300) -> np.ndarray:
     """A few outliers at both ends and a bulk near zero, as Hessians of networks have them."""
-    return np.sort(np.flatten([TOP, BOTTOM, np.random.default_rng(1).normal(size=size - 6) / 50]))
+    return np.sort(np.concatenate([TOP, BOTTOM, np.random.default_rng(1).normal(size=size - 6) / 50]))
 
 
 def slow(size: int = 600) -> np.ndarray:
     """Ends that are close to their neighbours."""
     bulk = np.random.default_rng(1).normal(size=size - 25) / 3
-    return np.sort(np.flatten([np.linspace(3, 10, 15), np.linspace(-5, -2, 10), bulk]))
+    return np.sort(np.concatenate([np.linspace(3, 10, 15), np.linspace(-5, -2, 10), bulk]))
 
 
 class DiagonalOperator(SymmetricOperator):
@@ -111,8 +111,8 @@ def outliers_and_bulk(kind: str, size: int = 2000) -> np.ndarray:
     """Outliers in a geometric row or evenly spaced, the largest at 0, the smallest at 14, and a normal bulk."""
     bulk = np.random.default_rng(0).normal(size=size - 24)
     if kind == "geometric":
-        return np.flatten([np.geomspace(9, 0.5, 14), -np.geomspace(5.9, 0.5, 10), bulk / 20])
-    return np.flatten([np.linspace(10, 3, 14), np.linspace(-5, -2, 10), bulk / 3])
+        return np.concatenate([np.geomspace(9, 0.5, 14), -np.geomspace(5.9, 0.5, 10), bulk / 20])
+    return np.concatenate([np.linspace(10, 3, 14), np.linspace(-5, -2, 10), bulk / 3])
 
 
 class TestEnds:
@@ -147,7 +147,7 @@ class TestEnds:
 
     def test_a_small_end_is_not_taken_for_converged_too_soon(self):
         """λ_max = 60 beside λ_min = −480, the rest 0: at first the upper Ritz value is small, as is its residual."""
-        operator = DiagonalOperator(np.flatten([[-480.0, 60.0], np.zeros(2000)]))
+        operator = DiagonalOperator(np.concatenate([[-480.0, 60.0], np.zeros(2000)]))
         run = lanczos(operator, tolerance=0.05, max_hvps=50, seed=3)
         assert run.lambda_max.value == pytest.approx(60, rel=0.05)
 
@@ -155,7 +155,7 @@ class TestEnds:
     def test_the_bulk_near_zero_is_not_taken_for_the_smallest_eigenvalue(self, steps: int):
         """λ_min = −500 is small beside λ_max = 80000, so for some steps the lower Ritz value is near 0."""
         bulk = np.random.default_rng(0).normal(size=20_000)
-        operator = DiagonalOperator(np.flatten([[8e4, 3e4, 4e3, -500.0], bulk]))
+        operator = DiagonalOperator(np.concatenate([[8e4, 3e4, 4e3, -500.0], bulk]))
         estimate = lanczos(operator, tolerance=0.05, max_hvps=steps, seed=0).lambda_min
         assert estimate.converged == (abs(estimate.value + 500) < 25)
 
@@ -240,7 +240,7 @@ class TestRitzPairs:
         assert len(operator.multiplied) == 1
 
     def test_several_starts_see_a_multiple_eigenvalue(self):
-        eigenvalues = np.flatten([[7.0, 7.0, 2.0], np.random.default_rng(0).normal(size=200) / 9])
+        eigenvalues = np.concatenate([[7.0, 7.0, 2.0], np.random.default_rng(0).normal(size=200) / 9])
         operator = DenseOperator(matrix(eigenvalues))
         for starts, second in ((1, 2.0), (2, 7.0)):
             run = lanczos(operator, tolerance=1e-6, max_hvps=12 * starts, seed=0, num_eigenvalues=2, starts=starts)
@@ -264,7 +264,7 @@ class TestBasis:
 
     def test_stays_orthogonal_where_the_starts_are_nearly_parallel_after_a_step(self):
         """One eigenvalue is so large that every product points along its vector."""
-        eigenvalues = np.flatten([[1.0], 1e-8 * np.random.default_rng(0).normal(size=299)])
+        eigenvalues = np.concatenate([[1.0], 1e-8 * np.random.default_rng(0).normal(size=299)])
         operator = DenseOperator(matrix(eigenvalues))
         run = lanczos(operator, tolerance=1e-30, max_hvps=12, seed=0, starts=3, num_eigenvalues=6)
         basis = run.ritz_vectors(range(12)).double()
@@ -441,7 +441,7 @@ def test_a_warm_start_in_many_dimensions_waits_for_what_its_vector_does_not_know
     """After three products the residual at the old eigenvalue 10 is small, and the new one, 13, has not shown yet."""
     size = 4_000_000
     bulk = np.random.default_rng(0).normal(size=size - 2) / 20
-    operator = DiagonalOperator(sign * np.flatten([[10.0, 13.0], bulk]))
+    operator = DiagonalOperator(sign * np.concatenate([[10.0, 13.0], bulk]))
     old = torch.zeros(1, size, dtype=torch.float64)
     old[0, 0] = 1
     seen = []
@@ -458,8 +458,8 @@ class TestBySegment:
     def blocks(self) -> list[Tensor]:
         rng = np.random.default_rng(3)
         spectra = [
-            np.flatten([[9.0, 5.0, -3.0], rng.normal(size=97) / 20]),
-            np.flatten([[0.2, -0.7], rng.normal(size=48) / 50]),
+            np.concatenate([[9.0, 5.0, -3.0], rng.normal(size=97) / 20]),
+            np.concatenate([[0.2, -0.7], rng.normal(size=48) / 50]),
             np.array([40.0, 41.0, 50.0]),
         ]
         return [matrix(spectrum, seed=seed) for seed, spectrum in enumerate(spectra)]

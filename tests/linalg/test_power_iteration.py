@@ -22,7 +22,7 @@ def matrix(eigenvalues: np.ndarray, *, dtype: torch.dtype = torch.float64) -> Te
 
 def network_like(size: int = 300) -> np.ndarray:
     """A few outliers at both ends and a bulk near zero, as Hessians of networks have them."""
-    return np.sort(np.flatten([[-6.0, -2.0, 9.0, 5.0], np.random.default_rng(1).normal(size=size - 4) / 50]))
+    return np.sort(np.concatenate([[-6.0, -2.0, 9.0, 5.0], np.random.default_rng(1).normal(size=size - 4) / 50]))
 
 
 class TestPowerIteration:

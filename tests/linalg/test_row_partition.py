@@ -60,11 +60,11 @@ class SplitMatrix(SymmetricOperator):
     def matmat(self, vectors: Tensor) -> Tensor:
         whole = torch.zeros(self.size, vectors.shape[1], dtype=self.dtype)
         whole[_indices(self.rows)] = vectors
-        return self.rows.of(self._matrix @ self.rows.group.all_reduce_(whole))
+        return self.rows.select(self._matrix @ self.rows.group.all_reduce_(whole))
 
 
 def _indices(rows: RowPartition) -> list[int]:
-    return [index for part in rows.here for index in range(part.start, part.stop)]
+    return [index for part in rows.local for index in range(part.start, part.stop)]
 
 
 def _on_all_ranks(action: Callable[[RowPartition], Any]) -> list[Any]:
@@ -114,7 +114,9 @@ def test_every_rank_draws_its_part_of_the_one_random_vector():
 
 def test_dot_products_are_over_all_rows():
     x, y = torch.arange(60.0), torch.ones(60)
-    found = _on_all_ranks(lambda rows: (dot(rows.of(x), rows.of(y), rows.group), norm(rows.of(x), rows.group)))
+    found = _on_all_ranks(
+        lambda rows: (dot(rows.select(x), rows.select(y), rows.group), norm(rows.select(x), rows.group))
+    )
     assert all(pair == pytest.approx((dot(x, y), norm(x)), rel=1e-15) for pair in found)
 
 
@@ -152,7 +154,7 @@ def test_a_preconditioner_in_shares(matrix: Tensor):
     alone = lanczos(PreconditionedOperator(DenseOperator(matrix), diagonal), **options).lambda_max
 
     def run(rows: RowPartition) -> Any:
-        return lanczos(PreconditionedOperator(SplitMatrix(matrix, rows), rows.of(diagonal)), **options).lambda_max
+        return lanczos(PreconditionedOperator(SplitMatrix(matrix, rows), rows.select(diagonal)), **options).lambda_max
 
     for found in _on_all_ranks(run):
         assert found.value == pytest.approx(alone.value, rel=1e-10)
@@ -174,7 +176,7 @@ def test_a_whole_sketch(trace_method: Any, matrix: Tensor):
     alone = run(DenseOperator(matrix), [[slice(0, 30)], [slice(30, 60)]])
 
     def run_in_shares(rows: RowPartition) -> SpectrumAndTrace:
-        lengths = [part.stop - part.start for part in rows.here] or [0, 0]
+        lengths = [part.stop - part.start for part in rows.local] or [0, 0]
         return run(SplitMatrix(matrix, rows), [[slice(0, lengths[0])], [slice(lengths[0], sum(lengths))]])
 
     found = _on_all_ranks(run_in_shares)

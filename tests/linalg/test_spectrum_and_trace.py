@@ -19,7 +19,7 @@ from hf_optimizability.serialization import structure
 
 
 SIZE = 200
-EIGENVALUES = np.flatten([[-12.0, 25.0, 60.0, 100.0], np.linspace(-1, 2, SIZE - 4)])
+EIGENVALUES = np.concatenate([[-12.0, 25.0, 60.0, 100.0], np.linspace(-1, 2, SIZE - 4)])
 SEGMENTS = [[slice(0, 50), slice(150, 200)], [slice(50, 150)]]
 
 
@@ -74,7 +74,7 @@ def test_the_density_is_near_the_exact_spectrum(matrix: Tensor):
 
 def test_zeros_that_were_left_out_count_in_the_density(matrix: Tensor):
     density = made(DenseOperator(matrix), left_out=3 * SIZE).estimates.density
-    everything = np.flatten([EIGENVALUES, np.zeros(3 * SIZE)])
+    everything = np.concatenate([EIGENVALUES, np.zeros(3 * SIZE)])
     assert wasserstein_distance(density.nodes, everything, density.weights) < 0.08
 
 

@@ -154,7 +154,7 @@ class TestDeflation:
 
 class TestHutchPlusPlus:
     def test_a_matrix_of_low_rank_is_exact(self):
-        dense = with_eigenvalues(np.flatten([[-4.0, 3.0, 2.0], np.zeros(97)]))
+        dense = with_eigenvalues(np.concatenate([[-4.0, 3.0, 2.0], np.zeros(97)]))
         result = estimate("hutch++", dense, tolerance=1e-6, max_hvps=40, seed=0)
         assert values(result) == pytest.approx(truths(dense), abs=1e-9) and result.total.converged
         assert result.total.hvps == 4 + 3 + MIN_PROBES  # sketch, its span, probes that see nothing
@@ -336,10 +336,10 @@ def test_the_traces_of_some_parts_from_the_probes_of_all():
     held = []
     for seed in range(300):
         found = hutchinson(operator, segments, tolerance=1e-9, max_hvps=12, seed=seed)
-        first, second = (found.parts.mean_of(places, **options) for places in ([0, 1], [2, 3]))
+        first, second = (found.batch_traces.mean_of(places, **options) for places in ([0, 1], [2, 3]))
         assert (first[0].value + second[0].value) / 2 == pytest.approx(found.total.value, rel=1e-12)
         assert first[1].value + first[2].value == pytest.approx(first[0].value, rel=1e-12)
         held.append(first[0].low <= truth <= first[0].high)
     assert 0.92 <= np.mean(held) <= 0.985
-    exact = exact_trace(operator, segments).parts.mean_of([0, 1], **options)
+    exact = exact_trace(operator, segments).batch_traces.mean_of([0, 1], **options)
     assert exact[0].value == pytest.approx(truth, rel=1e-12) and exact[0].std_error == 0

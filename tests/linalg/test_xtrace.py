@@ -56,7 +56,7 @@ class TestXTrace:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_a_matrix_of_low_rank_is_exact(self, dtype: torch.dtype):
-        dense = with_eigenvalues(np.flatten([[-4.0, 3.0, 2.0], np.zeros(97)])).to(dtype)
+        dense = with_eigenvalues(np.concatenate([[-4.0, 3.0, 2.0], np.zeros(97)])).to(dtype)
         result = estimate("xtrace", dense, tolerance=1e-3, max_hvps=40, seed=0)
         assert values(result)[:4] == pytest.approx(truths(dense)[:4], abs=1e-5) and result.total.converged
         assert result.total.hvps <= 8

@@ -115,7 +115,7 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
         for index, name in enumerate(names)
     }
     top = 9.0213 * (0.4 + decay)
-    ritz = np.sort(np.flatten([rng.laplace(0, 0.3, 20), top * np.array([0.3, 0.55, 1.0])]))
+    ritz = np.sort(np.concatenate([rng.laplace(0, 0.3, 20), top * np.array([0.3, 0.55, 1.0])]))
     weights = np.exp(-4 * np.abs(ritz)) + 1e-7
     trace = make_estimate(float(traces.sum()), 43.4 * (0.3 + decay), kind="std_error", converged=converged)
     weights /= weights.sum()

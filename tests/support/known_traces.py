@@ -43,7 +43,7 @@ def matrix(name: str) -> Tensor:
     bulk = 0.02 + np.random.default_rng(1).normal(size=196) / 50
     return with_eigenvalues(
         {
-            "network": np.flatten([[-6.0, -2.0, 5.0, 9.0], bulk]),
+            "network": np.concatenate([[-6.0, -2.0, 5.0, 9.0], bulk]),
             "decaying": np.arange(1.0, 201.0) ** -2,
             "flat": np.linspace(1, 3, 200),
         }[name]
