@@ -15,7 +15,7 @@ from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.linalg.probe_vectors import PROBE_BLOCK_SIZE
 from hf_optimizability.linalg.statistics import jackknife
-from hf_optimizability.linalg.trace import MIN_PROBES, exact_trace, hutchinson
+from hf_optimizability.linalg.trace import MIN_PROBES, HutchinsonAccumulator, exact_trace, hutchinson
 from hf_optimizability.linalg.trace_result import TraceResult
 from hf_optimizability.model_state.measuring import math_attention
 from hf_optimizability.objective.objective import Objective
@@ -80,7 +80,9 @@ class TestHutchinson:
     def test_on_paper(self):
         """Three probes: means, and variances term by term; 95 % of a normal distribution lie within 1.96."""
         dense, probes = matrix("network"), signs(3, 200, seed=0)
-        result = estimate("hutchinson", dense, tolerance=NEVER, max_hvps=0, seed=0, known=(probes, probes @ dense))
+        probed = HutchinsonAccumulator(DenseOperator(dense), segments(dense))
+        probed.multiply(probes)
+        result = probed.run(torch.Generator(), tolerance=NEVER, max_hvps=3, method="hutchinson")
         terms = (probes * (probes @ dense)).numpy()
         std_error = (2 * terms.var(axis=0, ddof=1).sum() / 3) ** 0.5
         assert (result.total.value, result.total.std_error) == pytest.approx((terms.sum(1).mean(), std_error))
@@ -103,17 +105,6 @@ class TestHutchinson:
         errors = [float((result.diagonal - dense.diagonal()).norm() ** 2) for result in results]
         stated = [result.total.std_error**2 / 2 for result in results]
         assert np.mean(errors) == pytest.approx(np.mean(stated), rel=0.2)
-
-    def test_known_products_are_not_paid_again(self):
-        dense, probes = matrix("network"), signs(4, 200, seed=7)
-        products = probes @ dense
-        options = {"tolerance": NEVER, "known": (probes, products), "deflation": nearly_dominant(dense, 4)}
-        result = estimate("hutchinson", dense, max_hvps=4, seed=0, **options)
-        fresh = estimate("hutchinson", dense, max_hvps=4, seed=0, **{**options, "known": None})
-        only = estimate("hutchinson", dense, max_hvps=0, seed=0, **options)
-        assert (result.total.hvps, only.total.hvps) == (4, 0)
-        assert 2 * np.array(values(result)) == pytest.approx(np.add(values(fresh), values(only)))
-        assert torch.equal(products, probes @ dense)  # not written over
 
     def test_stops_by_its_tolerance_within_its_budget(self):
         spent = []
