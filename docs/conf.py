@@ -44,7 +44,7 @@ LISTED = re.compile(r"^(?:- |\| )\[([^\]]+)\]\(([^)#]+)\.md\)", flags=re.MULTILI
 
 
 def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
-    """Gives the sidebar what an index lists, section by section."""
+    """List in the sidebar what an index lists, section by section."""
     if not name.endswith("index"):
         return
     for section in source[0].split("\n## "):
@@ -55,7 +55,7 @@ def add_contents(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def keep_links_within(app: Sphinx, name: str, source: list[str]) -> None:
-    """Leaves the bare text of links to folders, and to Markdown that is no page: on GitHub they lead somewhere."""
+    """Reduce links to folders, and to Markdown outside of the pages, to their text; they work on GitHub alone."""
 
     def kept(link: re.Match[str]) -> str:
         path = Path(os.path.normpath(Path(app.srcdir, name).parent / link[2]))
@@ -67,12 +67,12 @@ def keep_links_within(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def as_restructured_text(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings have `code` as in Markdown, and [`links`] as Transformers writes them."""
+    """Translate `code` as in Markdown, and [`links`] as Transformers writes them."""
     lines[:] = re.sub(r"\[?(?<!`)`~?([^`]+)`(?!`)\]?", r"``\1``\\ ", "\n".join(lines)).splitlines()
 
 
 def setup(app: Sphinx) -> None:
-    """Called by Sphinx."""
+    """Register the functions above with Sphinx."""
     app.connect("source-read", add_contents)
     app.connect("source-read", keep_links_within)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)
