@@ -105,7 +105,7 @@ def _name(changes: Mapping[str, Flag]) -> str:
 
 
 def _number_duplicates(names: Sequence[str]) -> list[str]:
-    """Number equal names, from the second on."""
+    """Append a number to equal names, from the second on."""
     unique: list[str] = []
     for name in names:
         numbered = (f"{name} ({number})" for number in count(2))

@@ -80,7 +80,7 @@ def _nodes(objective: EmpiricalRisk) -> Iterator[Any]:
 
 
 def _custom(node: Any) -> str | None:
-    """The name of a function that is written in Python, unless it is our own."""
+    """Return the name of a function that is written in Python, unless it is our own."""
     if not isinstance(node, BackwardCFunction):
         return None
     function = type(node)._forward_cls  # type: ignore[attr-defined]

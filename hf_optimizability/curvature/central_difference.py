@@ -91,7 +91,7 @@ class CentralDifferenceHessian(ObjectiveOperator):
     def matmat_per_batch(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
     ) -> tuple[Tensor, np.ndarray, list[int]]:
-        """`A V`; a difference is of the whole gradient, so that there is one part, however many ranks share it."""
+        """Return `A V`; a difference is of the whole gradient, so that there is one batch for all ranks."""
         return SymmetricOperator.matmat_per_batch(self, vectors, segments)
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
@@ -100,7 +100,7 @@ class CentralDifferenceHessian(ObjectiveOperator):
         yield chain([first], (product for product, _ in products)), items
 
     def _product(self, vector: Tensor) -> tuple[list[Tensor], int]:
-        """The product, summed over the items, and their number."""
+        """Return the product, summed over the items, and their number."""
         parameters = self._objective.parameters
         length = norm(vector, self.rows.group) or 1.0
         scale = float(norm_of([parameter.detach() for parameter in parameters], self.rows.group)) or 1.0
@@ -115,7 +115,7 @@ class CentralDifferenceHessian(ObjectiveOperator):
 
 @contextmanager
 def _moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Iterator[None]:
-    """Adds `step` times `direction` to the parameters, and puts the saved ones back after.
+    """Add `step` times `direction` to the parameters, and restore them at the end.
 
     By `.data`, which leaves their version counters alone: a graph that a caller holds can still be differentiated.
     """

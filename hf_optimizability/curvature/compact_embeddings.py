@@ -19,7 +19,7 @@ from .empirical_risk import ModelRisk
 
 @contextmanager
 def drop_unused_embedding_rows(objective: ModelRisk) -> Iterator[int]:
-    """Puts compact weights, of the rows that are looked up, in the place of embedding weights; and the originals back.
+    """Replace embedding weights by compact ones of the rows that are looked up, and restore them at the end.
 
     Inside, the objective's loss is the same and its variables are fewer, in the same order: its Hessian is the one
     outside without rows and columns that are zero. So trace, Frobenius norm and nonzero eigenvalues stay; the
@@ -58,7 +58,7 @@ def drop_unused_embedding_rows(objective: ModelRisk) -> Iterator[int]:
 
 
 def _looked_up(objective: ModelRisk) -> dict[nn.Embedding, Tensor]:
-    """The embeddings that can be compacted, and the rows that they look up, ascending."""
+    """Return the embeddings that can be compacted, and the rows that they look up, ascending."""
     lookups: dict[nn.Embedding, list[tuple[Tensor, Any]]] = {}
     used = {
         embedding: torch.zeros(embedding.num_embeddings, dtype=torch.int32, device=embedding.weight.device)
@@ -141,7 +141,7 @@ def _candidates(objective: ModelRisk) -> Iterator[nn.Embedding]:
 
 
 def _users(loss: Tensor, weights: Collection[Tensor]) -> dict[Tensor, set[Any]]:
-    """The nodes of the loss's graph that take each weight."""
+    """Return the nodes of the loss's graph that take each weight."""
     users: dict[Tensor, set[Any]] = {weight: set() for weight in weights}
     waiting, seen = [loss.grad_fn], set()
     while waiting:
@@ -161,7 +161,7 @@ def _users(loss: Tensor, weights: Collection[Tensor]) -> dict[Tensor, set[Any]]:
 
 @contextmanager
 def _compact(embedding: nn.Embedding, rows: Tensor) -> Iterator[None]:
-    """Holds only `rows` of an embedding's weight, and looks them up by the same ids as before."""
+    """Hold only `rows` of an embedding's weight, and looks them up by the same ids as before."""
     weight, padding = embedding.weight, embedding.padding_idx
     places = torch.full((len(weight),), -1, device=weight.device)
     places[rows] = torch.arange(len(rows), device=weight.device)

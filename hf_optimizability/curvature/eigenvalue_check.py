@@ -123,7 +123,7 @@ def check_eigenvalues(
 
 
 def _verdict(value: float, differences: Sequence[float], scale: float) -> dict[str, Any]:
-    """What differences say that agree with the eigenvalue at no step."""
+    """Return the verdict on differences that agree with the eigenvalue at no step."""
     distance = min(abs(difference - value) for difference in differences)
     if distance <= _FLOOR * scale:
         return {

@@ -84,7 +84,7 @@ class GaussNewtonOperator(ObjectiveOperator):
 def _products(
     outputs: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor], columns: Sequence[Sequence[Tensor]]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yields `Jᵀ H_ℓ (J v)` for each column v."""
+    """Yield `Jᵀ H_ℓ (J v)` for each column v."""
     slopes = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
     cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
     pulled = torch.autograd.grad(
@@ -133,7 +133,7 @@ def gauss_newton_trace(
     *,
     max_outputs: int = MAX_OUTPUTS,
 ) -> tuple[Estimate, tuple[Estimate, ...]]:
-    """The trace of the generalized Gauss-Newton matrix, in all and by segment, without error and without probes.
+    """Return the trace of the generalized Gauss-Newton matrix, in all and by segment, exactly and without probes.
 
     With H_ℓ = Σ λ q qᵀ for each example, the diagonal of JᵀH_ℓJ is Σ λ (Jᵀq)².
     Takes, for each example by itself, a forward pass and one backward pass for each eigenvalue of H_ℓ that is not
@@ -275,7 +275,7 @@ def _known_part(objective: EmpiricalRisk, segments: Segments, *, max_outputs: in
 
 
 def _diagonal_by_part(objective: EmpiricalRisk, *, max_outputs: int) -> Iterator[tuple[Tensor, int]]:
-    """Yields the diagonal of JᵀH_ℓJ, summed over each part's items, and their number."""
+    """Yield the diagonal of JᵀH_ℓJ, summed over each part's items, and their number."""
     parameters = objective.parameters
     examples = iter(objective.cut(1).outputs_and_losses())
     first = True
@@ -355,7 +355,7 @@ def _in_batch(pieces: list[Tensor], slope: Tensor) -> Tensor:
 
 
 def _coupled(reason: str) -> ValueError:
-    """What to say of a loss that couples the examples of a batch: taken one by one, they have another matrix."""
+    """Return the error for a loss that couples the examples of a batch: one by one, they have another matrix."""
     return ValueError(
         f"The loss is not a mean over examples: {reason} (class weights, a contrastive loss, a term in the mean "
         "prediction, a layer that mixes the examples). Estimate the trace by `hutchinson`, which takes whole batches."
@@ -371,7 +371,7 @@ def _flat_zeros(parameters: Sequence[Tensor]) -> Tensor:
 def _add_diagonal(
     outputs: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor], diagonal: Tensor, probe: _Probe
 ) -> None:
-    """Adds the diagonal of one example's JᵀH_ℓJ."""
+    """Add the diagonal of one example's JᵀH_ℓJ."""
     direction = probe.draw(outputs)
     for eigenvalue, cotangents in _loss_eigenpairs(outputs, loss):
         pieces = torch.autograd.grad(
@@ -394,7 +394,7 @@ def _require_few_outputs(outputs: Sequence[Tensor], most: int) -> None:
 
 
 def _loss_eigenpairs(outputs: Sequence[Tensor], loss: Tensor) -> Iterator[tuple[float, list[Tensor]]]:
-    """Yields the eigenvalues of H_ℓ that are not zero, with eigenvectors shaped like the outputs."""
+    """Yield the eigenvalues of H_ℓ that are not zero, with eigenvectors shaped like the outputs."""
     sizes = [output.numel() for output in outputs]
     slopes = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
     require_second_derivative(slopes)

@@ -39,7 +39,7 @@ def gradient(objective: EmpiricalRisk) -> Gradient:
 
 
 def gradient_sum(objective: EmpiricalRisk) -> tuple[list[Tensor], float, int]:
-    """The gradient of the sum of the losses, shaped like the parameters; that sum; and the number of items."""
+    """Return the gradient of the sum of the losses, shaped like the parameters; that sum; and the number of items."""
     totals = [torch.zeros_like(parameter) for parameter in objective.parameters]
     loss_sum, items = 0.0, 0
     for loss, count in objective.losses():

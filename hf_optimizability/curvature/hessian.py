@@ -53,10 +53,10 @@ class ObjectiveOperator(SymmetricOperator):
 
     @abstractmethod
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
-        """Yields each part's products with the rows of `vectors`, shaped like the parameters, and its items."""
+        """Yield each part's products with the rows of `vectors`, shaped like the parameters, and its items."""
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """`A V` for the columns of V, of shape (n, k)."""
+        """Return `A V` for the columns of V, of shape (n, k)."""
         total: Tensor | None = None
         items = 0
         for products, count in self._parts(vectors.T):
@@ -67,7 +67,7 @@ class ObjectiveOperator(SymmetricOperator):
     def matmat_per_batch(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
     ) -> tuple[Tensor, np.ndarray, list[int]]:
-        """`A V`, and what each part tells; see `SymmetricOperator`. Several parts take one more product's memory."""
+        """Return `A V` and each batch's forms; see `SymmetricOperator`. Several batches take memory for one more."""
         total: Tensor | None = None
         forms, items = [], []
         for products, count in self._parts(vectors.T):
@@ -81,7 +81,7 @@ class ObjectiveOperator(SymmetricOperator):
         return product, np.array(self.group.all_gather_interleaved(forms)), self.group.all_gather_interleaved(items)
 
     def _mean(self, total: Tensor, items: int) -> Tensor:
-        """`A V` from the sum over this rank's items."""
+        """Return `A V` from the sum over this rank's items."""
         if self._items is None:
             self._items = sum(self.group.all_gather_interleaved([items]))
         self.group.all_reduce_(total).div_(self._items)
@@ -90,7 +90,7 @@ class ObjectiveOperator(SymmetricOperator):
         return total.T
 
     def _add(self, products: Iterable[Sequence[Tensor]], total: Tensor | None, *, number: int) -> Tensor:
-        """Adds products, shaped like the parameters, to the rows of `total`, or makes it of them.
+        """Add products, shaped like the parameters, to the rows of `total`; allocate it at the first.
 
         It is made when the first product is there: what the graph took before has been given back by then.
         """
@@ -166,7 +166,7 @@ class HessianOperator(ObjectiveOperator):
         self._one_part = number == 1
 
     def _losses(self) -> Iterable[tuple[Tensor, int]]:
-        """What is differentiated twice, as `EmpiricalRisk.losses` gives it."""
+        """Yield what is differentiated twice, as `EmpiricalRisk.losses` does."""
         return self._objective.losses()
 
 

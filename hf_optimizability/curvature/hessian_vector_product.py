@@ -14,7 +14,7 @@ from .selective_grad import differentiate
 def double_backward(
     loss: Tensor, parameters: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yields `∂/∂θ (∇L · v)` for each vector v; all of them share the forward and the first backward pass.
+    """Yield `∂/∂θ (∇L · v)` for each vector v; all of them share the forward and the first backward pass.
 
     Uses `torch.autograd.grad` only, which leaves `.grad` alone and makes no reference cycle, unlike
     `backward(create_graph=True)`. Parameters that the loss does not use get zeros.
@@ -40,7 +40,7 @@ def double_backward(
 
 
 def first_backward(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The graph of the gradient; where layers are recorded under `CheapSecondDerivatives`, without all its values.
+    """Return the gradient with its graph; without all its values for layers recorded under `CheapSecondDerivatives`.
 
     Raises:
         RuntimeError: If an operation of the loss is marked to have no second derivative.
@@ -57,7 +57,7 @@ def second_backward(
     *,
     keep_graph: bool = False,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yields the product of the Hessian with each vector, from a gradient with its graph.
+    """Yield the product of the Hessian with each vector, from a gradient with its graph.
 
     Args:
         gradients: From `first_backward`.
@@ -80,7 +80,7 @@ def second_backward(
 
 
 def require_second_derivative(gradients: Sequence[Tensor]) -> None:
-    """Finds backward passes marked `once_differentiable`.
+    """Find backward passes marked `once_differentiable`.
 
     Autograd puts an error node in their place, but never runs it when asked for the derivative by given leaves: the
     products would come out wrong without a word.

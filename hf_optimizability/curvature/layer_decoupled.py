@@ -121,7 +121,7 @@ def _writes(func: Any, kwargs: dict[str, Any] | None) -> bool:
 
 
 def _reused_parameters(loss: Tensor, parameters: Sequence[Tensor]) -> set[int]:
-    """Indices of the parameters that more than one place of the loss's graph takes."""
+    """Return the indices of the parameters that the loss's graph takes at more than one place."""
     uses = {id(parameter): 0 for parameter in parameters}
     waiting, seen = [loss.grad_fn], set()
     while waiting:

@@ -83,7 +83,7 @@ class _Adjoints(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of `⟨vx, gx⟩ + ⟨vw, gw⟩ + ⟨vb, gb⟩` by gy, x and w; `∂u = r P ∂x` and `∂r = −r² ⟨u ∂x⟩`."""
+        """Return the gradients of `⟨vx, gx⟩ + ⟨vw, gw⟩ + ⟨vb, gb⟩` by gy, x, w; `∂u = r P ∂x`, `∂r = −r² ⟨u ∂x⟩`."""
         gy, x, w, mean, r = ctx.saved_tensors
         by_gy, by_x, by_w, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # then it must be part of the graph of a higher derivative
@@ -121,5 +121,5 @@ class _Adjoints(torch.autograd.Function):
 
 
 def _normalized(shape: list[int]) -> list[int]:
-    """The last dimensions, which have this shape."""
+    """Return the indices of the last dimensions, which have this shape."""
     return list(range(-len(shape), 0))

@@ -81,6 +81,6 @@ def is_requested(tensor: Tensor | None) -> bool:
 
 
 def blank(tensor: Tensor | None) -> torch.Size | None:
-    """The shape of the zeros that do in place of the gradient by a tensor, if they do."""
+    """Return the shape of a zero placeholder for a gradient whose value is not needed, or `None`."""
     only_graph = _asked is not None and not _asked.values
     return tensor.shape if only_graph and tensor is not None and is_variable(tensor) else None

@@ -81,10 +81,10 @@ class _Bilinear(ABC):
 
     @abstractmethod
     def adjoints(self, gy: Tensor, x: Tensor, w: Tensor, mask: Mask) -> tuple[Tensor | None, ...]:
-        """The gradients of `⟨gy, B(x, w) + b⟩` by x, w and b, as far as `mask` asks for them."""
+        """Return the gradients of `⟨gy, B(x, w) + b⟩` by x, w and b, as far as `mask` asks for them."""
 
     def without_offset(self) -> _Bilinear:
-        """The part that is linear in x: how y changes with x."""
+        """Return the part that is linear in x: how y changes with x."""
         return self
 
     def add(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class _Bilinear(ABC):
         return y + self.apply(x, w, None)
 
     def spread(self, b: Tensor, y: Tensor) -> Tensor:
-        """The offset in the shape of y."""
+        """Return the offset in the shape of y."""
         return b.reshape(-1, *[1] * (y.dim() - 2)).expand_as(y)
 
 
@@ -199,7 +199,7 @@ class _Adjoints(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of `⟨vx, gx⟩ + ⟨vw, gw⟩ + ⟨vb, gb⟩ = ⟨gy, B(vx, w) + B(x, vw) + vb⟩` by gy, x and w.
+        """Return the gradients of `⟨vx, gx⟩ + ⟨vw, gw⟩ + ⟨vb, gb⟩ = ⟨gy, B(vx, w) + B(x, vw) + vb⟩` by gy, x and w.
 
         Of differentiable operations, so that derivatives of a higher order are right as well, if not cheap.
         """

@@ -64,7 +64,7 @@ class LanczosRun:
         return self.spectrum.bottom[0]
 
     def top(self, number: int, *, tolerance: float) -> tuple[Estimate, ...]:
-        """The largest eigenvalues, the largest first: up to `number`, whether so many were asked for or not.
+        """Return the largest eigenvalues, the largest first: up to `number`, whether so many were asked for or not.
 
         Args:
             number: How many.
@@ -81,11 +81,11 @@ class LanczosRun:
         return self._krylov.combine(self._krylov.vectors[:, indices].T)
 
     def ritz_products(self, indices: Sequence[int]) -> Tensor:
-        """`A q` for each of `ritz_vectors(indices)`, as rows, without a further product."""
+        """Return `A q` for each of `ritz_vectors(indices)`, as rows, without a further product."""
         return self._krylov.multiply(self._krylov.vectors[:, indices].T)
 
     def probes(self) -> tuple[Tensor, Tensor]:
-        """The random starts v (entries ±1, up to rounding) and `A v`, both as rows, without a further product.
+        """Return the random starts v (entries ±1, up to rounding) and `A v`, both as rows, without a further product.
 
         Raises:
             ValueError: If the run restarted, which overwrites them.
@@ -255,7 +255,7 @@ def _spectrum(
 
 
 def _roomy_device(operator: SymmetricOperator, vectors: int) -> torch.device:
-    """The operator's device if so many vectors fit there, else the CPU."""
+    """Return the operator's device if so many vectors fit there, else the CPU."""
     fit = _vectors_that_fit(operator, operator.device) >= vectors
     return operator.device if fit else torch.device("cpu")
 
@@ -329,11 +329,11 @@ class _Krylov:
         return np.pad(self._starts, ((0, 0), (0, len(self._T) - self._starts.shape[1])))
 
     def extend(self) -> Tensor:
-        """Appends the next block Z to the basis and returns it, as rows; `absorb` wants its product."""
+        """Append the next block Z to the basis and return it, as rows; `absorb` wants its product."""
         return self.basis.append(_like(self._mix, self._remainder), self._remainder)
 
     def absorb(self, product: Tensor) -> None:
-        """Takes `Az` for each row z of the block that `extend` returned, as rows, and overwrites it."""
+        """Take `Az` for each row z of the block that `extend` returned, as rows, and overwrite it."""
         corner = self._rows.group.all_reduce_(_gram(self.basis.last(len(product)), product)).cpu().numpy()
         self._T = np.block([[self._T, self._C], [self._C.T, (corner + corner.T) / 2]])
         self.values, self.vectors = np.linalg.eigh(self._T)
@@ -350,11 +350,11 @@ class _Krylov:
         self._T, self._C = np.diag(self.values[ends]), self.vectors[:, ends].T @ self._C
 
     def combine(self, coordinates: np.ndarray) -> Tensor:
-        """The vectors with these coordinates in Q, as rows."""
+        """Return the vectors with these coordinates in Q, as rows."""
         return self.basis.combine(coordinates)
 
     def multiply(self, coordinates: np.ndarray) -> Tensor:
-        """A times the vectors with these coordinates in Q, as rows."""
+        """Return a times the vectors with these coordinates in Q, as rows."""
         outside = _like(coordinates @ self._C @ self._mix, self._remainder) @ self._remainder
         return outside.add_(self.basis.combine(coordinates @ self._T))
 
@@ -373,7 +373,7 @@ class _Krylov:
         return len(self.values) >= number and all(converged.all() for _, _, converged in ends)
 
     def eigenvalues(self, sign: int, tolerance: float, number: int, hvps: int) -> tuple[Estimate, ...]:
-        """The `number` outermost values at the upper (1) or lower (-1) end, the outermost first."""
+        """Return the `number` outermost values at the upper (1) or lower (-1) end, the outermost first."""
         return tuple(
             Estimate(
                 value=float(value),
@@ -419,7 +419,7 @@ class _Krylov:
         return len(self.values) * self._eps * float(np.abs(self.values).max())
 
     def _orthonormalize(self, rows: Tensor, along: np.ndarray, *, floor: float) -> np.ndarray:
-        """Finds L and an orthonormal Z ⟂ Q with `rows = along Q + LZ`, without directions shorter than `floor`.
+        """Find L and an orthonormal Z ⟂ Q with `rows = along Q + LZ`, without directions shorter than `floor`.
 
         Overwrites `rows`, and keeps Z as `mix @ remainder`, to be written once, into the basis. A basis orthogonal to
         the square root of the precision makes T exact to the precision (Simon 1984), so one pass is mostly enough.
@@ -457,7 +457,7 @@ class _Basis:
         return sum(self._used)
 
     def append(self, mix: Tensor, rows: Tensor) -> Tensor:
-        """Appends `mix @ rows`, and returns a view of it."""
+        """Append `mix @ rows`, and return a view of it."""
         number = len(mix)
         if not self._slabs or self._used[-1] + number > len(self._slabs[-1]):
             shape = (max(BASIS_CHUNK, number), len(self._rows))
@@ -470,7 +470,7 @@ class _Basis:
         return place
 
     def last(self, number: int) -> Tensor:
-        """A view of the last rows."""
+        """Return a view of the last rows."""
         return self._slabs[-1][self._used[-1] - number : self._used[-1]]
 
     def subtract(self, coordinates: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -498,7 +498,7 @@ class _Basis:
         return result
 
     def compress(self, coordinates: np.ndarray) -> None:
-        """Replaces the rows by `coordinates Q`, which are fewer, in place."""
+        """Replace the rows by `coordinates Q`, which are fewer, in place."""
         factors = _like(coordinates, self._slabs[0])
         capacities = [len(slab) for slab in self._slabs]
         starts = accumulate(capacities, initial=-len(coordinates))
@@ -511,7 +511,7 @@ class _Basis:
         self._used = [number for number in used if number]
 
     def _part(self, columns: slice) -> Tensor:
-        """These columns of all rows."""
+        """Return these columns of all rows."""
         parts = [slab[:number, columns] for slab, number in zip(self._slabs, self._used, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -531,5 +531,5 @@ def _gram(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _like(array: np.ndarray, tensor: Tensor) -> Tensor:
-    """The array with a tensor's dtype and device."""
+    """Return the array with a tensor's dtype and device."""
     return torch.from_numpy(array).to(tensor)

@@ -68,7 +68,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unpatched_forward(model: nn.Module) -> Iterator[None]:
-    """Takes off the autocast that accelerate puts around `forward`; an outer autocast(enabled=False) can't undo it."""
+    """Remove the autocast that accelerate puts around `forward`; an outer autocast(enabled=False) can't undo it."""
     patched = vars(model).get("forward")
     original = vars(model).get("_original_forward")
     if patched is None or original is None:
@@ -111,7 +111,7 @@ def measuring(model: nn.Module, *, seed: int, state: ModelState | None = None) -
 
 
 def math_attention() -> AbstractContextManager[None]:
-    """Makes `scaled_dot_product_attention` twice differentiable: none of its fused kernels is.
+    """Make `scaled_dot_product_attention` twice differentiable: none of its fused kernels is.
 
     Must be held around the forward and both backward passes, since activation checkpointing picks the kernel anew.
     """
@@ -119,7 +119,7 @@ def math_attention() -> AbstractContextManager[None]:
 
 
 def pretrained(model: nn.Module) -> PreTrainedModel | None:
-    """The Transformers model inside `model` (itself, or wrapped by PEFT or by hand), or `None`."""
+    """Return the Transformers model inside `model` (itself, or wrapped by PEFT or by hand), or `None`."""
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
@@ -170,7 +170,7 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Puts float32 copies in the place of half-precision parameters and buffers, and the originals back after.
+    """Replace half-precision parameters and buffers by float32 copies, and restore them at the end.
 
     The originals are taken out of their modules, not changed: values, `.grad`, hooks and the optimizer's hold on them
     stay as they are. (A tensor of another dtype put under a parameter by `.data` would drop its gradient accumulator,

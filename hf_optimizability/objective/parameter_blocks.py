@@ -28,7 +28,7 @@ _HEAD_NAMES = {
 
 
 def name_blocks(names: Sequence[str]) -> dict[str, list[int]]:
-    """Groups parameters into blocks, by their names.
+    """Group parameters into blocks, by their names.
 
     A *stack* is a module with numbered children that hold parameters, outside the head: at least two, or one if the
     module is called as stacks of layers are. Each child is a block, `layer.0`, `layer.1` and so on; with several
@@ -67,7 +67,7 @@ def name_blocks(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def match_blocks(names: Sequence[str], patterns: Sequence[str], *, strict: bool = True) -> dict[str, list[int]]:
-    """Groups parameters by glob patterns of their names; the first pattern that fits counts, the rest is `other`.
+    """Group parameters by glob patterns of their names; the first pattern that fits counts, the rest is `other`.
 
     Args:
         names: Parameter names.
@@ -99,20 +99,20 @@ def match_blocks(names: Sequence[str], patterns: Sequence[str], *, strict: bool 
 
 
 def _bare(name: str) -> str:
-    """A parameter's name without what wrappers put before it, and with dots where Keras has slashes."""
+    """Return a parameter's name without what wrappers put before it, and with dots where Keras has slashes."""
     for wrapper in _WRAPPERS:
         name = name.removeprefix(wrapper)
     return name.replace("/", ".")
 
 
 def _container(path: Sequence[str]) -> tuple[str, ...] | None:
-    """The module path above the first number in a parameter's path, or `None` where there is none."""
+    """Return the module path above the first number in a parameter's path, or `None` where there is none."""
     first = next((index for index, part in enumerate(path) if part.isdecimal()), None)
     return None if first is None else tuple(path[:first])
 
 
 def _stack_labels(paths: Sequence[Sequence[str]]) -> dict[tuple[str, ...] | None, str]:
-    """A short name for each stack: its own, with as many modules above it as it takes to tell two apart."""
+    """Return a short name for each stack: its own, with as many modules above it as it takes to tell two apart."""
     children: dict[tuple[str, ...], set[str]] = {}
     words: dict[tuple[str, ...], str] = {}
     for path in paths:
@@ -145,7 +145,7 @@ def _stack_word(container: Sequence[str]) -> str:
 
 
 def _inner_layer(path: Sequence[str], container: Sequence[str]) -> str | None:
-    """Number of the layer inside a stage, or `None`."""
+    """Return the number of the layer inside a stage, or `None`."""
     inner = path[len(container) + 1 : len(container) + 3]
     return inner[1] if len(inner) == 2 and inner[0] in _NESTED_STACKS and inner[1].isdecimal() else None
 

@@ -25,7 +25,7 @@ BATCHES = 8
 
 
 def task_name(value: Any) -> str:
-    """A task's name: a string as it is, the digits of a whole number.
+    """Return a task's name: a string as it is, the digits of a whole number.
 
     Raises:
         ValueError: If the value is neither.
@@ -137,7 +137,7 @@ def assign_tasks(
 
 
 def _chosen(batch: Mapping[str, Any], places: Sequence[int], size: int) -> dict[str, Any]:
-    """The examples of a batch at some places."""
+    """Return the examples of a batch at some places."""
     chosen: dict[str, Any] = {}
     for key, value in batch.items():
         whole = (isinstance(value, Tensor) and value.ndim > 0) or isinstance(value, (list, tuple))
@@ -155,7 +155,7 @@ def _chosen(batch: Mapping[str, Any], places: Sequence[int], size: int) -> dict[
 
 
 def smaller_batches(examples: int, batch_size: int) -> int:
-    """The size of a task's batches: at most `batch_size`, and small enough for a spread between them.
+    """Return the size of a task's batches: at most `batch_size`, and small enough for a spread between them.
 
     Example:
         >>> smaller_batches(32, 16), smaller_batches(400, 16)

@@ -117,7 +117,7 @@ def loss_line(
     reach: float,
     step: float,
 ) -> LossLine:
-    """Evaluates the loss along an update, from half of `reach` before the weights to one and a half beyond.
+    """Evaluate the loss along an update, from half of `reach` before the weights to one and a half beyond.
 
     Args:
         objective: The loss, in parts.
@@ -161,7 +161,7 @@ def loss_plane(
     gradient: Tensor,
     present: float,
 ) -> LossPlane | None:
-    """Evaluates the loss over the plane of the first two eigenvectors, as far as one unit of `LossPlane` each way.
+    """Evaluate the loss over the plane of the first two eigenvectors, as far as one unit of `LossPlane` each way.
 
     Args:
         objective: The loss, in parts.

@@ -83,7 +83,7 @@ def noise_scale(
 
 
 def noise_from_products(squares: np.ndarray, products: np.ndarray, counts: np.ndarray) -> NoiseScale:
-    """The noise scale from two numbers a part.
+    """Return the noise scale from two numbers a part.
 
     With bᵢ items in part i of N, B in all, Sᵢ the part's summed gradient and G = ΣSᵢ/B:
     tr Σ = (Σ‖Sᵢ‖²/bᵢ − B‖G‖²)/(N − 1) and ‖g‖² = ‖G‖² − tr Σ/B are unbiased. Leaving part i out turns ‖G‖² into

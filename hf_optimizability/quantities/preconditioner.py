@@ -57,7 +57,7 @@ def read_preconditioner(
     gradients: Sequence[Tensor] | None = None,
     held: TensorReader = lambda tensor: tensor,
 ) -> Preconditioner:
-    """Reads the diagonal preconditioner P from an optimizer's state, and leaves the optimizer as it is.
+    """Read the diagonal preconditioner P from an optimizer's state, and leaves the optimizer as it is.
 
     P is 1 for SGD, √v̂ + ε for Adam and AdamW (v̂ the bias-corrected second moment, or its maximum under `amsgrad`;
     Cohen et al., arXiv 2207.14484), and √v̂ over the parameter scale for Transformers' Adafactor, with the
@@ -117,7 +117,7 @@ def optimizer_update(
     *,
     held: TensorReader = lambda tensor: tensor,
 ) -> Tensor:
-    """The direction u that the optimizer would step along: θ ← θ − ηu on its next step, if it met these gradients.
+    """Return the direction u of the optimizer's next step θ ← θ − ηu, if it met these gradients.
 
     The optimizer's own `step` says so, on a float64 copy of one parameter and its state at a time: momentum, bias
     correction, weight decay and clipping of the update included. The optimizer stays as it is, and so do `.grad`s.
@@ -159,7 +159,7 @@ def optimizer_update(
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside accelerate's wrapper, once it is known to be supported.
+    """Return the optimizer inside accelerate's wrapper, once it is known to be supported.
 
     Raises:
         TypeError: If it is not, or if Adafactor sets its own learning rate.
@@ -207,7 +207,7 @@ def _momentum(optimizer: Optimizer, group: Group) -> dict[str, Any]:
 
 
 def _denominator(optimizer: Optimizer, parameter: Tensor, group: Group, state: dict[str, Any]) -> Tensor:
-    """What the optimizer divides the averaged gradient of one parameter by."""
+    """Return the denominator under the averaged gradient of one parameter."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if isinstance(optimizer, SGD):
         return torch.ones_like(parameter, dtype=dtype)
@@ -247,7 +247,7 @@ def _lone_step(
 
 
 def _held(state: dict[str, Any], held: TensorReader) -> dict[str, Any]:
-    """A parameter's state with other tensors in the place of its own."""
+    """Return a parameter's state with other tensors in the place of its own."""
     return {name: held(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 

@@ -23,7 +23,7 @@ _ROUNDING = 4 * torch.finfo(torch.float32).eps
 def stability_limit(
     learning_rate: float, *, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False
 ) -> float:
-    """The largest curvature λ at which gradient descent with momentum does not diverge on ½λx².
+    """Return the largest curvature λ at which gradient descent with momentum does not diverge on ½λx².
 
     2/η without momentum, (2 + 2β)/η for the heavy ball, (2 + 2β)/((1 + 2β)η) for Nesterov (Cohen et al., arXiv
     2103.00065). A moving average m ← βm + (1 − β)g has dampening β: (2 + 2β)/((1 − β)η), 38/η for Adam's
@@ -66,7 +66,7 @@ class QuadraticModel:
 
 
 def quadratic_model(gradient: Tensor, product: Tensor, group: ProcessGroup = SINGLE_PROCESS) -> QuadraticModel:
-    """The quadratic model of the loss along −g (Nocedal & Wright, Numerical Optimization, chapter 4.1).
+    """Return the quadratic model of the loss along −g (Nocedal & Wright, Numerical Optimization, chapter 4.1).
 
     Args:
         gradient: g, of shape (n,).
@@ -113,7 +113,7 @@ class CriticalLearningRate:
 def critical_learning_rate(
     loss: Callable[[float], float], *, start: float, tolerance: float = 0.1, max_forward_passes: int = 20
 ) -> CriticalLearningRate:
-    """Finds the learning rate η_c at which the loss first rises above its present value, by evaluations alone.
+    """Find the learning rate η_c at which the loss first rises above its present value, by evaluations alone.
 
     Doubles or halves η from `start` until the loss passes its present value, then halves the bracket on a log scale
     (Kalra et al., arXiv 2601.16979). From a start within a factor 4 of η_c that takes 6 to 8 evaluations. On a
@@ -159,7 +159,7 @@ def critical_learning_rate(
 
 @contextmanager
 def loss_along(objective: EmpiricalRisk, *updates: Tensor) -> Iterator[Callable[..., float]]:
-    """Gives the mean loss at θ − ηu as a function of η; puts the weights back bit for bit at the end.
+    """Yield the mean loss at θ − ηu as a function of η; restore the weights bit for bit at the end.
 
     The weights are moved in place, without gradients, and come back from a saved copy also where the loss raises.
     Memory: a copy of the parameters.

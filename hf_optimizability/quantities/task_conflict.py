@@ -49,7 +49,7 @@ class BatchProducts:
         return np.flatnonzero(self.owners == task)
 
     def mean_loss(self, task: int) -> tuple[float, float]:
-        """The mean loss of one task and its standard error; NaN from one part."""
+        """Return the mean loss of one task and its standard error; NaN from one part."""
         own = self.of(task)
         means = self.losses[own] / self.counts[own]
         return float(np.average(means, weights=self.counts[own])), jackknife(means, self.counts[own])
@@ -60,7 +60,7 @@ class BatchProducts:
         return np.sqrt(np.maximum(self.products[own, task].sum(axis=0), 0)) / self.counts[own].sum()
 
     def noise_scale(self, task: int) -> NoiseScale | None:
-        """The gradient noise scale of one task; `None` from fewer than 3 parts."""
+        """Return the gradient noise scale of one task; `None` from fewer than 3 parts."""
         own = self.of(task)
         if len(own) < MIN_PARTS:
             return None
@@ -74,7 +74,7 @@ def batch_products(
     owners: Sequence[int],
     blocks: Sequence[Sequence[int]],
 ) -> BatchProducts:
-    """Takes the gradient of every part twice: for the sums by task, and for its products with them.
+    """Compute the gradient of every batch twice: for the sums by task, and for its products with them.
 
     Costs two gradients of the objective; memory: an n-vector for each task and one besides. Leaves `.grad` alone.
 
@@ -168,7 +168,7 @@ class TaskGram:
         return self._ratio(product_and_norms, (first, second), low=-1.0, high=1.0)
 
     def share(self, task: int) -> Estimate | None:
-        """A task's share `⟨wₜgₜ, g⟩/‖g‖²` of the joint gradient g = Σ wₜgₜ, w being `weights`; they add up to 1.
+        """Return a task's share `⟨wₜgₜ, g⟩/‖g‖²` of the joint gradient g = Σ wₜgₜ, w being `weights`; shares sum to 1.
 
         To first order, a step of gradient descent of rate η lowers the joint loss by η‖g‖², and this is the task's
         part in it. Below 0, that step raises the task's own loss.
@@ -247,7 +247,7 @@ class TaskGram:
         return all(self._parts[task] >= MIN_PARTS for task in tasks)
 
     def _covariances(self, without: np.ndarray) -> np.ndarray:
-        """What each task's parts add to the jackknife's covariance of numbers.
+        """Return what each task's batches add to the jackknife's covariance of numbers.
 
         Args:
             without: The numbers without each part, of shape (parts, numbers).
@@ -275,7 +275,7 @@ class _Totals:
     lengths: np.ndarray
 
     def without(self, part: int, found: BatchProducts) -> _Totals:
-        """The sums without one part."""
+        """Return the sums without one part."""
         owner, count, change = found.owners[part], found.counts[part], found.products[part]
         products, squares, items, lengths = (
             array.copy() for array in (self.products, self.squares, self.items, self.lengths)
@@ -319,7 +319,7 @@ def _dots(x: Sequence[Tensor], y: Sequence[Tensor], blocks: Sequence[Sequence[in
 
 
 def _shortest(gram: np.ndarray) -> np.ndarray:
-    """The α ≥ 0 of sum 1 with the least αᵀ gram α.
+    """Return the α ≥ 0 of sum 1 with the least αᵀ gram α.
 
     The least `‖R x‖² + (1ᵀx − 1)²` over x ≥ 0, RᵀR being the Gram matrix, is at a multiple of it (Lawson & Hanson
     1974, chapter 23).

@@ -213,7 +213,7 @@ def _subsample(examples: Dataset, count: int | None, seed: int) -> Dataset:
 
 
 def align_labels(config: PreTrainedConfig, examples: Dataset, column: str) -> Dataset:
-    """Number the examples' classes as the checkpoint does, where it has the same ones in another order."""
+    """Renumber the examples' classes as the checkpoint numbers them, where it has the same ones in another order."""
     in_checkpoint, in_data = list(label2id(config)), examples.features[column].names
     if in_checkpoint == in_data or not same_classes(in_checkpoint, in_data):
         return examples
