@@ -15,6 +15,7 @@ from torch import Tensor
 from ..linalg.communicator import ProcessGroup
 from ..linalg.operator import SymmetricOperator
 from ..linalg.vectors import quadratic_forms
+from ..model_state.write_counter import write_count
 from .empirical_risk import EmpiricalRisk
 from .hessian_vector_product import first_backward, second_backward
 
@@ -152,7 +153,7 @@ class HessianOperator(ObjectiveOperator):
         """Each part's forward and first backward pass are shared by all the vectors."""
         parameters = self._objective.parameters
         pieces = [self._split(vector, parameters) for vector in vectors]
-        point = [(id(parameter), parameter._version) for parameter in parameters]
+        point = [(id(parameter), write_count(parameter)) for parameter in parameters]
         if self._kept is not None and self._kept.point == point:
             yield second_backward(self._kept.gradients, parameters, pieces, keep_graph=True), self._kept.items
             return

@@ -63,7 +63,7 @@ def check_mean(objective: Objective) -> SelfCheck:
         can_cut=not draws and unit != "batches",
         mean_error=mean_error,
         slope_errors=None,
-        hooks_set_aside=tuple(objective.state.set_aside),
+        hooks_set_aside=tuple(objective.state.hooks_set_aside),
         module_hooks=tuple(objective.state.module_hooks),
         repeat_error=repeat_error,
     )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Borrow a live model, and leave no trace in it."""
+"""Borrow a live model and leave no trace."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float32 arithmetic in float32: no TF32, no bfloat16, by torch's old switches and its new ones alike."""
+"""IEEE float32 arithmetic: no TF32 and no bfloat16, by torch's old switches and its new ones."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from accelerate.utils import is_torch_version
 def ieee_float32() -> Iterator[None]:
     """Multiply and convolve float32 in float32, where TF32 would keep 10 bits of each factor.
 
-    Convolutions are in TF32 by torch's default, and matrix products where `TrainingArguments(tf32=True)` says so.
-    Since 2.9 torch has two sets of switches, and reading an old one raises where it disagrees with the new ones: as
-    `torch.backends.cudnn.flags(...)` does, which CTC losses enter. So both sets agree inside; all come back after.
+    Convolutions are in TF32 by torch's default, and matrix products with `TrainingArguments(tf32=True)`. Since 2.9
+    torch has two sets of switches, and reading an old one raises if it disagrees with the new ones: for example
+    `torch.backends.cudnn.flags(...)`, which CTC losses enter. So both sets agree inside; all are restored at exit.
 
     Example:
         >>> with ieee_float32(), torch.backends.cudnn.flags(enabled=False):
@@ -30,7 +30,7 @@ def ieee_float32() -> Iterator[None]:
         return
     switches = _new_switches()
     values: list[str] = []
-    for switch in switches:  # the more general first: until it is "none", others read as what they inherit from it
+    for switch in switches:  # the more general first: the others inherit from it until it is "none"
         values.append(switch.fp32_precision)
         switch.fp32_precision = "none"
     matmul, convolutions_in_tf32 = torch.get_float32_matmul_precision(), _old_cudnn_switch()
@@ -48,9 +48,9 @@ def ieee_float32() -> Iterator[None]:
 
 
 def _new_switches() -> list[Any]:
-    """Return what has an `fp32_precision`: all backends, CUDA's, each kind of operation.
+    """Return the objects with an `fp32_precision`: all backends, CUDA's, each kind of operation.
 
-    Not `torch.backends.mkldnn` itself: up to torch 2.13 at least, setting its sets that of all backends.
+    Without `torch.backends.mkldnn` itself: up to torch 2.13 at least, setting it sets that of all backends.
     """
     backends: Any = torch.backends
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
@@ -59,7 +59,7 @@ def _new_switches() -> list[Any]:
 
 
 def _old_cudnn_switch() -> bool:
-    """Return `torch.backends.cudnn.allow_tf32`, which can only be read where both new switches agree with it."""
+    """Return `torch.backends.cudnn.allow_tf32`, which can only be read if both new switches agree with it."""
     cudnn: Any = torch.backends.cudnn
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32"
     try:
@@ -70,12 +70,12 @@ def _old_cudnn_switch() -> bool:
 
 @contextmanager
 def _ieee_by_old_switches() -> Iterator[None]:
-    parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-    before = [part.allow_tf32 for part in parts]
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [backend.allow_tf32 for backend in backends]
     try:
-        for part in parts:
-            part.allow_tf32 = False
+        for backend in backends:
+            backend.allow_tf32 = False
         yield
     finally:
-        for part, allowed in zip(parts, before, strict=True):
-            part.allow_tf32 = allowed
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contexts that let a measurement use the live model and leave no trace of it, also when it raises."""
+"""Contexts that let a measurement borrow the live model and leave no trace, also when it raises."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .state import ModelState, settle
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices); hold `preserved_rng` around it."""
+    """Seed Python, NumPy and torch (all devices); use it inside `preserved_rng`."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes 4 ms to note who calls it, for each device
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes 4 ms per device to record its caller
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
 
 def rng_state() -> tuple[Any, ...]:
-    """Return the states of the generators that `seed_all` seeds, to compare with others."""
+    """Return the states of the generators that `seed_all` seeds, in a form that can be compared."""
     numpy_state = np.random.get_state()
     devices = [torch.cuda.get_rng_state(device) for device in range(torch.cuda.device_count())]
     tensors = [state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)]
@@ -40,7 +40,7 @@ def rng_state() -> tuple[Any, ...]:
 
 @contextmanager
 def preserved_rng(seed: int) -> Iterator[None]:
-    """Seeds Python, NumPy and torch (all devices) inside, and gives them their old states back after."""
+    """Seed Python, NumPy and torch (all devices), and restore their states at exit."""
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -54,15 +54,15 @@ def preserved_rng(seed: int) -> Iterator[None]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """No key-value cache, as while training: it takes memory, and some are written in place (RWKV)."""
+    """Switch off the key-value cache, as in training: it takes memory, and some models write to it in place (RWKV)."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    using = [config for config in configs.values() if vars(config).get("use_cache")]
+    cached = [config for config in configs.values() if vars(config).get("use_cache")]
     try:
-        for config in using:
+        for config in cached:
             config.use_cache = False
         yield
     finally:
-        for config in using:
+        for config in cached:
             config.use_cache = True
 
 
@@ -83,20 +83,20 @@ def unpatched_forward(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def measuring(model: nn.Module, *, seed: int, state: ModelState | None = None) -> Iterator[None]:
-    """Hold everything that a measurement needs: RNG, the model's state, full precision, gradients on, no compilation.
+    """Borrow a model: seeded RNG, eval mode, full precision, gradients on, no compilation; restore all at exit.
 
-    Compiled, most backward passes can't be differentiated again. And hooks and modes of a measurement would make
-    torch.compile compile anew, which counts against its limit: beyond that, training would go on uncompiled.
+    Most compiled backward passes can't be differentiated again, and the hooks and modes of a measurement would trigger
+    recompilation, which counts against torch.compile's limit: beyond it, training would continue uncompiled.
 
     Args:
-        model: The model, which is in eval mode inside.
+        model: The model, in eval mode inside.
         seed: Seed of the RNGs.
-        state: What of the model and of other objects comes back after; by default that of the model alone.
+        state: The state of the model and of other objects to restore; by default that of the model alone.
     """
     device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(seed))
-        stack.enter_context((state or ModelState(model)).held())
+        stack.enter_context((state or ModelState(model)).borrow())
         stack.enter_context(without_cache(model))
         stack.enter_context(unpatched_forward(model))
         stack.enter_context(plain_attention(model))
@@ -111,9 +111,9 @@ def measuring(model: nn.Module, *, seed: int, state: ModelState | None = None) -
 
 
 def math_attention() -> AbstractContextManager[None]:
-    """Make `scaled_dot_product_attention` twice differentiable: none of its fused kernels is.
+    """Make `scaled_dot_product_attention` twice differentiable, as none of its fused kernels is.
 
-    Must be held around the forward and both backward passes, since activation checkpointing picks the kernel anew.
+    Must be active during the forward and both backward passes: activation checkpointing selects the kernel again.
     """
     return sdpa_kernel(SDPBackend.MATH)
 
@@ -125,34 +125,34 @@ def pretrained(model: nn.Module) -> PreTrainedModel | None:
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Switch a model to eager attention, whose operations are all twice differentiable, and back."""
-    with _own_attention(model):
+    """Switch a model to eager attention, which is twice differentiable, and back at exit."""
+    with _preserved_attention(model):
         model.set_attn_implementation("eager")
         yield
 
 
 @contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
-    """Switch a model from kernels that can't be measured with to SDPA, or to eager attention, and back.
+    """Switch a model from unsupported attention kernels to SDPA or eager attention, and back at exit.
 
-    Those are FlashAttention, which takes half precision alone, and FlexAttention, which has no second derivative.
+    Unsupported are FlashAttention, which takes only half precision, and FlexAttention, without second derivatives.
     """
     inner = pretrained(model)
-    held = [] if inner is None else [str(config._attn_implementation) for config in _configs(inner)]
-    if inner is None or not any(name in implementation for implementation in held for name in ("flash", "flex")):
+    kernels = [] if inner is None else [str(config._attn_implementation) for config in _configs(inner)]
+    if inner is None or not any(name in kernel for kernel in kernels for name in ("flash", "flex")):
         yield
         return
-    with _own_attention(inner):
+    with _preserved_attention(inner):
         try:
             inner.set_attn_implementation("sdpa")
-        except ValueError:  # the model has none
+        except ValueError:  # the model does not support it
             inner.set_attn_implementation("eager")
         yield
 
 
 @contextmanager
-def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Give a model the attention implementation that it has now back after."""
+def _preserved_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Restore a model's attention implementation at exit."""
     before = [(config, config._attn_implementation) for config in _configs(model)]
     settle()
     try:
@@ -170,13 +170,13 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Replace half-precision parameters and buffers by float32 copies, and restore them at the end.
+    """Replace half-precision parameters and buffers by float32 copies, and restore the originals at exit.
 
-    The originals are taken out of their modules, not changed: values, `.grad`, hooks and the optimizer's hold on them
-    stay as they are. (A tensor of another dtype put under a parameter by `.data` would drop its gradient accumulator,
-    and with it the hooks by which DistributedDataParallel averages gradients.) Tied weights stay tied. Half-precision
-    inputs of the model are cast as well. Weights in integers or 8-bit floats mean nothing without their scales and are
-    left alone. Parameters must be read anew inside, as `Objective.parameters` does.
+    The originals are removed from their modules, not changed: values, `.grad`, hooks and the optimizer's references
+    remain. (Assigning a tensor of another dtype to `.data` would drop a parameter's gradient accumulator, and with it
+    the hooks by which DistributedDataParallel averages gradients.) Tied weights stay tied. Half-precision inputs of
+    the model are cast as well. Weights in integers or 8-bit floats are meaningless without their scales and are left
+    alone. Look parameters up again inside, as `Objective.parameters` does.
     """
     copies: dict[int, Tensor] = {}
     originals: list[tuple[nn.Module, str, Tensor]] = []
@@ -206,9 +206,9 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def quantization(model: nn.Module) -> str | None:
-    """How the model's weights are quantized (the method's name, or the dtype they are stored in); `None` if not."""
+    """Return how the model's weights are quantized (the method, or the dtype they are stored in); `None` if not."""
     inner = pretrained(model)
     if inner is not None and vars(inner).get("is_quantized"):
         return vars(inner)["quantization_method"].lower()  # a string, or an enum of strings
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.ndim > 1}  # Keras keeps seeds as others
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.ndim > 1}  # Keras has 1-d seeds
     return next((str(dtype) for dtype in dtypes if not dtype.is_floating_point or dtype.itemsize == 1), None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward passes without what stands in the way of second derivatives: the model's own autocast and checkpointing."""
+"""Forward passes without what prevents second derivatives: the model's own autocast and reentrant checkpoints."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ..errors import MeasurementError
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Let `torch.autocast` do nothing, as the Trainer's own is taken off: measured is the loss in full precision.
+    """Disable `torch.autocast` inside the model too, so that the loss is measured in full precision.
 
-    Derivatives by bfloat16 are neither symmetric nor smooth enough for differences.
+    Derivatives in bfloat16 are neither symmetric nor smooth enough for differences.
 
     Raises:
-        MeasurementError: If a forward pass does not work without it.
+        MeasurementError: If a forward pass fails without it.
 
     Example:
         >>> with without_autocast(), torch.autocast("cpu", dtype=torch.bfloat16):
         ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
         torch.float32
     """
-    left_out: list[torch.autocast] = []
+    disabled: list[torch.autocast] = []
 
     def enter(autocast: torch.autocast) -> torch.autocast:
         if autocast._enabled:
-            left_out[:] = [autocast]
+            disabled[:] = [autocast]
         return autocast
 
     with (
@@ -43,21 +43,21 @@ def without_autocast() -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if left_out and "dtype" in str(error) and not isinstance(error, MeasurementError):
+            if disabled and "dtype" in str(error) and not isinstance(error, MeasurementError):
                 raise MeasurementError(
-                    "The model needs the `torch.autocast` in its own forward pass, which is left out while measuring, "
+                    "The model needs the `torch.autocast` in its own forward pass, which is disabled while measuring, "
                     f"in full precision: {str(error).partition(chr(10))[0]}",
-                    "Cast what the model computes in half precision to the dtype of its weights, not to a fixed one.",
+                    "Cast half-precision values to the dtype of the weights, not to a fixed dtype.",
                 ) from error
             raise
 
 
 @contextmanager
 def nonreentrant_checkpoints() -> Iterator[None]:
-    """Let `torch.utils.checkpoint(use_reentrant=True)` do what `use_reentrant=False` does.
+    """Make `torch.utils.checkpoint(use_reentrant=True)` do what `use_reentrant=False` does.
 
-    The other can be differentiated by `.backward()` alone: neither by `torch.autograd.grad`, nor twice. As there,
-    nothing inside has a gradient unless an input has one.
+    Reentrant checkpoints support only `.backward()`, neither `torch.autograd.grad` nor second derivatives. As with
+    them, nothing inside has a gradient unless an input has one.
 
     Example:
         >>> x = torch.ones(1, requires_grad=True)
@@ -71,7 +71,7 @@ def nonreentrant_checkpoints() -> Iterator[None]:
 
 
 class _NonReentrant:
-    """Stands in for `torch.utils.checkpoint.CheckpointFunction`."""
+    """A replacement for `torch.utils.checkpoint.CheckpointFunction`."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-precision linear layers in the form that is measured: full precision, and the weights as training has them."""
+"""Low-precision linear layers in full precision, with the weights that training updates."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from torch import nn
 from ..errors import MeasurementError
 
 
-_OTHERS = {"transformer_engine": "Transformer Engine", "msamp": "MS-AMP"}
-"""Libraries of 8-bit layers that are no `nn.Linear`, by their modules."""
+_UNSUPPORTED = {"transformer_engine": "Transformer Engine", "msamp": "MS-AMP"}
+"""Libraries whose 8-bit layers are not `nn.Linear`, by module."""
 
 
 @contextmanager
 def plain_layers(model: nn.Module) -> Iterator[None]:
-    """Let low-precision linear layers multiply plainly inside.
+    """Make low-precision linear layers compute in full precision, and restore them at exit.
 
-    torchao's 8-bit layers multiply as `nn.Linear`, as those under autocast do: their weights are in full precision,
-    and rounded to 8 bits a loss is a staircase. The 4-bit layers of bitsandbytes keep their weights as they train: on
-    some CPUs they pack them into another format in eval mode.
+    torchao's 8-bit layers compute as `nn.Linear`: their weights are in full precision, and a loss rounded to 8 bits is
+    a step function. The 4-bit layers of bitsandbytes keep the format of training: on some CPUs they would pack their
+    weights into another one in eval mode.
 
     Raises:
-        MeasurementError: If the model has layers of Transformer Engine or MS-AMP, whose plain form is not known.
+        MeasurementError: If the model has layers of Transformer Engine or MS-AMP.
 
     Example:
         >>> with plain_layers(nn.Linear(2, 1)):
         ...     pass
     """
     changes = [(vars(module), _changes(name, module)) for name, module in model.named_modules()]
-    held = [{name: attributes[name] for name in change.keys() & attributes.keys()} for attributes, change in changes]
+    originals = [{name: attrs[name] for name in change.keys() & attrs.keys()} for attrs, change in changes]
     try:
         for attributes, change in changes:
             attributes.update(change)
         yield
     finally:
-        for (attributes, change), before in zip(changes, held, strict=True):
+        for (attributes, change), original in zip(changes, originals, strict=True):
             for name in change:
                 del attributes[name]
-            attributes.update(before)
+            attributes.update(original)
 
 
 def _changes(name: str, module: nn.Module) -> dict[str, Any]:
-    """Return the attributes by which a layer multiplies plainly."""
+    """Return the attributes with which a layer computes in full precision."""
     library, _, inner = type(module).__module__.partition(".")
-    if library in _OTHERS:
+    if library in _UNSUPPORTED:
         raise MeasurementError(
-            f"`{name}` is a layer of {_OTHERS[library]}, which multiplies in 8-bit floating point: its loss is a "
-            "staircase, whose gradient is not its slope.",
+            f"`{name}` is a layer of {_UNSUPPORTED[library]}, which multiplies in 8-bit floating point: its loss is a "
+            "step function, whose gradient is not its slope.",
             "Train in FP8 with torchao (accelerate's `fp8_backend: AO`), whose layers are measured in full "
             "precision, or measure a copy of the model with `nn.Linear` layers.",
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A snapshot of the mutable state that can be reached from some objects, and how to put it back in place."""
+"""Snapshots of the mutable state reachable from some objects, restored in place."""
 
 from __future__ import annotations
 
@@ -28,66 +28,66 @@ from transformers.trainer_callback import CallbackHandler
 from .snapshot_tensors import TensorValues
 
 
-LEFT_ALONE: tuple[type, ...] = (
+SKIPPED_TYPES: tuple[type, ...] = (
     type, ModuleType, logging.Logger, io.IOBase,
     Dataset, DataLoader, Sampler, LRScheduler,
     CallbackHandler, TrainerCallback, TrainerControl, PreTrainedTokenizerBase, ProcessorMixin,
 )  # fmt: skip
-"""Objects that are not looked into (unless they are what a snapshot is taken of): a forward pass has no business with
-them, or they are too large, or others write to them meanwhile."""
+"""Types of objects that are not traversed (unless they are roots): a forward pass does not write to them, or they are
+too large, or others write to them in the meantime."""
 
-OTHERS_BUSINESS = {
+SKIPPED_PACKAGES = {
     "PIL", "accelerate", "aim", "clearml", "comet_ml", "datasets", "deepspeed", "evaluate", "hf_optimizability",
     "huggingface_hub", "mlflow", "neptune", "numpy", "pandas", "pyarrow", "ray", "swanlab", "tensorboard",
     "tensorboardX", "tokenizers", "torch", "tqdm", "trackio", "wandb", *sys.stdlib_module_names,
 }  # fmt: skip
-"""Packages whose objects are left alone likewise: they have threads, locks and connections of their own."""
+"""Packages whose objects are not traversed either: they have threads, locks and connections of their own."""
 
 LIBRARIES = {"peft", "sentence_transformers", "transformers", "trl"}
-"""Packages of which objects are looked into, but neither classes nor functions: these hold no state of a training."""
+"""Packages whose objects are traversed, but whose classes and functions are not: these hold no training state."""
 
-_WITHOUT_STATE = OTHERS_BUSINESS | LIBRARIES
+_WITHOUT_STATE = SKIPPED_PACKAGES | LIBRARIES
 
 MAX_ITEMS = 10_000
-"""Entries of the largest container that is looked into; larger ones are data, and get their entries back only."""
+"""Entries of the largest container that is traversed; larger ones are data, of which only the entries are restored."""
 
 _LARGE_ARRAY = 2**24
-"""Bytes from which on an array is data likewise, and not copied."""
+"""Size in bytes from which an array counts as data and is not copied."""
 
-_ATOMS = {
+_ATOMIC_TYPES = {
     type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size,
 }  # fmt: skip
 
-_BUILT_IN = {dict, list, set, deque, bytearray, OrderedDict}
+_BUILT_IN_CONTAINERS = {dict, list, set, deque, bytearray, OrderedDict}
 
-HOOKS = [name for name, held in vars(nn.Module()).items() if "_hooks" in name and isinstance(held, dict)]
-"""Names of the registries of hooks in a module."""
+HOOKS = [name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict)]
+"""Names of a module's hook registries."""
 
 
 class Part(Protocol):
-    """One mutable object, as it was."""
+    """The saved content of one mutable object."""
 
-    def put_back(self) -> bool:
-        """Give the object its old content back; return whether that had changed."""
+    def restore(self) -> bool:
+        """Restore the content of the object; return whether it had changed."""
 
 
 class Snapshot:
-    """What some objects and all that can be reached from them hold, to be put back later.
+    """The state of some objects and of everything reachable from them, to be restored later.
 
-    Reached are the attributes of modules, configs and objects of user-defined classes, containers of any depth, what
-    functions hold in closures and defaults, tensors, arrays and random generators. Objects keep their identity: old
-    contents are written into them, so that whoever else holds them sees these too. Aliases and cycles are fine.
+    Reachable are the attributes of modules, configs and objects of user-defined classes, containers of any depth,
+    closures and defaults of functions, tensors, arrays and random generators. Objects keep their identity: their old
+    content is written into them, so that every reference to them sees it. Aliases and cycles are fine.
 
-    Objects of the types in `LEFT_ALONE` and of the packages in `OTHERS_BUSINESS` are not looked into, and what can't
-    be copied stays as it is (open files, locks, iterators).
+    Objects of the types in `SKIPPED_TYPES` and of the packages in `SKIPPED_PACKAGES` are not traversed, and objects
+    that can't be copied stay as they are (open files, locks, iterators).
 
     Args:
         roots: The objects, by name; the names begin the paths in messages.
-        whole: Tensors to copy whatever their size. Others are copied if they are small, or when they are about to be
-            written to under `watched_writes`; of large ones a digest is kept.
+        copied: Tensors to copy whatever their size. Others are copied if they are small, or before a write under
+            `watched_writes`; for large ones a digest is stored.
         ignored: Tensors and other objects that may change.
-        digests: Whether large tensors are read, so that unwatched changes of them can be seen.
-        registries: Whether submodules, parameters and hooks that are put in the place of others are put back as well.
+        digests: Whether to read large tensors, so that unwatched writes to them are detected.
+        registries: Whether to restore replaced submodules, parameters and hooks as well.
 
     Example:
         >>> class Model(nn.Module):
@@ -97,7 +97,7 @@ class Snapshot:
         >>> before = Snapshot({"model": model})
         >>> model.seen.append(2); model.scale.mul_(3)
         tensor([3.])
-        >>> before.put_back()
+        >>> before.restore()
         []
         >>> model.seen, model.scale
         ([1], tensor([1.]))
@@ -107,7 +107,7 @@ class Snapshot:
         self,
         roots: dict[str, object],
         *,
-        whole: Iterable[Tensor] = (),
+        copied: Iterable[Tensor] = (),
         ignored: Iterable[object] = (),
         registries: bool = True,
         digests: bool = True,
@@ -115,137 +115,137 @@ class Snapshot:
         self._registries = registries
         self._parts: list[Part] = []
         ignored = list(ignored)
-        self._seen: dict[int, object] = {id(value): value for value in ignored}  # which keeps their ids from reuse
-        self._waiting: list[tuple[object, str]] = []
+        self._seen: dict[int, object] = {id(value): value for value in ignored}  # so ids are not reused
+        self._queue: list[tuple[object, str]] = []
         aliased = (value for value in ignored if isinstance(value, Tensor))
         with _plain_torch():
-            self.tensors = TensorValues(whole, digests=digests, ignored=aliased)
+            self.tensors = TensorValues(copied, digests=digests, ignored=aliased)
             for name, root in roots.items():
-                self._look_into(root, name, root=True)
-                while self._waiting:
-                    self._look_into(*self._waiting.pop())
+                self._visit(root, name, root=True)
+                while self._queue:
+                    self._visit(*self._queue.pop())
             self.tensors.group()
 
-    def put_back(self, *, thorough: bool = True) -> list[str]:
-        """Put everything back.
+    def restore(self, *, thorough: bool = True) -> list[str]:
+        """Restore everything.
 
         Args:
-            thorough: Whether large tensors are read as well, to see if they were changed unwatched.
+            thorough: Whether to read large tensors too, to detect unwatched writes.
 
         Returns:
-            The paths of those: their values are lost.
+            The paths of tensors with such writes: their values are lost.
 
         Raises:
-            Exception: What an object raised that refuses its old content; all others have theirs by then.
+            Exception: The first error of an object whose content could not be restored; all others have been.
         """
         errors: list[Exception] = []
         with _plain_torch():
             for part in self._parts:
                 try:
-                    part.put_back()
+                    part.restore()
                 except Exception as error:
                     errors.append(error)
-            lost = self.tensors.put_back(thorough=thorough)
+            lost = self.tensors.restore(thorough=thorough)
         if errors:
             raise errors[0]
         return lost
 
-    def _look_into(self, value: Any, where: str, root: bool = False) -> None:
-        if type(value) in _ATOMS or id(value) in self._seen:
+    def _visit(self, value: Any, path: str, root: bool = False) -> None:
+        if type(value) in _ATOMIC_TYPES or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            self.tensors.add(value, where)
+            self.tensors.add(value, path)
         elif isinstance(value, (dict, list, deque, set, bytearray)):
-            self._add_container(value, where)
+            self._add_container(value, path)
         elif isinstance(value, (tuple, frozenset)):
-            self._wait((item, f"{where}[{index}]") for index, item in enumerate(value))
-        elif isinstance(value, torch.jit.ScriptModule):  # whose attributes lie elsewhere
-            self._wait((tensor, f"{where}.{name}") for name, tensor in value.state_dict(keep_vars=True).items())
+            self._enqueue((item, f"{path}[{index}]") for index, item in enumerate(value))
+        elif isinstance(value, torch.jit.ScriptModule):  # its attributes are stored elsewhere
+            self._enqueue((tensor, f"{path}.{name}") for name, tensor in value.state_dict(keep_vars=True).items())
         elif isinstance(value, nn.Module):
-            self._add_module(value, where)
+            self._add_module(value, path)
         elif (state := _state_of(value)) is not None:
             self._parts.append(state)
         elif isinstance(value, (FunctionType, MethodType, partial, CellType)):
-            self._add_function(value, where)
-        elif root or _has_own_state(value):
-            self._add_attributes(value, where)
+            self._add_function(value, path)
+        elif root or _is_traversed(value):
+            self._add_attributes(value, path)
 
-    def _wait(self, values: Iterable[tuple[object, str]]) -> None:
-        self._waiting.extend(pair for pair in values if type(pair[0]) not in _ATOMS)
+    def _enqueue(self, values: Iterable[tuple[object, str]]) -> None:
+        self._queue.extend(pair for pair in values if type(pair[0]) not in _ATOMIC_TYPES)
 
-    def _add_container(self, value: Any, where: str) -> None:
+    def _add_container(self, value: Any, path: str) -> None:
         self._parts.append(_Mapping(value) if isinstance(value, dict) else _Collection(value))
         if not isinstance(value, bytearray) and len(value) <= MAX_ITEMS:
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            self._wait((item, f"{where}[{key!r}]") for key, item in items if type(item) not in _ATOMS)
-        if type(value) not in _BUILT_IN:
-            self._add_attributes(value, where)
+            self._enqueue((item, f"{path}[{key!r}]") for key, item in items if type(item) not in _ATOMIC_TYPES)
+        if type(value) not in _BUILT_IN_CONTAINERS:
+            self._add_attributes(value, path)
 
-    def _add_module(self, module: nn.Module, where: str) -> None:
-        held = vars(module)
-        own = [name for name in held if name not in HOOKS and name not in ("_parameters", "_modules")]
-        self._parts.append(_Mapping(held))
-        self._add_classes(module, where)
-        self._wait((held[name], f"{where}.{name}") for name in own if name != "_buffers")
+    def _add_module(self, module: nn.Module, path: str) -> None:
+        attributes = vars(module)
+        names = [name for name in attributes if name not in HOOKS and name not in ("_parameters", "_modules")]
+        self._parts.append(_Mapping(attributes))
+        self._add_classes(module, path)
+        self._enqueue((attributes[name], f"{path}.{name}") for name in names if name != "_buffers")
         for name in ("_parameters", "_buffers", "_modules"):
-            members = held[name]
-            self._wait((member, f"{where}.{key}") for key, member in members.items())
+            members = attributes[name]
+            self._enqueue((member, f"{path}.{key}") for key, member in members.items())
             if name == "_buffers" or self._registries:
                 self._parts.append(_Members(members))
-        hooks = [held[name] for name in HOOKS]
-        self._wait((hook, f"{where}.hooks") for registry in hooks for hook in registry.values())
+        hooks = [attributes[name] for name in HOOKS]
+        self._enqueue((hook, f"{path}.hooks") for registry in hooks for hook in registry.values())
         if self._registries:
             self._parts.append(_Hooks(hooks))
 
-    def _add_attributes(self, value: Any, where: str) -> None:
-        self._add_classes(value, where)
+    def _add_attributes(self, value: Any, path: str) -> None:
+        self._add_classes(value, path)
         for name, slot in _slots(type(value)):
             if (content := _slot_content(slot, value)) is not None:
                 self._parts.append(_Slot(slot, value, content))
-                self._wait([(content, f"{where}.{name}")])
+                self._enqueue([(content, f"{path}.{name}")])
         try:
-            held = vars(value)
+            attributes = vars(value)
         except TypeError:  # it has none
             return
-        self._seen[id(held)] = held
-        self._parts.append(_Mapping(held))
-        self._wait((item, f"{where}.{name}") for name, item in held.items())
+        self._seen[id(attributes)] = attributes
+        self._parts.append(_Mapping(attributes))
+        self._enqueue((item, f"{path}.{name}") for name, item in attributes.items())
 
-    def _add_classes(self, value: Any, where: str) -> None:
+    def _add_classes(self, value: Any, path: str) -> None:
         if id(type(value)) in self._seen:
             return
         for kind in type(value).__mro__:
-            known = id(kind) in self._seen
+            seen = id(kind) in self._seen
             self._seen[id(kind)] = kind
-            if not known and _package(kind) not in _WITHOUT_STATE:
+            if not seen and _package(kind) not in _WITHOUT_STATE:
                 attributes = _ClassAttributes(kind)
                 self._parts.append(attributes)
-                self._wait((content, f"{where}.{name}") for name, content in attributes.held.items())
+                self._enqueue((content, f"{path}.{name}") for name, content in attributes.before.items())
 
-    def _add_function(self, value: Any, where: str) -> None:
+    def _add_function(self, value: Any, path: str) -> None:
         if isinstance(value, MethodType):
-            self._wait([(value.__self__, where), (value.__func__, where)])
+            self._enqueue([(value.__self__, path), (value.__func__, path)])
         elif isinstance(value, partial):
-            self._wait([(value.func, where), (value.args, where), (value.keywords, where)])
+            self._enqueue([(value.func, path), (value.args, path), (value.keywords, path)])
         elif isinstance(value, CellType):
             try:
                 content = value.cell_contents
             except ValueError:  # not assigned yet
                 return
             self._parts.append(_Cell(value, content))
-            self._wait([(content, where)])
+            self._enqueue([(content, path)])
         elif _package(value) not in _WITHOUT_STATE:
-            self._wait((cell, where) for cell in value.__closure__ or ())
-            self._wait((default, where) for default in value.__defaults__ or ())
-            self._wait([(value.__kwdefaults__, where)])
+            self._enqueue((cell, path) for cell in value.__closure__ or ())
+            self._enqueue((default, path) for default in value.__defaults__ or ())
+            self._enqueue([(value.__kwdefaults__, path)])
             if vars(value):
-                self._add_attributes(value, where)
+                self._add_attributes(value, path)
 
 
 @contextmanager
 def _plain_torch() -> Iterator[None]:
-    """Let operations of torch be what they are, also where a pass is made inside a transform of `torch.func`."""
+    """Run torch operations plainly, also if a pass is inside a transform of `torch.func`."""
     with torch._C.DisableTorchFunction(), temporarily_clear_interpreter_stack():
         yield
 
@@ -254,21 +254,21 @@ def _package(value: Any) -> str:
     return str(value.__module__).partition(".")[0]
 
 
-def _has_own_state(value: object) -> bool:
+def _is_traversed(value: object) -> bool:
     kind = type(value)
-    if isinstance(value, LEFT_ALONE) or is_trainer(value):
+    if isinstance(value, SKIPPED_TYPES) or is_trainer(value):
         return False
-    known = isinstance(value, (SimpleNamespace, UserDict, UserList)) or kind.__module__.startswith("torch.optim.")
-    return known or _package(kind) not in OTHERS_BUSINESS
+    allowed = isinstance(value, (SimpleNamespace, UserDict, UserList)) or kind.__module__.startswith("torch.optim.")
+    return allowed or _package(kind) not in SKIPPED_PACKAGES
 
 
 def is_trainer(value: object) -> bool:
-    """Return whether an object is a Transformers Trainer, whose import loads data sets and more."""
+    """Return whether an object is a Transformers Trainer, without its expensive import."""
     return any((base.__module__, base.__name__) == ("transformers.trainer", "Trainer") for base in type(value).__mro__)
 
 
 def _is_descriptor(value: object) -> bool:
-    """Whether it makes something else of an access by its name, as methods and properties do."""
+    """Return whether an attribute is a descriptor, such as a method or a property."""
     return any("__get__" in vars(base) for base in type(value).__mro__)
 
 
@@ -276,7 +276,7 @@ def _slots(kind: type) -> Iterator[tuple[str, Any]]:
     for base in kind.__mro__:
         names = vars(base).get("__slots__", ())
         for name in (names,) if isinstance(names, str) else names:
-            if name in vars(base) and not name.startswith("__") and _package(base) not in OTHERS_BUSINESS:
+            if name in vars(base) and not name.startswith("__") and _package(base) not in SKIPPED_PACKAGES:
                 yield name, vars(base)[name]
 
 
@@ -288,7 +288,7 @@ def _slot_content(slot: Any, value: object) -> Any:
 
 
 def _state_of(value: Any) -> _State | _Array | None:
-    """How to keep what a generator or an array holds; `None` for other objects."""
+    """Return the saved content of a generator or an array; `None` for other objects."""
     if isinstance(value, Generator):
         return _State(value.get_state().clone(), value.set_state)
     if isinstance(value, np.random.Generator):
@@ -305,73 +305,73 @@ def _state_of(value: Any) -> _State | _Array | None:
 
 
 class _Mapping:
-    """A dict, or the attributes of an object."""
+    """The entries of a dict, or the attributes of an object."""
 
-    def __init__(self, held: dict[Any, Any]):
-        self._held = held
-        self._keys, self._values = list(held), list(held.values())
+    def __init__(self, target: dict[Any, Any]):
+        self._target = target
+        self._keys, self._values = list(target), list(target.values())
 
-    def put_back(self) -> bool:
-        held = self._held
+    def restore(self) -> bool:
+        target = self._target
         if self._is_same():
             return False
-        kind: Any = OrderedDict if isinstance(held, OrderedDict) else dict
-        for key in held.keys() - set(self._keys):
-            kind.__delitem__(held, key)
+        kind: Any = OrderedDict if isinstance(target, OrderedDict) else dict
+        for key in target.keys() - set(self._keys):
+            kind.__delitem__(target, key)
         for key, value in zip(self._keys, self._values, strict=True):
-            kind.__setitem__(held, key, value)
+            kind.__setitem__(target, key, value)
         if not self._is_same():  # in another order
-            kind.clear(held)
-            kind.update(held, zip(self._keys, self._values, strict=True))
+            kind.clear(target)
+            kind.update(target, zip(self._keys, self._values, strict=True))
         return True
 
     def _is_same(self) -> bool:
-        held = self._held
-        same = len(held) == len(self._keys) and all(map(is_, held.values(), self._values))
-        return same and all(map(is_, held, self._keys))
+        target = self._target
+        same = len(target) == len(self._keys) and all(map(is_, target.values(), self._values))
+        return same and all(map(is_, target, self._keys))
 
 
 class _Members(_Mapping):
-    """The parameters, buffers or submodules of a module; where FSDP swaps shards and whole parameters, it may."""
+    """The parameters, buffers or submodules of a module, unless FSDP swaps shards and whole parameters there."""
 
-    def put_back(self) -> bool:
-        if any(isinstance(value, DTensor) for value in (*self._held.values(), *self._values)):
+    def restore(self) -> bool:
+        if any(isinstance(value, DTensor) for value in (*self._target.values(), *self._values)):
             return False
-        return super().put_back()
+        return super().restore()
 
 
 class _Hooks:
-    """The registries of hooks of a module, most of them empty."""
+    """The hook registries of a module, most of them empty."""
 
     def __init__(self, registries: list[dict[int, Any]]):
         self._registries = registries
         self._filled = {index: _Mapping(registry) for index, registry in enumerate(registries) if registry}
 
-    def put_back(self) -> bool:
-        changed = [self._filled[index].put_back() for index in self._filled]
-        added = [held for index, held in enumerate(self._registries) if held and index not in self._filled]
-        for held in added:
-            held.clear()
+    def restore(self) -> bool:
+        changed = [self._filled[index].restore() for index in self._filled]
+        added = [hooks for index, hooks in enumerate(self._registries) if hooks and index not in self._filled]
+        for hooks in added:
+            hooks.clear()
         return any(changed) or bool(added)
 
 
 class _Collection:
-    """A list, a deque, a set or a bytearray."""
+    """The items of a list, a deque, a set or a bytearray."""
 
-    def __init__(self, held: Any):
-        self._held = held
-        self._items = list(held)
+    def __init__(self, target: Any):
+        self._target = target
+        self._items = list(target)
 
-    def put_back(self) -> bool:
-        held, items = self._held, self._items
-        if isinstance(held, MutableSet):
-            same = len(held) == len(items) and all(item in held for item in items)
+    def restore(self) -> bool:
+        target, items = self._target, self._items
+        if isinstance(target, MutableSet):
+            same = len(target) == len(items) and all(item in target for item in items)
         else:
-            same = len(held) == len(items) and all(map(is_, held, items))
+            same = len(target) == len(items) and all(map(is_, target, items))
         if not same:
-            kind: Any = next(base for base in (list, deque, set, bytearray) if isinstance(held, base))
-            kind.clear(held)
-            (kind.update if kind is set else kind.extend)(held, items)
+            kind: Any = next(base for base in (list, deque, set, bytearray) if isinstance(target, base))
+            kind.clear(target)
+            (kind.update if kind is set else kind.extend)(target, items)
         return not same
 
 
@@ -382,7 +382,7 @@ class _Cell:
         self._cell = cell
         self._content = content
 
-    def put_back(self) -> bool:
+    def restore(self) -> bool:
         changed = self._cell.cell_contents is not self._content
         if changed:
             self._cell.cell_contents = self._content
@@ -397,7 +397,7 @@ class _Slot:
         self._owner = owner
         self._content = content
 
-    def put_back(self) -> bool:
+    def restore(self) -> bool:
         changed = _slot_content(self._slot, self._owner) is not self._content
         if changed:
             self._slot.__set__(self._owner, self._content)
@@ -405,24 +405,27 @@ class _Slot:
 
 
 class _ClassAttributes:
-    """What a class holds but for methods, properties and the like."""
+    """The attributes of a class, without methods, properties and other descriptors."""
 
     def __init__(self, kind: type):
         self._kind = kind
-        self.held = self._now()
+        self.before = self._current()
 
-    def put_back(self) -> bool:
-        now = self._now()
-        for name in now.keys() - self.held.keys():
+    def restore(self) -> bool:
+        now = self._current()
+        for name in now.keys() - self.before.keys():
             delattr(self._kind, name)
-        changed = [name for name, content in self.held.items() if now.get(name, self) is not content]
+        changed = [name for name, content in self.before.items() if now.get(name, self) is not content]
         for name in changed:
-            setattr(self._kind, name, self.held[name])
+            setattr(self._kind, name, self.before[name])
         return bool(changed)
 
-    def _now(self) -> dict[str, Any]:
-        found = vars(self._kind).items()
-        return {name: held for name, held in found if not (name.startswith(("__", "_abc_")) or _is_descriptor(held))}
+    def _current(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in vars(self._kind).items()
+            if not (name.startswith(("__", "_abc_")) or _is_descriptor(value))
+        }
 
 
 class _State:
@@ -432,7 +435,7 @@ class _State:
         self._state = state
         self._restore = restore
 
-    def put_back(self) -> bool:
+    def restore(self) -> bool:
         self._restore(self._state)
         return False
 
@@ -444,6 +447,6 @@ class _Array:
         self._array = array
         self._copy = array.copy()
 
-    def put_back(self) -> bool:
+    def restore(self) -> bool:
         np.copyto(self._array, self._copy)
         return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a model that measured passes may change: held, and given back as it was."""
+"""The state of a model that measured passes may change: saved, wound back before each pass, and restored."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from .snapshot_tensors import watched_writes
 
 logger = logging.get_logger(__name__)
 
-_OWN_HOOKS = ("accelerate", "hf_optimizability", "torch", "transformers")
-"""Packages whose hooks on modules belong to the machinery of training, and are not named."""
+_TRAINING_PACKAGES = ("accelerate", "hf_optimizability", "torch", "transformers")
+"""Packages whose hooks on modules belong to the training itself and are not reported."""
 
-_ALONE = ("train_dataset", "eval_dataset", "optimizer", "lr_scheduler")
-"""Attributes of a Trainer that its loss has no business with."""
+_SKIPPED_ATTRIBUTES = ("train_dataset", "eval_dataset", "optimizer", "lr_scheduler")
+"""Attributes of a Trainer that its loss does not write to."""
 
-_WATCHED = 16
-"""Passes in which new hooks and writes to large frozen tensors are looked for: who makes them does so in each pass."""
+_WATCHED_PASSES = 16
+"""Passes in which new hooks and writes to large frozen tensors are detected: a model makes them in each or in none."""
 
-_held: list[ModelState] = []
+_borrowed: list[ModelState] = []
+"""The states that are borrowed now, the innermost last; `settle` is called where only the model is known."""
 
 
 class ModelState:
-    """All that a measured pass may change of a model, and of other objects that its loss works with.
+    """Everything that a measured pass may change in a model, and in other objects that its loss uses.
 
-    Buffers, parameters, attributes of modules and configs in whatever container, random generators: see `Snapshot`.
+    Buffers, parameters, attributes of modules and configs in any container, random generators: see `Snapshot`.
 
     Args:
         model: The model.
         others: Objects that the loss may write to as well, such as the Trainer of a `compute_loss`. Their models,
-            containers and counters come back; optimizer, data sets, loaders, callbacks and tokenizer are left alone
-            (`snapshot.LEFT_ALONE`). What a Trainer logs while it is held goes nowhere.
+            containers and counters are restored; optimizer, data sets, loaders, callbacks and tokenizer are left alone
+            (`snapshot.SKIPPED_TYPES`). A borrowed Trainer logs nothing.
 
     Attributes:
-        set_aside: Names of the parameters whose gradient hooks are set aside while the model is held.
+        hooks_set_aside: Names of the parameters whose gradient hooks are removed while the model is borrowed.
         module_hooks: Names of the modules with hooks of the user's own, which run.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
-        >>> with ModelState(model).held():
+        >>> with ModelState(model).borrow():
         ...     _ = model.running_mean.add_(1)
         ...     model.training
         False
@@ -55,7 +56,7 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module, *, others: Sequence[object] = ()):
-        self.set_aside: tuple[str, ...] = ()
+        self.hooks_set_aside: tuple[str, ...] = ()
         self.module_hooks: tuple[str, ...] = ()
         self._model = model
         self._others = tuple(others)
@@ -66,12 +67,11 @@ class ModelState:
         self._adds_hooks = False
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the model in eval mode, without gradients and gradient hooks; everything comes back at the end.
+    def borrow(self) -> Iterator[None]:
+        """Switch the model to eval mode without gradients and gradient hooks, and restore everything at exit.
 
         Raises:
-            MeasurementError: At the end, if values of large frozen tensors were changed in a way that could not be
-                seen coming, so that they are lost.
+            MeasurementError: At exit, if large frozen tensors were written to undetected, so that values are lost.
         """
         outer = self._entry, self._before_pass
         self._entry, self._before_pass, self._passes = self._snapshot(registries=True), None, 0
@@ -82,12 +82,12 @@ class ModelState:
             with ExitStack() as stack:
                 stack.enter_context(self._without_gradient_hooks())
                 for other in self._others:
-                    stack.enter_context(_silent(other))
+                    stack.enter_context(_muted(other))
                 self.module_hooks = tuple(_module_hooks(self._model))
                 for parameter, _ in gradients:
                     parameter.grad = None
-                _held.append(self)
-                stack.callback(_held.remove, self)
+                _borrowed.append(self)
+                stack.callback(_borrowed.remove, self)
                 with self._watched_writes():
                     _to_eval(self._model)
                 yield
@@ -99,40 +99,41 @@ class ModelState:
                 if parameter.grad is not gradient:
                     parameter.grad = gradient
             for module, mode in modes:
-                if module.training != mode:  # of TorchScript too, which keeps its attributes elsewhere
+                if module.training != mode:  # TorchScript, too, stores its attributes elsewhere
                     module.training = mode
-            if lost := entry.put_back():
-                self._tell_lost(lost, failing=failing)
+            if lost := entry.restore():
+                self._report_lost(lost, failing=failing)
 
     @property
-    def is_held(self) -> bool:
-        """Whether the model's state is held now, whoever holds it."""
-        return bool(self._all_held())
+    def is_borrowed(self) -> bool:
+        """Whether the model is borrowed now, through this or another `ModelState`."""
+        return bool(self._active_states())
 
     def rewind(self) -> None:
-        """Undo what passes have changed since the model is held; to be called before each pass.
+        """Undo what passes have changed since the model was borrowed; to be called before each pass.
 
-        Trainable weights stay as they are: measurements move them on purpose. Outside of `held` nothing is done.
+        Trainable weights stay as they are: measurements displace them on purpose. Outside `borrow` this does nothing.
         """
         for registry, keys in self._new_hooks:
             for key in keys:
                 registry.pop(key, None)
         self._new_hooks = []
-        for state in self._all_held()[-1:]:
+        for state in self._active_states()[-1:]:
             state._rewind()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Hold around a forward pass, so that the next one can begin as this one did.
+        """Watch a forward pass, so that `rewind` can undo its effects.
 
-        Large frozen tensors are copied before the model writes to them: every operation is looked at, which takes
-        time, so in the first passes only. Hooks that the pass adds to modules are noted: the mark by which a model
-        knows that it has them is put back as well (Transformers' hooks that capture hidden states and router logits).
+        Large frozen tensors are copied before the model writes to them: every operation is intercepted, which takes
+        time, so in the first passes only. Hooks that the pass adds to modules are recorded, since the mark by which a
+        model knows that it has them is restored as well (Transformers' hooks that capture hidden states and router
+        logits).
         """
         self._passes += 1
-        early = self._passes <= _WATCHED
-        looked_at = early or self._adds_hooks
-        before = [(registry, list(registry)) for registry in self._hook_registries()] if looked_at else []
+        early = self._passes <= _WATCHED_PASSES
+        recorded = early or self._adds_hooks
+        before = [(registry, list(registry)) for registry in self._hook_registries()] if recorded else []
         try:
             with self._watched_writes() if early else nullcontext():
                 yield
@@ -147,33 +148,35 @@ class ModelState:
             yield from (attributes[name] for name in HOOKS if name in attributes)
 
     def _watched_writes(self) -> AbstractContextManager[None]:
-        snapshots = [snapshot for state in self._all_held() for snapshot in (state._entry, state._before_pass)]
+        snapshots = [snapshot for state in self._active_states() for snapshot in (state._entry, state._before_pass)]
         return watched_writes(snapshot.tensors for snapshot in snapshots if snapshot is not None)
 
-    def _all_held(self) -> list[ModelState]:
-        """Return the states held of this model, whoever holds them, the innermost last."""
-        return [state for state in _held if state._model is self._model]
+    def _active_states(self) -> list[ModelState]:
+        """Return the borrowed states of this model, the innermost last."""
+        return [state for state in _borrowed if state._model is self._model]
 
     def _rewind(self) -> None:
         if self._before_pass is None:
             self._before_pass = self._snapshot(registries=False)
-        elif lost := self._before_pass.put_back(thorough=False):
-            self._tell_lost(lost, failing=False)
+        elif lost := self._before_pass.restore(thorough=False):
+            self._report_lost(lost, failing=False)
 
     def _snapshot(self, *, registries: bool) -> Snapshot:
         trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         roots = {"model": self._model} | {type(other).__name__: other for other in self._others}
-        alone = [vars(other).get(name) for other in self._others if is_trainer(other) for name in _ALONE]
+        skipped = [
+            vars(other).get(name) for other in self._others if is_trainer(other) for name in _SKIPPED_ATTRIBUTES
+        ]
         if registries:
-            return Snapshot(roots, whole=trainable, ignored=alone)
-        return Snapshot(roots, ignored=[*trainable, *alone], registries=False, digests=False)
+            return Snapshot(roots, copied=trainable, ignored=skipped)
+        return Snapshot(roots, ignored=[*trainable, *skipped], registries=False, digests=False)
 
     @contextmanager
     def _without_gradient_hooks(self) -> Iterator[None]:
-        """Empty the registries of hooks on parameters; they stay in place, as those who hold handles know them."""
+        """Empty the registries of hooks on parameters, and fill them again at exit; handles refer to them."""
         named = [(name, hooks) for name, p in self._model.named_parameters() for hooks in _gradient_hooks(p)]
         copies = [dict(hooks) for _, hooks in named]
-        self.set_aside = tuple(dict.fromkeys(name for name, _ in named))
+        self.hooks_set_aside = tuple(dict.fromkeys(name for name, _ in named))
         try:
             for _, hooks in named:
                 hooks.clear()
@@ -184,10 +187,10 @@ class ModelState:
                 hooks.clear()
                 hooks.update(copy | added)
 
-    def _tell_lost(self, lost: list[str], *, failing: bool) -> None:
+    def _report_lost(self, lost: list[str], *, failing: bool) -> None:
         reason = (
-            f"Passes of the model have written to {', '.join(lost[:5])}, which are too large to copy, by a way that "
-            "can't be watched (not by operations of torch in a forward pass). Their values can't be put back."
+            f"Passes of the model have written to {', '.join(lost[:5])}, which are too large to copy, without torch "
+            "operations in a forward pass that could be intercepted. Their values can't be restored."
         )
         if failing:
             logger.warning(reason)
@@ -196,12 +199,12 @@ class ModelState:
 
 
 def settle() -> None:
-    """Undo what passes have changed of all held models, and let the next ones start from what is changed after this.
+    """Undo what passes have changed in all borrowed models, and let the next passes start from the changes after this.
 
-    To be called before a held model is changed on purpose (other attention, tensors of another dtype), and before it
-    is changed back.
+    To be called before a borrowed model is changed on purpose (other attention, tensors of another dtype), and before
+    it is changed back.
     """
-    for state in _held:
+    for state in _borrowed:
         if state._before_pass is not None:
             state._rewind()
             state._before_pass = None
@@ -209,21 +212,21 @@ def settle() -> None:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch a model to eval mode, and give it back as it was, with all that passes have changed."""
-    with ModelState(model).held():
+    """Switch a model to eval mode, and restore it at exit with everything that passes have changed."""
+    with ModelState(model).borrow():
         yield
 
 
 def _to_eval(model: nn.Module) -> None:
-    """Switch a model to eval mode without what some do then.
+    """Switch a model to eval mode without the side effects that `eval()` has in some models.
 
-    `train()` drops what was cached in eval mode and takes merged weights apart (loralib). `eval()` may merge them
-    again, by which the gradients of the parts would vanish; so modules of such classes are only marked.
+    `train()` drops caches of eval mode and unmerges weights (loralib). `eval()` may merge them again, so that the
+    gradients of the factors would vanish; so modules are only marked.
     """
     model.train()
 
     def mark(module: nn.Module) -> None:
-        if "train" in vars(module) or "eval" in vars(module):  # someone keeps it in one mode
+        if "train" in vars(module) or "eval" in vars(module):  # replaced to keep the module in one mode
             module.eval()
             return
         module.training = False
@@ -247,7 +250,7 @@ def _module_hooks(model: nn.Module) -> Iterator[str]:
             module._backward_hooks,
         )
         packages = {_package_of(hook) for hooks in registries for hook in hooks.values()}
-        if packages - set(_OWN_HOOKS):
+        if packages - set(_TRAINING_PACKAGES):
             yield name or type(module).__name__
 
 
@@ -256,18 +259,18 @@ def _package_of(hook: Any) -> str:
 
 
 @contextmanager
-def _silent(other: object) -> Iterator[None]:
-    """Let what a Trainer logs go nowhere; which other Trainers of its class do not notice."""
+def _muted(other: object) -> Iterator[None]:
+    """Discard what a Trainer logs, without an effect on other Trainers of its class."""
     if not is_trainer(other):
         yield
         return
     loggers = [other, vars(other)["accelerator"]]
-    before = [{name: held for name, held in vars(owner).items() if name == "log"} for owner in loggers]
+    originals = [{name: log for name, log in vars(owner).items() if name == "log"} for owner in loggers]
     try:
         for owner in loggers:
             vars(owner)["log"] = lambda *args, **kwargs: None
         yield
     finally:
-        for owner, held in zip(loggers, before, strict=True):
+        for owner, original in zip(loggers, originals, strict=True):
             vars(owner).pop("log")
-            vars(owner).update(held)
+            vars(owner).update(original)

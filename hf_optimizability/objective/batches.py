@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches in whatever containers a collator makes: their examples, what their mean loss is over, copies and pieces."""
+"""Batches in any container that a collator returns: number of examples and items, copies and pieces."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def batch_elements(batch: Batch) -> int:
 
 
 def count_items(model: nn.Module, batch: Batch) -> int:
-    """Return what the mean loss of a batch is over, as far as its labels say.
+    """Return the number of items that the mean loss of a batch is over, according to its labels.
 
-    Those are integer labels other than -100 (after the shift of a causal language model; the index that a semantic
-    segmentation ignores), entries of real labels, or examples where labels are no tensor or the loss is CTC's, which
-    is a mean over examples.
+    Items are integer labels other than -100 (after the shift of a causal language model; the index that semantic
+    segmentation ignores), entries of real labels, or examples if labels are not a tensor or the loss is CTC's, a
+    mean over examples.
     """
     labels = _labels(batch)
     if not isinstance(labels, Tensor) or _is_any_of(model, MODEL_FOR_CTC_MAPPING_NAMES):
@@ -63,7 +63,7 @@ def count_items(model: nn.Module, batch: Batch) -> int:
 
 
 def count_units(model: nn.Module, batch: Batch, unit: Unit) -> int | None:
-    """Return how many units the mean loss of a batch is over, or `None` where the batch does not say."""
+    """Return how many units the mean loss of a batch is over, or `None` if the batch does not say."""
     if unit == "items":
         return count_items(model, batch)
     if unit == "attended tokens":
@@ -93,7 +93,7 @@ def cut_batch(batch: Batch, size: int, *, unit: Unit = "items") -> list[Batch]:
 
     Args:
         batch: The batch.
-        size: Most examples in a piece.
+        size: Maximum number of examples in a piece.
         unit: `"pairs"` keeps the second half of each pair with its first; a piece has one pair at least.
 
     Raises:
@@ -106,7 +106,7 @@ def cut_batch(batch: Batch, size: int, *, unit: Unit = "items") -> list[Batch]:
         [{'chosen_then_rejected': tensor([0, 2])}, {'chosen_then_rejected': tensor([1, 3])}]
     """
     if unit == "batches":
-        raise ValueError("A batch can't be cut, because its loss is no mean over what can be counted.")
+        raise ValueError("A batch can't be cut, because its loss is not a mean over countable items.")
     length = _common_length(batch)
     number = length // 2 if unit == "pairs" else length
     step = max(1, size // 2) if unit == "pairs" else size
@@ -127,7 +127,7 @@ def _labels(batch: Batch) -> Any:
 
 
 def _common_length(batch: Batch) -> int:
-    """Return the number of examples that all values of a batch agree on."""
+    """Return the number of examples, if all values of a batch agree on it."""
     lengths = dict(_lengths(batch, ""))
     if len(set(lengths.values())) != 1:
         raise ValueError(
@@ -138,7 +138,7 @@ def _common_length(batch: Batch) -> int:
 
 
 def _lengths(value: Any, name: str) -> Iterator[tuple[str, int]]:
-    """Yield the length of each value that holds examples, by its place."""
+    """Yield the path and the length of each value that contains examples."""
     if isinstance(value, Tensor):
         if value.ndim > 0:
             yield name, value.size(0)
@@ -188,7 +188,7 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _like(container: Any, content: Any) -> Any:
-    """Return a container of the same type with other content."""
+    """Return a container of the same type with different content."""
     kind: Any = type(container)
     return kind(*content) if "_fields" in vars(kind) else kind(content)  # a named tuple takes its fields one by one
 
@@ -211,7 +211,7 @@ def _ignored_label(model: nn.Module) -> int:
 
 
 def _is_any_of(model: nn.Module, names: Mapping[str, Any]) -> bool:
-    """Return whether the Transformers model inside `model` is of a class that an auto mapping names."""
+    """Return whether the Transformers model inside `model` is of a class in an auto mapping."""
     inner = pretrained(model)
     listed = {name for entry in names.values() for name in ([entry] if isinstance(entry, str) else entry)}
     # `fully_shard` puts a class of its own before the model's.
@@ -219,7 +219,7 @@ def _is_any_of(model: nn.Module, names: Mapping[str, Any]) -> bool:
 
 
 def _shifts_labels(model: nn.Module) -> bool:
-    """Return whether the model predicts each label from the tokens before it, so that the first label is not used."""
+    """Return whether the model predicts each label from the tokens before it, so that the first label is unused."""
     inner = pretrained(model)
     if inner is None or inner.config.is_encoder_decoder:
         return False

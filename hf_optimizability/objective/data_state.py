@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of collator, data set and sampler, which drawing the probe set leaves as it was."""
+"""The state of collator, data set and sampler, which is restored after the probe set is drawn."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from ..errors import MeasurementError
 
 
 MANY = 1000
-"""Entries above which a container holds data: it comes back with the same entries, but those are not looked into."""
+"""Entries above which a container counts as data: its entries are restored, but not traversed."""
 
 LARGE, ALL_COPIES = 1 << 16, 1 << 24
-"""Entries above which an array is data, and not copied; entries of all copies together."""
+"""Entries above which an array counts as data and is not copied; entries of all copies together."""
 
 MAX_OBJECTS = 100_000
-"""Objects that are looked at; what is found after them is data."""
+"""Maximum number of objects that are traversed; all others count as data."""
 
 _OPAQUE = (
     str, bytes, int, float, complex, bool, type(None), range, slice, ModuleType, CodeType, threading.Thread,
     logging.Logger, logging.Handler, torch.nn.Parameter, torch.dtype, torch.device, np.dtype,
 )  # fmt: skip
-"""Types without a state that reading data changes, or with one that is not ours to look at."""
+"""Types that are not traversed: reading data does not change them, or their state is not ours."""
 
 _CHANNELS = (socket.socket, multiprocessing.connection.Connection, queue.SimpleQueue)
-"""What is read once only."""
+"""Types that can be read only once."""
 
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 @runtime_checkable
 class Resumable(Protocol):
-    """A stream that can be set back by itself, as torchdata has it."""
+    """A stream that can restore its position, as in torchdata."""
 
     def state_dict(self) -> Any:
         """Return its position."""
@@ -62,19 +62,19 @@ class Resumable(Protocol):
 
 @contextmanager
 def preserved_data(dataset: Any, *others: Any, stream: bool = False) -> Iterator[DataState]:
-    """Put back, at exit, what reading data changes: counters, caches, queues, random generators, positions.
+    """Restore, at exit, what reading data changes: counters, caches, queues, random generators, positions.
 
-    Covers what the arguments lead to: attributes of objects and of the user's own classes, entries of containers,
-    closures, and the globals that the user's own functions name. Small values are copied; large containers keep their
-    entries; large arrays count as data. In place of an iterator a copy of it is read inside.
+    Covers everything reachable from the arguments: attributes of objects and of the user's own classes, entries of
+    containers, closures, and the globals that the user's own functions name. Small values are copied; large containers
+    keep their entries; large arrays count as data. Inside, iterators are replaced by copies.
 
     Args:
         dataset: The data set.
         others: Collator, sampler.
-        stream: Whether the data set is read from its start on, so that all that it reads from has to be set back.
+        stream: Whether the data set is read from its start, so that everything it reads from must be restored.
 
     Raises:
-        MeasurementError: If something can't be set back: an open generator, or a pipe, socket or cursor of a stream.
+        MeasurementError: If something can't be restored: an open generator, or a pipe, socket or cursor of a stream.
 
     Example:
         >>> rng = random.Random(0)
@@ -85,51 +85,51 @@ def preserved_data(dataset: Any, *others: Any, stream: bool = False) -> Iterator
     """
     state = DataState(dataset, *others, stream=stream)
     try:
-        state.look()
+        state.save()
         yield state
     finally:
         state.restore()
 
 
 class DataState:
-    """What `preserved_data` has found, and how to put it back.
+    """The state that `preserved_data` restores.
 
     Args:
-        dataset: As above.
-        others: As above.
-        stream: As above.
+        dataset: As for `preserved_data`.
+        others: As for `preserved_data`.
+        stream: As for `preserved_data`.
     """
 
     def __init__(self, dataset: Any, *others: Any, stream: bool):
         self._dataset, self._roots, self._stream = dataset, (dataset, *others), stream
-        self._seen: dict[int, Any] = {}  # holds what it names, so that no other object gets the same id
+        self._seen: dict[int, Any] = {}  # references the objects, so that their ids are not reused
         self._forks: dict[int, Any] = {}
         self._copied = 0
         self._restores: list[Callable[[], Any]] = []
 
-    def look(self) -> None:
-        """Note the state of the roots and of what they lead to.
+    def save(self) -> None:
+        """Save the state of the roots and of everything reachable from them.
 
         Raises:
-            MeasurementError: If something can't be set back.
+            MeasurementError: If something can't be restored.
         """
-        waiting = deque((type(root).__name__, root) for root in self._roots)
-        while waiting and len(self._seen) < MAX_OBJECTS:
-            place, value = waiting.popleft()
+        pending = deque((type(root).__name__, root) for root in self._roots)
+        while pending and len(self._seen) < MAX_OBJECTS:
+            place, value = pending.popleft()
             if isinstance(value, _OPAQUE) or id(value) in self._seen:
                 continue
             self._seen[id(value)] = value
-            waiting.extend((f"{place}{name}", held) for name, held in self._note(place, value))
+            pending.extend((f"{place}{name}", held) for name, held in self._save(place, value))
 
     def knows(self, iterator: Any) -> bool:
-        """Return whether the state of an iterator is put back."""
+        """Return whether the state of an iterator is restored."""
         return id(iterator) in self._seen or any(iterator is fork for fork in self._forks.values())
 
     def restore(self) -> None:
-        """Put everything back, last found first.
+        """Restore everything, in reverse order.
 
         Raises:
-            MeasurementError: If an object does not let its state be set. The others are put back.
+            MeasurementError: If the state of an object can't be set. All others are restored.
         """
         failures = []
         while self._restores:
@@ -139,74 +139,74 @@ class DataState:
                 failures.append(error)
         if failures:
             raise MeasurementError(
-                f"Collator or data set could not be set back after the probe set was drawn: {failures[0]!r}.",
+                f"Collator or data set could not be restored after the probe set was drawn: {failures[0]!r}.",
                 "Train without measuring.",
             ) from failures[0]
 
-    def _note(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
-        """Note how one object is put back; yield what it leads to."""
+    def _save(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
+        """Save how to restore one object; yield what it refers to."""
         if (restore := _random_state(value)) is not None:
             self._restores.append(restore)
         elif isinstance(value, (Tensor, np.ndarray)):
-            self._note_array(value)
+            self._save_array(value)
         elif isinstance(value, io.IOBase):
-            self._note_file(place, value)
+            self._save_file(place, value)
         elif any(value is fork for fork in self._forks.values()):
             yield from (("", part) for part in _parts(value))
         elif isinstance(value, _CHANNELS) or _is_native_iterator(value):
-            self._refuse(place, value)  # an iterator in a place where no copy could be put
+            self._refuse(place, value)  # an iterator that can't be replaced by a copy
         else:
-            yield from self._note_entries(place, value)
-            yield from self._note_attributes(place, value)
-            yield from self._note_code(place, value)
+            yield from self._save_entries(place, value)
+            yield from self._save_attributes(place, value)
+            yield from self._save_code(place, value)
 
-    def _note_entries(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    def _save_entries(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
-            yield from self._note_mapping(place, value)
+            yield from self._save_mapping(place, value)
         elif isinstance(value, (list, deque)):
             before = list(value)
             self._restores.append(partial(_refill_sequence, value, before))
             if len(before) <= MANY:
                 for index, item in enumerate(before):
-                    inside = self._inside(f"{place}[{index}]", item)
-                    if inside is not item:
-                        value[index] = inside
-                    yield f"[{index}]", inside
+                    replacement = self._readable(f"{place}[{index}]", item)
+                    if replacement is not item:
+                        value[index] = replacement
+                    yield f"[{index}]", replacement
         elif isinstance(value, set):
             self._restores.append(partial(_refill_set, value, set(value)))
         elif isinstance(value, (tuple, frozenset)) and len(value) <= MANY:
             yield from (("[…]", item) for item in value)
 
-    def _note_mapping(self, place: str, held: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-        """Note a dict's entries, or an object's attributes."""
+    def _save_mapping(self, place: str, held: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+        """Save a dict's entries, or an object's attributes."""
         before = dict(held)
         self._restores.append(partial(_refill_mapping, held, before))
         if len(before) <= MANY:
             for name, item in before.items():
-                inside = self._inside(f"{place}.{name}", item)
-                if inside is not item:
-                    held[name] = inside
-                yield f".{name}", inside
+                replacement = self._readable(f"{place}.{name}", item)
+                if replacement is not item:
+                    held[name] = replacement
+                yield f".{name}", replacement
 
-    def _note_attributes(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
-        """Note an object's attributes, and those of its class."""
+    def _save_attributes(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
+        """Save an object's attributes, and those of its class."""
         if isinstance(value, type):
-            if _is_the_users(value.__module__):
-                yield from self._note_class(place, value)
+            if _is_user_code(value.__module__):
+                yield from self._save_class(place, value)
             return
         attributes = _attributes(value)
         if attributes is not None:
-            yield from self._note_mapping(place, attributes)
+            yield from self._save_mapping(place, attributes)
         for kind in type(value).__mro__:
             yield "", kind
             for name, slot in vars(kind).items():
                 if isinstance(slot, MemberDescriptorType) and "__slots__" in vars(kind):
-                    with suppress(AttributeError):  # those not set
+                    with suppress(AttributeError):  # not assigned
                         held = slot.__get__(value)
                         self._restores.append(partial(slot.__set__, value, held))
                         yield f".{name}", held
 
-    def _note_class(self, place: str, kind: type) -> Iterator[tuple[str, Any]]:
+    def _save_class(self, place: str, kind: type) -> Iterator[tuple[str, Any]]:
         before = {name: held for name, held in vars(kind).items() if not name.startswith("__")}
         self._restores.append(partial(_refill_class, kind, before))
         for name, held in vars(kind).items():
@@ -214,8 +214,8 @@ class DataState:
             inside = held.fget if isinstance(held, property) else inside
             yield f".{name}", inside
 
-    def _note_code(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
-        """Note what a function reads besides its arguments."""
+    def _save_code(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
+        """Save what a function reads in addition to its arguments."""
         if isinstance(value, MethodType):
             yield from (("", value.__self__), ("", value.__func__))
         elif isinstance(value, partial):
@@ -223,21 +223,21 @@ class DataState:
         elif isinstance(value, FunctionType):
             yield from (("", value.__defaults__), ("", value.__kwdefaults__))
             for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-                with suppress(ValueError):  # a cell that is empty yet
+                with suppress(ValueError):  # an empty cell
                     held = cell.cell_contents
                     self._restores.append(partial(setattr, cell, "cell_contents", held))
-                    cell.cell_contents = inside = self._inside(f"{place}.{name}", held)
-                    yield f".{name}", inside
-            if _is_the_users(value.__module__):
-                yield from self._note_globals(place, value.__globals__, set(_names(value.__code__)))
+                    cell.cell_contents = replacement = self._readable(f"{place}.{name}", held)
+                    yield f".{name}", replacement
+            if _is_user_code(value.__module__):
+                yield from self._save_globals(place, value.__globals__, set(_names(value.__code__)))
 
-    def _note_globals(self, place: str, held: dict[str, Any], names: set[str]) -> Iterator[tuple[str, Any]]:
+    def _save_globals(self, place: str, held: dict[str, Any], names: set[str]) -> Iterator[tuple[str, Any]]:
         for name in names & held.keys():
             self._restores.append(partial(held.__setitem__, name, held[name]))
-            held[name] = inside = self._inside(f"{place}.{name}", held[name])
-            yield f".{name}", inside
+            held[name] = replacement = self._readable(f"{place}.{name}", held[name])
+            yield f".{name}", replacement
 
-    def _note_array(self, value: Tensor | np.ndarray) -> None:
+    def _save_array(self, value: Tensor | np.ndarray) -> None:
         """Copy a small array; a large one is data."""
         if isinstance(value, np.ndarray):
             size, plain = value.size, value.flags.writeable and not value.dtype.hasobject
@@ -248,8 +248,8 @@ class DataState:
             self._copied += size
             self._restores.append(partial(_refill_array, value, _copy(value)))
 
-    def _note_file(self, place: str, file: io.IOBase) -> None:
-        """Note a file's position."""
+    def _save_file(self, place: str, file: io.IOBase) -> None:
+        """Save a file's position."""
         if file.closed or not file.readable():
             return
         try:
@@ -257,8 +257,8 @@ class DataState:
         except OSError:  # a pipe, or a text file that is being read line by line
             self._refuse(place, file)
 
-    def _inside(self, place: str, value: Any) -> Any:
-        """Return what is read in place of a value: a copy of an iterator, anything else as it is."""
+    def _readable(self, place: str, value: Any) -> Any:
+        """Return the value to read from inside: a copy of an iterator, anything else as it is."""
         if not _is_native_iterator(value):
             return value
         if id(value) not in self._forks:
@@ -271,15 +271,15 @@ class DataState:
         return self._forks[id(value)]
 
     def _refuse(self, place: str, value: Any) -> None:
-        """Raise if what is read from an object would be missing in training."""
+        """Raise if rows that are read from an object would be missing in training."""
         if not (self._stream or isinstance(value, GeneratorType)):
-            return  # a cursor or a connection of a data set with an index: each row is asked for by its number
+            return  # a cursor or a connection of an indexed data set: each row is requested by its number
         stream = self._dataset
-        # That of Datasets counts rows, and reads on from where its source is.
+        # That of Datasets counts rows, but continues from the present position of its source.
         if not isinstance(stream, Resumable) or type(stream).__module__.startswith("datasets."):
             raise MeasurementError(
                 f"Reading the probe set would take rows away from training: the position of {place} "
-                f"({type(value).__name__}) can't be set back.",
+                f"({type(value).__name__}) can't be restored.",
                 "Pass a data set that opens its source in `__iter__`, as `datasets.IterableDataset` does with files, "
                 "or one with `state_dict` and `load_state_dict`.",
             )
@@ -287,7 +287,7 @@ class DataState:
 
 
 def _random_state(value: Any) -> Callable[[], Any] | None:
-    """Return what sets a random generator, or a number shared by processes, back; `None` for anything else."""
+    """Return a function that restores a random generator or a ctypes number; `None` for other objects."""
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
     if isinstance(value, np.random.RandomState):
@@ -306,12 +306,12 @@ def _random_state(value: Any) -> Callable[[], Any] | None:
 def _attributes(value: Any) -> dict[str, Any] | None:
     try:
         return vars(value)
-    except TypeError:  # an object with slots, or one that is not written in Python
+    except TypeError:  # an object with slots, or an extension type
         return None
 
 
 def _is_native_iterator(value: Any) -> bool:
-    """Return whether an iterator is not written in Python: one that is has its state in attributes."""
+    """Return whether an iterator is implemented in C, so that its state is not in attributes."""
     if not isinstance(value, Iterator) or isinstance(value, io.IOBase):
         return False
     step = next(vars(kind)["__next__"] for kind in type(value).__mro__ if "__next__" in vars(kind))
@@ -319,7 +319,7 @@ def _is_native_iterator(value: Any) -> bool:
 
 
 def _fork(value: Any) -> Any:
-    """Return a copy of an iterator that goes over the same objects.
+    """Return a copy of an iterator over the same objects.
 
     Raises:
         TypeError: If it can't be copied.
@@ -334,7 +334,7 @@ def _fork(value: Any) -> Any:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """Yield what a copied iterator reads from."""
+    """Yield the objects that a copied iterator reads from."""
     if not _is_native_iterator(value):
         yield value
         return
@@ -350,11 +350,11 @@ def _reduced(value: Any) -> tuple[Any, ...]:
 
 
 def _fork_state(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else _fork(value)  # `cycle` adds to its own list
+    return list(value) if isinstance(value, list) else _fork(value)  # `cycle` appends to its list
 
 
-def _is_the_users(module: str | None) -> bool:
-    """Return whether a module is the user's own, and not of a library."""
+def _is_user_code(module: str | None) -> bool:
+    """Return whether a module is the user's own and not from a library."""
     if module is None or module not in sys.modules:
         return False
     file = vars(sys.modules[module]).get("__file__")
@@ -364,7 +364,7 @@ def _is_the_users(module: str | None) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Yield the names that a function and those inside it use."""
+    """Yield the names that a function and its nested functions use."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -325,7 +325,7 @@ class Objective(ModelRisk):
         """Return the sum of a batch's losses, from the state that the measurement began with, and its items."""
         if self._should_stop is not None and self._should_stop():
             raise MeasurementInterruptedError
-        if self.state.is_held:
+        if self.state.is_borrowed:
             self.state.rewind()
             seed_all(self._seed + batch.index)
         with self.state.watched():

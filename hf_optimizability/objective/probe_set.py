@@ -33,7 +33,7 @@ MIN_EXAMPLES = 2
 
 
 def dataset_of(dataloader: Any) -> Dataset | None:
-    """Return a loader's data set, of all ranks; `None` where the loader is an iterable of batches without one."""
+    """Return a loader's data set, of all ranks; `None` if the loader is an iterable of batches without one."""
     try:
         dataset = dataloader.dataset
     except AttributeError:
@@ -61,7 +61,7 @@ class ProbeSpec:
         batch_size: Examples to collate at a time. Where the collator refuses that, as many as training does; with
             tasks, fewer where a task would have too few batches to show a spread.
         seed: Seed of the draw, and of whatever augmentation or masking does to the examples.
-        required: Whether fewer examples are an error; otherwise all there are are taken.
+        required: Whether fewer examples are an error; otherwise all available ones are taken.
         task_column: The column that holds the tasks, if the examples of each task are collated by themselves.
         group: Processes that train together: the first one draws for all.
     """
@@ -75,7 +75,7 @@ class ProbeSpec:
 
     @classmethod
     def from_config(cls, config: OptimizabilityConfig, *, group: ProcessGroup = SINGLE_PROCESS) -> ProbeSpec:
-        """Return what a configuration asks for."""
+        """Return the specification of a configuration."""
         return cls(
             examples=config.budget.probe_examples,
             batch_size=config.probe_batch_size,
@@ -108,12 +108,11 @@ def draw_probe_set(dataloader: DataLoader, spec: ProbeSpec, *, rows: Dataset | N
     Args:
         dataloader: Its data set, collator and batch sampler are used.
         spec: How many examples to draw, and how to collate them.
-        rows: With `task_column`, the loader's data set as it was before columns were taken away.
+        rows: With `task_column`, the loader's data set before columns were removed.
 
     Raises:
-        ValueError: If fewer examples are there than are required; if there is no column of that name; if it names one
-            task only, or too many.
-        MeasurementError: If no probe set can be drawn; it says what to do.
+        ValueError: If there are fewer examples than required, no column of that name, or only one task or too many.
+        MeasurementError: If no probe set can be drawn; the message says what to do.
     """
     with spec.group.propagate_errors():
         found = []
@@ -126,7 +125,7 @@ def draw_probe_set(dataloader: DataLoader, spec: ProbeSpec, *, rows: Dataset | N
 
 
 def _preserved(dataloader: Any) -> AbstractContextManager[DataState]:
-    """Return what puts back all that is read through a data loader."""
+    """Return a context that restores the state of everything that is read through a data loader."""
     dataset = dataset_of(dataloader)
     stream = num_examples(dataset) is None
     if dataset is None:
@@ -137,13 +136,13 @@ def _preserved(dataloader: Any) -> AbstractContextManager[DataState]:
 def _sample(
     dataloader: DataLoader, spec: ProbeSpec, rows_with_tasks: Dataset | None, state: DataState
 ) -> list[tuple[Any, str]]:
-    """Return batches, each with its task; the task is empty where they are not distinguished."""
+    """Return batches, each with its task, which is empty if tasks are not distinguished."""
     dataset = dataset_of(dataloader)
     total = num_examples(dataset)
     by_task = spec.task_column is not None
     whole = _whole_batches(dataloader, dataset, total, spec.seed, state, by_task=by_task)
     if whole is not None:
-        return [(batch, "") for batch in _enough(whole, spec.examples, spec.required)]
+        return [(batch, "") for batch in _collect_batches(whole, spec.examples, spec.required)]
     if total is None:
         rows = list(islice(_rows(dataset, state), spec.examples))
         indices = list(range(len(rows)))
@@ -173,7 +172,7 @@ def _members(rows: Dataset | None, column: str, indices: list[int], total: int |
 def _whole_batches(
     dataloader: DataLoader, dataset: Any, total: int | None, seed: int, state: DataState, *, by_task: bool
 ) -> Iterator[Any] | None:
-    """Return the batches, one by one, where they are not made of any rows: `None` where they are."""
+    """Return the batches one by one if rows can't be combined freely, else `None`."""
     if dataset is None:
         return _rows(dataloader, state)
     collate = dataloader.collate_fn
@@ -184,7 +183,7 @@ def _whole_batches(
         sampler = sampler.batch_sampler if isinstance(sampler, BatchSamplerShard) else sampler
         if type(sampler) is BatchSampler or by_task:
             return None
-        return (collate(_own([dataset[index] for index in indices])) for indices in sampler)
+        return (collate(_copied([dataset[index] for index in indices])) for indices in sampler)
     if by_task:
         raise ValueError(
             "The items of the training set are whole batches; `task_column` needs rows. Leave it unset, or collate "
@@ -194,25 +193,25 @@ def _whole_batches(
 
 
 def _item_indices(sampler: Iterable[Any], total: int, seed: int) -> Iterable[Any]:
-    """Return what to index a data set of whole batches with: the sampler's lists of rows, or any of the items."""
+    """Return indices into a data set of whole batches: the sampler's lists of rows, or items in random order."""
     if isinstance(next(iter(sampler), None), (list, tuple)):
         return sampler
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _enough(batches: Iterator[Any], examples: int, required: bool) -> list[Any]:
-    """Return as many batches as hold the examples."""
-    found: list[Any] = []
+def _collect_batches(batches: Iterator[Any], examples: int, required: bool) -> list[Any]:
+    """Return as many batches as it takes for that many examples."""
+    collected: list[Any] = []
     number = 0
     with _explained("The training set gave no batches", "Check its items, its collator and its batch sampler."):
-        while number < examples and len(found) < examples:
+        while number < examples and len(collected) < examples:
             batch = next(batches, None)
             if batch is None:
                 break
-            found.append(batch)
+            collected.append(batch)
             number += examples_in(batch)
     _require_enough(number, examples, required)
-    return found
+    return collected
 
 
 def _rows(stream: Any, state: DataState) -> Iterator[Any]:
@@ -229,7 +228,7 @@ def _rows(stream: Any, state: DataState) -> Iterator[Any]:
 
 
 def _readable_rows(dataset: Any, indices: Sequence[int]) -> tuple[list[int], list[Any]]:
-    """Return the rows that can be read, and their indices: training may never meet the others."""
+    """Return the rows that can be read, and their indices; training may never read the others."""
     rows: dict[int, Any] = {}
     failures: list[Exception] = []
     for index in indices:
@@ -239,22 +238,22 @@ def _readable_rows(dataset: Any, indices: Sequence[int]) -> tuple[list[int], lis
             failures.append(error)
     if failures and len(rows) < MIN_EXAMPLES:
         raise MeasurementError(
-            f"The training set's rows can't be read: {_said(failures[0])}.",
-            "Check `train_dataset[0]`, or whether its rows are taken by lists of indices alone.",
+            f"The training set's rows can't be read: {_describe(failures[0])}.",
+            "Check `train_dataset[0]`, or whether its rows can only be indexed by lists.",
         ) from failures[0]
     if failures:
         logger.warning_once(
             f"{len(failures)} of {len(indices)} rows drawn for the probe set can't be read and are left out; the "
-            f"first one: {redact_secrets(_said(failures[0]))}."
+            f"first one: {redact_secrets(_describe(failures[0]))}."
         )
     return list(rows), list(rows.values())
 
 
 def _collated(dataloader: DataLoader, rows: list[Any], size: int) -> list[Any]:
-    """Return the rows in batches of `size`, or of training's size where the collator takes no others."""
+    """Return the rows in batches of `size`, or of training's size if the collator refuses others."""
 
     def batches(size: int) -> list[Any]:
-        return [dataloader.collate_fn(_own(rows[start : start + size])) for start in range(0, len(rows), size)]
+        return [dataloader.collate_fn(_copied(rows[start : start + size])) for start in range(0, len(rows), size)]
 
     sampler = dataloader.batch_sampler
     training_size = sampler.batch_size if isinstance(sampler, BatchSampler) else dataloader.batch_size or size
@@ -268,12 +267,12 @@ def _collated(dataloader: DataLoader, rows: list[Any], size: int) -> list[Any]:
         return batches(training_size)
 
 
-def _own(value: Any) -> Any:
-    """Return rows in containers of their own, with arrays of their own: a collator may change those it is given."""
+def _copied(value: Any) -> Any:
+    """Return copies of rows, with their containers and arrays: a collator may modify its inputs."""
     if type(value) is dict:
-        return {key: _own(item) for key, item in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     if type(value) is list:
-        return [_own(item) for item in value]
+        return [_copied(item) for item in value]
     if isinstance(value, Tensor) and value.layout is torch.strided:
         return value.clone()
     return value.copy() if isinstance(value, np.ndarray) else value
@@ -302,16 +301,16 @@ def _refused_rows() -> AbstractContextManager[None]:
 
 @contextmanager
 def _explained(what: str, remedy: str) -> Iterator[None]:
-    """Turn whatever the user's data set, sampler or collator raises into a measurement that can't be made."""
+    """Turn any error of the user's data set, sampler or collator into a `MeasurementError`."""
     try:
         yield
     except MeasurementError:
         raise
     except Exception as error:
-        raise MeasurementError(f"{what}: {_said(error)}.", remedy) from error
+        raise MeasurementError(f"{what}: {_describe(error)}.", remedy) from error
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -327,7 +326,7 @@ def fingerprint(batches: Iterable[Any]) -> str:
 
 
 def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the dense tensors in nested containers, or what others consist of, by name, in one order."""
+    """Yield the dense tensors in nested containers, and the parts of others, by name, in a fixed order."""
     if isinstance(value, Mapping):
         for key in sorted(value, key=str):
             yield from tensors_in(value[key], f"{name}.{key}" if name else str(key))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the self-check of an objective found."""
+"""The outcome of an objective's self-check."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ batches are kept as they were collated, and weighted by their examples."""
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What a measurement can be trusted with.
+    """The outcome of an objective's self-check.
 
     Attributes:
-        draws: Whether the loss depends on random numbers in eval mode. Each batch then has a draw of its own, the same
-            in all passes.
+        draws: Whether the loss depends on random numbers in eval mode. Each batch then has its own draw, the same in
+            all passes.
         unit: What the mean losses of the batches are over.
         can_cut: Whether smaller batches give the same mean; batches are kept as they were collated if not.
         mean_error: Largest difference between a batch's mean loss and that of its halves, in this unit, relative to
-            the difference between the halves; `None` where they could not be compared.
+            the difference between the halves; `None` if they could not be compared.
         slope_errors: Difference between g·v and differences of the loss, relative to ‖g‖‖v‖: along the gradient, and
             along the gradient with a random sign for each tensor; `None` where the loss moves with the step.
-            None at all where the gradient is 0.
+            No errors at all if the gradient is 0.
         hooks_set_aside: Parameters whose gradient hooks did not run.
         module_hooks: Modules whose hooks ran.
         repeat_error: Relative difference of a batch's loss between two passes with the same draw: 0 unless a kernel is
@@ -50,7 +50,7 @@ class SelfCheck:
         if self.mean_error is not None:
             return f"the mean over {self.unit} of a batch is that of its halves"
         if self.unit == "batches":
-            return "the loss is no mean over what can be counted, so batches are kept as collated"
+            return "the loss is not a mean over countable items, so batches are kept as collated"
         return "batches were not compared with their halves"
 
     def _slope(self) -> str:

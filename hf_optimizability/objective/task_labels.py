@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""To which task an example belongs, and batches that hold one task each."""
+"""The task of each example, and batches of one task each."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .objective import Batch
 
 
 MAX_TASKS = 16
-"""Each holds a gradient as long as the parameters; a column with more values is hardly one of tasks."""
+"""Each task takes a gradient as long as the parameters; a column with more values is hardly one of tasks."""
 
-BATCHES = 8
-"""Batches to cut a task's part of the probe set into: the errors come from the spread between them."""
+BATCHES_PER_TASK = 8
+"""Batches of a task's part of the probe set: the standard errors come from the spread between them."""
 
 
 def task_name(value: Any) -> str:
-    """Return a task's name: a string as it is, the digits of a whole number.
+    """Return a task's name: a string as it is, or the digits of a whole number.
 
     Raises:
         ValueError: If the value is neither.
@@ -44,10 +44,10 @@ def task_name(value: Any) -> str:
 
 
 def require_several(tasks: Iterable[str], column: str) -> None:
-    """Refuses what are no tasks.
+    """Raise if there are too few or too many tasks.
 
     Raises:
-        ValueError: If there is one task only, or more than `MAX_TASKS`.
+        ValueError: If there is only one task, or more than `MAX_TASKS`.
     """
     names = sorted(set(tasks))
     if len(names) == 1:
@@ -58,20 +58,20 @@ def require_several(tasks: Iterable[str], column: str) -> None:
     if len(names) > MAX_TASKS:
         raise ValueError(
             f"The probe set has {len(names)} different values of `task_column` {column!r}, such as "
-            f"{', '.join(map(repr, names[:3]))}; at most {MAX_TASKS} tasks can be told apart. Name a column of tasks."
+            f"{', '.join(map(repr, names[:3]))}; at most {MAX_TASKS} tasks are supported. Name a column of tasks."
         )
 
 
 def tasks_of_rows(dataset: Dataset | None, column: str, *, rows: int | None) -> Callable[[int], str]:
-    """Tells the task of a row by its index, in the data set as it is before the Trainer takes unused columns away.
+    """Return a function from a row's index to its task; the Trainer may have removed the column for training.
 
     Args:
-        dataset: Holds the column.
-        column: Its name. One of `ClassLabel`s names the tasks by their classes.
+        dataset: The data set with the column, before the Trainer removes unused ones.
+        column: Its name. A column of `ClassLabel`s names the tasks by their classes.
         rows: The length of the data set that is trained on.
 
     Raises:
-        ValueError: If the data set is streamed or another one, or a row lacks the column.
+        ValueError: If the data set is streamed or has another length, or a row lacks the column.
     """
     import datasets
 
@@ -80,22 +80,22 @@ def tasks_of_rows(dataset: Dataset | None, column: str, *, rows: int | None) -> 
             "The training set is streamed; `task_column` needs one whose rows can be looked up. Load it whole, or "
             "leave `task_column` unset."
         )
-    held: Any = dataset
-    if len(held) != rows:
+    table: Any = dataset
+    if len(table) != rows:
         raise ValueError(
-            f"The training set has {len(held)} rows, but the data loader goes over {rows}: which `task_column` "
-            "belongs to which of them is not known."
+            f"The training set has {len(table)} rows, but the data loader iterates over {rows}, so that the "
+            "`task_column` of each is unknown."
         )
-    feature = held.features.get(column) if isinstance(held, datasets.Dataset) else None
+    feature = table.features.get(column) if isinstance(table, datasets.Dataset) else None
     named = feature.int2str if isinstance(feature, datasets.ClassLabel) else task_name
 
     def task(index: int) -> str:
-        row = held[index]
+        row = table[index]
         if not isinstance(row, Mapping) or column not in row:
             columns = ", ".join(map(repr, row)) if isinstance(row, Mapping) else f"a {type(row).__name__}"
             raise ValueError(
-                f"There is no column {column!r} in the training set, only {columns}. Name one that is there as "
-                "`task_column`. If the Trainer has taken it away, use `OptimizabilityTrainer`, or set "
+                f"There is no column {column!r} in the training set, only {columns}. Name one of these as "
+                "`task_column`. If the Trainer has removed it, use `OptimizabilityTrainer`, or set "
                 "`remove_unused_columns=False`."
             )
         return named(row[column])
@@ -106,52 +106,56 @@ def tasks_of_rows(dataset: Dataset | None, column: str, *, rows: int | None) -> 
 def assign_tasks(
     model: nn.Module, batches: Iterable[Batch], column: str, *, drop: bool
 ) -> tuple[list[Batch], list[str]]:
-    """Cuts batches into ones that hold a single task.
+    """Cut batches into ones of a single task.
 
     Args:
-        model: What takes the batches.
+        model: The model that takes the batches.
         batches: Mappings with an entry for each example under `column`, or one for all of a batch.
         column: The key.
-        drop: Whether to take the key away where the model's `forward` does not name it.
+        drop: Whether to remove the key if the model's `forward` does not name it.
 
     Returns:
         The batches, and the task of each.
 
     Raises:
-        ValueError: If a batch is no mapping or lacks the key, or can't be cut.
+        ValueError: If a batch is not a mapping, lacks the key, or can't be cut.
     """
     dropped = drop and column not in inspect.signature((pretrained(model) or model).forward).parameters
-    found: list[tuple[Batch, str]] = []
+    pieces: list[tuple[Batch, str]] = []
     for batch in batches:
         if not isinstance(batch, Mapping) or column not in batch:
-            held = f"has the keys {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else "is no mapping"
-            raise ValueError(f"A batch {held}, but `task_column` is {column!r}. Add the task of each example to it.")
+            description = (
+                f"has the keys {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else "is not a mapping"
+            )
+            raise ValueError(
+                f"A batch {description}, but `task_column` is {column!r}. Add the task of each example to it."
+            )
         values = batch[column]
-        own = [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)
-        names = [task_name(value) for value in own]
-        rest: Any = {key: value for key, value in batch.items() if not (dropped and key == column)}
+        per_example = [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)
+        names = [task_name(value) for value in per_example]
+        inputs: Any = {key: value for key, value in batch.items() if not (dropped and key == column)}
         for name in dict.fromkeys(names):
-            places = [place for place, other in enumerate(names) if other == name]
-            found.append((rest if len(places) == len(names) else _chosen(rest, places, len(names)), name))
-    return [batch for batch, _ in found], [name for _, name in found]
+            members = [index for index, other in enumerate(names) if other == name]
+            pieces.append((inputs if len(members) == len(names) else _subset(inputs, members, len(names)), name))
+    return [batch for batch, _ in pieces], [name for _, name in pieces]
 
 
-def _chosen(batch: Mapping[str, Any], places: Sequence[int], size: int) -> dict[str, Any]:
-    """Return the examples of a batch at some places."""
-    chosen: dict[str, Any] = {}
+def _subset(batch: Mapping[str, Any], indices: Sequence[int], size: int) -> dict[str, Any]:
+    """Return some examples of a batch."""
+    subset: dict[str, Any] = {}
     for key, value in batch.items():
-        whole = (isinstance(value, Tensor) and value.ndim > 0) or isinstance(value, (list, tuple))
-        if whole and len(value) != size:
+        per_example = (isinstance(value, Tensor) and value.ndim > 0) or isinstance(value, (list, tuple))
+        if per_example and len(value) != size:
             raise ValueError(
                 f"A batch mixes tasks and can't be cut: {key!r} has {len(value)} entries for {size} examples. Pass "
                 "batches of one task each."
             )
-        if isinstance(value, Tensor) and whole:
-            value = value[torch.tensor(places, device=value.device)]
-        elif whole:
-            value = type(value)(value[place] for place in places)
-        chosen[key] = value
-    return chosen
+        if isinstance(value, Tensor) and per_example:
+            value = value[torch.tensor(indices, device=value.device)]
+        elif per_example:
+            value = type(value)(value[index] for index in indices)
+        subset[key] = value
+    return subset
 
 
 def smaller_batches(examples: int, batch_size: int) -> int:
@@ -161,4 +165,4 @@ def smaller_batches(examples: int, batch_size: int) -> int:
         >>> smaller_batches(32, 16), smaller_batches(400, 16)
         (4, 16)
     """
-    return min(batch_size, max(1, examples // max(BATCHES, MIN_PARTS)))
+    return min(batch_size, max(1, examples // max(BATCHES_PER_TASK, MIN_PARTS)))

@@ -58,7 +58,7 @@ def test_what_passes_change_comes_back(kind: str, fails: bool):
     model, twin = stateful(kind), stateful(kind)
     objects = contents(model)
     state = ModelState(model)
-    with pytest.raises(KeyboardInterrupt) if fails else nullcontext(), state.held():
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext(), state.borrow():
         for rows in (3, 5, 4):
             state.rewind()
             gradient(model, **batch(rows))
@@ -75,7 +75,7 @@ def test_each_pass_starts_from_the_state_that_was_handed_over(kind: str):
     state = ModelState(model)
     first = gradient(stateful(kind).eval())
     found = []
-    with state.held():
+    with state.borrow():
         for _ in range(3):
             state.rewind()
             found.append(gradient(model))
@@ -246,9 +246,9 @@ def test_large_frozen_tensors_are_copied_when_they_are_written_to(monkeypatch: p
     monkeypatch.setattr(snapshot_tensors, "SMALL", 0)
     model, twin = stateful("frozen parameter by .data"), stateful("frozen parameter by .data")
     state = ModelState(model)
-    with state.held():
+    with state.borrow():
         assert state._entry is not None and "average" in [
-            v.where.split(".")[-1] for v in state._entry.tensors.unkept()
+            v.path.split(".")[-1] for v in state._entry.tensors.uncopied()
         ]
         found = []
         for _ in range(3):
@@ -273,7 +273,7 @@ def test_large_tensors_that_are_changed_unwatched_are_named(fails: bool, monkeyp
     monkeypatch.setattr(snapshot_tensors, "SMALL", 0)
     model = stateful("frozen parameter by .data")
     error, message = (KeyError, "went wrong") if fails else (MeasurementError, "model.average")
-    with pytest.raises(error, match=message), ModelState(model).held():
+    with pytest.raises(error, match=message), ModelState(model).borrow():
         model.average.data.add_(1)
         if fails:
             raise KeyError("went wrong")
@@ -299,11 +299,11 @@ def test_gradient_hooks_on_parameters_are_set_aside_and_come_back_in_order():
     weight.register_hook(lambda gradient: calls.append("second"))
     weight.register_post_accumulate_grad_hook(lambda parameter: calls.append("accumulated"))
     state = ModelState(model)
-    with state.held():
+    with state.borrow():
         assert same(gradient(model), gradient(Stateful(lambda model: 0, unchanged)))
         model(**batch())["loss"].backward()
     assert not calls and all(parameter.grad is None for parameter in model.parameters())
-    assert state.set_aside == tuple(dict(model.named_parameters()))
+    assert state.hooks_set_aside == tuple(dict(model.named_parameters()))
     model(**batch())["loss"].backward()
     assert [call for call in calls if call in ("last.weight", "second", "accumulated")] == [
         "last.weight", "second", "accumulated",
@@ -336,9 +336,9 @@ def test_module_hooks_of_the_user_are_named():
     model.first.register_forward_hook(lambda *call: None)
     nn.utils.spectral_norm(model.last)  # by a hook of torch's
     state = ModelState(model)
-    with state.held():
+    with state.borrow():
         pass
-    assert state.module_hooks == ("first",) and state.set_aside == ()
+    assert state.module_hooks == ("first",) and state.hooks_set_aside == ()
 
 
 def test_a_backward_hook_with_a_state_gets_it_back():
@@ -351,7 +351,7 @@ def test_a_backward_hook_with_a_state_gets_it_back():
 
     model.last.register_full_backward_hook(scale)
     state, found = ModelState(model), []
-    with state.held():
+    with state.borrow():
         for _ in range(2):
             state.rewind()
             found.append(gradient(model))
@@ -362,7 +362,7 @@ def test_a_gradient_that_was_there_stays_the_same_tensor():
     model = Stateful(lambda model: 0, unchanged)
     model(**batch())["loss"].backward()
     before = [(p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None]
-    with ModelState(model).held():
+    with ModelState(model).borrow():
         model(**batch())["loss"].backward()
     found = [parameter.grad for parameter in model.parameters()]
     assert all(now is then and torch.equal(now, value) for now, (then, value) in zip(found, before, strict=True))
@@ -372,7 +372,7 @@ def test_changes_on_purpose_stand_until_they_are_taken_back():
     model = stateful("number")
     model.switch = "sdpa"
     state = ModelState(model)
-    with state.held():
+    with state.borrow():
         state.rewind()
         model.state += 1
         settle()
@@ -390,7 +390,7 @@ def test_changes_on_purpose_stand_until_they_are_taken_back():
 def test_what_a_pass_adds_is_taken_away():
     model = stateful("list")
     before = set(vars(model)), set(model._buffers), set(model._modules), len(model._forward_hooks)
-    with ModelState(model).held():
+    with ModelState(model).borrow():
         model.extra = torch.ones(1)
         model.register_buffer("late", torch.ones(1))
         model.add_module("more", nn.Linear(1, 1))
@@ -434,7 +434,7 @@ def test_tensors_of_every_layout_and_modules_of_torchscript_are_given_back():
     model.nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     state = ModelState(model)
-    with state.held():
+    with state.borrow():
         for _ in range(2):
             state.rewind()
             for tensor in tensors.values():
@@ -457,7 +457,7 @@ def test_what_others_use_is_left_alone(tmp_path: Path):
         model.things["file"].write("kept")
         rows[0].append(1.0)
         del model.things["lock"]
-        assert before.put_back() == []
+        assert before.restore() == []
         assert file.tell() == 4
     assert model.things["lock"] is lock and rows[0] == [0.0, 1.0]
     assert not [value for value in before.tensors._values if "rows" in value.where]
@@ -489,7 +489,7 @@ def test_a_trainer_gets_back_what_its_loss_kept_and_logs_nothing_meanwhile(tmp_p
     trainer.compute_loss(trainer.model, dict(inputs))
     metrics, mean, value = trainer.metrics, trainer.mean, trainer.mean.clone()
     state, losses = ModelState(trainer.model, others=[trainer]), []
-    with state.held():
+    with state.borrow():
         for _ in range(3):
             state.rewind()
             losses.append(float(trainer.compute_loss(trainer.model, dict(inputs)).detach()))
@@ -504,7 +504,7 @@ def test_a_trainer_gets_back_what_its_loss_kept_and_logs_nothing_meanwhile(tmp_p
 def test_a_trainer_that_a_model_holds_is_not_looked_into(tmp_path: Path):
     trainer = tiny_training.trainer(tmp_path, "bert")
     trainer.model.owner = trainer
-    with ModelState(trainer.model).held():
+    with ModelState(trainer.model).borrow():
         trainer.state.log_history.append({"step": 1})
     assert trainer.state.log_history == [{"step": 1}] and trainer.model.owner is trainer
 
@@ -521,7 +521,7 @@ def test_measuring_holds_the_state_that_it_is_given():
 def test_an_alias_does_not_put_back_weights_that_are_moved_on_purpose():
     layer = nn.utils.spectral_norm(nn.Linear(2, 2))  # keeps its weight as an attribute too
     state = ModelState(layer)
-    with state.held():
+    with state.borrow():
         state.rewind()
         moved = layer.weight_orig.detach() + 1
         with torch.no_grad():

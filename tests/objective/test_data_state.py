@@ -286,7 +286,7 @@ def reading() -> Iterator[int]:
 )
 def test_a_stream_that_cannot_be_set_back_is_refused_unread(source: Callable[[], Any], kind: str):
     stream = Stream(source())
-    with pytest.raises(MeasurementError, match=rf"the position of Stream.source \({kind}\) can't be set back.*Pass a"):
+    with pytest.raises(MeasurementError, match=rf"the position of Stream.source \({kind}\) can't be restored.*Pass a"):
         draw_probe_set(DataLoader(stream, batch_size=4), PROBE)
     assert len(list(stream)) == 20
 
@@ -294,7 +294,7 @@ def test_a_stream_that_cannot_be_set_back_is_refused_unread(source: Callable[[],
 def test_channels_are_refused_unread():
     ends = socket.socketpair()
     for channel in (ends[0], queue.SimpleQueue(), multiprocessing.Pipe()[0]):
-        with pytest.raises(MeasurementError, match="can't be set back"):
+        with pytest.raises(MeasurementError, match="can't be restored"):
             draw_probe_set(DataLoader(Stream([channel]), batch_size=4), PROBE)
 
 
