@@ -460,7 +460,7 @@ def test_what_others_use_is_left_alone(tmp_path: Path):
         assert before.restore() == []
         assert file.tell() == 4
     assert model.things["lock"] is lock and rows[0] == [0.0, 1.0]
-    assert not [value for value in before.tensors._values if "rows" in value.where]
+    assert not [value for value in before.tensors._values if "rows" in value.path]
 
 
 class Logging(Trainer):
