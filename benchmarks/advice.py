@@ -4,16 +4,16 @@
 A case is a model, a data set and an optimizer. Short runs (warm-up, then linear decay to 0, gradients clipped at norm
 1, as the Trainer has it) are made at learning rates a factor 2 apart until the best one is bracketed; what counts is
 the loss on held-out examples, the geometric mean over seeds. Measured is what a report holds, at step 0 and after the
-warm-up of a run at a sixteenth of the best rate and (small models) at the best and at four times it: whoever asks for
-advice does not know the best one. Beside it stands a learning-rate range test.
+warm-up of a run at a sixteenth of the best rate and (small models) at the best and at four times it: a user who
+needs advice does not know the best one. A learning-rate range test is compared too.
 
 A factor per optimizer, from a measured quantity to the best rate, is fitted on some of the models and tested on the
-others. The batch size advised, the gradient noise scale, is held against the steps that runs at several batch sizes
+others. The batch size advised, the gradient noise scale, is compared with the steps that runs at several batch sizes
 (each at its best learning rate) take to the same loss.
 
     python benchmarks/advice.py [--text-checkpoint paraphrase-MiniLM-L3-v2] [--only NAME ...]
 
-makes the cases that are not yet in `benchmarks/results/advice.json` and writes the table beside it anew.
+makes the cases that are not yet in `benchmarks/results/advice.json` and writes the table next to it again.
 """
 
 from __future__ import annotations
@@ -716,8 +716,8 @@ def spans(results: dict[str, Any], optimizer: OptimizerName, *, fitted: bool) ->
 
 
 def _limits(results: dict[str, Any]) -> Iterator[str]:
-    """Where good rates lie beside the textbook limit."""
-    yield "\n## Good rates beside the textbook limit, measured after the warm-up of a run at whatever rate\n"
+    """Compare good rates with the textbook limit."""
+    yield "\n## Good rates relative to the textbook limit, measured after the warm-up of a run at whatever rate\n"
     lines = []
     for optimizer in WITHIN:
         for fitted in (True, False):
@@ -739,8 +739,8 @@ def _findings(results: dict[str, Any]) -> Iterator[str]:
     yield "\n## What a report finds about the learning rate, at rates known to be too low, best and too high\n"
     yield "In brackets: the loss of the sweep at that rate over the best. A dash: nothing."
     yield (
-        "`learning_rate_near_limit` told 8 × the best rate no better from the best one than a coin does: it was "
-        "dropped, and stands here as the reason.\n"
+        "`learning_rate_near_limit` distinguished 8 × the best rate from the best one no better than a coin does: it "
+        "was dropped, and is listed here as the reason.\n"
     )
     lines = []
     for name, found in results["findings"].items():
@@ -794,7 +794,10 @@ def _cases(results: dict[str, Any]) -> Iterator[str]:
 def _batch_sizes(results: dict[str, Any]) -> Iterator[str]:
     """Noise scale against critical batch size."""
     yield "\n## Batch size: the gradient noise scale against the steps to a loss\n"
-    yield "B_crit: fitted to the steps. Noise scale: at four points on the way; a dash: not told from infinite.\n"
+    yield (
+        "B_crit: fitted to the steps. Noise scale: at four points on the way; a dash: not distinguished from "
+        "infinite.\n"
+    )
     lines = []
     for name, case in results["batch_size"].items():
         scales = [scale for scale in case["noise_scales"] if scale is not None]
@@ -819,7 +822,7 @@ def timed(case: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any]) -> None:
-    """Writes the results as JSON, and the tables beside them."""
+    """Write the results as JSON, and the tables next to them."""
     write_atomically(RESULTS, json.dumps(results, indent=1, allow_nan=False).encode())
     write_atomically(RESULTS.with_suffix(".md"), to_markdown(results).encode())
 

@@ -296,7 +296,7 @@ def our_products(
 
 
 def block_deviation(truth: Truth, vector: Tensor) -> float:
-    """How far the matrix that the trace is had from is from the Hessian on diagonal blocks, where they shall be equal.
+    """Compare the matrix that the trace is computed from with the Hessian on diagonal blocks, where they must agree.
 
     That is `(H w)_b`, for w zero outside the block b; 16 parameter tensors are tried.
     """
@@ -684,7 +684,7 @@ def load(path: Path) -> dict[str, list[Row]]:
 
 
 def save(results: dict[str, list[Row]], path: Path) -> None:
-    """Writes the results, and the tables beside them."""
+    """Write the results, and the tables next to them."""
     data = {library: [dataclasses.asdict(row) for row in rows] for library, rows in results.items()}
     path.write_text(json.dumps(data, indent=1) + "\n")
     path.with_suffix(".md").write_text(to_markdown(results))

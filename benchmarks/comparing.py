@@ -3,11 +3,11 @@
 
 Each case is one call of `hf_optimizability.compare` with three seeds. "Copies" has six, and ranks every choice of
 three of a candidate's seeds against its other three, as if they were two candidates: in truth there is no difference,
-so that a choice that is told apart is an error. At 0.95 either way, no more than one such error in ten is promised.
+so that a significant difference is an error. At 0.95 either way, no more than one such error in ten is promised.
 
     python benchmarks/comparing.py [--only NAME ...] [--text-checkpoint FOLDER] [--fashion-mnist FOLDER]
 
-goes on where it was killed, and writes `benchmarks/results/comparing.json` and the page beside it. The second
+continues where it was killed, and writes `benchmarks/results/comparing.json` and the page next to it. The second
 checkpoint for text is paraphrase-MiniLM-L3-v2; Fashion-MNIST's four idx files are those of the Debian package
 dataset-fashion-mnist, a link to whose folder is `out/benchmarks/fashion-mnist`.
 """
@@ -106,7 +106,7 @@ def to_parquet(source: Path, folder: Path) -> None:
     for split, prefix in {"train": "train", "test": "t10k"}.items():
         images = np.frombuffer(gzip.decompress((source / f"{prefix}-images-idx3-ubyte.gz").read_bytes()), np.uint8)
         labels = np.frombuffer(gzip.decompress((source / f"{prefix}-labels-idx1-ubyte.gz").read_bytes()), np.uint8)
-        pixels = images[16:].reshape(-1, 28, 28)[:5000]  # 16 and 8 bytes tell the sizes
+        pixels = images[16:].reshape(-1, 28, 28)[:5000]  # 16 and 8 bytes hold the sizes
         columns = {"image": list(pixels), "label": labels[8:5008].tolist()}
         folder.mkdir(parents=True, exist_ok=True)
         Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
@@ -169,9 +169,9 @@ def _interval(ranking: dict[str, Any], at: int, scale: float, digits: int) -> st
 
 
 def _splits(found: list[dict[str, Any]]) -> str:
-    """How many splits of one candidate's seeds were told apart."""
+    """Count the splits of one candidate's seeds that differ significantly."""
     told = sum(max(one["probability"], 1 - one["probability"]) >= CONFIDENCE for one in found)
-    return f"Three seeds of a candidate against its other three: {told} of {len(found)} splits were told apart."
+    return f"Three seeds of a candidate against its other three: {told} of {len(found)} splits were ranked apart."
 
 
 def main() -> None:

@@ -130,7 +130,7 @@ def row(report: OptimizabilityReport) -> dict[str, Any]:
 
 
 def plot(rows: dict[str, dict[str, Any]]) -> Figure:
-    """Loss and λ_max over the steps, a column for each thing that is changed, beside the usual run."""
+    """Loss and λ_max over the steps, a column for each thing that is changed, next to the usual run."""
     figure = Figure(figsize=(11, 5), layout="constrained", dpi=100)
     panels = figure.subplots(2, len(PAIRS), sharex=True, sharey="row")
     for column, pair in enumerate(PAIRS):

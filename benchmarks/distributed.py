@@ -3,7 +3,7 @@
 
     python benchmarks/distributed.py
 
-writes `benchmarks/results/distributed.json` and the table beside it. Needs two cores with nothing else on them; takes
+writes `benchmarks/results/distributed.json` and the table next to it. Needs two cores with nothing else on them; takes
 about a quarter of an hour.
 """
 
@@ -89,7 +89,7 @@ def run(rank: int, number: int, name: str, profile: str, folder: str) -> None:
 
 
 def run_apart(index: int, name: str, profile: str, folder: str) -> None:
-    """The same by one process alone, beside another: what the machine leaves to each."""
+    """Run the same in one process while another runs: what the machine leaves to each."""
     own = Path(folder, str(index))
     own.mkdir()
     run(0, 1, name, profile, str(own))
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=list(BATCHES), default=list(BATCHES))
     parser.add_argument("--profile", choices=profiles, default="light")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="The JSON file; the table goes beside it.")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="The JSON file; the table goes next to it.")
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     examples = OptimizabilityConfig(profile=arguments.profile).budget.probe_examples

@@ -115,7 +115,7 @@ FEATURES: dict[str, Callable[[], Case]] = {
 
 
 def try_features(library: type[Library]) -> dict[str, str]:
-    """Tries all features on a library; but for the first, its adapter turns dict batches into what it takes.
+    """Tries all features on a library; except for the first, its adapter turns dict batches into what it takes.
 
     Returns:
         Per feature `"works"`, how far the product is off, what changed in the user's model, or how it failed.

@@ -194,7 +194,7 @@ def complete(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def resumed() -> dict[str, Any]:
-    """Stop a training, and go on from its checkpoint."""
+    """Stop a training, and continue from its checkpoint."""
     run = partial(train, options=STEPS, max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1)
     run(stop_before=5)
     return run(resume=True)

@@ -158,7 +158,7 @@ def gradient(objective: Objective) -> None:
 
 
 def products(objective: Objective, columns: int, *, device: torch.device, repeats: int) -> dict[str, Any]:
-    """A product with so many vectors at once, its graph made anew each time."""
+    """A product with so many vectors at once, its graph built each time."""
     with as_measured(objective):
         vectors = torch.randn(columns, HessianOperator(objective).size, device=device).T
         found = timed(lambda: HessianOperator(objective).matmat(vectors), device=device, repeats=repeats)
@@ -240,8 +240,8 @@ def markdown(results: dict[str, Any]) -> str:
         "# On a GPU", "",
         "Decoders with random weights, by `python benchmarks/gpu.py`: a gradient in the weights' own precision and "
         "with the attention kernel that torch picks; a product with the Hessian as `measure` makes it, in float32 "
-        "without TF32, which is dear beside a gradient in bfloat16; a whole light measurement. Peak memory includes "
-        f"the model. A dash: not tried, or not ended. {'; '.join(machines)}.", "",
+        "without TF32, which is expensive relative to a gradient in bfloat16; a whole light measurement. Peak memory "
+        f"includes the model. A dash: not tried, or not ended. {'; '.join(machines)}.", "",
     ]  # fmt: skip
     return "\n".join([*lines, *table([*columns, "light measurement"], rows), ""])
 

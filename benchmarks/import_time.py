@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long `import hf_optimizability` takes beside `from transformers import Trainer`, in fresh processes, in turn."""
+"""Time `import hf_optimizability` and `from transformers import Trainer`, in fresh processes, in turn."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: D102 -- what the methods of the adapters do is told once, in `Library`
+# ruff: noqa: D102 -- what the methods of the adapters do is documented once, in `Library`
 """One face for this package and its peers: the Hessian of the same loss, estimated as each library's documents say.
 
 Each adapter feeds its library in the form it asks for and counts the Hessian-vector products it makes. Nothing else is
@@ -92,7 +92,7 @@ class Products:
 
 
 class HvpEngine(NamedTuple):
-    """A way to multiply: `build()` makes ready and gives the action that multiplies `columns` vectors."""
+    """How products are computed: `build()` prepares and returns the action for `columns` vectors."""
 
     name: str
     columns: int
@@ -159,7 +159,7 @@ class Library(ABC):
 
     @abstractmethod
     def ways(self, vectors: Tensor) -> Iterator[HvpEngine]:
-        """The ways to multiply the columns of a matrix of shape (n, LOCKSTEP)."""
+        """Yield the engines for products with the columns of a matrix of shape (n, LOCKSTEP)."""
 
     @abstractmethod
     def card(self) -> list[Call]:

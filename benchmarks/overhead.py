@@ -3,7 +3,7 @@
 
 One training at default settings is timed step by step. In each pair of neighbouring steps one, by lot, is without the
 gradient norms of the blocks: what these add is the median difference within the pairs. What measuring adds is all the
-time that the callback takes, beside as many steps as there are at the price of those without. So both sides of each
+time that the callback takes, relative to as many steps at the cost of those without. So both sides of each
 ratio come from the same minutes of one process, whatever else the machine does. Peak memory is that of two steps, in a
 process each with and without.
 
@@ -13,8 +13,8 @@ short enough to wait for:
 
     python benchmarks/overhead.py --steps 5000 --examples 16
 
-adds a run to each row in `benchmarks/results/overhead.json`, and writes the table beside it anew. Needs Linux, for the
-peak memory. On one idle core that takes about a quarter of an hour; with 960 examples and 20000 steps, an hour.
+adds a run to each row in `benchmarks/results/overhead.json`, and rewrites the table next to it. Needs Linux, for the peak
+memory. On one idle core that takes about a quarter of an hour; with 960 examples and 20000 steps, an hour.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def time_run(name: str, steps: int, examples: int) -> dict[str, Any]:
 
 
 def shares(marks: list[Mark], with_norms: Sequence[bool], *, clock: str) -> dict[str, float]:
-    """What the callback and the norms took, beside steps without norms.
+    """Return what the callback and the norms took, relative to steps without norms.
 
     Args:
         marks: Of the whole training, in their order.
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--examples", type=int, default=960, help="Size of the training set, trained on repeatedly.")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="The JSON file; the table goes beside it.")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="The JSON file; the table goes next to it.")
     arguments = parser.parse_args()
     for name in arguments.workload:
         results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}

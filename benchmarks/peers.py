@@ -6,7 +6,7 @@
     python benchmarks/peers.py --workload text --library curvlinops --rows cost trace
 
 Each row of each library runs in a process of its own, and replaces that row in `benchmarks/results/peers.json`, from
-which `docs/side_by_side.md` is drawn; what was stopped can thus go on. The first row of a workload that is judged
+which `docs/side_by_side.md` is drawn; what was stopped can thus continue. The first row of a workload that is judged
 waits for the long runs that errors are measured by (an hour; kept under `out/`; `truth.py` makes them). A call that
 takes longer than `--limit` seconds is stopped, and recorded with its products. Needs Linux, for the peak memory.
 """

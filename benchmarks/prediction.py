@@ -2,16 +2,16 @@
 """Is it known early how well a candidate will do? Rank correlation of what is known by a tenth of the budget.
 
 Twenty candidates on each of four tasks are scored before training, trained for a short budget with two seeds, and
-looked at once after a tenth of its steps; beside it each is trained for a tenth of the steps with a whole schedule.
+looked at once after a tenth of its steps; in addition each is trained for a tenth of the steps with a whole schedule.
 What is known then is set against the accuracy on the evaluation set at the end, in the mean over the seeds. How well
-one seed's end tells the other's says how well anything could.
+one seed's end predicts the other's says how well anything could.
 
     python benchmarks/prediction.py [--only TASK ...] [--seeds N ...] [--steps N]
                                     [--text-checkpoint FOLDER] [--fashion-mnist FOLDER]
 
-goes on where it was killed, and writes `benchmarks/results/prediction.json` and the page beside it, whose tables stand
-in `docs/prediction.md`. The second checkpoint for text is paraphrase-MiniLM-L3-v2; Fashion-MNIST's four idx files are
-those of the Debian package dataset-fashion-mnist; the digits come with scikit-learn.
+continues where it was killed, and writes `benchmarks/results/prediction.json` and the page next to it, whose tables
+are in `docs/prediction.md`. The second checkpoint for text is paraphrase-MiniLM-L3-v2; Fashion-MNIST's four idx files
+are those of the Debian package dataset-fashion-mnist; the digits come with scikit-learn.
 """
 
 from __future__ import annotations

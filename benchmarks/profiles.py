@@ -8,7 +8,7 @@ row runs in a process of its own.
 
     python benchmarks/profiles.py [--workload vision text] [--profile light standard full]
 
-replaces these rows in `benchmarks/results/profiles.json`, and writes `docs/prices.md` anew. Needs Linux, for the
+replaces these rows in `benchmarks/results/profiles.json`, and rewrites `docs/prices.md`. Needs Linux, for the
 peak memory. On one core `light` takes half a minute to two, `full` over an hour for MiniLM.
 """
 

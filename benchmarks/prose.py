@@ -90,7 +90,7 @@ def comments_and_strings(source: str) -> str:
     text = list(re.sub(r"\S", "\0", source))
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         kind = tokenize.tok_name[token.type]
-        if kind in ("COMMENT", "STRING") or kind.startswith("FSTRING"):
+        if kind == "COMMENT" or kind.startswith("FSTRING") or (kind == "STRING" and re.search(r"\s", token.string)):
             start, end = (starts[line - 1] + column for line, column in (token.start, token.end))
             text[start:end] = QUOTES.sub(lambda mark: " " * len(mark[0]), source[start:end])
     return "".join(text)

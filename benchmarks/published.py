@@ -3,7 +3,7 @@ r"""Writes `docs/published.md`: the numbers of the reports in `model_cards/`, wi
 
     python benchmarks/published.py
 
-Cards and pages of these reports are rendered anew, from each `report.json`. What the reports do not know, where
+Cards and pages of these reports are rendered again, from each `report.json`. What the reports do not know, where
 checkpoints and data come from, is in `model_cards/sources.json`.
 """
 
@@ -36,7 +36,7 @@ INTRODUCTION = """# Published measurements
 Trace, largest and smallest eigenvalue of the loss Hessian, and gradient noise scale, of named checkpoints on named
 data sets: before the first step, with a new head, new LoRA matrices or random weights, and after the last.
 `python benchmarks/published.py` wrote this page from the reports in [model_cards](../model_cards), where each has its
-card and its settings. To make one of them anew:
+card and its settings. To make one of them again:
 
 ```console
 $ python recipes/text_classification.py model_cards/minilm-l6-movie-reviews/settings.json

@@ -16,7 +16,7 @@ Table = Mapping[str, Array]
 
 RESAMPLES = 1000
 RIDGE = 1.0
-"""Penalty on the squared weights of a combination, beside the sum of squares over the candidates."""
+"""Penalty on the squared weights of a combination, added to the sum of squares over the candidates."""
 
 
 def filled(values: Array) -> Array:

@@ -6,11 +6,11 @@ counted, and so are the bytes of all tensors that are alive.
 
     python benchmarks/scaling.py --check
 
-runs them over gloo on this machine and prints both beside one another (half a minute).
+runs them over gloo on this machine and prints both side by side (half a minute).
 
     python benchmarks/scaling.py
 
-writes the tables of the docs anew, of models and machines that are not at hand: formulas alone.
+rewrites the tables of the docs, of models and machines that are not at hand: formulas alone.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ WORD = 4  # bytes of a float32
 GIGA = 1e9
 SIGN_SECONDS = 1.0e-10  # to draw one sign on a CPU, as `--check` found on one core
 BESIDES: dict[Route, int] = {"DDP": 4, "FSDP2, whole parameters": 4, "FSDP2, shards": 9}
-"""Vectors beside those that the forecast counts: the gradient, the optimizer's P, and the weights to come back from;
-then the gradient that a product is made from, or, while a difference is taken, the weights to come back from, the
+"""Vectors in addition to those that the forecast counts: the gradient, the optimizer's P, and the weights to come back
+from; then the gradient that a product is made from, or, while a difference is taken, the weights to come back from, the
 direction, the gradients ahead and behind, and one that is added to them."""
 
 
@@ -196,7 +196,7 @@ def checked(route: Route) -> dict[str, float]:
             sent["product"] = _second(HessianOperator(objective))
     config = OptimizabilityConfig(profile="light", eigen_tolerance=1e-12, trace_tolerance=1e-12)  # takes all it may
     free = fsdp.free_memory
-    # Their copies in float64 have a fixed length, which is nothing beside long vectors.
+    # Their copies in float64 have a fixed length, which is negligible for long vectors.
     linalg.vectors._CHUNK = linalg.trace._CHUNK = 1 << 14
     try:
         fsdp.free_memory = free if route != "FSDP2, shards" else (lambda device: 1)

@@ -23,10 +23,10 @@ MAX_GRADIENTS = {"one": 3.3, "four at once": 2.4}
 """Promised time of a product, in gradients."""
 
 SHARE_OF_DEFAULTS = {"pyhessian": 1 / 5, "hessian_eigenthings": 1 / 5}
-"""Promised time of the whole card, beside that of a peer by its defaults."""
+"""Promised time of the whole card, relative to that of a peer by its defaults."""
 
 SHARE_OF_MATCHED = 1 / 2
-"""Promised time of the whole card, beside that of any peer stopped at the same true error."""
+"""Promised time of the whole card, relative to that of any peer stopped at the same true error."""
 
 
 INTRODUCTION = """What other curvature libraries do with the same models, data and machine, as measured by
@@ -123,7 +123,7 @@ def _lowest(ways: dict[str, Any], what: str, *, one_vector: bool) -> float | Non
 
 
 def _slower(rows: dict[str, Any]) -> Iterator[str]:
-    """Targets that a peer reaches sooner."""
+    """Yield the targets that a peer reaches earlier."""
     for row in ("eigenvalues", "trace", "density"):
         libraries = dict(_each(rows.get(row, {})))
         ours = _to_targets(libraries.pop(OURS, {}))
@@ -304,7 +304,7 @@ def _profile(row: dict[str, Any]) -> list[str]:
 
 
 TABLES = {
-    "cost": ("One Hessian-vector product beside one gradient", _cost),
+    "cost": ("One Hessian-vector product relative to one gradient", _cost),
     "eigenvalues": ("Both ends of the spectrum, to an error that this benchmark knows and a user does not", _targets),
     "trace": ("The trace, to a standard error", _targets),
     "density": ("The density, weighted by squared eigenvalues, to a Wasserstein distance of 10 % of λ_max", _density),

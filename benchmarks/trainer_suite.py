@@ -77,7 +77,7 @@ def measure_everywhere(run: str) -> None:
             def __init__(self, *args: Any, **kwargs: Any):
                 super().__init__(*args, optimizability=config(), **kwargs)
 
-        # What `import transformers` binds may be another object than the lazy module that stands in for it.
+        # What `import transformers` binds may be another object than the lazy module that represents it.
         sys.modules["transformers"].Trainer = trainer.Trainer = Measuring  # type: ignore[attr-defined,misc]
         return
     construct = Trainer.__init__

@@ -5,10 +5,10 @@
 
 Eigenvalues by SciPy's ARPACK, with residuals computed apart from it (where its basis does not fit into memory, by the
 plain Lanczos recurrence); trace and density by plain sampling, written here and not taken from the package. The trace
-is had twice: by plain probes of the Hessian, and far sharper from the decoupled matrix, which has the same diagonal,
-outside its dominant subspace; the results say whether they agree. The products are the package's, in float64, checked
+is computed twice: by plain probes of the Hessian, and far sharper from the decoupled matrix, which has the same
+diagonal, outside its dominant subspace; the results say whether they agree. The products are the package's, in float64, checked
 against double backward of the plain mean loss over all rows. Each part is kept under `out/`, so that what was stopped
-goes on where it was.
+continues where it was.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def pooled(runs: Sequence[Quadrature]) -> Quadrature:
 
 
 def sharpened(runs: Sequence[Run], size: int) -> Quadrature:
-    """The mean of quadratures, but for the eigenvalues that all of them found, which have their true weight of 1/n.
+    """Average quadratures, except for the eigenvalues that all of them found, which have their true weight of 1/n.
 
     A random start vector gives an eigenvalue a random weight, whose square deviation is twice its square: were they
     left, the few large ones would blur the distance to any other density.

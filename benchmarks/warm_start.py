@@ -9,7 +9,7 @@ enough products to show an eigenvalue that the old vectors know nothing of.
     python benchmarks/warm_start.py [--workload text|vision] [--learning-rate 5e-5] [--steps 10 20 30]
         [--max-hvps 12]
 
-adds each run to `benchmarks/results/warm_start.json`, and writes the table beside it anew.
+adds each run to `benchmarks/results/warm_start.json`, and writes the table next to it again.
 """
 
 from __future__ import annotations
