@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from transformers.optimization import Adafactor
 
+from ..model_state.snapshot import Snapshot
 from .step_size import stability_limit
 
 
@@ -242,8 +244,20 @@ def _lone_step(
             "state": defaultdict(dict, {copy: _held(state, lambda tensor: tensor.to(torch.float64, copy=True))}),
         }
     )
-    alone.step()
+    with _nothing_kept(optimizer, group):
+        alone.step()
     return copy, alone.state[copy]
+
+
+@contextmanager
+def _nothing_kept(optimizer: Optimizer, group: Group) -> Iterator[None]:
+    """Put back what a user's own `step` changes besides its copy: attributes of its class, lists in its group."""
+    others = {name: value for name, value in group.items() if name != "params"}
+    before = Snapshot({"optimizer": object.__new__(type(optimizer)), "group": others})
+    try:
+        yield
+    finally:
+        before.put_back()
 
 
 def _held(state: dict[str, Any], held: TensorReader) -> dict[str, Any]:

@@ -255,6 +255,27 @@ def test_parameters_that_the_optimizer_does_not_hold_stay_where_they_are(kind: t
     assert (update[: ends[0]] == 0).all() and (update[ends[1] :] == 0).all()
 
 
+class Counting(AdamW):
+    """Raises its weight decay at each step, by a count that the class has and a list that the group has."""
+
+    steps = 0
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        type(self).steps += 1
+        self.param_groups[0]["decays"].append(type(self).steps)
+        self.param_groups[0]["weight_decay"] = 0.01 * type(self).steps
+        return super().step(closure)
+
+
+def test_what_a_step_keeps_on_its_class_or_in_its_group_comes_back():
+    parameters = make_parameters()
+    optimizer = Counting([{"params": parameters, "decays": []}], lr=LR)
+    gradients = random_like(parameters, 0)
+    read_preconditioner(optimizer, parameters, gradients=gradients)
+    optimizer_update(optimizer, parameters, gradients)
+    assert Counting.steps == 0 and optimizer.param_groups[0]["decays"] == []
+
+
 def test_what_can_not_be_read_is_refused():
     parameters = make_parameters()
     with pytest.raises(TypeError, match=r"RMSprop .* supported are SGD, Adam, AdamW, Adafactor"):
