@@ -257,7 +257,7 @@ def _nothing_kept(optimizer: Optimizer, group: Group) -> Iterator[None]:
     try:
         yield
     finally:
-        before.put_back()
+        before.restore()
 
 
 def _held(state: dict[str, Any], held: TensorReader) -> dict[str, Any]:
