@@ -55,8 +55,8 @@ def check_mean(objective: Objective) -> SelfCheck:
     Raises:
         MeasurementError: If the loss of a batch differs between two passes.
     """
-    draws, repeat_error = _repeat(objective)
-    unit, mean_error = ("items", None) if draws else _find_unit(objective)
+    means, draws, repeat_error = _repeat(objective)
+    unit, mean_error = ("items", None) if draws else _find_unit(objective, means)
     return SelfCheck(
         draws=draws,
         unit=unit,
@@ -69,8 +69,8 @@ def check_mean(objective: Objective) -> SelfCheck:
     )
 
 
-def _repeat(objective: Objective) -> tuple[bool, float]:
-    """Return whether the loss depends on random numbers, and its relative difference between passes of the same draw.
+def _repeat(objective: Objective) -> tuple[np.ndarray, bool, float]:
+    """Return the batches' losses, whether they depend on random numbers, and their error between passes of one draw.
 
     Passes with other seeds are compared first: to the bit on CPUs. Where they differ, the same seeds have to give the
     same loss, but for the rounding of kernels that are not deterministic.
@@ -83,7 +83,7 @@ def _repeat(objective: Objective) -> tuple[bool, float]:
         first, other = (_means(drawn, drawn.local_batches)[0] for drawn in (objective, objective.with_other_draws()))
         difference = _largest_difference(objective, first, other)
         if difference <= tolerance:
-            return False, difference
+            return first, False, difference
         error = _largest_difference(objective, first, _means(objective, objective.local_batches)[0])
         draws = any(objective.group.all_gather_interleaved([objective.draws()]))
     if error > MAX_REPEAT_ERROR or (difference > MAX_REPEAT_ERROR and not draws):
@@ -94,7 +94,7 @@ def _repeat(objective: Objective) -> tuple[bool, float]:
             "Look for state or random numbers outside of the model (a global counter, a generator that the loss "
             "holds); keep them in the model, or make the loss deterministic.",
         )
-    return draws and (error == 0 or difference > MAX_REPEAT_ERROR), error
+    return first, draws and (error == 0 or difference > MAX_REPEAT_ERROR), error
 
 
 def _largest_difference(objective: Objective, first: np.ndarray, second: np.ndarray) -> float:
@@ -135,16 +135,16 @@ def _means(objective: Objective, batches: Sequence[ProbeBatch]) -> tuple[np.ndar
     return sums / items, items
 
 
-def _find_unit(objective: Objective) -> tuple[Unit, float | None]:
+def _find_unit(objective: Objective, near: np.ndarray) -> tuple[Unit, float | None]:
     """Return the first unit in which the mean losses of batches are those of their halves, and the difference."""
-    halves = _Halves(objective, "items")
+    halves = _Halves(objective, "items", near)
     if objective.rows.group.world_size > 1 or not any(objective.group.all_gather_interleaved([bool(halves.batches)])):
         return "items", None  # shards lie over ranks, which cut each batch
     means = halves.means_near_and_far()
     for unit in _UNITS:
         if (error := halves.error(means, unit)) <= MAX_MEAN_ERROR:
             return unit, error
-    pairs = _Halves(objective, "pairs")
+    pairs = _Halves(objective, "pairs", near)
     if all(objective.group.all_gather_interleaved([len(pairs.batches) == len(halves.batches)])):
         error = pairs.error(pairs.means_near_and_far(), "pairs")
         if error <= MAX_MEAN_ERROR:
@@ -166,13 +166,15 @@ class _Halves:
     Args:
         objective: The objective.
         unit: `"pairs"` keeps pairs together.
+        near: The mean loss of each local batch at the present parameters.
     """
 
-    def __init__(self, objective: Objective, unit: Unit):
+    def __init__(self, objective: Objective, unit: Unit, near: np.ndarray):
         self._objective = objective
+        self._near: list[float] = []
         self.batches: list[ProbeBatch] = []
         self._halves: list[ProbeBatch] = []
-        for batch in objective.local_batches:
+        for batch, mean in zip(objective.local_batches, near.tolist(), strict=True):
             examples = batch_size(batch.inputs)
             half = 2 * -(-examples // 4) if unit == "pairs" else -(-examples // 2)
             try:
@@ -181,18 +183,18 @@ class _Halves:
                 continue
             if len(halves) == 2:
                 self.batches.append(batch)
+                self._near.append(mean)
                 self._halves += halves
 
     def means_near_and_far(self) -> list[_Means]:
         """Return mean losses at the present parameters, and at a second point unless the loss is not finite there."""
-        near = self._means()
+        near = self._means(np.array(self._near))
         with moved_far(self._objective):
-            far = self._means()
+            far = self._means(_means(self._objective, self.batches)[0])
         finite = all(self._objective.group.all_gather_interleaved([bool(np.isfinite(far.whole).all())]))
         return [near, far] if finite else [near]
 
-    def _means(self) -> _Means:
-        whole, _ = _means(self._objective, self.batches)
+    def _means(self, whole: np.ndarray) -> _Means:
         # Halves in which nothing counts have weight 0; they are evaluated all the same, so that each batch has two.
         try:
             halves, items = _means(self._objective, [replace(half, items=half.items or 1) for half in self._halves])

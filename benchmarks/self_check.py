@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the self-check costs, in gradients and as a share of a standard measurement.
+
+    python benchmarks/self_check.py
+
+measures small models with the profile `standard`, counts the floating-point operations of each part of the self-check,
+and divides them by those of a gradient of the same examples as Transformers computes it. Operations do not depend on
+the machine or on what else it does. Writes `benchmarks/results/self_check.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_optimizability import OptimizabilityConfig, measure
+from hf_optimizability.measurement import measure as measuring
+
+
+RESULTS = Path(__file__).parent / "results" / "self_check.md"
+EXAMPLES, BATCH_SIZE, STEPS = 64, 16, 20
+TARGET = 0.08
+PARTS = {
+    "check_mean": "loss twice, halves",
+    "slope_errors": "slopes",
+    "check_along_eigenvectors": "eigenvalues",
+}
+"""The parts of the self-check, by their functions in `measure.py`."""
+
+Batch = dict[str, Tensor]
+
+
+def models() -> dict[str, tuple[nn.Module, Batch]]:
+    """Return small models of usual kinds, smooth ones and ones with kinks, each with its examples."""
+    torch.manual_seed(0)
+    size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = torch.randint(5, 100, (EXAMPLES, 24))
+    labels = torch.randint(4, (EXAMPLES,))
+    images = {"pixel_values": torch.randn(EXAMPLES, 3, 32, 32), "labels": labels}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=100, intermediate_size=64, num_labels=4, **size))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=24))
+    opt = OPTForCausalLM(OPTConfig(vocab_size=100, ffn_dim=64, max_position_embeddings=24, **size))
+    vit = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, intermediate_size=64, num_labels=4, **size))
+    resnet = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
+    )
+    mobilenet = MobileNetV2ForImageClassification(
+        MobileNetV2Config(depth_multiplier=0.25, image_size=32, num_labels=4)
+    )
+    perceptron = Perceptron()
+    return {
+        "BERT, classification": (bert, {"input_ids": tokens, "labels": labels}),
+        "GPT-2, language modelling": (gpt2, {"input_ids": tokens, "labels": tokens}),
+        "OPT (ReLU), language modelling": (opt, {"input_ids": tokens, "labels": tokens}),
+        "ViT, classification": (vit, images),
+        "ResNet (ReLU), classification": (resnet, images),
+        "MobileNetV2 (ReLU6), classification": (mobilenet, images),
+        "three ReLU layers, regression": (perceptron, {"x": torch.randn(EXAMPLES, 8), "labels": labels}),
+    }
+
+
+class Perceptron(nn.Module):
+    """A network of ReLUs, with the loss of a Transformers model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)
+        )
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the mean squared error."""
+        return {"loss": F.mse_loss(self.layers(x)[:, 0], labels.to(x))}
+
+
+def train(model: nn.Module, batch: Batch) -> None:
+    """Take some steps, so that the model is neither at its start nor at its end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(**batch)["loss"].backward()
+        optimizer.step()
+
+
+@contextmanager
+def counted(counts: dict[str, int], flops: FlopCounterMode) -> Iterator[None]:
+    """Add up the operations of each part of the self-check inside."""
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = flops.get_total_flops()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                counts[name] += flops.get_total_flops() - before
+
+        return run
+
+    parts = {name: counting(name, getattr(measuring, name)) for name in PARTS}
+    with mock.patch.multiple(measuring, **parts):
+        yield
+
+
+def row(name: str, model: nn.Module, batch: Batch) -> tuple[str, float]:
+    """Return a line of the table, and the self-check's share of the measurement."""
+    train(model, batch)
+    with FlopCounterMode(display=False) as flops:
+        model.eval()(**batch)["loss"].backward()
+    gradient = flops.get_total_flops()
+    batches = [
+        {key: value[i : i + BATCH_SIZE] for key, value in batch.items()} for i in range(0, EXAMPLES, BATCH_SIZE)
+    ]
+    counts = dict.fromkeys(PARTS, 0)
+    with FlopCounterMode(display=False) as flops, counted(counts, flops):
+        found = measure(model.train(), batches, OptimizabilityConfig(profile="standard"))
+    whole = flops.get_total_flops() / gradient
+    parts = [counts[name] / gradient for name in PARTS]
+    share = sum(parts) / whole
+    figures = " | ".join(f"{part:.1f}" for part in parts)
+    return f"| {name} | {found.hvps} | {whole:.0f} | {figures} | {share:.1%} |", share
+
+
+def main() -> None:
+    """Measure all models and write the table."""
+    rows = []
+    for name, (model, batch) in models().items():
+        rows.append(row(name, model, batch))
+        print(rows[-1][0], flush=True)
+    share = max(share for _, share in rows)
+    head = ["model", "products", "measurement", *PARTS.values(), "share"]
+    lines = [
+        "# The price of the self-check",
+        "",
+        f"Floating-point operations of a measurement with the profile `standard`, in gradients of the same {EXAMPLES} "
+        f"examples, after {STEPS} steps of training. The largest share of the self-check is {share:.1%}"
+        f"{'' if share <= TARGET else f', above the target of {TARGET:.0%}'}. "
+        "The first two parts are computed before the first measurement of a training alone.",
+        "",
+        f"| {' | '.join(head)} |",
+        "|:--|" + "--:|" * (len(head) - 1),
+        *(line for line, _ in rows),
+        "",
+        "Made by `benchmarks/self_check.py`.",
+        "",
+    ]
+    RESULTS.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
