@@ -13,7 +13,8 @@ short enough to wait for:
 
     python benchmarks/overhead.py --steps 5000 --examples 16
 
-adds a run to each row in `benchmarks/results/overhead.json`, and rewrites the table next to it. Needs Linux, for the peak
+adds a run to each row in `benchmarks/results/overhead.json`, and rewrites the table next to it. Needs Linux, for the
+peak
 memory. On one idle core that takes about a quarter of an hour; with 960 examples and 20000 steps, an hour.
 """
 

@@ -55,7 +55,7 @@ GIGA = 1e9
 SIGN_SECONDS = 1.0e-10  # to draw one sign on a CPU, as `--check` found on one core
 BESIDES: dict[Route, int] = {"DDP": 4, "FSDP2, whole parameters": 4, "FSDP2, shards": 9}
 """Vectors in addition to those that the forecast counts: the gradient, the optimizer's P, and the weights to come back
-from; then the gradient that a product is made from, or, while a difference is taken, the weights to come back from, the
+from; then the gradient that a product is made from, or, while a difference is taken, the weights to restore, the
 direction, the gradients ahead and behind, and one that is added to them."""
 
 
