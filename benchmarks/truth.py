@@ -6,8 +6,10 @@
 Eigenvalues by SciPy's ARPACK, with residuals computed apart from it (where its basis does not fit into memory, by the
 plain Lanczos recurrence); trace and density by plain sampling, written here and not taken from the package. The trace
 is computed twice: by plain probes of the Hessian, and far sharper from the decoupled matrix, which has the same
-diagonal, outside its dominant subspace; the results say whether they agree. The products are the package's, in float64,
-checked against double backward of the plain mean loss over all rows. Each part is kept under `out/`, so that what was stopped
+diagonal, outside its dominant subspace; the results say whether they agree. The products are the package's, in
+float64,
+checked against double backward of the plain mean loss over all rows. Each part is kept under `out/`, so that what
+was stopped
 continues where it was.
 """
 
