@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..curvature.autograd_graph import doubtful_operations, has_kinks
 from ..curvature.central_difference import CentralDifferenceHessian, usual_step
-from ..curvature.eigenvalue_check import AGREEMENT, STEPS, EigenvalueCheck, check_eigenvalues
+from ..curvature.eigenvalue_check import AGREEMENT, FINER, STEPS, EigenvalueCheck, check_eigenvalues
 from ..curvature.gradient import Gradient, norm_of
 from ..errors import MeasurementError, WrongDerivativeError
 from ..linalg.spectrum_and_trace import SpectrumAndTrace
@@ -128,6 +128,7 @@ def check_along_eigenvectors(
         found.extremal,
         lambda step: CentralDifferenceHessian(objective, relative_step=step),
         steps=[usual / 2] if by_differences else [share * usual for share in STEPS],
+        finer=[] if by_differences else [share * usual for share in FINER],
         tolerance=LARGEST_DIFFERENCE_ERROR if by_differences else AGREEMENT,
     )
     if not by_differences:

@@ -19,6 +19,8 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
 )
 
 from hf_optimizability import MeasurementError, OptimizabilityConfig, measure
@@ -183,6 +185,19 @@ class TestExactProducts:
         [top, *_] = found.eigenvalue_checks
         assert top.verdict == "not checked" and "kinks" in (top.reason or "")
         assert top.differences[0] == pytest.approx(3, rel=0.01)
+
+    def test_beside_a_normalization_of_almost_nothing_are_kept(self):
+        """Mask tokens of 0 under a LayerNorm (epsilon 1e-12): the Hessian is 1e13, and another 1e-9 further on."""
+        torch.manual_seed(0)
+        size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        decoder = {f"decoder_{name}": value for name, value in size.items()}
+        images = {"image_size": 16, "patch_size": 4, "num_channels": 1, "mask_ratio": 0.5, "initializer_range": 0.5}
+        model = ViTMAEForPreTraining(ViTMAEConfig(**size, **decoder, **images)).double()
+        pixels = torch.randn(8, 1, 16, 16).double()
+        batches = [{"pixel_values": pixels[:4]}, {"pixel_values": pixels[4:]}]
+        found = measure(model, batches, OptimizabilityConfig(max_hvps=64, probe_seed=2))
+        check = found.eigenvalue_checks[1]
+        assert check.verdict == "agrees" and check.value < -1e13 and check.error < 0.01
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_an_eigenvalue_of_zero_is_never_refused(self, dtype: torch.dtype):
