@@ -40,7 +40,8 @@ from hf_optimizability.distributed import fsdp
 from hf_optimizability.distributed.fsdp import on_shards, unsharded
 from hf_optimizability.distributed.process_group import training_process_group
 from hf_optimizability.linalg.row_partition import RowPartition
-from hf_optimizability.measurement.cost_model import CostModel, HvpCost, allocate_hvps, list_stages
+from hf_optimizability.measurement.cost_model import CostModel, HvpCost, allocate_hvps, count_hvps, list_stages
+from hf_optimizability.measurement.engines import HvpEngine
 from hf_optimizability.measurement.forecast import PeakMemory
 from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.model_state.measuring import measuring
@@ -114,7 +115,9 @@ def vectors(route: Route, config: OptimizabilityConfig, size: int) -> tuple[int,
     """Vectors of a measurement at most: in all, and without the Lanczos basis, which may lie on the CPU."""
     nothing = HvpCost(0.0, 0)
     prices = CostModel(size, 1, 1, nothing, nothing, None, 0.0)
-    stages = list_stages(config, allocate_hvps(config, prices, preconditions=True), prices)
+    engine = HvpEngine("double_backward", config.curvature, "math")
+    shares = allocate_hvps(config, engine, preconditions=True)
+    stages = list_stages(config, count_hvps(config, engine, shares, size=size, update=False), prices)
     trace = stages[2].vectors  # the stage that has no basis
     return BESIDES[route] + max(stage.vectors for stage in stages), BESIDES[route] + trace
 

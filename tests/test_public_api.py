@@ -45,8 +45,10 @@ def describe_object(name: str) -> Iterator[str]:
     bases = [base.__name__ for base in thing.__mro__[1:] if not base.__module__.startswith("hf_optimizability")]
     yield f"class {name}({bases[0]})"
     if dataclasses.is_dataclass(thing):
+        # As written: `HfArgumentParser` puts evaluated types into the fields.
+        written = {k: v for base in reversed(thing.__mro__) for k, v in vars(base).get("__annotations__", {}).items()}
         for field in dataclasses.fields(thing):
-            yield f"    {field.name}: {short(field.type)}{default(field)}"
+            yield f"    {field.name}: {short(written[field.name])}{default(field)}"
     elif "Trainer" not in name:
         yield f"    __init__({parameters(thing.__init__)})"
     for member in sorted(own_members(thing)):

@@ -157,7 +157,7 @@ def test_a_card_that_fails_does_not_stop_the_push(
     (tmp_path / "out/optimizability").write_text("a file in the folder's place")
     elsewhere.push_to_hub()
     assert "model.safetensors" in published(hub) and START.encode() not in published(hub)["README.md"]
-    assert [warning[:60] for warning in warnings] == ["The model card goes without the optimizability report. FileE"]
+    assert [warning[:60] for warning in warnings] == ["The model card has no optimizability report. FileExistsError"]
 
 
 def test_only_the_main_process_writes(
