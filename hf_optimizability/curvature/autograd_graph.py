@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from .empirical_risk import EmpiricalRisk
@@ -67,8 +68,20 @@ def has_kinks(objective: EmpiricalRisk) -> bool:
 
 
 def _nodes(objective: EmpiricalRisk) -> Iterator[Any]:
-    """Yield the nodes of the graph of the first part's loss, each once."""
-    waiting: list[Any] = [loss.grad_fn for loss, _ in islice(objective.losses(), 1)]
+    """Yield the nodes of the graph of the first batch's loss."""
+    for loss, _ in islice(objective.losses(), 1):
+        yield from iter_autograd_nodes(loss)
+
+
+def iter_autograd_nodes(*tensors: Tensor) -> Iterator[Any]:
+    """Yield the nodes of the graph of some tensors, each once, from the tensors back to the leaves.
+
+    Example:
+        >>> import torch
+        >>> [node.name() for node in iter_autograd_nodes(torch.ones(1, requires_grad=True).exp())]
+        ['ExpBackward0', 'torch::autograd::AccumulateGrad']
+    """
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen = set()
     while waiting:
         node = waiting.pop()
@@ -77,6 +90,14 @@ def _nodes(objective: EmpiricalRisk) -> Iterator[Any]:
         seen.add(node)
         yield node
         waiting += [following for following, _ in node.next_functions]
+
+
+def iter_leaf_uses(loss: Tensor) -> Iterator[tuple[Tensor, Any]]:
+    """Yield each use of a leaf in the graph of a loss: the leaf, and the node that takes it."""
+    for node in iter_autograd_nodes(loss):
+        for following, _ in node.next_functions:
+            if following is not None and following.name() == "torch::autograd::AccumulateGrad":
+                yield following.variable, node
 
 
 def _custom(node: Any) -> str | None:

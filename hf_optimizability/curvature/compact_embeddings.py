@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..model_state.state import settle
+from .autograd_graph import iter_leaf_uses
 from .empirical_risk import ModelRisk
 
 
@@ -143,19 +144,9 @@ def _candidates(objective: ModelRisk) -> Iterator[nn.Embedding]:
 def _users(loss: Tensor, weights: Collection[Tensor]) -> dict[Tensor, set[Any]]:
     """Return the nodes of the loss's graph that take each weight."""
     users: dict[Tensor, set[Any]] = {weight: set() for weight in weights}
-    waiting, seen = [loss.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for following, _ in node.next_functions:
-            if following is not None and following.name() == "torch::autograd::AccumulateGrad":
-                variable: Any = following.variable  # type: ignore[attr-defined]
-                if variable in users:
-                    users[variable].add(node)
-            else:
-                waiting.append(following)
+    for leaf, node in iter_leaf_uses(loss):
+        if leaf in users:
+            users[leaf].add(node)
     return users
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from .autograd_graph import iter_autograd_nodes
 from .empirical_risk import EmpiricalRisk
 
 
@@ -84,14 +85,10 @@ def _without_derivative(loss: Tensor, parameters: Collection[Tensor]) -> list[ty
 
 def _custom_nodes(loss: Tensor) -> Iterator[Any]:
     """Yield the nodes of a graph that are custom functions, but for those of this package."""
-    waiting, seen = [loss.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
+    for node in iter_autograd_nodes(loss):
+        if not isinstance(node, BackwardCFunction):
             continue
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
-        if isinstance(node, BackwardCFunction) and node._forward_cls.__module__.partition(".")[0] != _OWN:
+        if type(node)._forward_cls.__module__.partition(".")[0] != _OWN:  # type: ignore[attr-defined]
             yield node
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .autograd_graph import iter_autograd_nodes
 from .selective_grad import differentiate
 
 
@@ -85,13 +86,5 @@ def require_second_derivative(gradients: Sequence[Tensor]) -> None:
     Autograd puts an error node in their place, but never runs it when asked for the derivative by given leaves: the
     products would come out wrong without a word.
     """
-    waiting = [gradient.grad_fn for gradient in gradients]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("a custom autograd function is marked `once_differentiable`")
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
+    if any(node.name() == "torch::autograd::Error" for node in iter_autograd_nodes(*gradients)):
+        raise RuntimeError("a custom autograd function is marked `once_differentiable`")

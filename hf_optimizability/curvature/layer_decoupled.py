@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .autograd_graph import iter_leaf_uses
 from .empirical_risk import EmpiricalRisk
 from .hessian import HessianOperator
 from .twice_differentiable import linear_without_coupling
@@ -122,17 +124,5 @@ def _writes(func: Any, kwargs: dict[str, Any] | None) -> bool:
 
 def _reused_parameters(loss: Tensor, parameters: Sequence[Tensor]) -> set[int]:
     """Return the indices of the parameters that the loss's graph takes at more than one place."""
-    uses = {id(parameter): 0 for parameter in parameters}
-    waiting, seen = [loss.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for following, _ in node.next_functions:
-            if following is not None and following.name() == "torch::autograd::AccumulateGrad":
-                variable = id(following.variable)  # type: ignore[attr-defined]
-                uses[variable] = uses.get(variable, 0) + 1
-            else:
-                waiting.append(following)
+    uses = Counter(id(leaf) for leaf, _ in iter_leaf_uses(loss))
     return {index for index, parameter in enumerate(parameters) if uses[id(parameter)] > 1}
