@@ -175,7 +175,8 @@ def gap_rows(gap: Mapping[str, Any]) -> list[Row]:
         )
     ]
     if gap["low"] is not None:
-        rows.append(Row("Its 95 % interval", "", [format_interval(gap["loss_gap"], gap["low"], gap["high"])]))
+        interval = format_interval(gap["loss_gap"], gap["low"], gap["high"])
+        rows.append(Row("… with its 95 % interval", "What other examples of both sets may make of it.", [interval]))
     if gap["significant"] is not None:
         rows.append(Row("More than chance", "Whether the interval excludes zero.", [gap["significant"]]))
     alike = f"Both in eval mode{examples}; if not, the gap also includes the effects of dropout and averaging."
