@@ -56,7 +56,7 @@ class BlockDiagonalHessian(ObjectiveOperator):
         self._blocks = blocks
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
-        """Each part's forward and first backward pass are shared by all blocks and all vectors."""
+        """Yield the products of each part; all blocks and all vectors share its forward and first backward pass."""
         parameters = self._objective.parameters
         pieces = [self._split(vector, parameters) for vector in vectors]
         for loss, items in self._objective.losses():

@@ -20,8 +20,8 @@ from .hessian import ObjectiveOperator
 
 
 RELATIVE_STEP = {torch.float32: 5e-5, torch.float64: 6e-6}
-"""Size of the step beside the parameters. In float32 the best is 1.5e-3 along random signs (a third of the cube root
-of the machine precision) but 1.5e-5 or less along the steepest eigenvectors, where higher derivatives are large too,
+"""Size of the step relative to the parameters. In float32 the best is 1.5e-3 along random signs (a third of the cube
+root of the machine precision) but 1.5e-5 or less along the steepest eigenvectors, where higher derivatives are large too,
 measured on a small pretrained BERT; this one is off by 2e-3 to 3e-3 along both. In float64 the cube root itself does,
 and leaves room for losses that a model computes in float32."""
 
@@ -42,14 +42,14 @@ class CentralDifferenceHessian(ObjectiveOperator):
 
     Not to be trusted with ReLU and other kinks: each unit that switches within the step adds a jump of the gradient
     over 2ε, which the exact Hessian does not have. On a pretrained MobileNetV2 the jumps are 50 times the product at
-    the step of float32, grow as it shrinks, and go only at 1e-9 of the parameters, which takes float64. Where an exact
-    product can be had, compare.
+    the step of float32, grow as it shrinks, and go only at 1e-9 of the parameters, which takes float64. Compare with
+    an exact product where there is one.
 
     The weights are moved in place, and come back bit for bit from a saved copy, also when a gradient raises.
 
     Args:
         objective: The loss, in parts.
-        relative_step: Size of the step beside the parameters; by default `RELATIVE_STEP` of their dtype.
+        relative_step: Size of the step relative to the parameters; by default `RELATIVE_STEP` of their dtype.
 
     Raises:
         ValueError: If a parameter is of less than float32: the step would round away. Hold

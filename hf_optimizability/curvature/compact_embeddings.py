@@ -101,7 +101,7 @@ _LOOKUPS_AND_METADATA = {F.embedding, *_METADATA}
 
 
 class _Reads(TorchFunctionMode):
-    """Finds the weights that anything but a lookup of rows reads, also where no graph tells of it.
+    """Finds the weights that an operation other than a row lookup reads, even where the graph does not show it.
 
     A codebook's nearest row, found without gradients, is another one among fewer rows.
 
@@ -124,7 +124,7 @@ class _Reads(TorchFunctionMode):
 
 
 def _candidates(objective: ModelRisk) -> Iterator[nn.Embedding]:
-    """Plain embeddings whose weight is among the variables, and no other module's as well."""
+    """Yield the plain embeddings whose weight is among the variables and belongs to no other module."""
     named = objective.model.named_parameters(remove_duplicate=False)
     owners = Counter(id(parameter) for _, parameter in named)
     for name in objective.names:

@@ -26,7 +26,7 @@ def ctc_loss(
     """Return `torch.nn.functional.ctc_loss`, with its names; `None` for inputs without a batch, left to torch.
 
     The forward algorithm in log space (Graves et al. 2006, section 4.1), one frame after the other: the sum over all
-    ways to stay at a symbol, to go on to the next, or to skip a blank between two different labels.
+    ways to stay at a symbol, to move to the next, or to skip a blank between two different labels.
 
     Example:
         >>> log_probs = torch.randn(5, 1, 4, dtype=torch.float64).log_softmax(-1)

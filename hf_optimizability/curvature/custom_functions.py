@@ -84,7 +84,7 @@ def _without_derivative(loss: Tensor, parameters: Collection[Tensor]) -> list[ty
 
 
 def _custom_nodes(loss: Tensor) -> Iterator[Any]:
-    """Yield the nodes of a graph that are custom functions, but for those of this package."""
+    """Yield the nodes of a graph that are custom functions, except for those of this package."""
     for node in iter_autograd_nodes(loss):
         if not isinstance(node, BackwardCFunction):
             continue

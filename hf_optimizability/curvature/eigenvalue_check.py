@@ -26,7 +26,7 @@ STEPS = (0.2, 0.1, 0.05)
 eigenvectors of a MiniLM-L6 in float32 it is off by 3 %, and these by 0.1 %, 0.03 % and 0.01 %."""
 
 FINER = (1e-2, 1e-3, 1e-4, 1e-5)
-"""Steps to try before an eigenvalue is refused whose differences agree neither with it nor with each other: beside a
+"""Steps to try before an eigenvalue is refused whose differences agree neither with it nor with each other: around a
 LayerNorm of zeros (epsilon 1e-12) the Hessian holds within 1e-5 of the usual step in float64."""
 
 AGREEMENT = 0.01

@@ -39,8 +39,8 @@ class GaussNewtonOperator(ObjectiveOperator):
     """`JᵀH_ℓJ`: J the Jacobian of the outputs by the parameters, H_ℓ the Hessian of the loss by the outputs.
 
     Positive semidefinite where the loss is convex in the outputs (cross-entropy, squared error), for which it is the
-    Fisher matrix too (Martens, arXiv 1412.1193, section 9). `Jv` is had by differentiating `Jᵀu`, which is linear in
-    u, by u (Schraudolph 2002, section 4 has the product; the trick is Townsend's of 2017), so that the k columns of a
+    Fisher matrix too (Martens, arXiv 1412.1193, section 9). `Jv` is the derivative by u of `Jᵀu`, which is linear in u
+    (Schraudolph 2002, section 4 has the product; the trick is Townsend's of 2017), so that the k columns of a
     product share the forward and the first backward pass.
 
     Args:
@@ -98,7 +98,7 @@ def _products(
 
 
 def _derivative(of: Sequence[Tensor], by: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """`∂(of · weights)/∂by`, where some of `of`, or all, may be constant."""
+    """Return `∂(of · weights)/∂by`, where some of `of`, or all, may be constant."""
     live = [index for index, tensor in enumerate(of) if tensor.requires_grad]
     if not live:
         return tuple(torch.zeros_like(tensor) for tensor in by)
@@ -112,7 +112,7 @@ def _derivative(of: Sequence[Tensor], by: Sequence[Tensor], weights: Sequence[Te
 
 
 def _require_no_other_path(outputs: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:
-    """Refuses a loss whose gradient is not that through its outputs alone, as with a penalty on the weights."""
+    """Refuse a loss whose gradient is not that through its outputs alone, as with a penalty on the weights."""
     direct = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     slopes = torch.autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True)
     through = torch.autograd.grad(outputs, parameters, grad_outputs=slopes, retain_graph=True, materialize_grads=True)
@@ -179,7 +179,7 @@ def split_trace(
     max_hvps: int,
     seed: int,
 ) -> TraceResult:
-    """Estimates the trace of the Hessian, that of its Gauss-Newton part exactly.
+    """Estimate the trace of the Hessian; compute that of its Gauss-Newton part exactly.
 
     H = G + R with `G = JᵀH_ℓJ` and `R = Σ ∂ℓ/∂zᵢ ∇²zᵢ` over the outputs z (Schraudolph 2002, section 3; Martens, arXiv
     1412.1193, section 8). `gauss_newton_trace` has tr G without probes, which leaves their variance to R: to nothing
@@ -264,7 +264,7 @@ def _known_part(objective: EmpiricalRisk, segments: Segments, *, max_outputs: in
     sums, items = [], []
     diagonal = _flat_zeros(objective.parameters)
     group = objective.group
-    with group.propagate_errors():  # a loss that can't be split is no end
+    with group.propagate_errors():  # a loss that can't be split is not fatal: the caller falls back to Hutchinson
         for part, count in _diagonal_by_part(objective, max_outputs=max_outputs):
             sums.append(segment_sums(part, segments))
             items.append(count)

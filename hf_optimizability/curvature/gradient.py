@@ -29,7 +29,7 @@ class Gradient:
 
 
 def gradient(objective: EmpiricalRisk) -> Gradient:
-    """Loss and gradient over all parts of an objective, and of the objectives of all ranks; leaves `.grad` alone."""
+    """Compute loss and gradient over all parts of an objective, on all ranks; leave `.grad` alone."""
     group = objective.group
     totals, loss_sum, items = gradient_sum(objective)
     group.all_reduce_many_(totals)

@@ -113,7 +113,7 @@ class ObjectiveOperator(SymmetricOperator):
             self._counter.add(products)
 
     def _split(self, vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Cuts a long vector into pieces of the parameters' shapes, dtypes and devices."""
+        """Cut a long vector into pieces of the parameters' shapes, dtypes and devices."""
         pieces = zip(vector.split(self._sizes), parameters, strict=True)
         # Contiguous, though the column of a matrix is not: some backward passes refuse other strides, or misread them.
         return [piece.contiguous().view(parameter.shape).to(parameter) for piece, parameter in pieces]
@@ -150,7 +150,7 @@ class HessianOperator(ObjectiveOperator):
         self._kept: _Kept | None = None
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
-        """Each part's forward and first backward pass are shared by all the vectors."""
+        """Yield the products of each part; all vectors share its forward and first backward pass."""
         parameters = self._objective.parameters
         pieces = [self._split(vector, parameters) for vector in vectors]
         point = [(id(parameter), write_count(parameter)) for parameter in parameters]
@@ -180,7 +180,7 @@ class _Kept(NamedTuple):
 
 
 def _require_finite(products: Tensor, group: ProcessGroup) -> None:
-    # The sum is finite if all entries are, unless it overflows, and is had far sooner than a look at each of them.
+    # Cheap test first: unless it overflows, the sum is finite if and only if all entries are.
     if math.isfinite(group.all_reduce_(products.sum())):
         return
     if group.all_reduce_((~torch.isfinite(products)).sum()):

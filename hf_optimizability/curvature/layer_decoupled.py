@@ -116,7 +116,7 @@ class _SplitGradient(torch.autograd.Function):
 
 
 def _writes(func: Any, kwargs: dict[str, Any] | None) -> bool:
-    """Whether an operation may change an argument, so that it must not be run twice."""
+    """Return whether an operation may change an argument, so that it must not be run twice."""
     name = func.__name__
     in_place = name.startswith("__i") or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     return in_place or "out" in (kwargs or {})

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def layer_norm(x: Tensor, shape: Sequence[int], w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
-    """`y = u w + b` with `u = (x − mean) r` and `r = 1/√(variance + eps)`, each example over its last dimensions.
+    """Compute `y = u w + b`, `u = (x − mean) r`, `r = 1/√(variance + eps)`, each example over its last dimensions.
 
     Forward and in the first backward pass by torch's kernels. Derivatives of any order are right, if not cheap.
 
@@ -91,7 +91,7 @@ class _Adjoints(torch.autograd.Function):
         u = _LayerNorm.apply(x, ctx.shape, None, None, ctx.eps)
 
         def pulled_back(v: Tensor) -> Tensor:
-            """`r P v`."""
+            """Return `r P v`."""
             return _Adjoints.apply(v, x, None, None, mean, r, ctx.shape, ctx.eps, (True, False, False))[0]
 
         def dot(left: Tensor, right: Tensor) -> Tensor:

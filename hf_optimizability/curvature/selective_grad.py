@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`torch.autograd.grad` that tells the operations it passes what it is made for, so that they leave out the rest."""
+"""`torch.autograd.grad` that lets custom operations skip gradients nobody asked for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def differentiate(
     retain_graph: bool = False,
     graph_only: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`torch.autograd.grad`, for which operations of `twice_differentiable.py` do no more than is asked.
+    """Run `torch.autograd.grad`; operations of `twice_differentiable.py` skip what it does not request.
 
     Args:
         outputs: As torch has them.
@@ -71,12 +71,12 @@ _asked: _Asked | None = None  # for all threads: autograd has one of its own for
 
 
 def is_variable(tensor: Tensor | None) -> bool:
-    """Whether a tensor may be what a pass differentiates by."""
+    """Return whether a backward pass may differentiate w.r.t. this tensor."""
     return tensor is not None and tensor.is_leaf and tensor.requires_grad
 
 
 def is_requested(tensor: Tensor | None) -> bool:
-    """Whether the gradient by a tensor is of use: not that by another leaf than those of the pass under way."""
+    """Return whether the current backward pass needs the gradient w.r.t. this tensor."""
     return _asked is None or id(tensor) in _asked.variables or not is_variable(tensor)
 
 

@@ -67,7 +67,7 @@ class CheapSecondDerivatives(TorchFunctionMode):
 
 
 class _Bilinear(ABC):
-    """A map `y = B(x, w) + b`, linear in x but for an offset, and linear in w.
+    """A map `y = B(x, w) + b`, linear in x up to an offset, and linear in w.
 
     Attributes:
         coupled: Whether it has its mixed second derivative by x and w; see `linear_without_coupling`.
@@ -77,7 +77,7 @@ class _Bilinear(ABC):
 
     @abstractmethod
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        """`B(x, w) + b`."""
+        """Return `B(x, w) + b`."""
 
     @abstractmethod
     def adjoints(self, gy: Tensor, x: Tensor, w: Tensor, mask: Mask) -> tuple[Tensor | None, ...]:
@@ -88,7 +88,7 @@ class _Bilinear(ABC):
         return self
 
     def add(self, y: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        """`y + B(x, w)`; may be written over y."""
+        """Return `y + B(x, w)`, which may overwrite y."""
         return y + self.apply(x, w, None)
 
     def spread(self, b: Tensor, y: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class _Adjoints(torch.autograd.Function):
 
 
 def linear_without_coupling(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """`F.linear` whose second derivatives are those of `F.linear(x, w̄) + F.linear(x̄, w) + b`, bars held constant.
+    """Apply `F.linear`, with the second derivatives of `F.linear(x, w̄) + F.linear(x̄, w) + b`, bars held constant.
 
     Example:
         >>> x, w = torch.ones(1, 1, requires_grad=True), torch.full((1, 1), 3.0, requires_grad=True)
@@ -267,19 +267,19 @@ class _GeluSlope(torch.autograd.Function):
 
 
 def _gelu(input: Tensor, approximate: str = "none") -> Tensor | None:
-    """`gelu`, with torch's names; `None` for its approximation by tanh."""
+    """Replace `gelu`; return `None` for its approximation by tanh. Arguments have torch's names, as below."""
     return _Gelu.apply(input) if approximate == "none" else None
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """`linear`, with torch's names; `None` where the weight is no variable: torch asks for less in its backward."""
+    """Replace `linear`; return `None` for a weight that is not a variable: torch's own backward needs less."""
     if not is_variable(weight) or weight.dim() != 2 or torch.is_autocast_enabled(input.device.type):
         return None
     return _Apply.apply(_Linear(), input, weight, bias)
 
 
 def _add_product(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor | None:
-    """`addmm`, with torch's names, as GPT-2's layers use it: `mat2` is the weight, `input` its bias."""
+    """Replace `addmm` as GPT-2's layers use it: `mat2` is the weight, `input` its bias."""
     if scales or input.dim() != 1 or not is_variable(mat2) or torch.is_autocast_enabled(mat1.device.type):
         return None
     return _Apply.apply(_Linear(transposed=True), mat1, mat2, input)
@@ -294,7 +294,7 @@ def _convolve(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """`conv1d` to `conv3d`, with torch's names; `None` for what is rare enough to be left to torch."""
+    """Replace `conv1d` to `conv3d`; return `None` for rare options, which are left to torch."""
     dims = weight.dim() - 2
     stride, dilation = _each(stride, dims), _each(dilation, dims)
     if padding == "valid":
@@ -321,7 +321,7 @@ def _normalize(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """`batch_norm`, with torch's names; `None` where it is no affine map of fixed coefficients with a weight."""
+    """Replace `batch_norm`; return `None` unless it is an affine map of fixed coefficients, with a weight."""
     if training or running_mean is None or running_var is None or weight is None:
         return None
     return _Apply.apply(_FixedNormalization(running_mean, running_var, eps), input, weight, bias)
@@ -334,7 +334,7 @@ def _normalize_examples(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """`layer_norm`, with torch's names; `None` where the tensors' dtypes differ."""
+    """Replace `layer_norm`; return `None` where the tensors' dtypes differ."""
     dtypes = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}
     if len(dtypes) > 1 or torch.is_autocast_enabled(input.device.type):
         return None
@@ -342,12 +342,12 @@ def _normalize_examples(
 
 
 def _normalize_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """`torch._weight_norm`, whose own second derivative is wrong up to torch 2.13 at least, of other operations."""
+    """Replace `torch._weight_norm`, whose own second derivative is wrong (up to torch 2.13 at least)."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor | None:
-    """`Tensor.view` for images that are channels-last in here alone: a copy where their memory can't be viewed so."""
+    """Replace `Tensor.view` for images that are channels-last in here only: copy where no view of them exists."""
     if named or isinstance(shape[0], torch.dtype):
         return None
     try:
@@ -357,7 +357,7 @@ def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor | None:
 
 
 def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """One number for each dimension; a single one, or a sequence of one, stands for all."""
+    """Return one number for each dimension, repeating a single one."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
 

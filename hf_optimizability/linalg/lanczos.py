@@ -73,7 +73,7 @@ class LanczosRun:
         return self._krylov.eigenvalues(1, tolerance, number, self.hvps)
 
     def ritz_vectors(self, indices: Sequence[int]) -> Tensor:
-        """Orthonormal approximate eigenvectors, as rows, on the device of the basis.
+        """Return orthonormal approximate eigenvectors, as rows, on the device of the basis.
 
         Args:
             indices: Which, counted from the smallest Ritz value: `[-1, 0]` for λ_max and λ_min.
@@ -109,7 +109,7 @@ def lanczos(
     max_basis: int | None = None,
     basis_device: torch.device | None = None,
 ) -> LanczosRun:
-    """Estimates the eigenvalues at both ends of the spectrum of a symmetric operator, and its quadrature.
+    """Estimate the eigenvalues at both ends of the spectrum of a symmetric operator, and its quadrature.
 
     Block Lanczos (Golub & Van Loan, Matrix Computations, section 10.3) from Rademacher starts that are multiplied
     together, with a basis orthogonal to the square root of the precision (Simon 1984) and the projected matrix in
@@ -189,11 +189,11 @@ def lanczos(
 def lanczos_by_segment(
     operator: SymmetricOperator, segments: Sequence[Sequence[slice]], *, tolerance: float, max_hvps: int, seed: int
 ) -> tuple[Spectrum, ...]:
-    """Both ends of the spectrum of each diagonal block of a block-diagonal operator, all from the same products.
+    """Estimate both ends of the spectrum of each diagonal block of an operator, all from the same products.
 
-    One Lanczos process per block. Their vectors lie side by side in one vector of length n, so that a product serves
-    all of them; a block that is done gets zeros. (What is done with the blocks of a network's Hessian in
-    Zhang et al. 2024, arXiv 2402.16788.)
+    One Lanczos process per block. Their vectors are concatenated into one of length n, so that a product serves all of
+    them; a block that is done gets zeros. (Zhang et al. 2024, arXiv 2402.16788, do so with the blocks of a network's
+    Hessian.)
 
     Args:
         operator: The matrix, of size n, whose entries between different segments are zero.
@@ -261,15 +261,14 @@ def _roomy_device(operator: SymmetricOperator, vectors: int) -> torch.device:
 
 
 def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
-    """How many of the operator's vectors half of a device's free memory holds."""
+    """Return how many of the operator's vectors fit into half of a device's free memory."""
     fit = free_memory(device) // 2 // (max(len(operator.rows), 1) * operator.dtype.itemsize)
-    return min(
-        operator.rows.group.all_gather_interleaved(operator.group.all_gather_interleaved([fit]))
-    )  # all go the same way
+    # Every rank must take the same branch.
+    return min(operator.rows.group.all_gather_interleaved(operator.group.all_gather_interleaved([fit])))
 
 
 def _start_rows(operator: SymmetricOperator, number: int, seed: int, device: torch.device) -> Tensor:
-    """Rademacher vectors of norm 1, as rows."""
+    """Draw Rademacher vectors of norm 1, as rows."""
     generator = torch.Generator().manual_seed(seed)
     draw = partial(operator.rows.rademacher, generator=generator, dtype=operator.dtype, device=device)
     return torch.stack([draw() for _ in range(number)]).div_(math.sqrt(operator.size))
@@ -342,7 +341,7 @@ class _Krylov:
         self._C = np.concatenate([np.zeros((old, self.width)), links])
 
     def restart(self, *, keep: int) -> None:
-        """Shrinks the basis to `keep` Ritz vectors, half of them from each end (Wu & Simon 2000)."""
+        """Shrink the basis to `keep` Ritz vectors, half of them from each end (Wu & Simon 2000)."""
         self._first_cycle = self.first_cycle()
         order = np.arange(len(self.values))
         ends = np.concatenate([order[: keep // 2], order[keep // 2 - keep :]])
@@ -359,7 +358,7 @@ class _Krylov:
         return outside.add_(self.basis.combine(coordinates @ self._T))
 
     def first_cycle(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ritz values and residuals, both (m,), and each start's quadrature weights (k, m), before any restart.
+        """Return Ritz values and residuals, both (m,), and each start's quadrature weights (k, m), before any restart.
 
         Golub & Meurant, Matrices, Moments and Quadrature, chapter 6.
         """
@@ -368,7 +367,7 @@ class _Krylov:
         return self.values, self._residuals(self.vectors), (self.starts @ self.vectors) ** 2
 
     def converged(self, tolerance: float, number: int) -> bool:
-        """Whether the `number` outermost values at both ends have converged."""
+        """Return whether the `number` outermost values at both ends have converged."""
         ends = self._end(1, tolerance, number), self._end(-1, tolerance, number)
         return len(self.values) >= number and all(converged.all() for _, _, converged in ends)
 
@@ -388,7 +387,7 @@ class _Krylov:
         )
 
     def _end(self, sign: int, tolerance: float, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Values, residuals, and whether converged, at one end, the outermost first."""
+        """Return values, residuals, and whether converged, at one end, the outermost first."""
         indices = np.argsort(-sign * self.values)[:number]
         values = self.values[indices]
         residuals = self._residuals(self.vectors[:, indices]) + self._rounding
@@ -399,11 +398,11 @@ class _Krylov:
         return values, residuals, converged
 
     def _residuals(self, vectors: np.ndarray) -> np.ndarray:
-        """`‖Aq − θq‖` of Ritz vectors whose coordinates in Q are these columns."""
+        """Return `‖Aq − θq‖` of Ritz vectors whose coordinates in Q are these columns."""
         return np.linalg.norm(vectors.T @ self._C, axis=1)
 
     def _missed_eigenvalue_unlikely(self, eigenvalue: float) -> bool:
-        """Whether an eigenvalue there is unlikely to have been missed.
+        """Return whether an eigenvalue there is unlikely to have been missed.
 
         Its eigenvector u has `uᵀQᵀ(λ − T) = uᵀZᵀCᵀ`. So its share in a start with coordinates c in Q is at most
         `‖Cᵀ(λ − T)⁻¹c‖`, while its share in a random vector of norm 1 is about 1/√n.
@@ -436,7 +435,7 @@ class _Krylov:
             if well_conditioned and np.linalg.norm(along) <= math.sqrt(self._eps):
                 break
             rows = _like(self._mix, rows) @ rows
-            floor = 0.1  # all have norm 1 now, but for those made of rounding errors
+            floor = 0.1  # all have norm 1 now, except for those made of rounding errors
         return links
 
 
@@ -474,7 +473,7 @@ class _Basis:
         return self._slabs[-1][self._used[-1] - number : self._used[-1]]
 
     def subtract(self, coordinates: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """`rows −= coordinates Q`, in place; returns what `rows` has left along Q, and its Gram matrix."""
+        """Set `rows −= coordinates Q`, in place; return what `rows` has left along Q, and its Gram matrix."""
         number = len(self)
         found = torch.zeros(len(rows), number + len(rows), dtype=torch.float64, device=rows.device)
         along, gram = found[:, :number], found[:, number:]
@@ -490,7 +489,7 @@ class _Basis:
         return found[:, :number].numpy(), found[:, number:].numpy()
 
     def combine(self, coordinates: np.ndarray) -> Tensor:
-        """`coordinates Q`."""
+        """Return `coordinates Q`."""
         result = torch.empty(len(coordinates), len(self._rows), dtype=self._dtype, device=self._device)
         factors = _like(coordinates, result)
         for columns in _columns(result):
@@ -517,13 +516,13 @@ class _Basis:
 
 
 def _columns(rows: Tensor) -> Iterator[slice]:
-    """Cuts n columns into runs that fit into a CPU's cache, or that keep another device busy."""
+    """Cut n columns into runs that fit into a CPU's cache, or that keep another device busy."""
     step = 1 << (15 if rows.device.type == "cpu" else 22)
     return (slice(first, first + step) for first in range(0, rows.shape[1], step))
 
 
 def _gram(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right.T` for rows, accumulated in float64."""
+    """Return `left @ right.T` for rows, accumulated in float64."""
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for columns in _columns(left):
         total += left[:, columns].double() @ right[:, columns].double().T

@@ -55,7 +55,7 @@ class SymmetricOperator(ABC):
     def matmat_per_batch(self, vectors: Tensor, segments: Segments) -> BatchProducts:
         """Return `A V`, and quadratic forms of each batch's A_b; A is their mean, weighted by items.
 
-        A matrix that is no such mean counts as one batch.
+        Any other matrix counts as one batch.
 
         Args:
             vectors: V, of shape (n, k).

@@ -56,7 +56,7 @@ class SpectrumAndTrace:
         diagonal: The diagonal, of shape (n,); `None` from XTrace. The 2-norm of its error is `trace.std_error / √2`.
         eigenvalues: The largest, whether so many were asked for or not; none from power iteration.
         eigenvectors: Approximate ones of `eigenvalues`, as rows; `None` from power iteration.
-        parts: What the probes of the trace tell of the parts that the matrix is the mean of; `None` from XTrace.
+        parts: What the trace's probes say about the parts whose mean is the matrix; `None` from XTrace.
         extremal: Approximate eigenvectors of λ_max and, unless from power iteration, of λ_min.
     """
 
@@ -105,8 +105,8 @@ def estimate_spectrum_and_trace(
         trace_method: The estimator.
         num_eigenvalues: How many eigenvalues to find at each end.
         left_out: Eigenvalues known to be 0 that A was shrunk by, for the density.
-        deflate: Whether the Ritz vectors take their part off Hutchinson's probes. The parts are seen without that:
-            where their traces shall add up to the whole one, it must be as well.
+        deflate: Whether to deflate Hutchinson's probes by the Ritz vectors. The parts' traces are never deflated: pass
+            `False` where they must add up to the trace of the whole.
 
     Example:
         >>> import torch

@@ -159,7 +159,7 @@ def exact_trace(operator: SymmetricOperator, segments: Segments) -> TraceResult:
 
 
 class HutchinsonAccumulator:
-    """Running statistics of probes of PAP, beside the exact part A − PAP.
+    """Running statistics of probes of PAP, in addition to the exact part A − PAP.
 
     Args:
         operator: The matrix A.

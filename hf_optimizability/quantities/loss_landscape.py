@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slices through the loss landscape: along one direction, and over the plane of two, beside the quadratic model."""
+"""Slices through the loss landscape: along one direction, and over the plane of two, each with its quadratic model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Axis:
     curvature: float
 
     def quadratic_change(self, s: float) -> float:
-        """By how much the quadratic model has the loss change at s.
+        """Return the change of the loss at s that the quadratic model predicts.
 
         Example:
             >>> Axis(at=(0.0, 1.0), length=1.0, slope=-4.0, curvature=2.0).quadratic_change(1.0)

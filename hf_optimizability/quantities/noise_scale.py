@@ -27,8 +27,8 @@ class NoiseScale:
 
     Attributes:
         noise_scale: tr Σ/‖g‖², in items (examples, or labels of a language model): a mean over this many items has as
-            much noise as signal. Infinite, as is its upper end, where ‖g‖² can't be told from 0: more probe examples
-            are needed. Converged is a finite upper end.
+            much noise as signal. Infinite, as is its upper end, where ‖g‖² is not significantly above 0: more probe
+            examples are needed. Converged is a finite upper end.
         gradient_squared: ‖g‖², of the gradient over all data; may come out negative where noise dominates.
         trace_covariance: tr Σ, of the gradient of one item.
         items: What the mean gradient is over.
@@ -47,7 +47,7 @@ def noise_scale(
     *,
     mean_gradient: Sequence[Tensor] | None = None,
 ) -> NoiseScale:
-    """Estimates the gradient noise scale from the gradients of an objective's parts (McCandlish et al., 1812.06162).
+    """Estimate the gradient noise scale from the gradients of an objective's parts (McCandlish et al., 1812.06162).
 
     The parts must be independent draws; they may hold different numbers of items. Costs one gradient of the objective
     where its mean gradient is known, else two; memory: two n-vectors. Leaves `.grad` alone.
@@ -149,14 +149,14 @@ def noise_from_products(squares: np.ndarray, products: np.ndarray, counts: np.nd
 
 
 def _ratio_margins(ratio: float, variance: float, quantile: float) -> tuple[float, float]:
-    """How far the φ with (F − φ)² ≤ t²V(φ − ½)/F lie below and above F; none below an F that is under ½."""
+    """Return how far the φ with (F − φ)² ≤ t²V(φ − ½)/F lie below and above F; 0 below an F that is under ½."""
     half = quantile**2 * variance / ratio / 2
     reach = math.sqrt(half**2 + 2 * half * max(ratio - 0.5, 0.0))
     return max(reach - half, 0.0), reach + half
 
 
 def _noise_scale_at(ratio: float, items: int) -> float:
-    """B/(φ − 1), which is infinite where noise alone explains all of ‖G‖²."""
+    """Return B/(φ − 1), which is infinite where noise alone explains all of ‖G‖²."""
     return items / (ratio - 1) if ratio > 1 else math.inf
 
 
@@ -170,7 +170,7 @@ def _symmetric(value: float, std_error: float, quantile: float) -> Estimate:
 
 
 def _jackknife_variance(without: np.ndarray) -> float:
-    """Variance of an estimate from its values with one part left out (Efron & Stein 1981)."""
+    """Return the variance of an estimate from its values with one part left out (Efron & Stein 1981)."""
     return float((len(without) - 1) * np.mean((without - without.mean()) ** 2))
 
 

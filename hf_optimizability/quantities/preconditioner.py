@@ -199,7 +199,7 @@ def _learning_rates(groups: Sequence[Group | None]) -> tuple[float, list[float]]
 
 
 def _momentum(optimizer: Optimizer, group: Group) -> dict[str, Any]:
-    """How the group averages gradients, as arguments of `stability_limit`."""
+    """Return how the group averages gradients, as arguments of `stability_limit`."""
     if isinstance(optimizer, SGD):
         if group["momentum"] == 0:  # then there is no buffer to dampen
             return {}
@@ -230,7 +230,7 @@ def _denominator(optimizer: Optimizer, parameter: Tensor, group: Group, state: d
 def _lone_step(
     optimizer: Optimizer, parameter: Tensor, state: dict[str, Any], gradient: Tensor, group: Group
 ) -> tuple[Tensor, dict[str, Any]]:
-    """One step of the optimizer on float64 copies of one parameter and its state: both as they are after it.
+    """Step the optimizer on float64 copies of one parameter and its state; return both as they are after it.
 
     The supported optimizers treat each parameter by itself, so one at a time is the same and needs little memory.
     """
@@ -266,7 +266,7 @@ def _held(state: dict[str, Any], held: TensorReader) -> dict[str, Any]:
 
 
 def _joined(pieces: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """One long vector from one piece for each parameter."""
+    """Concatenate one piece for each parameter into one long vector."""
     double = any(parameter.dtype == torch.float64 for parameter in parameters)
     dtype = torch.float64 if double else torch.float32
     return torch.cat([piece.reshape(-1).to(device=parameters[0].device, dtype=dtype) for piece in pieces])

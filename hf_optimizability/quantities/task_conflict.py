@@ -28,7 +28,7 @@ SAME = Estimate(1.0, 1.0, 1.0, method="definition", hvps=0, converged=True, std_
 
 @dataclass(frozen=True, kw_only=True)
 class BatchProducts:
-    """What the gradients of an objective's parts tell of its tasks: Sᵢ of part i, Gₜ of all parts of task t, in sums.
+    """Products of the gradients of an objective's parts and tasks, as sums: Sᵢ of part i, Gₜ of all parts of task t.
 
     Attributes:
         losses: Summed loss of each part, of shape (parts,).
@@ -45,7 +45,7 @@ class BatchProducts:
     products: np.ndarray
 
     def of(self, task: int) -> np.ndarray:
-        """Places of a task's parts."""
+        """Return the indices of a task's parts."""
         return np.flatnonzero(self.owners == task)
 
     def mean_loss(self, task: int) -> tuple[float, float]:
@@ -55,7 +55,7 @@ class BatchProducts:
         return float(np.average(means, weights=self.counts[own])), jackknife(means, self.counts[own])
 
     def grad_norms(self, task: int) -> np.ndarray:
-        """2-norm of the gradient of one task's mean loss, of shape (blocks,)."""
+        """Return the 2-norm of the gradient of one task's mean loss, of shape (blocks,)."""
         own = self.of(task)
         return np.sqrt(np.maximum(self.products[own, task].sum(axis=0), 0)) / self.counts[own].sum()
 
@@ -80,7 +80,7 @@ def batch_products(
 
     Args:
         objective: The loss, in parts that hold one task each.
-        owners: The task of each part, counted from 0; of all ranks' parts, in the order in which they were dealt.
+        owners: The task of each part of all ranks, counted from 0, in the order in which they were distributed.
         blocks: Indices into the parameters.
     """
     group, parameter_group = objective.group, objective.rows.group
@@ -101,14 +101,14 @@ def batch_products(
 
 
 class TaskGram:
-    """The products ⟨gₛ, gₜ⟩ of the tasks' gradients over all data, and what they tell, with errors.
+    """The products ⟨gₛ, gₜ⟩ of the tasks' gradients over all data, and what follows from them, with errors.
 
     With B items of task t in parts of bᵢ, ‖Gₜ‖²/B² is larger than ‖gₜ‖² by the noise, which would pull every cosine
     towards 0. Products of different parts, `Σ_{i≠j} Sᵢ·Sⱼ / Σ_{i≠j} bᵢbⱼ`, are unbiased, and so are those of different
     tasks. Errors are from the jackknife over the parts of each task (Busing, Meijer & van der Leeden 1999, for parts
     that differ in size), with Welch's degrees of freedom; what is left without one of them follows from the same
-    products. A ratio's interval is Fieller's (1954): what the errors can't tell from it, without an end where the
-    denominator can't be told from 0.
+    products. A ratio's interval is Fieller's (1954): all values that the errors do not exclude, unbounded where the
+    denominator may be 0.
 
     Args:
         found: The products of the parts.
@@ -146,7 +146,7 @@ class TaskGram:
         self.without = np.stack([totals.without(part, found).gram() for part in range(len(found.counts))])
 
     def cosine(self, first: int, second: int, block: int | None = None) -> Estimate | None:
-        """Cosine of the angle between the gradients of two tasks; below 0 they conflict (Yu et al., arXiv 2001.06782).
+        """Return the cosine between the gradients of two tasks; below 0 they conflict (Yu et al., arXiv 2001.06782).
 
         Args:
             first: A task.
@@ -181,7 +181,7 @@ class TaskGram:
         return self._ratio(along_joint, range(len(self.weights)), low=-math.inf, high=math.inf)
 
     def equal_norm_weights(self) -> list[Estimate] | None:
-        """Weights of the mean losses, of sum 1, that make all tasks' gradients equally long: `αₜ ∝ 1/‖gₜ‖`.
+        """Return weights of the mean losses, of sum 1, that give all tasks' gradients one norm: `αₜ ∝ 1/‖gₜ‖`.
 
         It is where GradNorm (Chen et al. 2018, arXiv 1711.02257) rests if all tasks train equally fast. `None` where
         the noise hides a gradient, or a task has fewer than 3 parts.
@@ -194,7 +194,7 @@ class TaskGram:
         return self._weights(of)
 
     def min_norm_weights(self) -> list[Estimate] | None:
-        """Weights of the mean losses, of sum 1, that make the joint gradient shortest.
+        """Return the weights of the mean losses, of sum 1, that minimize the norm of the joint gradient.
 
         A step along it raises no task's loss to first order: MGDA (Sener & Koltun 2018, arXiv 1810.04650, section 3).
         The error of a weight at 0 says little, as the jackknife wants smooth functions. `None` as above.
@@ -225,7 +225,7 @@ class TaskGram:
         low: float,
         high: float,
     ) -> Estimate | None:
-        """Numerator over denominator, with the c in [low, high] for which `|x − c y|` is within its own error."""
+        """Return numerator over denominator, and the c in [low, high] for which `|x − c y|` is within its error."""
         x, y = (float(term) for term in terms(self.value))
         if not self._told(tasks) or not y > 0:
             return None
@@ -243,7 +243,7 @@ class TaskGram:
         return Estimate(value, least, most, method="jackknife", hvps=0, converged=curve > 0, std_error=std_error)
 
     def _told(self, tasks: Collection[int]) -> bool:
-        """Whether the parts of these tasks are enough to tell their scatter."""
+        """Return whether these tasks have parts enough to estimate their scatter."""
         return all(self._parts[task] >= MIN_PARTS for task in tasks)
 
     def _covariances(self, without: np.ndarray) -> np.ndarray:
@@ -289,7 +289,7 @@ class _Totals:
         return _Totals(products, squares, items, lengths)
 
     def gram(self) -> np.ndarray:
-        """Unbiased ⟨gₛ, gₜ⟩ by block."""
+        """Return unbiased ⟨gₛ, gₜ⟩ by block."""
         gram = self.products.copy()
         pairs = np.outer(self.items, self.items).astype(np.float64)
         diagonal = np.arange(len(gram))
@@ -300,7 +300,7 @@ class _Totals:
 
 
 def _quantile(variances: np.ndarray, parts: np.ndarray) -> float:
-    """Student's t for a variance that is the sum of each task's: Welch (1947) has the degrees of freedom."""
+    """Return Student's t for a variance that is the sum of each task's: Welch (1947) has the degrees of freedom."""
     from scipy.special import stdtrit
 
     of_parts = float(np.sum(variances**2 / np.maximum(parts - 1, 1)))
