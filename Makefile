@@ -39,10 +39,11 @@ golden: $(STAMP)  ## Compare the results of tiny runs, to the last bit, with tho
 	@test -n "$(BASE)" || { echo "Name the commit to compare with: make golden BASE=main"; exit 2; }
 	$(BIN)/python benchmarks/golden.py $(BASE) $(if $(ONLY),--only $(ONLY)) $(if $(JOBS),--jobs $(JOBS))
 
-quality: $(STAMP)  ## Check style and types.
+quality: $(STAMP)  ## Check style, types and wording.
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/prose.py
 
 style: $(STAMP)  ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix $(CHECKED)

@@ -36,7 +36,7 @@ def make_batch(case: Case, model: PreTrainedModel) -> Batch:
 
 
 def image_size(config: PreTrainedConfig) -> tuple[int, int]:
-    """Height and width that a model takes; any will do where the configuration names none."""
+    """Height and width that a model takes; an arbitrary one where the configuration names none."""
     size = vars(vars(config).get("vision_config", config)).get("image_size", 32)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return height, width

@@ -127,7 +127,7 @@ def images(model: PreTrainedModel) -> Tensor:
 
 
 def image_size(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the height and width that a model takes; any will do where the configuration names none."""
+    """Return the height and width that a model takes; an arbitrary one where the configuration names none."""
     for part in ("encoder", "vlm_config", "vision_config", "backbone_config"):
         if isinstance(vars(config).get(part), PreTrainedConfig):
             config = vars(config)[part]

@@ -184,7 +184,7 @@ class Truth:
 
         A kink (ReLU, a token that changes its expert) between the two points spoils the differences, so steps get
         shorter until none is crossed. A wrong product agrees at no step: thousands of entries that are equal to six
-        digits are no accident.
+        digits are not an accident.
         """
         best = math.inf
         for step in STEPS:

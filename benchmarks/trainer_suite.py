@@ -3,7 +3,7 @@
 
     python benchmarks/trainer_suite.py --checkout path/to/transformers
 
-runs `tests/trainer` of a checkout three times: as it is, with `OptimizabilityTrainer` in the place of `Trainer`, and
+runs `tests/trainer` of a checkout three times: as it is, with `OptimizabilityTrainer` in place of `Trainer`, and
 with `OptimizabilityCallback` added to every Trainer, and says which tests pass as they are and not with measuring. It
 works on a copy, without network. Models that the tests download are tiny ones made here, under the same names.
 This file is the pytest plugin of the three runs as well. The tests need `parameterized`.
@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def measure_everywhere(run: str) -> None:
-    """Put a measuring Trainer in the place of `Trainer`, or the callback into every Trainer."""
+    """Put a measuring Trainer in place of `Trainer`, or the callback into every Trainer."""
     from transformers import Trainer, trainer
 
     from hf_optimizability import (

@@ -10,7 +10,7 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; of a host's memory, the share of each process that a launcher put there."""
+    """Return the free bytes of a device; on a host, the share of each process that a launcher started there."""
     if device.type == "cuda":  # what torch keeps to give out again is free to us
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept

@@ -22,7 +22,7 @@ class MeasurementError(RuntimeError):
 
 
 class WrongDerivativeError(MeasurementError):
-    """Second derivatives that are not those of the loss: another way to multiply may do without them."""
+    """Second derivatives that are not those of the loss: another engine may not need them."""
 
 
 class MeasurementInterruptedError(MeasurementError):

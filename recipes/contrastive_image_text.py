@@ -54,7 +54,7 @@ class EncoderArguments(ModelArguments):
 
     vision_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Image encoder to put beside --model_name_or_path, which is a text encoder then."},
+        metadata={"help": "Image encoder to combine with --model_name_or_path, which is then a text encoder."},
     )
     random_vision_weights: bool = field(
         default=False, metadata={"help": "Take the image encoder's architecture only, with new random weights."}
@@ -79,8 +79,8 @@ def require_one_batch_size(args: TrainingArguments, config: OptimizabilityConfig
     if config.probe_batch_size != size or args.per_device_eval_batch_size != size or probe % size:
         raise ValueError(
             f"Batches are of {size} examples in training, {args.per_device_eval_batch_size} in evaluation and "
-            f"{config.probe_batch_size} in measuring, on {probe} examples. A contrastive loss is lower the fewer "
-            "others an example is told from: give --per_device_train_batch_size, --per_device_eval_batch_size and "
+            f"{config.probe_batch_size} in measuring, on {probe} examples. A contrastive loss is lower, the fewer "
+            "negatives there are: give --per_device_train_batch_size, --per_device_eval_batch_size and "
             "--probe_batch_size one value, and --probe_examples a multiple of it."
         )
 

@@ -15,9 +15,9 @@ fine-tunes the checkpoint of the Hub on the whole of MNIST, for 10 epochs:
 
 The Hessian of all 11 million parameters has 10¹⁴ entries, half a petabyte: it is known by its products alone. The
 classifier's own block, of 5130 parameters, fits into memory. So does that of the first BatchNorm. Of each block with
-at most `--exact_parameters` parameters the whole matrix is made after training, with all its eigenvalues, beside what
-is estimated from a few products with it, on the same examples: a table, `exact.json` and `exact.png` in the report's
-folder.
+at most `--exact_parameters` parameters the whole matrix is made after training, with all its eigenvalues, and compared
+with what is estimated from a few products with it, on the same examples: a table, `exact.json` and `exact.png` in the
+report's folder.
 """
 
 from __future__ import annotations

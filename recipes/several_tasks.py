@@ -50,7 +50,7 @@ class SeveralTasksArguments:
         default="recipes/data/movie_review_sentences", metadata={"help": "Data with the columns sentence and score."}
     )
     second_task: Literal["intensity", "negated"] = field(
-        default="intensity", metadata={"help": "What is learnt beside the sign of the score."}
+        default="intensity", metadata={"help": "What is learnt in addition to the sign of the score."}
     )
     max_train_samples: int = field(default=960, metadata={"help": "Sentences to train on, of both tasks together."})
     max_eval_samples: int = field(default=400, metadata={"help": "Sentences to evaluate on, of both together."})
@@ -103,7 +103,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     train, validation = load_tasks(args, tokenizer, seed=training_args.seed)
     model: PreTrainedModel
-    if args.second_task == "negated":  # one head, told opposite things: the model knows nothing of tasks
+    if args.second_task == "negated":  # one head with contradictory labels: the model does not know its tasks
         model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, num_labels=2)
     else:
         model = MultiTaskModel.on_checkpoint(args.model_name_or_path, dict.fromkeys(validation, 2))

@@ -289,7 +289,7 @@ def test_a_command_line_that_cant_be_understood_ends_with_2(
         ("--train_file empty.csv --validation_file empty.csv", "No columns to parse from file", "Check the path"),
         ("--label_column_name stars", "There is no column 'stars', only sentence, label", "pass --label_column_name"),
         ("--label_column_name score", "holds float64 values, not classes", "pass another --label_column_name"),
-        ("--text_column_name review", "Can't tell the text by ['review']", "as --text_column_name"),
+        ("--text_column_name review", "Can't read the text from ['review']", "as --text_column_name"),
         ("--train_split_name training", "no split 'training', only train", "pass --train_split_name"),
         ("--probe_examples 99", "has only 16 examples, but `probe_examples` is 99", "lower `probe_examples`"),
         ("--blocks nothing.*", "nothing.*", "blocks"),

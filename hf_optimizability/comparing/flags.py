@@ -58,7 +58,7 @@ class ComparisonFlags:
         args: More of them, as they stand on a command line; they override `values`.
 
     Attributes:
-        task: What the checkpoints shall do.
+        task: What the checkpoints are trained for.
 
     Raises:
         ValueError: If a flag is not free, or the task can't be determined.

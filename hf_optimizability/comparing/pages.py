@@ -149,11 +149,11 @@ def verdict(comparison: ComparisonData) -> list[str]:
         sure = f"of {_share(least)} or more" if least <= 0.999 else "above 0.999"
         return [f"{first[0]} is better than every other candidate, with a probability {sure}."]
     surest = max(max(ranking.better[i][j], ranking.better[j][i]) for i in range(number) for j in range(i + 1, number))
-    told = f"{', '.join(first[:-1])} and {first[-1]} can't be told apart"
+    tied = f"{', '.join(first[:-1])} and {first[-1]} are statistically tied"
     rest = len(ranking.names) - number
     others = "1 other is" if rest == 1 else f"{rest} others are"
     worse = f" {others} worse than at least one of them." if rest else ""
-    return [f"{told}: the likeliest order between two of them has a probability of {_share(surest)}.{worse}"]
+    return [f"{tied}: the likeliest order between two of them has a probability of {_share(surest)}.{worse}"]
 
 
 def _score_rows(comparison: ComparisonData) -> list[dict[str, Any]]:
@@ -308,7 +308,7 @@ def _model_row(entry: Entry, shared: dict[str, Any]) -> dict[str, Any]:
 def pareto_front(comparison: ComparisonData, cost: Callable[[Run], float | None]) -> set[str]:
     """Return the candidates not beaten in quality or cost by one that does not significantly lose in the other.
 
-    Qualities are told apart as in the ranking; costs if they differ by more than twice the standard error over the
+    Qualities differ as in the ranking; costs if the difference is more than twice the standard error over the
     seeds and by more than `CLOCK_NOISE`. Two copies of one checkpoint are both on the front, or both off.
 
     Args:

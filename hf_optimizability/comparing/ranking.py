@@ -121,8 +121,8 @@ def paired_bootstrap(scores: Array, *, resamples: int = RESAMPLES, seed: int = 0
     normal, divided by the root of a χ² variable, so that a difference of two candidates is drawn from Student's t with
     one degree of freedom less than there are seeds: exact if the seeds' differences are normal.
 
-    What differs by seed *and* by example is in both parts, so that intervals err on the wide side. With one seed there
-    is no seed part: the intervals then say nothing about other seeds.
+    What differs by seed *and* by example is in both parts, so that intervals err on the wide side. With one seed the
+    seed part is missing: the intervals then say nothing about other seeds.
 
     Args:
         scores: (candidates, seeds, examples).

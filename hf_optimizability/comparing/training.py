@@ -53,7 +53,7 @@ class Inputs:
     """What a training is made from, parsed.
 
     Attributes:
-        task: What the checkpoint shall do.
+        task: What the checkpoint is trained for.
         model: Which checkpoint, and what of it is trained.
         data: Which data.
         config: What to measure.
@@ -218,7 +218,7 @@ class StopwatchRestart(TrainerCallback):
         self._timer = stopwatch.timer
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Begin the next step."""
+        """Restart the timer: the next step begins."""
         self._timer.restart()
 
     on_train_begin = on_evaluate = on_save = on_step_end

@@ -21,9 +21,9 @@ from .hessian import ObjectiveOperator
 
 RELATIVE_STEP = {torch.float32: 5e-5, torch.float64: 6e-6}
 """Size of the step relative to the parameters. In float32 the best is 1.5e-3 along random signs (a third of the cube
-root of the machine precision) but 1.5e-5 or less along the steepest eigenvectors, where higher derivatives are large too,
-measured on a small pretrained BERT; this one is off by 2e-3 to 3e-3 along both. In float64 the cube root itself does,
-and leaves room for losses that a model computes in float32."""
+root of the machine precision) but 1.5e-5 or less along the steepest eigenvectors, where higher derivatives are large
+too, measured on a small pretrained BERT; this one is off by 2e-3 to 3e-3 along both. In float64 the cube root itself
+does, and leaves room for losses that a model computes in float32."""
 
 
 def usual_step(parameters: Sequence[Tensor]) -> float:

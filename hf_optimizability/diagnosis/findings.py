@@ -163,7 +163,7 @@ def learning_rate_far_below_limit(report: ReportData) -> Finding | None:
         severity="warning",
         sentence="The learning rate is far below its stability limit, and the loss did not get far.",
         evidence=(slow, *stable.evidence(peak)),
-        advice="Raise it by a factor 3 at a time. The limit is no target: the best rate may lie well below it.",
+        advice="Raise it by a factor 3 at a time. Do not aim at the limit: the best rate may lie well below it.",
         source=LIMIT_SOURCE,
     )
 
@@ -280,7 +280,7 @@ def saddle(report: ReportData) -> Finding | None:
         sentence="Training ended where some direction curves clearly downward: not at a minimum.",
         evidence=(f"λ_min = {format_estimate(bottom)}", f"λ_max = {format_estimate(top)}"),
         advice="Usual after a short fine-tuning. Train longer if the loss still falls.",
-        source="Sagun et al., arXiv 1706.04454: after long training, negative eigenvalues are small beside λ_max",
+        source="Sagun et al., arXiv 1706.04454: after long training, negative eigenvalues are small relative to λ_max",
     )
 
 

@@ -30,7 +30,7 @@ Curve = dict[int, float]
 def compute_dynamics(
     log_history: Sequence[dict[str, Any]], *, tasks: Sequence[str] = (), seed: int = 0
 ) -> dict[str, Any]:
-    """Convergence speed, stability and generalization gap of a run.
+    """Compute convergence speed, stability and generalization gap of a run.
 
     Of values logged twice at a step the later one counts.
 
@@ -75,7 +75,7 @@ def compute_dynamics(
 
 
 def _of_task(log_history: Sequence[dict[str, Any]], name: str, eval_loss: Curve, seed: int) -> dict[str, Any]:
-    """How fast the evaluation loss of a task falls, and how far it is above the training loss, measured alike."""
+    """Compute how fast a task's evaluation loss falls, and its gap to the training loss, measured alike."""
     prefix = f"{PREFIX}task/{name}/"
     alike = next((entry for entry in reversed(log_history) if f"{prefix}eval_loss" in entry), {"step": 0})
     names = ("train_loss", "eval_loss", "train_loss_std_error", "eval_loss_std_error")

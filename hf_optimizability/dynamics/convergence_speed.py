@@ -170,9 +170,9 @@ def _windows(values: Array) -> Array:
 
 
 def _projections(elapsed: Array, log_taus: Array, curves: Array) -> Array:
-    """Length of each curve (column) along each falling exponential (row), both centred.
+    """Project each curve (column) on each falling exponential (row), both centred.
 
-    The larger the length, the better the exponential fits, once its offset and height are the best for it.
+    The larger the projection, the better the exponential fits, once its offset and height are the best for it.
     """
     shapes = np.exp((elapsed[0] - elapsed) / np.exp(log_taus)[:, None])
     shapes -= shapes.mean(axis=1, keepdims=True)
@@ -181,7 +181,7 @@ def _projections(elapsed: Array, log_taus: Array, curves: Array) -> Array:
 
 
 def _falls(elapsed: Array, losses: Array, log_taus: Array, rng: np.random.Generator) -> bool:
-    """Whether the fall is significant; ranks, so that a spike counts no more than any other large loss."""
+    """Return whether the fall is significant, by ranks: a spike counts no more than any other large loss."""
     group = stats.rankdata(losses)
     if len(group) <= 6:
         curves = np.array(list(permutations(group)))  # all there are, the curve itself first
@@ -205,13 +205,13 @@ def _gradient(parameters: Array, elapsed: Array) -> Array:
 
 
 def _soft_scale(losses: Array) -> float:
-    """Residual at which soft-L1 turns from a square to a line: twice the scatter between neighbouring points."""
+    """Return where soft-L1 turns from a square to a line: at twice the scatter between neighbouring points."""
     scatter = 1.4826 * np.median(np.abs(np.diff(losses, n=2))) / math.sqrt(6)
     return float(2 * max(scatter, 1e-3 * np.ptp(losses)))
 
 
 def _fit(elapsed: Array, losses: Array, log_taus: Array) -> tuple[float, float, float]:
-    """Offset, height and log τ of the best of four robust fits, which start from a fast to a slow fall."""
+    """Return offset, height and log τ of the best of four robust fits, started from a fast to a slow fall."""
     fits = [
         least_squares(
             lambda parameters: _curve(parameters, elapsed) - losses,
@@ -234,7 +234,7 @@ def _fit(elapsed: Array, losses: Array, log_taus: Array) -> tuple[float, float, 
 def _interval(
     elapsed: Array, losses: Array, parameters: Array, log_taus: Array, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """95 % interval of τ; 0 or infinite where it reaches the ends of `log_taus`."""
+    """Return the 95 % interval of τ; 0 or infinite where it reaches the ends of `log_taus`."""
     points, freedom, scale = len(losses), len(losses) - len(parameters), _soft_scale(losses)
     fitted = _curve(parameters, elapsed)
     # A robust fit is the plain least-squares fit to these residuals (Huber's pseudo-values), which is cheap to repeat.

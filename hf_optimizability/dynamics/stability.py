@@ -128,6 +128,6 @@ def _count_spikes(values: NDArray[np.float64]) -> int:
     excess = windows[:, 3] - np.median(windows[:, [0, 1, 2, 4, 5, 6]], axis=1)
     deviations = np.abs(excess - np.median(excess))
     sigma = 1.4826 * np.median(deviations) or 1.2533 * np.mean(deviations)
-    # Values that are equal but for rounding have a sigma of rounding errors.
+    # The sigma of values that are equal up to rounding is itself a rounding error.
     threshold = max(SPIKE_SIGMAS * sigma, 1e-9 * np.ptp(values))
     return int(np.sum((excess > threshold) & (windows[:, 3] > windows[:, 2])))

@@ -113,7 +113,7 @@ class Stage(NamedTuple):
 
 
 def list_stages(config: OptimizabilityConfig, products: HvpBudget, prices: CostModel) -> list[Stage]:
-    """Return the stages that may be the largest; each releases what it took, but for the Ritz vectors."""
+    """Return the stages that may be the largest; each releases what it took, except for the Ritz vectors."""
     lanczos = config.eigen_method == "lanczos"
     ritz = min(DEFLATED, prices.size) if lanczos else 0
     ends = _basis(products.ends, prices.size) if lanczos else 3

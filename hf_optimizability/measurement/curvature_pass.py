@@ -149,7 +149,7 @@ def estimate_curvature(
         sharpness = spectrum.estimates.lambda_max
         if preconditions:
             sharpness = _preconditioned_sharpness(engine, objective, config, step, max_hvps=allocation.sharpness)
-    # Vectors as long as the parameters are let go here, but for those that the landscape needs.
+    # Vectors as long as the parameters are released here, except for those that the landscape needs.
     spectrum = replace(spectrum, eigenvectors=spectrum.eigenvectors if config.landscape else None, extremal=())
     tasks = TaskCurvature({}, {}, {})
     if by_task:

@@ -116,7 +116,7 @@ def check_along_eigenvectors(
     Differences are compared with those of half the step; exact products with differences at up to three steps.
 
     Raises:
-        MeasurementError: If an eigenvalue is none of the loss.
+        MeasurementError: If an eigenvalue is not one of the loss.
     """
     if engine.curvature != "hessian":
         return ()
@@ -163,7 +163,7 @@ def _unless_padding(
     objective: Objective,
     engine: HvpEngine,
 ) -> EigenvalueCheck:
-    """Return the check, undecided where it agrees but for rows of padding tokens, which differences move."""
+    """Return the check, undecided where only rows of padding tokens disagree: differences move them too."""
     sizes = [parameter.numel() for parameter in objective.parameters]
     if check.verdict != "disagrees" or vector.numel() != sum(sizes):  # of a shard it can't be seen
         return check
@@ -181,7 +181,7 @@ def _unless_padding(
 
 
 def engine_error(engine: HvpEngine, checks: tuple[EigenvalueCheck, ...]) -> float | None:
-    """Relative error of central differences, the largest along a random vector and eigenvectors; `None` if exact."""
+    """Return the largest relative error of central differences along the vectors tried; `None` if exact."""
     if engine.error is None:
         return None
     return max(engine.error, *(check.error for check in checks if check.verdict != "not checked"), 0.0)
@@ -192,8 +192,8 @@ def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, engine: HvpEngi
     if engine.name == "central_difference":
         return MeasurementError(
             f"Central differences give {check.which} as {check.value:.4g}, and along its own vector with half the "
-            f"step as {there}, a change of {check.error:.0%}: that is no eigenvalue, as kinks (ReLU) and routing "
-            f"(mixtures of experts) make it.{_because(engine)}",
+            f"step as {there}, a change of {check.error:.0%}: that is not an eigenvalue: kinks (ReLU) and routing "
+            f"(mixtures of experts) can fake one.{_because(engine)}",
             _REMEDY_OF_DIFFERENCES,
         )
     return MeasurementError(

@@ -131,7 +131,7 @@ def choose_engine(
             memory, says that a derivative is missing, and the next engine is tried.
 
     Raises:
-        MeasurementError: If no engine works, or none but central differences that are no derivative.
+        MeasurementError: If no engine works, or only central differences that are too inaccurate.
     """
     refusals: list[RuntimeError] = []
     blocker = objective.second_derivative_blocker
@@ -216,7 +216,7 @@ def _with_reason(
 def _validate_engine(
     engine: HvpEngine, objective: Objective, config: OptimizabilityConfig, refusals: Sequence[RuntimeError]
 ) -> HvpEngine:
-    """Return the engine with its error; refuse differences that are no derivative, unless they were asked for."""
+    """Return the engine with its error; refuse differences that are too inaccurate, unless they were asked for."""
     if engine.name != "central_difference":
         return engine
     exact = not any(isinstance(refusal, WrongDerivativeError) for refusal in refusals)

@@ -214,7 +214,7 @@ def _gauss_newton_seconds(objective: Objective) -> float:
 
 
 def _price(operator: ObjectiveOperator, columns: int, calls: int, share: float) -> HvpCost:
-    """Time `columns` products at once in the last of several calls, and count bytes in those before."""
+    """Time the last of several calls with `columns` products each, and measure the memory of those before."""
     vectors = torch.ones(operator.size, columns, dtype=operator.dtype, device=operator.device)
     with PeakMemory() as memory:
         for _ in range(calls - 1):

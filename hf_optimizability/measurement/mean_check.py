@@ -50,7 +50,7 @@ def check_mean(objective: Objective) -> SelfCheck:
         objective: What will be measured.
 
     Returns:
-        What is known of it, but for the slopes.
+        What is known of it, except for the slopes.
 
     Raises:
         MeasurementError: If the loss of a batch differs between two passes.
@@ -73,7 +73,7 @@ def _repeat(objective: Objective) -> tuple[np.ndarray, bool, float]:
     """Return the batches' losses, whether they depend on random numbers, and their error between passes of one draw.
 
     Passes with other seeds are compared first: to the bit on CPUs. Where they differ, the same seeds have to give the
-    same loss, but for the rounding of kernels that are not deterministic.
+    same loss, up to the rounding of kernels that are not deterministic.
 
     Raises:
         MeasurementError: If they do not.

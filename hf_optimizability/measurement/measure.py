@@ -142,7 +142,7 @@ def measure_objective(
     Args:
         objective: What to measure.
         config: Precision and budget.
-        optimizer: The optimizer in use, if how far it may step shall be measured.
+        optimizer: The optimizer in use, to measure how far it may step.
         step: Recorded in the measurement.
         epoch: Recorded in the measurement.
         on_products: Called with the number of Hessian-vector products just made.

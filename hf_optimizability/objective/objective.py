@@ -164,7 +164,7 @@ class Objective(ModelRisk):
         return self.counting(None)._with([batch for batch in self._all if batch.task == task]).shard(self.group)
 
     def shard(self, group: ProcessGroup) -> Objective:
-        """Return the share of this rank, where all have the same batches: those that count are dealt in turn."""
+        """Return the share of this rank, where all have the same batches: those with items are distributed in turn."""
         objective = copy(self)
         objective.group = group
         objective._local = _counted(self._all)[group.rank :: group.world_size]
@@ -243,7 +243,7 @@ class Objective(ModelRisk):
             yield self._pass(batch)
 
     def functional_losses(self) -> Iterator[Callable[[Sequence[Tensor]], tuple[Tensor, int]]]:
-        """Yield, for each batch, what `losses` gives as a function of tensors in the place of the parameters."""
+        """Yield, for each batch, what `losses` gives as a function of tensors in place of the parameters."""
         module = _Functional(self.model, self._pass)
         names = [f"model.{name}" for name in self.names]
 
@@ -276,13 +276,13 @@ class Objective(ModelRisk):
         """Return the same objective, in batches of at most `size` examples.
 
         Raises:
-            ValueError: If the batches can't be cut: their values differ in length, or their loss is no mean over what
-                can be counted.
+            ValueError: If the batches can't be cut: their values differ in length, or their loss is not a mean over
+                countable items.
         """
         if self.self_check is not None and not self.self_check.can_cut:
             raise ValueError(
-                "Batches must stay as they were collated: the loss draws random numbers in eval mode, or is no mean "
-                "over what can be counted. Collate fewer examples at a time (`probe_batch_size`)."
+                "Batches must stay as they were collated: the loss draws random numbers in eval mode, or is not a "
+                "mean over countable items. Collate fewer examples at a time (`probe_batch_size`)."
             )
         objective = self._with([piece for batch in self._all for piece in self.pieces(batch, size)])
         objective._local = [piece for batch in self._local for piece in self.pieces(batch, size)]
@@ -298,7 +298,7 @@ class Objective(ModelRisk):
         unknown = wanted - set(self.names)
         if unknown or not wanted:
             raise ValueError(
-                f"{listed(sorted(unknown)) or 'Nothing'} is no block of trainable parameters. Their names are "
+                f"{listed(sorted(unknown)) or 'Nothing'} is not a block of trainable parameters. Their names are "
                 f"{listed(self.names[:3])}, …: see `Objective.names`."
             )
         block = copy(self)
@@ -338,7 +338,7 @@ class Objective(ModelRisk):
         """Try the loss on one batch, so that a wrong argument shows before any training.
 
         Raises:
-            ValueError: If labels are missing, no item counts, or the loss is no scalar that depends on the parameters.
+            ValueError: If labels are missing, no item counts, or the loss is not a scalar or depends on no parameter.
         """
         with measuring(self.model, seed=self._seed, state=self.state):
             loss, _ = next(self.unsharded().losses(), (None, 0))
@@ -360,7 +360,7 @@ class Objective(ModelRisk):
 
 
 class _Functional(nn.Module):
-    """A loss as a module, so that `functional_call` can put other tensors in the place of the model's parameters."""
+    """A loss as a module, so that `functional_call` can put other tensors in place of the model's parameters."""
 
     def __init__(self, model: nn.Module, loss_of: Callable[[ProbeBatch], tuple[Tensor, int]]):
         super().__init__()
@@ -386,7 +386,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if not named:
         raise ValueError(
             "`model` has no trainable parameter, so there is no gradient to measure. "
-            "Set `requires_grad` on the parameters that training shall change."
+            "Set `requires_grad` on the parameters to train."
         )
     return named
 
@@ -395,7 +395,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the loss that a Transformers model computes for a batch with labels.
 
     Raises:
-        ValueError: If the batch is no mapping, has no labels, or the model returns no loss.
+        ValueError: If the batch is not a mapping, has no labels, or the model returns no loss.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(

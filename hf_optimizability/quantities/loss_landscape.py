@@ -52,7 +52,7 @@ class Axis:
 
     @property
     def quadratic_return(self) -> float | None:
-        """Where the quadratic model has the loss back at its present value; `None` if it falls or rises for good."""
+        """The s at which the quadratic model returns to the present loss; `None` if it only falls or only rises."""
         return -2 * self.slope / self.curvature if self.slope < 0 < self.curvature else None
 
 

@@ -261,7 +261,7 @@ def _nothing_kept(optimizer: Optimizer, group: Group) -> Iterator[None]:
 
 
 def _held(state: dict[str, Any], held: TensorReader) -> dict[str, Any]:
-    """Return a parameter's state with other tensors in the place of its own."""
+    """Return a parameter's state with other tensors in place of its own."""
     return {name: held(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 

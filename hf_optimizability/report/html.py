@@ -139,7 +139,7 @@ def _heat_map(
     cell: Callable[[Measurement, str], Cell],
     shades: Callable[[Sequence[float]], list[int]],
 ) -> dict[str, list[tuple[str, int]]]:
-    """Return text and shade of every block at every measurement; shade 0 is no colour."""
+    """Return text and shade of every block at every measurement; shade 0 is uncoloured."""
     blocks = dict.fromkeys(name for measurement in measurements for name in measurement.blocks)
     cells = {
         name: [cell(m, name) if name in m.blocks else (math.nan, MISSING) for m in measurements] for name in blocks

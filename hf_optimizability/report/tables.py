@@ -43,7 +43,7 @@ TEXTS = {
     "errors": "Behind ±: the standard error over the probe vectors (trace), the bound on the distance to an "
     "eigenvalue (λ).",
     "intervals": "In parentheses: 95 % intervals; for the critical learning rate, its bracket.",
-    "local": "All of this is local: what λ_max says about the learning rate holds here and now and is no verdict on "
+    "local": "All of this is local: what λ_max says about the learning rate holds here and now, and does not judge "
     "the run.",
     "not_converged": "† Not converged: the error is wider than asked for. Read the value with its error, or raise "
     "max_hvps.",
@@ -176,7 +176,7 @@ def gap_rows(gap: Mapping[str, Any]) -> list[Row]:
     ]
     if gap["low"] is not None:
         interval = format_interval(gap["loss_gap"], gap["low"], gap["high"])
-        rows.append(Row("… with its 95 % interval", "What other examples of both sets may make of it.", [interval]))
+        rows.append(Row("… with its 95 % interval", "Where it may lie for other examples of both sets.", [interval]))
     if gap["significant"] is not None:
         rows.append(Row("More than chance", "Whether the interval excludes zero.", [gap["significant"]]))
     alike = f"Both in eval mode{examples}; if not, the gap also includes the effects of dropout and averaging."

@@ -111,7 +111,7 @@ def label2id(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def same_classes(of_checkpoint: Iterable[str], of_data: Iterable[str]) -> bool:
-    """Return whether the names are the same but for their order and case.
+    """Return whether the names are the same up to order and case.
 
     Example:
         >>> same_classes(["NEGATIVE", "POSITIVE"], ["positive", "negative"]), same_classes(["a", "A"], ["a"])

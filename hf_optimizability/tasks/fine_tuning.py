@@ -184,7 +184,7 @@ def load(
     `training_args`.
 
     Args:
-        task: What the checkpoint shall do.
+        task: What the checkpoint is trained for.
         model_args: Which checkpoint, and what of it is trained.
         data_args: Which data.
         training_args: Its seed is that of a new head's weights.

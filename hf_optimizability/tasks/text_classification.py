@@ -72,6 +72,6 @@ def text_columns(examples: Dataset, args: DataArguments) -> list[str]:
         columns = args.text_column_name
     if len(columns) not in (1, 2) or not set(columns) <= set(examples.column_names):
         raise ValueError(
-            f"Can't tell the text by {columns}; pass one or two of {examples.column_names} as --text_column_name."
+            f"Can't read the text from {columns}; pass one or two of {examples.column_names} as --text_column_name."
         )
     return columns

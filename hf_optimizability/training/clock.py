@@ -29,7 +29,7 @@ class StepTimer:
         self._step_began = time.perf_counter()
 
     def restart(self) -> None:
-        """Begin a step now: the time since the last step ended counts as no step."""
+        """Start a step now: the time since the last step ended does not count."""
         self._step_began = time.perf_counter()
 
     def step_ended(self) -> None:
@@ -68,7 +68,7 @@ class Clock(StepTimer):
         self._measured_before = sum(self.measured)
 
     def begin(self) -> None:
-        """Begin training now: everything since the clock was created, measurements included, prepared it."""
+        """Start training now: all time since the clock was created, measurements included, counts as preparation."""
         self.restart()
         self._began = self._step_began
         self._measured_before = sum(self.measured)

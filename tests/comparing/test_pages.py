@@ -106,7 +106,7 @@ class TestNumbers:
         [told] = verdict(make_comparison(TWO))
         assert told == "good is better than every other candidate, with a probability above 0.999."
         [told] = verdict(make_comparison({"a": 0.9, "b": 0.9, "c": 0.4}))
-        assert told.startswith("a and b can't be told apart") and "probability of 0.5." in told
+        assert told.startswith("a and b are statistically tied") and "probability of 0.5." in told
         assert told.endswith("1 other is worse than at least one of them.")
 
     def test_one_seed_is_admitted(self):

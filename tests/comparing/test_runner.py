@@ -59,7 +59,7 @@ class TestTraining:
             assert one.scores.losses.tolist() == other.scores.losses.tolist()
         assert first[0].scores.losses.tolist() != first[1].scores.losses.tolist()
         assert comparison.ranking.ranks == (1, 1) and comparison.ranking.better[0][1] == 0.5
-        assert "can't be told apart" in comparison.summary()
+        assert "statistically tied" in comparison.summary()
         out = Path(flags["output_dir"])
         assert {path.name for path in out.iterdir()} == {"comparison.html", "comparison.json", "comparison.md", "runs"}
         assert not list(out.rglob("training"))

@@ -74,7 +74,7 @@ class TestScreening:
         tables = MarkdownIt("commonmark").enable("table").parse(comparison.to_markdown())
         assert sum(token.type == "tr_open" for token in tables) == 4 + 4 + 4 + 4 + 5  # the last: the scores
         for text in (page.text, comparison.to_markdown()):
-            assert "the disk is full" in text and "1 best by LogME were to be trained" in text
+            assert "the disk is full" in text and "1 best by LogME were selected for training" in text
 
     def test_what_was_scored_is_not_scored_again(self, flags, scored):
         options = {**flags, "seeds": 1, "screen_to": 1}

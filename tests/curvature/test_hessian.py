@@ -141,7 +141,7 @@ def test_of_a_block_of_parameters_the_matrix_is_a_diagonal_block(objective: Obje
 
 
 def test_a_block_that_does_not_exist_is_refused(objective: Objective):
-    with pytest.raises(ValueError, match=r"`head.weight` is no block of trainable parameters"):
+    with pytest.raises(ValueError, match=r"`head.weight` is not a block of trainable parameters"):
         objective.block(["head.weight"])
 
 
