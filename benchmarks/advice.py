@@ -129,31 +129,31 @@ class Perceptron(nn.Module):
 
 
 def vit(labels: int) -> nn.Module:
-    """A ViT of two layers on 16 patches."""
+    """Build a ViT of two layers on 16 patches."""
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     images: dict[str, Any] = {"intermediate_size": 64, "image_size": 8, "patch_size": 2, "num_channels": 1}
     return ViTForImageClassification(ViTConfig(**sizes, **images, num_labels=labels))
 
 
 def resnet(labels: int) -> nn.Module:
-    """A ResNet of two stages, with BatchNorm."""
+    """Build a ResNet of two stages, with BatchNorm."""
     sizes: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
     return ResNetForImageClassification(ResNetConfig(**sizes, num_channels=1, num_labels=labels))
 
 
 def gpt2() -> nn.Module:
-    """A GPT-2 of two layers over bytes."""
+    """Build a GPT-2 of two layers over bytes."""
     sizes: dict[str, Any] = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
     return GPT2LMHeadModel(GPT2Config(vocab_size=128, **sizes, bos_token_id=0, eos_token_id=0))
 
 
 def mlp(labels: int) -> nn.Module:
-    """A perceptron on the digits."""
+    """Build a perceptron for the digits."""
     return Perceptron(64, labels)
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A model made with a seed."""
+    """Build a model with a seed."""
     torch.manual_seed(seed)
     return make()
 
@@ -207,18 +207,18 @@ def reviews(checkpoint: Path) -> tuple[Columns, Columns]:
 
 
 def split(columns: Columns, *, share: float = 2 / 3) -> tuple[Columns, Columns]:
-    """The first part of the rows, and the rest."""
+    """Split off the first rows."""
     number = round(len(columns["labels"]) * share)
     return rows(columns, slice(number)), rows(columns, slice(number, None))
 
 
 def rows(columns: Columns, index: Any) -> Columns:
-    """Some rows of every column."""
+    """Select rows of every column."""
     return {key: column[index] for key, column in columns.items()}
 
 
 def transferred(make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
-    """A model trained on the digits 0 to 4, with a new head for five others drawn with a seed."""
+    """Train a model on the digits 0 to 4; return it with new heads, drawn with a seed, for the others."""
     columns, _ = digits(0, 4)
     problem = Problem(lambda seed: seeded(lambda: make(5), seed), columns, columns, steps=200)
 
@@ -242,7 +242,7 @@ def transferred(make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
 
 
 def mobilenet() -> Problem:
-    """The carried MobileNetV2 on MNIST at 64 pixels."""
+    """Set up the carried MobileNetV2 on MNIST at 64 pixels."""
     torch.manual_seed(0)
     model, batches = vision(60)
     columns = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
@@ -254,7 +254,7 @@ def mobilenet() -> Problem:
 
 
 def minilm(checkpoint: Path) -> Problem:
-    """A MiniLM of three layers on sentences of movie reviews."""
+    """Set up a MiniLM of three layers on sentences of movie reviews."""
 
     def make(seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -335,7 +335,7 @@ def mean_loss(model: nn.Module, columns: Columns) -> float:
 
 
 def final_loss(problem: Problem, optimizer: OptimizerName, rate: float, seed: int) -> tuple[float, float]:
-    """The held-out loss of a run, infinite where it broke off, and seconds a step."""
+    """Train; return the held-out loss, infinite for a run that broke off, and seconds per step."""
     model = problem.make(seed)
     started = time.perf_counter()
     made = OPTIMIZERS[optimizer](model.parameters(), lr=rate)
@@ -383,7 +383,7 @@ def probes(problem: Problem) -> list[Columns]:
 
 
 def measured(problem: Problem, optimizer: OptimizerName, rate: float, *, steps: int) -> dict[str, Any]:
-    """What a report holds about the step size, after some steps of a run at a rate."""
+    """Return what a report says about the step size, after some steps of a run at a rate."""
     model = problem.make(0)
     made = OPTIMIZERS[optimizer](model.parameters(), lr=rate)
     norms = []
@@ -416,7 +416,7 @@ def measured(problem: Problem, optimizer: OptimizerName, rate: float, *, steps: 
 
 
 def range_test(problem: Problem, optimizer: OptimizerName) -> dict[str, Any]:
-    """The learning-rate range test of fastai, Lightning and torch-lr-finder, with their defaults.
+    """Run the learning-rate range test of fastai, Lightning and torch-lr-finder, with their defaults.
 
     The rate grows from 1e-7 to 10 over 100 steps; the loss is smoothed (0.98, debiased), and the test stops where it
     is 4 times its least. Without the first ten and the last five values, suggested is the rate where the loss falls
@@ -464,7 +464,7 @@ def valley(losses: np.ndarray) -> int:
 
 
 def learning_rate_case(problem: Problem, optimizer: OptimizerName) -> dict[str, Any]:
-    """The sweep, the measurements and the range test of one case."""
+    """Run the sweep, the measurements and the range test of one case."""
     swept = sweep(problem, optimizer)
     losses = [math.inf if loss is None else loss for loss in swept["losses"]]
     best = swept["rates"][int(np.argmin(losses))]
@@ -494,7 +494,7 @@ IN_TRAINER: dict[OptimizerName, dict[str, str]] = {
 
 
 def findings_case(problem: Problem, optimizer: OptimizerName, best: float) -> dict[str, list[str]]:
-    """What the report of a Trainer's run finds, by learning rate over the best."""
+    """Return the findings of a Trainer's run, by learning rate over the best."""
     examples = [rows(problem.train, index) for index in range(len(problem.train["labels"]))]
     found = {}
     for times in TIMES:
@@ -517,7 +517,7 @@ def findings_case(problem: Problem, optimizer: OptimizerName, best: float) -> di
 
 
 def batch_size_case(problem: Problem, optimizer: OptimizerName) -> dict[str, Any]:
-    """Steps to a loss by batch size, each at its best rate, and the noise scale on the way there.
+    """Measure steps to a loss by batch size, each at its best rate, and the noise scale during training.
 
     The loss to reach is the best that 60 steps of the middle batch size give. Every batch size is tried at 6 rates a
     factor 2 apart, at a constant rate after 10 steps of warm-up. S = S_min(1 + B_crit/B) is fitted to the steps, in
@@ -549,7 +549,7 @@ EVERY = 3
 def curve(
     problem: Problem, optimizer: OptimizerName, rate: float, size: int, *, steps: int, until: float = -math.inf
 ) -> list[float]:
-    """The loss over all training examples every few steps of a run, until it is low enough."""
+    """Compute the loss over all training examples every few steps of a run, until it is low enough."""
     resized = dataclasses.replace(problem, batch_size=size, steps=steps)
     model = problem.make(0)
     made = OPTIMIZERS[optimizer](model.parameters(), lr=rate)
@@ -563,7 +563,7 @@ def curve(
 
 
 def noise_on_the_way(problem: Problem, optimizer: OptimizerName, rate: float, steps: int) -> list[float | None]:
-    """The noise scale on 256 examples in batches of 8, at four points of a run at batch size 64."""
+    """Measure the noise scale on 256 examples in batches of 8, at four points of a run at batch size 64."""
     resized = dataclasses.replace(problem, batch_size=64, steps=steps)
     model = problem.make(0)
     made = OPTIMIZERS[optimizer](model.parameters(), lr=rate)
@@ -601,7 +601,7 @@ class Rule:
     when: Literal["before", "warmed up"]
 
     def value(self, case: dict[str, Any]) -> float | None:
-        """The quantity, 1 for none at all: then the rule is one rate for all."""
+        """Return the quantity; 1 for a rule without one, which is the same rate for all."""
         if self.basis == "none":
             return 1.0
         value = case["measured"][0 if self.when == "before" else 1][self.basis]
@@ -629,7 +629,7 @@ def good_rates(case: dict[str, Any]) -> list[float]:
 
 
 def of(results: dict[str, Any], optimizer: OptimizerName, *, fitted: bool | None = None) -> dict[str, dict[str, Any]]:
-    """The cases of an optimizer that learnt something, by name of the problem."""
+    """Return the cases in which an optimizer reduced the loss, by name of the problem."""
     return {
         name.split(";")[0]: case
         for name, case in results["learning_rate"].items()
@@ -646,7 +646,7 @@ def factor(rule: Rule, cases: dict[str, dict[str, Any]]) -> float | None:
 
 
 def off(rate: float | None, goal: float | list[float]) -> float:
-    """The factor by which a rate is off another, or off the nearest of some."""
+    """Return the factor between a rate and another, or the nearest of several."""
     if rate is None:
         return math.inf
     goals = goal if isinstance(goal, list) else [goal]
@@ -735,7 +735,7 @@ def _span(values: tuple[float, ...]) -> str:
 
 
 def _findings(results: dict[str, Any]) -> Iterator[str]:
-    """What the reports said at rates that are known to be too low, right and too high."""
+    """Yield what the reports said at rates that are known to be too low, right and too high."""
     yield "\n## What a report finds about the learning rate, at rates known to be too low, best and too high\n"
     yield "In brackets: the loss of the sweep at that rate over the best. A dash: nothing."
     yield (
@@ -814,7 +814,7 @@ def _batch_sizes(results: dict[str, Any]) -> Iterator[str]:
 
 
 def timed(case: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Makes a case and says how long it took."""
+    """Run a case and print its duration."""
     started = time.perf_counter()
     made = make()
     print(f"{case}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -844,7 +844,7 @@ BATCH_SIZE_CASES: tuple[tuple[str, OptimizerName], ...] = (
 
 
 def main() -> None:
-    """Makes the cases that are missing."""
+    """Run the missing cases."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--text-checkpoint", type=Path, help="folder of paraphrase-MiniLM-L3-v2")
     parser.add_argument("--only", nargs="*", help="names of problems")

@@ -43,7 +43,7 @@ def image_size(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def labels(case: Case, ids: Tensor, mask: Tensor) -> Batch:
-    """What each task is trained on; -100 for padding and, in a masked LM, for two tokens of three."""
+    """Return each task's training targets; -100 for padding and, in a masked LM, for two tokens of three."""
     if case.task == "sequence classification":
         return {"labels": torch.tensor([0, 2])}
     if case.task == "question answering":

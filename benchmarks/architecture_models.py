@@ -55,7 +55,7 @@ def tiny_config(
 
 
 def tiny_model(case: Case) -> PreTrainedModel:
-    """A small random model, the same each time, whose weights leave no path unused (zero gates, constant norms)."""
+    """Build a small random model, the same each time; no zero gate or constant norm leaves a path unused."""
     cls = getattr(transformers, case.class_name)
     config_class = cls.config_class
     causal = case.task in ("causal LM", "MoE with router loss")

@@ -83,7 +83,7 @@ class DoublePrecision(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function at the higher precision."""
+        """Call the function at the higher precision."""
         if func in DRAWS:
             return func(*args, **{**(kwargs or {}), "dtype": torch.float32}).double()
         if func in SAMPLERS:
@@ -123,7 +123,7 @@ class HeldDetached(TorchFunctionMode):
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function, or returns what it returned in the first pass."""
+        """Call the function, or return its result of the first pass."""
         if func is not Tensor.detach:
             return func(*args, **(kwargs or {}))
         if self._recording:
@@ -274,7 +274,7 @@ EXACT = "double_backward"
 
 
 def measure_once(model: PreTrainedModel, batch: Batch) -> Measurement:
-    """A whole measurement, 8 products, as the callback makes it."""
+    """Take a whole measurement with 8 products, as the callback does."""
     return measure_objective(Objective(model, [batch]), OptimizabilityConfig(profile="light", max_hvps=16))[0]
 
 
@@ -327,7 +327,7 @@ class Given(nn.Module):
     reduction = "mean"
 
     def forward(self, loss: Tensor, _: Tensor) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         return loss
 
 
@@ -339,7 +339,7 @@ class Loss(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         return self.model(**batch)["loss"]
 
 
@@ -452,7 +452,7 @@ def state(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def copied(value: Any) -> Any:
-    """A copy of numbers, strings and tensors in plain containers; nothing of what else they hold."""
+    """Copy numbers, strings and tensors in plain containers; leave out everything else they hold."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -474,7 +474,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def examine(case: Case, library: str = OURS, say: Callable[[str], object] = id) -> Row:
-    """Builds, trains, measures and checks one case; `say` gets the name of each stage as it starts."""
+    """Build, train, measure and check one case; pass the name of each stage to `say` as it starts."""
     say("build")
     model = tiny_model(case)
     batch = make_batch(case, model)
@@ -614,7 +614,7 @@ def judge(
 
 
 def run(case: Case, library: str = OURS, *, seconds: float = 180, memory: int = 8 << 30) -> Row:
-    """Examines a case in a process of its own, which may take so long and so many bytes."""
+    """Examine a case in a separate process with limited time and memory."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(case, library, sender, memory))
@@ -637,7 +637,7 @@ def run(case: Case, library: str = OURS, *, seconds: float = 180, memory: int = 
 
 
 def work(case: Case, library: str, pipe: Connection, memory: int) -> None:
-    """The child process: sends the stages, then the row."""
+    """Run the child process: send the stages, then the row."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     stage = ""
 
@@ -653,7 +653,7 @@ def work(case: Case, library: str, pipe: Connection, memory: int) -> None:
 
 
 def failure(case: Case, library: str, stage: str, error: Exception | str, changed: Sequence[str] = ()) -> Row:
-    """The row for what went wrong at a stage, and what it left changed."""
+    """Return the row of a case that failed at a stage, with what it left changed."""
     reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     reason = " ".join(reason.split())[:300] + (" Changed: " + ", ".join(changed) if changed else "")
     outcome: Outcome = "raises" if isinstance(error, MeasurementError) or library != OURS else "crashes"
@@ -677,7 +677,7 @@ SIGNS: dict[Outcome, str] = {
 
 
 def load(path: Path) -> dict[str, list[Row]]:
-    """The rows of each library; none where there is no file yet."""
+    """Load the rows of each library; none if it has no file yet."""
     if not path.exists():
         return {}
     return {library: [Row(**row) for row in rows] for library, rows in json.loads(path.read_text()).items()}
@@ -746,7 +746,7 @@ def cells(*texts: str) -> str:
 
 
 def totals(results: dict[str, list[Row]]) -> list[str]:
-    """A table of how many work, by library and task."""
+    """Tabulate how many architectures work, by library and task."""
     lines = [cells("library", *TASKS, "all"), "|---" * (len(TASKS) + 2) + "|"]
     for library, rows in results.items():
         counts = []
@@ -776,7 +776,7 @@ def totals_by_kind(rows: Sequence[Row]) -> list[str]:
 
 
 def common_reasons(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str, str], int]]:
-    """What goes wrong most, each with one example."""
+    """Return the most frequent failures, each with one example."""
     failed = [row for row in rows if row.outcome not in ("works", "excluded")]
     examples: dict[tuple[str, str], Row] = {}
     counts: Counter[tuple[str, str]] = Counter()
@@ -791,7 +791,7 @@ def common_reasons(rows: Sequence[Row]) -> list[tuple[tuple[str, str, str, str],
 
 
 def matrix(rows: Sequence[Row]) -> list[str]:
-    """A table with a row for each model type and a column for each task."""
+    """Tabulate results, with a row for each model type and a column for each task."""
     found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         found.setdefault(row.model_type, {}).setdefault(row.task, []).append(SIGNS[row.outcome])
@@ -800,7 +800,7 @@ def matrix(rows: Sequence[Row]) -> list[str]:
 
 
 def main() -> None:
-    """Runs what the results lack, and writes them after every case."""
+    """Run the cases that the results lack; write the results after every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES, default=OURS, help="whose products to check")
     parser.add_argument("--only", help="model types or class names, with commas between them")

@@ -99,7 +99,7 @@ CASES: dict[str, Callable[[argparse.Namespace], Comparison]] = {
 
 
 def to_parquet(source: Path, folder: Path) -> None:
-    """Writes Fashion-MNIST's idx files as Parquet files of images."""
+    """Write Fashion-MNIST's idx files as Parquet files of images."""
     from datasets import ClassLabel, Dataset, Features, Image
 
     features = Features(image=Image(), label=ClassLabel(num_classes=10))
@@ -129,7 +129,7 @@ def splits(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def described(comparison: Comparison) -> dict[str, Any]:
-    """The rankings, without the scores and logs they come from."""
+    """Return the rankings, without the scores and logs they come from."""
     return {
         "setting": comparison.setting,
         "verdict": comparison.summary(),
@@ -175,7 +175,7 @@ def _splits(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Makes the cases that are asked for, and writes all that were made so far."""
+    """Run the requested cases, and write all results so far."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--text-checkpoint", default="paraphrase-MiniLM-L3-v2")

@@ -100,7 +100,7 @@ def train(name: str) -> OptimizabilityReport:
 
 
 def with_noise(examples: Dataset, column: str) -> Dataset:
-    """The examples with a share of the labels drawn at random."""
+    """Draw a share of the examples' labels at random."""
     generator = np.random.default_rng(0)
     plain = examples.with_format(None)
     labels = np.array(plain[column])
@@ -111,7 +111,7 @@ def with_noise(examples: Dataset, column: str) -> Dataset:
 
 
 def row(report: OptimizabilityReport) -> dict[str, Any]:
-    """What a report says, for the table and the pictures."""
+    """Extract from a report what table and pictures show."""
     last, convergence = report.measurements[-1], report.dynamics["convergence_speed"]
     logged = report.log_history
     return {

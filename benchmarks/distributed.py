@@ -46,7 +46,7 @@ class Timed(TorchProcessGroup):
         self.seconds, self.bytes, self.sums = 0.0, 0, 0
 
     def all_reduce_many_(self, tensors: Sequence[Tensor]) -> None:
-        """Adds up each of several tensors, in place."""
+        """Sum each of several tensors over the ranks, in place."""
         started = time.perf_counter()
         super().all_reduce_many_(tensors)
         self.seconds += time.perf_counter() - started
@@ -54,7 +54,7 @@ class Timed(TorchProcessGroup):
         self.sums += 1
 
     def all_gather_interleaved(self, items: list[Item]) -> list[Item]:
-        """What all ranks hold."""
+        """Return the items of all ranks."""
         started = time.perf_counter()
         found = super().all_gather_interleaved(items)
         self.seconds += time.perf_counter() - started
@@ -103,7 +103,7 @@ def time_apart(name: str, profile: str) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown: by workload, a row for each profile.
+    """Return the results as Markdown: by workload, a row for each profile.
 
     Example:
         >>> one, two = {"seconds": 90.0, "hvps": 30, "values": [1.0]}, {"seconds": 45.0, "hvps": 30, "values": [1.0]}

@@ -37,7 +37,7 @@ class Case:
 
 
 def bert(*, attention: str | None = "eager") -> PreTrainedModel:
-    """A tiny classifier with dropout, in eval mode."""
+    """Build a tiny classifier with dropout, in eval mode."""
     config = BertConfig(  # type: ignore[call-arg]  # what all configurations take is not in its signature
         vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
         max_position_embeddings=8, num_labels=3, attn_implementation=attention,
@@ -46,7 +46,7 @@ def bert(*, attention: str | None = "eager") -> PreTrainedModel:
 
 
 def gpt2() -> PreTrainedModel:
-    """A tiny decoder whose head is tied to its embeddings, in eval mode."""
+    """Build a tiny decoder whose head is tied to its embeddings, in eval mode."""
     config = GPT2Config(  # type: ignore[call-arg]
         vocab_size=VOCABULARY, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1,
         attn_implementation="eager",
@@ -82,21 +82,21 @@ def _tokens(*shape: int) -> Tensor:
 
 
 def frozen() -> Case:
-    """A classifier whose embeddings are frozen."""
+    """Build a classifier whose embeddings are frozen."""
     model = bert()
     model.get_input_embeddings().requires_grad_(False)
     return Case(model, sentences(4))
 
 
 def unused() -> Case:
-    """A classifier with a parameter that its loss does not use."""
+    """Build a classifier with a parameter that its loss does not use."""
     model = bert()
     model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64)))
     return Case(model, sentences(4))
 
 
 def training() -> Case:
-    """A classifier as it is in the middle of a Trainer's epoch: in train mode, with gradients."""
+    """Build a classifier as in the middle of a Trainer's epoch: in train mode, with gradients."""
     model = bert().train()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -115,7 +115,7 @@ FEATURES: dict[str, Callable[[], Case]] = {
 
 
 def try_features(library: type[Library]) -> dict[str, str]:
-    """Tries all features on a library; except for the first, its adapter turns dict batches into what it takes.
+    """Try all features on a library; except for the first, its adapter converts dict batches.
 
     Returns:
         Per feature `"works"`, how far the product is off, what changed in the user's model, or how it failed.
@@ -133,7 +133,7 @@ def try_features(library: type[Library]) -> dict[str, str]:
 
 
 def outcome(multiply: Callable[[nn.Module, list[Batch], Tensor], Tensor], case: Case) -> str:
-    """What comes of `multiply(model, batches, vector)`, in words."""
+    """Describe the result of `multiply(model, batches, vector)`."""
     parameters = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
     vector = torch.randn(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
     vector /= vector.norm()

@@ -50,7 +50,7 @@ class Case:
 
 
 def model() -> LlamaForCausalLM:
-    """A tiny Llama with weights large enough that its Hessian is not near zero."""
+    """Build a tiny Llama with weights large enough that its Hessian is not near zero."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     made = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=1, pad_token_id=2, **sizes))
@@ -74,14 +74,14 @@ class StandInNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Computes the norm."""
+        """Compute the norm."""
         ctx.save_for_backward(x, weight)
         ctx.epsilon = epsilon
         return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Computes gradients without a graph."""
+        """Compute gradients without a graph."""
         x, weight = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
         with torch.enable_grad():
             y = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.epsilon)
@@ -96,7 +96,7 @@ class StandInCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """Computes loss and gradients."""
+        """Compute loss and gradients."""
         hidden, weight = (tensor.detach().requires_grad_() for tensor in (hidden, weight))
         with torch.enable_grad():
             loss = nn.functional.cross_entropy(hidden @ weight.T, labels)
@@ -105,7 +105,7 @@ class StandInCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Computes gradients without a graph."""
+        """Compute gradients without a graph."""
         by_hidden, by_weight = ctx.saved_tensors
         return by_hidden * gradient, by_weight * gradient, None
 
@@ -129,12 +129,12 @@ class StandInAttention(torch.autograd.Function):
 
 
 def attention(implementation: str) -> Callable[[LlamaForCausalLM], None]:
-    """Sets the attention of a model."""
+    """Return a function that sets the attention of a model."""
     return lambda made: made.set_attn_implementation(implementation)
 
 
 def flash_attention(made: LlamaForCausalLM) -> None:
-    """Registers a stand-in for FlashAttention, and sets it."""
+    """Register a stand-in for FlashAttention, and select it."""
 
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         groups = query.shape[1] // key.shape[1]
@@ -147,14 +147,14 @@ def flash_attention(made: LlamaForCausalLM) -> None:
 
 
 def kernel_norms(made: LlamaForCausalLM) -> None:
-    """Puts the kernel in the place of each RMS norm, as `use_liger_kernel` and `kernelize` do."""
+    """Replace each RMS norm by the kernel, as `use_liger_kernel` and `kernelize` do."""
     for module in made.modules():
         if type(module).__name__ == "LlamaRMSNorm":
             module.forward = MethodType(lambda self, x: StandInNorm.apply(x, self.weight, 1e-6), module)
 
 
 def fused_cross_entropy(made: LlamaForCausalLM) -> Any:
-    """A loss from the hidden states and the weight of the head."""
+    """Compute the loss from the hidden states and the weight of the head."""
 
     def loss_fn(measured: LlamaForCausalLM, inputs: dict[str, Tensor]) -> Tensor:
         labels = inputs["labels"][:, 1:]
@@ -166,7 +166,7 @@ def fused_cross_entropy(made: LlamaForCausalLM) -> Any:
 
 
 def other_linears(module_name: str) -> Callable[[LlamaForCausalLM], None]:
-    """Makes the linear layers ones of another library, which round their inputs to 8 bits."""
+    """Return a function that replaces linear layers by those of a library that rounds inputs to 8 bits."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         rounded = x.to(torch.float8_e4m3fn).to(x)
@@ -191,7 +191,7 @@ def bitsandbytes(made: LlamaForCausalLM) -> None:
 
 
 def dequantized(made: LlamaForCausalLM) -> None:
-    """The same weights, rounded to 4 bits, in plain layers."""
+    """Replace the linear layers by plain ones with the same weights, rounded to 4 bits."""
     functional = importlib.import_module("bitsandbytes").functional
     for _, _, child in _linears(made):
         child.weight = nn.Parameter(
@@ -200,13 +200,13 @@ def dequantized(made: LlamaForCausalLM) -> None:
 
 
 def _linears(made: LlamaForCausalLM) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """The linear layers of the backbone, each with its parent and name."""
+    """List the linear layers of the backbone, each with its parent and name."""
     pairs = [(module, *named) for module in made.model.modules() for named in module.named_children()]
     return [(parent, name, child) for parent, name, child in pairs if isinstance(child, nn.Linear)]
 
 
 def trl(**options: Any) -> Callable[[LlamaForCausalLM], Any]:
-    """The loss of TRL's SFTTrainer, with its fused head."""
+    """Return the loss of TRL's SFTTrainer, with its fused head."""
 
     def change(made: LlamaForCausalLM) -> Any:
         library = importlib.import_module("trl")
@@ -265,19 +265,19 @@ def outcome(case: Case) -> tuple[str, str]:
 
 
 def reference(case: Case) -> float:
-    """The largest eigenvalue of the plain model."""
+    """Return the largest eigenvalue of the plain model."""
     made = model()
     case.plain(made)
     return measure(made, [batch()], CONFIG).hessian.lambda_max.value
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first full stop that ends a sentence."""
+    """Return the text up to its first full stop that ends a sentence."""
     return f"{text.split('. ')[0].rstrip('.')}."
 
 
 def table() -> Iterator[str]:
-    """The lines of the table."""
+    """Yield the lines of the table."""
     yield f"| {' | '.join(HEADER)} |"
     yield "|:--|:--|:--|:--|"
     for case in CASES:
@@ -285,12 +285,12 @@ def table() -> Iterator[str]:
 
 
 def row(case: Case) -> str:
-    """The line of the table for a case."""
+    """Return the line of the table for a case."""
     return f"| {' | '.join((case.kernel, case.tried, *outcome(case)))} |"
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     for line in table():

@@ -47,12 +47,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def gpt2(*, width: int, layers: int, heads: int, vocabulary: int = 50257) -> Callable[[], PreTrainedConfig]:
-    """A decoder of GPT-2's shape."""
+    """Return the configuration of a decoder of GPT-2's shape."""
     return partial(GPT2Config, n_embd=width, n_layer=layers, n_head=heads, vocab_size=vocabulary)
 
 
 def llama(*, width: int, inner: int, layers: int, heads: int, groups: int, vocabulary: int, tied: bool) -> Any:
-    """A decoder of Llama's shape."""
+    """Return the configuration of a decoder of Llama's shape."""
     return partial(
         LlamaConfig,
         hidden_size=width,
@@ -90,7 +90,7 @@ def measured(
     examples: int,
     tokens: int,
 ) -> Iterator[dict[str, Any]]:
-    """What is asked about one model, after each part: one that does not fit, or takes too long, leaves the others."""
+    """Yield the results for one model after each part, so that a part that fails does not lose the others."""
     result: dict[str, Any] = {
         "size": size,
         "dtype": str(dtype).removeprefix("torch."),
@@ -119,7 +119,7 @@ def measured(
 
 
 def attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What an action returns, or that memory did not suffice.
+    """Return the result of an action, or that memory did not suffice.
 
     Example:
         >>> def too_large():
@@ -142,7 +142,7 @@ def attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def build(size: str, dtype: torch.dtype, *, device: torch.device, examples: int, tokens: int) -> dict[str, Any]:
-    """A model with random weights and a batch of random tokens, on the device."""
+    """Build a model with random weights and a batch of random tokens, on the device."""
     torch.manual_seed(SEED)
     config = SIZES[size]()
     with device:
@@ -158,7 +158,7 @@ def gradient(objective: Objective) -> None:
 
 
 def products(objective: Objective, columns: int, *, device: torch.device, repeats: int) -> dict[str, Any]:
-    """A product with so many vectors at once, its graph built each time."""
+    """Time a product with this many vectors at once, building its graph each time."""
     with as_measured(objective):
         vectors = torch.randn(columns, HessianOperator(objective).size, device=device).T
         found = timed(lambda: HessianOperator(objective).matmat(vectors), device=device, repeats=repeats)
@@ -167,7 +167,7 @@ def products(objective: Objective, columns: int, *, device: torch.device, repeat
 
 @contextmanager
 def as_measured(objective: Objective) -> Iterator[None]:
-    """What `measure` holds around its products."""
+    """Set up the model state in which `measure` computes its products."""
     with (
         measuring(objective.model, seed=SEED),
         full_precision(objective.model),
@@ -179,7 +179,7 @@ def as_measured(objective: Objective) -> Iterator[None]:
 
 
 def card(model: PreTrainedModel, batch: Batch, *, device: torch.device) -> dict[str, Any]:
-    """A whole measurement with the light profile."""
+    """Take a whole measurement with the light profile."""
     forget_peak(device)
     found = measure(model, [batch], OptimizabilityConfig(profile="light"))
     assert found.hessian.lambda_min is not None
@@ -209,7 +209,7 @@ def timed(action: Callable[[], object], *, device: torch.device, repeats: int) -
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the GPU."""
+    """Wait for the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -221,12 +221,12 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """The most GPU memory held since `forget_peak`; not known of a CPU."""
+    """Return the peak GPU memory since `forget_peak`; `None` on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The results as one table."""
+    """Return the results as one table."""
     columns = ["model", "weights", "texts", "gradient", "one product / gradient", f"{PROBE_BLOCK_SIZE} at once, each"]
     rows = []
     for model in results["models"]:

@@ -49,21 +49,21 @@ IMPERATIVES = set(
     collect combine compare compile complete compose compress compute concatenate configure connect continue convert
     copy correct count create cross-validate cut decide declare decode decompose define deflate delete derive describe
     detach detect determine differentiate disable discard display distribute divide draw drop emit empty enable encode
-    enforce ensure enter escape estimate evaluate exclude execute exit expand export extend extract feed fetch fill
-    filter find fine-tune finish fit flag flatten fold follow forbid force forecast format forward free freeze gather
-    generate get give group grow guard halve handle have hide hold identify ignore import improve include increase
-    infer inform initialize insert install integrate interleave interpolate invert iterate join judge keep label launch
-    lay leave let limit link list load locate lock log look lower make map mark mask match materialize measure merge
-    mirror mock move multiply name narrow normalize note open orthonormalize override overwrite pad parse pass patch
-    permute pick pin place plan plot pop postpone prefer prefix prepare preserve prevent print produce profile project
-    propagate provide prune publish push put quote raise randomize read rebuild receive record recover redact reduce
-    refuse register reject release reload remove rename render reorder repeat replace replay report represent reproduce
-    request require rescale reset reshard reshape resolve restart restore restrict resume retry return reverse rewrite
-    roll rotate round run sample save say scale scan schedule score search seed select send separate serialize set
-    shade shard share shift show shuffle shut sign simulate skip solve sort split stack stand start step stop store
-    stream strip subtract suggest sum summarize suppress swap switch synchronize take tell tokenize track train
-    transform translate traverse trim truncate try turn undo unfreeze unpack unset update upload use validate verify
-    visit wait walk warn wind wrap write yield zero
+    end enforce ensure enter escape estimate evaluate exchange exclude execute exit expand export extend extract feed
+    fetch fill filter find fine-tune finish fit flag flatten fold follow forbid force forecast format forward free
+    freeze gather generate get give group grow guard halve handle have hide hold identify ignore import improve include
+    increase infer inform initialize insert install integrate interleave interpolate invert iterate join judge keep
+    label launch lay leave let limit link list load locate lock log look lower make map mark mask match materialize
+    measure merge mirror mock move multiply name narrow normalize note open orthonormalize override overwrite pad parse
+    pass patch permute pick pin place plan plot pop postpone prefer prefix prepare preserve prevent print produce
+    profile project propagate provide prune publish push put quote raise randomize rank read rebuild receive record
+    recover redact reduce refuse register reject release reload remove rename render renumber reorder repeat replace
+    replay report represent reproduce request require rescale reset reshape reshard resolve restart restore restrict
+    resume retry return reverse rewrite roll rotate round run sample save say scale scan schedule score search seed
+    select send separate serialize set shade shard share shift show shrink shuffle shut sign simulate skip solve sort
+    spend split stack stand start step stop store stream strip subtract suggest sum summarize suppress swap switch
+    synchronize take tell time tokenize track train transform translate traverse trim truncate try turn undo unfreeze
+    unpack unset update upload use validate verify visit wait walk warn watch wind wrap write yield zero
     """.split()  # noqa: SIM905
 )
 """Verbs that open docstrings."""

@@ -57,7 +57,7 @@ def plain(objective: Objective) -> Iterator[None]:
 
 
 def main() -> None:
-    """Prints the median seconds of a gradient, and those of a product over them."""
+    """Print the median seconds of a gradient, and of a product relative to it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)

@@ -19,7 +19,7 @@ def seconds(statement: str) -> float:
 
 
 def main() -> None:
-    """Prints the medians."""
+    """Print the medians."""
     times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
     for _ in range(ROUNDS):
         for name, statement in STATEMENTS.items():

@@ -71,11 +71,11 @@ class Products:
     _restarted: float = 0.0
 
     def restart(self) -> None:
-        """Gives what follows all the time."""
+        """Count all further time, not only that of products."""
         self._restarted = self.now()
 
     def add(self, number: int = 1) -> None:
-        """Notes `number` products that just ended.
+        """Record `number` products that just ended.
 
         Raises:
             OutOfTimeError: If the time is up.
@@ -163,11 +163,11 @@ class Library(ABC):
 
     @abstractmethod
     def card(self) -> list[Call]:
-        """Calls that give both ends, trace and density, with nothing chosen that has a default."""
+        """Return the calls for both ends, trace and density, with all options at their defaults."""
 
     @abstractmethod
     def ends(self) -> Iterator[Ends]:
-        """Runs towards λ_max and λ_min, after each product where the library lets that be seen."""
+        """Run towards λ_max and λ_min; yield both after each product where the library exposes them."""
 
     @abstractmethod
     def trace_sample(self) -> float:
@@ -178,11 +178,11 @@ class Library(ABC):
         """One run of stochastic Lanczos quadrature."""
 
     def density_after(self, run: Quadrature, steps: int) -> Quadrature:
-        """What the library makes of the first steps of a run."""
+        """Return the quadrature that the library computes from the first steps of a run."""
         return shortened(run, steps)
 
     def _ends_by_steps(self, run: str, quadrature: Callable[[int], Quadrature]) -> Iterator[Ends]:
-        """What a Lanczos run knows of both ends after each step, of which it may take fewer than it is asked for."""
+        """Yield both ends after each step of a Lanczos run, which may take fewer steps than requested."""
         first, started = len(self.products.ended), self.products.now()
         found = quadrature(LANCZOS_STEPS)
         for hvps in range(1, len(found.nodes) + 1):
@@ -191,7 +191,7 @@ class Library(ABC):
             yield Ends(run, hvps, seconds, float(nodes.max()), float(nodes.min()))
 
     def trace_to(self, tolerances: Sequence[float]) -> Iterator[dict[str, Any]]:
-        """Samples until the standard error is below each tolerance, times the mean: no peer stops by an error itself.
+        """Sample until the standard error is below each tolerance times the mean, as no peer stops by its own.
 
         Yields:
             `tolerance`, `trace`, `std_error`, `hvps` and `seconds` so far; where time runs out, what is to be expected
@@ -288,7 +288,7 @@ class Ours(Library):
         return Quadrature(np.array(found.nodes), np.array(found.weights))
 
     def _quadrature(self, steps: int) -> tuple[Quadrature, int]:
-        """That of the rows in use, and how many others there are."""
+        """Return the quadrature of the rows in use, and the number of other rows."""
         with self._twice_differentiable(), drop_unused_embedding_rows(self._objective) as left_out:
             run = lanczos(self._hessian(), tolerance=0, max_hvps=steps, seed=len(self.products.ended))
         return Quadrature(run.nodes, run.weights[0]), left_out
@@ -346,7 +346,7 @@ class PyHessian(Library):
 
     @contextmanager
     def _counting(self) -> Iterator[list[float]]:
-        """Counts the products made inside, and gives their Rayleigh quotients: the estimates of power iteration."""
+        """Count the products made inside; collect their Rayleigh quotients, the estimates of power iteration."""
         quotients: list[float] = []
         kept, rebuilt = self._module.hessian_vector_product, self._hessian.dataloader_hv_product
 
@@ -571,7 +571,7 @@ LIBRARIES: dict[str, type[Library]] = {
 
 
 def shortened(run: Quadrature, steps: int) -> Quadrature:
-    """What a Lanczos run of fewer steps from the same start would have found.
+    """Return the quadrature of a Lanczos run of fewer steps from the same start.
 
     The nodes and weights of a run determine its tridiagonal matrix (Golub & Meurant, Matrices, Moments and Quadrature,
     section 5.1): that of the Lanczos process on the nodes, started from the roots of the weights.
@@ -600,7 +600,7 @@ def residuals(run: Quadrature, steps: int) -> np.ndarray:
 
 
 def _tridiagonal(run: Quadrature, steps: int) -> tuple[list[float], list[float]]:
-    """The diagonal after so many steps, and the off-diagonal with the entry that the next step adds."""
+    """Return the diagonal after some steps, and the off-diagonal with the entry that the next step adds."""
     basis = [np.sqrt(run.weights / run.weights.sum())]
     diagonal, off_diagonal = [], []
     for _ in range(steps):
@@ -614,7 +614,7 @@ def _tridiagonal(run: Quadrature, steps: int) -> tuple[list[float], list[float]]
 
 
 def with_zeros(run: Quadrature, share: float) -> Quadrature:
-    """A density to which a share of eigenvalues that are zero comes: those of rows that were left out.
+    """Add a share of zero eigenvalues to a density: those of the rows that were left out.
 
     Example:
         >>> with_zeros(Quadrature(np.array([2.0]), np.array([1.0])), 0.25)
@@ -644,7 +644,7 @@ class _Logits(nn.Module):
 
 
 def _one_tensor(batch: Batch) -> Tensor:
-    """A batch's inputs in one tensor: pixels, or token ids and attention mask side by side."""
+    """Return a batch's inputs in one tensor: pixels, or concatenated token ids and attention mask."""
     if "pixel_values" in batch:
         return batch["pixel_values"]
     tokens = batch["input_ids"]
@@ -666,6 +666,6 @@ def _targets(batch: Batch) -> Tensor:
 
 
 def _pieces(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """A long vector cut into the shapes of the parameters."""
+    """Cut a long vector into the shapes of the parameters."""
     pieces = vector.split([parameter.numel() for parameter in parameters])
     return [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]

@@ -79,7 +79,7 @@ class Marks(TrainerCallback):
         self._note("begin")
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """What is between two of these, less the callback, is a step: loading, training, logging."""
+        """Record the time. From one call to the next, less the callback, is a step: loading, training, logging."""
         self._note("step")
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -101,7 +101,7 @@ class Alternating(OptimizabilityTrainer):
 
 
 def make_trainer(name: str, cls: type[Trainer], folder: str, *, steps: int, examples: int) -> Trainer:
-    """A training of a real checkpoint. It logs at each step, so that pairs differ by the norms alone."""
+    """Build a Trainer on a real checkpoint. It logs at each step, so that pairs differ by the norms alone."""
     logging.set_verbosity_error()
     torch.manual_seed(SEED)
     make, _ = WORKLOADS[name]
@@ -196,7 +196,7 @@ def peak(name: str, measured: bool, examples: int) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown.
+    """Return the results as Markdown.
 
     Example:
         >>> clock = {"step": 0.1, "quartiles": [0.09, 0.12], "measured": 0.04, "norms": 0.02, "norms_error": 0.001}
@@ -233,7 +233,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a process of its own."""
+    """Call a function in a separate process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 

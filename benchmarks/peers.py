@@ -93,7 +93,7 @@ def cost(library: type[Library], name: WorkloadName, products: Products) -> dict
 
 
 def eigenvalues(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
-    """The fewest products that give λ_max, and both ends, to the targets."""
+    """Return the fewest products that give λ_max, and both ends, to the targets."""
     true = truth(name)
     peer, note = opened(library, probe_set(library, name), products)
     found: dict[str, Any] = {"note": note, "targets": {}}
@@ -111,7 +111,7 @@ def eigenvalues(library: type[Library], name: WorkloadName, products: Products) 
 
 
 def trace(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
-    """What it takes to a standard error of the targets."""
+    """Return the cost of the trace to a standard error of the targets."""
     true = truth(name)
     peer, note = opened(library, probe_set(library, name), products)
     found: dict[str, Any] = {"note": note, "targets": {}}
@@ -125,7 +125,7 @@ def trace(library: type[Library], name: WorkloadName, products: Products) -> dic
 
 
 def density(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
-    """The fewest products, as Lanczos runs of equal length, that come within the target of the true density."""
+    """Return the fewest products, in Lanczos runs of equal length, to come within the target of the density."""
     true = truth(name)
     peer, note = opened(library, probe_set(library, name), products)
     runs: list[Quadrature] = []
@@ -195,7 +195,7 @@ def profile(library: type[Library], name: WorkloadName, products: Products) -> d
 
 
 def features(library: type[Library], name: WorkloadName, products: Products) -> dict[str, Any]:
-    """What the library takes; no workload is needed."""
+    """Return the inputs that the library supports; no workload is needed."""
     return {"outcomes": try_features(library)}
 
 
@@ -213,7 +213,7 @@ def asked_of(row: str, library: str, workload: WorkloadName) -> bool:
 
 
 def opened(library: type[Library], workload: Workload, products: Products) -> tuple[Library, str | None]:
-    """The library on a workload, tried with one product; with eager attention where the default one fails.
+    """Open the library on a workload and try one product; use eager attention where the default one fails.
 
     Returns:
         The library, and how it failed with the default attention, if it did.
@@ -234,7 +234,7 @@ def opened(library: type[Library], workload: Workload, products: Products) -> tu
 
 
 def probe_set(library: type[Library], name: WorkloadName) -> Workload:
-    """The workload, its probe set as one batch where that is the library's fastest."""
+    """Return the workload, with its probe set as one batch where that is the library's fastest."""
     workload = load(name)
     if library.one_batch:
         whole = {key: torch.cat([batch[key] for batch in workload.batches]) for key in workload.batches[0]}
@@ -243,7 +243,7 @@ def probe_set(library: type[Library], name: WorkloadName) -> Workload:
 
 
 def built(way: HvpEngine) -> tuple[Callable[[], object], float]:
-    """The action that multiplies, and the peak memory of building it and multiplying once."""
+    """Return an action that computes a product, and the peak memory of building and running it once."""
     made = []
 
     def build_and_multiply() -> None:
@@ -255,7 +255,7 @@ def built(way: HvpEngine) -> tuple[Callable[[], object], float]:
 
 
 def called(call: Call, products: Products, true: Truth) -> dict[str, Any]:
-    """A call's findings, errors and cost; or how it failed and the products it made."""
+    """Return a call's results, errors and cost; or how it failed, and its products until then."""
     products.restart()
     first, started = len(products.ended), products.now()
     found: dict[str, Any]
@@ -274,7 +274,7 @@ def called(call: Call, products: Products, true: Truth) -> dict[str, Any]:
 
 
 def errors(found: dict[str, Any], true: Truth) -> dict[str, float]:
-    """True errors of the quantities that were found: relative ones, and the distance of densities."""
+    """Return the true errors of what was computed: relative ones, and the distance of densities."""
     relative = {}
     for name in ("lambda_max", "lambda_min", "trace"):
         if name in found:
@@ -287,7 +287,7 @@ def errors(found: dict[str, Any], true: Truth) -> dict[str, float]:
 
 
 def over(limit: float) -> str:
-    """What is said of a call that was stopped."""
+    """Describe a call that was stopped."""
     return f"> {limit:.0f} s"
 
 
@@ -323,7 +323,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def memory(pid: int | str = "self", *, peak: bool = False) -> float:
-    """What a process holds in memory, in MiB, now or at most since `peak_memory` began to watch."""
+    """Return the memory of a process in MiB, now or its peak since `peak_memory` began to watch."""
     key = "VmHWM" if peak else "VmRSS"
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(key):
@@ -332,7 +332,7 @@ def memory(pid: int | str = "self", *, peak: bool = False) -> float:
 
 
 def peak_memory(action: Callable[[], object]) -> float:
-    """The most this process held in memory during a call, in MiB."""
+    """Return the peak memory of this process during a call, in MiB."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak before
     action()
@@ -343,7 +343,7 @@ def peak_memory(action: Callable[[], object]) -> float:
 
 
 def run_row(row: str, library: str, workload: WorkloadName, *, limit: float, max_mebibytes: float) -> dict[str, Any]:
-    """Runs one row in a process of its own, within limits of time and memory."""
+    """Run one row in a separate process, within limits of time and memory."""
     command = [sys.executable, __file__, "--limit", str(limit), "--child", row, library, workload]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as complaints:
@@ -361,7 +361,7 @@ def run_row(row: str, library: str, workload: WorkloadName, *, limit: float, max
 
 
 def watch(process: subprocess.Popen[Any], *, limit: float, max_mebibytes: float) -> str | None:
-    """Waits for a process, and ends it where it passes a limit of memory or does not stop in time; says which."""
+    """Wait for a process; end it if it exceeds a limit of memory or time, and return which."""
     started = time.perf_counter()
     while process.poll() is None:
         time.sleep(0.5)
@@ -393,7 +393,7 @@ def child(row: str, library: str, workload: WorkloadName, *, limit: float) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what was asked for; returns 1 where this package missed what it promises."""
+    """Run the requested rows; return 1 if this package missed its targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--library", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))

@@ -126,7 +126,7 @@ def vision_candidates() -> dict[str, Flags]:
 
 
 def fashion_mnist(args: argparse.Namespace) -> str:
-    """A folder with Fashion-MNIST as Parquet."""
+    """Return a folder with Fashion-MNIST as Parquet."""
     folder = CACHE / "comparing" / "fashion_mnist_data"
     if not (folder / "test.parquet").exists():
         to_parquet(Path(args.fashion_mnist), folder)
@@ -134,7 +134,7 @@ def fashion_mnist(args: argparse.Namespace) -> str:
 
 
 def digits(args: argparse.Namespace) -> str:
-    """A folder with scikit-learn's digits, 8 × 8 pixels, as Parquet."""
+    """Return a folder with scikit-learn's digits, 8 × 8 pixels, as Parquet."""
     from datasets import ClassLabel, Dataset, Features, Image
     from sklearn.datasets import load_digits
 
@@ -177,7 +177,7 @@ class LookOnce(TrainerCallback):
         self.seconds: dict[str, float] = {}
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluates and measures, once."""
+        """Evaluate and measure, once."""
         if state.global_step == self._step:
             self._evaluate()
             if self._curvature:
@@ -223,7 +223,7 @@ def quantities(found: Measurement) -> dict[str, float | None]:
 
 
 def prepared(flags: Flags, folder: Path) -> tuple[Trainer, Stopwatch]:
-    """A training of a candidate, and the watch that times it without what is done on the way."""
+    """Return a candidate's Trainer, and a stopwatch that excludes evaluations and measurements."""
     task = TASKS[0] if flags["dataset_name"] == str(TEXT_DATA) else TASKS[1]
     parser = FlagParser(task.ModelArguments, task.DataArguments, TrainingArguments)
     held = {**COMMON, **flags, "output_dir": str(folder / "training")}
@@ -271,7 +271,7 @@ def made_short(flags: Flags, folder: Path) -> dict[str, Any]:
 
 
 def scored(trainer: Trainer) -> dict[str, Any]:
-    """The scores of a checkpoint before its training."""
+    """Return the scores of a checkpoint before its training."""
     batches = draw_probe_set(trainer.get_train_dataloader(), ProbeSpec(SCORED, batch_size=64, seed=0)).batches
     loss_fn = trainer_loss(trainer)
     return score_checkpoint(trainer.model, batches, loss_fn=loss_fn, gradient_examples=GRADIENTS).to_dict()
@@ -312,7 +312,7 @@ def collected(steps: int) -> dict[str, Any]:
 
 
 def over_seeds(runs: list[dict[str, Any]], shorts: list[dict[str, Any]]) -> dict[str, Any]:
-    """A candidate: means over its trainings; what one of them lost (a loss that is not finite) is lost."""
+    """Average a candidate over its trainings; a value that is missing or not finite in one of them is missing."""
     final = {name: mean([run["final"][name] for run in runs]) for name in runs[0]["final"]}
     early = [known_early(run, short) for run, short in zip(runs, shorts, strict=True)]
     return {
@@ -324,13 +324,13 @@ def over_seeds(runs: list[dict[str, Any]], shorts: list[dict[str, Any]]) -> dict
 
 
 def mean(values: list[float | None]) -> float | None:
-    """The mean; None where one of them is."""
+    """Return the mean; `None` if a value is missing."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def cost(run: dict[str, Any]) -> dict[str, float]:
-    """What it took to know each group of quantities, as a share of the training's time."""
+    """Return the cost of each group of quantities, as a share of the training's time."""
     seconds, scores = run["seconds"], run["scores"]
     shares = {"early": EARLY * seconds["training"], **{name: seconds.get(name, 0.0) for name in SEEN}}
     shares |= {name: scores[name]["seconds"] if scores[name] else 0.0 for name in NAMES}
@@ -338,7 +338,7 @@ def cost(run: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Makes the candidates that are not yet made, and writes down all that were."""
+    """Train the missing candidates, and write all results so far."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(TASK_DATA), default=list(TASK_DATA))
     parser.add_argument("--steps", type=int, default=300, help="Of each training.")
@@ -358,7 +358,7 @@ def main() -> None:
 
 
 def kept(file: Path, make: Callable[[], dict[str, Any]]) -> None:
-    """Makes a training and writes it down, unless that has been done."""
+    """Train a candidate and save the result, unless that has been done."""
     if not file.exists():
         started = time.perf_counter()
         run = make()

@@ -67,7 +67,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     lines = ["# What is known early", "", "What `python benchmarks/prediction.py` found.", "", tables(results), ""]
     for task, runs in results["tasks"].items():
         lines += [f"## {task}", "", "| candidate | accuracy, % | loss |", "|:--|--:|--:|"]
@@ -119,7 +119,7 @@ def _ceiling(results: Mapping[str, Any]) -> str:
 
 
 def _combinations(known: Mapping[str, Table], final: Table) -> Iterator[str]:
-    """The combinations, each fitted on all tasks but the one it is tested on, and their weights from all tasks."""
+    """Yield the combinations, each tested on a task it was not fitted on, and their weights from all tasks."""
     heads = ["combination", "mean τ (95 % interval)", *final, "weights, fitted on all tasks"]
     yield _row(heads)
     yield _row([":--", *["--:"] * (len(final) + 1), ":--"])
@@ -139,7 +139,7 @@ def _combinations(known: Mapping[str, Table], final: Table) -> Iterator[str]:
 
 
 def oriented(results: Mapping[str, Any], name: str) -> Table:
-    """A quantity by task, more being better, with what is not known below all that is."""
+    """Return a quantity by task, oriented so that more is better; unknown values come last."""
     sign = QUANTITIES[name].sign
     return {task: filled(sign * _column(runs, lambda run: run["known"].get(name))) for task, runs in results.items()}
 

@@ -71,7 +71,7 @@ def row(name: WorkloadName, profile: str, forecast_only: bool) -> dict[str, Any]
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as Markdown.
+    """Return the results as Markdown.
 
     Example:
         >>> said = {"took_seconds": 4.0, "seconds": 80.0, "hvps": 32, "mebibytes": 500.0}

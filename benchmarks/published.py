@@ -50,7 +50,7 @@ All of it is local, and of one seed: another head starts elsewhere."""
 
 
 def page(folder: Path) -> str:
-    """The page, from the reports of the cards in a folder."""
+    """Return the page, from the reports of the cards in a folder."""
     reports = {
         path.parent.parent.name: OptimizabilityReport.load(path) for path in sorted(folder.glob("*/*/report.json"))
     }
@@ -86,12 +86,12 @@ def page(folder: Path) -> str:
 
 
 def origins(report: OptimizabilityReport) -> list[str]:
-    """The checkpoint, or both of a dual encoder, and the data set."""
+    """Return the checkpoint, or both of a dual encoder, and the data set."""
     return [*report.model["id"].split(" + "), report.data["dataset"]]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int) -> str:
-    """A table whose first columns hold words, and the others numbers."""
+    """Return a table whose first columns hold words, and the others numbers."""
     rule = [":--" if column < words else "--:" for column in range(len(heads))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows))
 
@@ -134,7 +134,7 @@ def _source(name: str, source: dict[str, Any]) -> list[str]:
 
 
 def render(card: Path) -> None:
-    """Writes a card's section, and the files that its report links to, as this version of the package has them."""
+    """Write a card's section, and the files that its report links to, as this version renders them."""
     folder = card.parent / CARD_FOLDER
     report = OptimizabilityReport.load(folder)
     report.save(folder)
@@ -146,7 +146,7 @@ def render(card: Path) -> None:
 
 
 def main() -> None:
-    """Renders the cards and writes the page."""
+    """Render the cards and write the page."""
     for card in (ROOT / "model_cards").glob("*/README.md"):
         render(card)
     write_atomically(PAGE, page(ROOT / "model_cards").encode())

@@ -33,7 +33,7 @@ def tau(one: Array, other: Array) -> float:
 def mean_tau(
     predicted: Table, final: Table, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float, float]:
-    """The mean over the tasks of τ within each, and its 95 % interval by a bootstrap over the candidates of each task.
+    """Return the mean over tasks of τ within each, and its 95 % bootstrap interval over each task's candidates.
 
     Args:
         predicted: By task, a number for each candidate.

@@ -161,7 +161,7 @@ WIDTH, DEPTH, BATCHES = 512, 4, 3
 
 
 def tower(route: Route) -> nn.Module:
-    """A perceptron whose parameters outweigh all else."""
+    """Build a perceptron whose parameters outweigh everything else."""
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh()) for _ in range(DEPTH)]
     model = nn.Sequential(*layers, nn.Linear(WIDTH, 2, bias=False))
@@ -174,12 +174,12 @@ def tower(route: Route) -> nn.Module:
 
 
 def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss."""
+    """Return the loss."""
     return nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
 def checked(route: Route) -> dict[str, float]:
-    """What formulas say and what is counted, on this rank."""
+    """Return the costs by formula and as counted, on this rank."""
     group = training_process_group(torch.device("cpu"))
     model = tower(route)
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -244,14 +244,14 @@ def check_all() -> dict[Route, dict[str, float]]:
 
 
 def on_two_processes() -> dict[Route, dict[str, float]]:
-    """What the first of two processes finds."""
+    """Return the results of the first of two processes."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, args=(2, folder, check_all), nprocs=2)
         return torch.load(f"{folder}/found")
 
 
 def tables() -> str:
-    """The tables of the docs."""
+    """Return the tables of the docs."""
     lines = []
     for case in CASES:
         n, R = case.parameters, case.group
@@ -295,7 +295,7 @@ def sign_seconds(size: int = 8 * 10**8) -> float:
 
 
 def main() -> None:
-    """Checks the formulas, or writes the tables."""
+    """Check the formulas, or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="run two processes and count")
     if parser.parse_args().check:

@@ -172,7 +172,7 @@ def _seconds(cost: dict[str, Any]) -> float:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    r"""A Markdown table.
+    r"""Return a Markdown table.
 
     Example:
         >>> print("\n".join(table(["library", "HVPs"], [["ours", "8"]])))
@@ -274,7 +274,7 @@ def _matched(rows: dict[str, Any]) -> list[str]:
 
 
 def _matched_parts(rows: dict[str, Any], library: str) -> list[dict[str, Any] | None]:
-    """What each part of the card took to the target accuracy; `None` where that was not reached."""
+    """Return the cost of each part of the card to the target accuracy; `None` if it was not reached."""
     ends = rows.get("eigenvalues", {}).get(library, {}).get("targets", {}).get("both to 1.0%")
     trace = rows.get("trace", {}).get(library, {}).get("targets", {}).get("10%")
     density = rows.get("density", {}).get(library, {})

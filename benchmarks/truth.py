@@ -91,7 +91,7 @@ class Mean:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Mean:
-        """The mean of independent samples."""
+        """Return the mean of independent samples."""
         return cls(float(np.mean(samples)), float(np.std(samples, ddof=1)) / math.sqrt(len(samples)))
 
     def agrees(self, other: Mean) -> bool:
@@ -137,13 +137,13 @@ class Truth:
         return _distance(run, self.density) / self.lambda_max
 
     def summary(self) -> dict[str, Any]:
-        """What goes into the results: everything but the nodes and weights."""
+        """Return what the results contain: everything except nodes and weights."""
         agree = self.trace and self.plain_trace and self.trace.agrees(self.plain_trace)
         return {name: value for name, value in asdict(self).items() if name != "density"} | {"traces_agree": agree}
 
 
 def truth(name: WorkloadName) -> Truth:
-    """What is known of a workload; takes hours where the long runs have not been made yet."""
+    """Return the reference values of a workload; takes hours if the long runs have not been made yet."""
     with ExitStack() as held:
         return _truth(EFFORT[name], CACHE / name / "truth", _Exact(name, held))
 
@@ -180,7 +180,7 @@ def _truth(effort: Effort, folder: Path, exact: _Exact) -> Truth:
 
 
 def pooled(runs: Sequence[Quadrature]) -> Quadrature:
-    """The mean of several quadratures.
+    """Return the mean of several quadratures.
 
     Example:
         >>> one, other = Quadrature(np.array([1.0]), np.array([1.0])), Quadrature(np.array([3.0]), np.array([1.0]))
@@ -225,7 +225,7 @@ def _distance(one: Quadrature, other: Quadrature) -> float:
 
 
 def _part(file: Path, compute: Callable[[], Any]) -> Any:
-    """A part of the truth, read if it was kept, else computed and kept."""
+    """Read a part of the truth, or compute and save it."""
     if not file.exists():
         result = compute()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ class _Exact:
         return objective
 
     def check(self) -> dict[str, Any]:
-        """Compares one product with that of plain double backward over all rows, along a function of the weights.
+        """Compare a product with that of plain double backward over all rows, along a function of the weights.
 
         Such a vector is the same with and without the rows that are left out: equal norms and equal vᵀHv show that
         these are zero.
@@ -315,12 +315,12 @@ class _Exact:
         raise RuntimeError(f"The ends of the spectrum of {self._name} are not known after {MAX_STEPS} products.")
 
     def hessian_samples(self, seed: int) -> list[float]:
-        """Samples of vᵀHv."""
+        """Return samples of vᵀHv."""
         probes = _rademacher(self.hessian.size, PROBES_AT_ONCE, seed)
         return _directional_curvature(probes, self.hessian.matmat(probes.T).T).tolist()
 
     def decoupled_samples(self, seed: int) -> list[float]:
-        """Samples with the mean tr D of the decoupled matrix D: `tr QDQᵀ + vᵀPDPv` with P = I − QᵀQ."""
+        """Sample with mean tr D for the decoupled matrix D: `tr QDQᵀ + vᵀPDPv` with P = I − QᵀQ."""
         subspace, known = self._subspace
         probes = _rademacher(self.decoupled.size, PROBES_AT_ONCE, seed)
         probes -= (probes @ subspace.T) @ subspace
@@ -342,7 +342,7 @@ class _Exact:
         return vectors, known
 
     def runs(self, effort: Effort, seed: int) -> list[list[list[float]]]:
-        """What `Run` takes, of Lanczos runs in lockstep, each orthogonalized in full against its own basis."""
+        """Return the arguments of `Run`, from Lanczos runs in lockstep, each fully orthogonalized in its basis."""
         size, number = self.hessian.size, effort.at_once
         basis = torch.empty(number, effort.steps, size, dtype=torch.float64)
         vectors = _rademacher(size, number, 500_000 + seed) / math.sqrt(size)
@@ -365,7 +365,7 @@ class _Exact:
 
 
 def in_float64(workload: Workload) -> Workload:
-    """The workload, its model and its batches' floating-point tensors in double precision."""
+    """Convert the workload, its model and its batches' floating-point tensors to double precision."""
     batches = [
         {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
         for batch in workload.batches
@@ -395,7 +395,7 @@ def _fingerprint(parameters: Sequence[Tensor], multiply: Callable[[Tensor], Tens
 
 
 def _directional_curvature(vectors: Tensor, products: Tensor) -> Tensor:
-    """The dot product of each row with its product."""
+    """Return the dot product of each row with its product."""
     return (vectors * products).sum(dim=1)
 
 
@@ -405,7 +405,7 @@ def _rademacher(size: int, number: int, seed: int) -> Tensor:
 
 
 def main() -> None:
-    """Makes the long runs of the workloads that are named."""
+    """Compute the long runs of the named workloads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
     for name in parser.parse_args().workloads:

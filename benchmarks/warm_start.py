@@ -94,11 +94,11 @@ class Replayed(SymmetricOperator):
         self._next = 0
 
     def rewind(self) -> None:
-        """The next product asked for is the first again."""
+        """Start over: the next product is the first again."""
         self._next = 0
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """`A V`, from memory where it has been made before."""
+        """Return `A V`, from memory where it was computed before."""
         if self._next == len(self._products):
             self._products.append((vectors[0].clone(), self._operator.matmat(vectors)))
         first_row, product = self._products[self._next]
@@ -175,7 +175,7 @@ def _train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches: li
 
 
 def table(studies: list[dict[str, Any]]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = [
         "# What warm starts of Lanczos save",
         "",
@@ -212,7 +212,7 @@ def _cell(row: dict[str, Any], key: str) -> str:
 
 
 def main() -> None:
-    """Runs one study, and writes all that were made so far."""
+    """Run one study, and write all results so far."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workload", choices=get_args(Name), default="vision")
     parser.add_argument("--learning-rate", type=float, default=5e-5)

@@ -79,7 +79,7 @@ class Workload:
 
 
 def load(name: WorkloadName, *, attention: Literal["eager"] | None = None, batches: int = PROBE_BATCHES) -> Workload:
-    """Loads a workload, and makes it first where that has not been done.
+    """Load a workload; create it first if it does not exist.
 
     Args:
         name: Which one.
@@ -97,7 +97,7 @@ def load(name: WorkloadName, *, attention: Literal["eager"] | None = None, batch
 
 
 def make(name: WorkloadName, folder: Path) -> None:
-    """Makes the model and the probe batches, and writes them to `folder`."""
+    """Create the model and the probe batches, and write them to `folder`."""
     torch.manual_seed(SEED)
     model, batches = {"text": _text, "vision": _vision, "decoder": _decoder}[name]()
     model.save_pretrained(folder)

@@ -22,7 +22,7 @@ PICTURES = {  # first and last element of each, and how wide it is
 
 
 def take(page: Page, first: str, last: str, width: int) -> bytes:
-    """The page from the top of one element to the bottom of another, in few colours."""
+    """Screenshot the page from the top of one element to the bottom of another, in few colours."""
     top, end = (page.locator(selector).first.bounding_box() for selector in (first, last))
     assert top is not None and end is not None
     clip = {"x": 0, "y": top["y"], "width": width, "height": end["y"] + end["height"] - top["y"] + 12}
@@ -33,7 +33,7 @@ def take(page: Page, first: str, last: str, width: int) -> bytes:
 
 
 def main() -> None:
-    """Takes them all."""
+    """Take all pictures."""
     with sync_playwright() as play, play.chromium.launch(executable_path=shutil.which("chromium")) as browser:
         page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
         page.goto((Path(sys.argv[1]).resolve() / "report.html").as_uri())

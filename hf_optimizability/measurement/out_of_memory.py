@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 def retry_with_smaller_batches(
     objective: Objective, attempt: Callable[[Objective], Result]
 ) -> tuple[Result, Objective]:
-    """Do something with an objective, in batches that fit into memory.
+    """Run `attempt` on an objective; where memory runs out, run it again in smaller batches.
 
     Args:
         objective: In batches as large as wanted.

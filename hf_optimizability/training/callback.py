@@ -181,7 +181,7 @@ class OptimizabilityCallback(TrainerCallback):
             self._run.trackers.flush()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Come first at the end of training, which follows the Trainer's last log: before the trackers end."""
+        """Move before the trackers at the Trainer's last log: training ends next, and they must not end first."""
         if self._run is not None and {"train_runtime", "train_loss"} <= kwargs["logs"].keys():
             self._run.trackers.put_first(self)
 
