@@ -3,8 +3,8 @@
 
 Two real checkpoints are fine-tuned with AdamW. At some steps the Hessian on a fixed probe set of two batches is
 measured twice: cold, and from the Ritz vectors of the measurement before, which was warm itself. Counted are all
-products, until the residual of λ_max, or of both ends, is 1 %, and until `lanczos` calls them converged: that asks for
-enough products to show an eigenvalue that the old vectors know nothing of.
+products, until the residual of λ_max, or of both ends, is 1 %, and until they have converged as in `lanczos`: that
+takes enough products to show an eigenvalue that the old vectors know nothing of.
 
     python benchmarks/warm_start.py [--workload text|vision] [--learning-rate 5e-5] [--steps 10 20 30]
         [--max-hvps 12]
@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,8 +32,9 @@ from hf_optimizability.curvature.compact_embeddings import drop_unused_embedding
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.twice_differentiable import CheapSecondDerivatives
 from hf_optimizability.linalg.estimate import Estimate
-from hf_optimizability.linalg.lanczos import LanczosRun, lanczos
+from hf_optimizability.linalg.krylov import KrylovDecomposition
 from hf_optimizability.linalg.operator import SymmetricOperator
+from hf_optimizability.linalg.vectors import as_rows
 from hf_optimizability.model_state.measuring import math_attention, measuring
 from hf_optimizability.objective.objective import Objective
 
@@ -42,8 +44,6 @@ Name = Literal["text", "vision"]
 RESULTS = Path(__file__).parent / "results" / "warm_start.json"
 TITLES: dict[Name, str] = {"text": "MiniLM-L6 on movie sentences", "vision": "MobileNetV2 on MNIST"}
 TOLERANCE = 0.01
-HANDED_OVER = [-1]
-"""Which Ritz vectors the next measurement starts from: that of λ_max."""
 
 
 @dataclass(frozen=True)
@@ -84,48 +84,50 @@ class Measured:
     warm: Spent | None
 
 
-class Replayed(SymmetricOperator):
-    """Keeps each product, so that a run can be repeated with fewer of them at no cost."""
+def start_row(operator: SymmetricOperator, warm_start: Tensor | None, seed: int) -> Tensor:
+    """Draw a Rademacher vector of norm 1, as a row, and add orthonormal approximate eigenvectors to it.
 
-    def __init__(self, operator: SymmetricOperator):
-        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
-        self._operator = operator
-        self._products: list[tuple[Tensor, Tensor]] = []
-        self._next = 0
+    Their sum gets the weight n^-¼: enough to save products, and so little that a missed eigenvalue still shows in
+    time. It is halfway, on a log scale, between the share 1/√n that it has in the random part and that of the whole.
 
-    def rewind(self) -> None:
-        """Start over: the next product is the first again."""
-        self._next = 0
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Return `A V`, from memory where it was computed before."""
-        if self._next == len(self._products):
-            self._products.append((vectors[0].clone(), self._operator.matmat(vectors)))
-        first_row, product = self._products[self._next]
-        assert torch.equal(first_row, vectors[0]), "The run is not the same as before."
-        self._next += 1
-        return product.clone()
+    Args:
+        operator: The matrix, of size n.
+        warm_start: Of shape (k, n), from a run at a nearby point; best that of λ_max alone, since others delay it.
+        seed: Seed of the Rademacher vector.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    row = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
+    row = row.div_(math.sqrt(operator.size))
+    if warm_start is not None:
+        row += warm_start.to(row).sum(dim=0) * (operator.size**-0.25 / math.sqrt(len(warm_start)))
+    return row[None]
 
 
-def measure_run(operator: SymmetricOperator, warm_start: Tensor | None, max_hvps: int) -> tuple[Spent, LanczosRun]:
-    """Repeats a run with one product more each time, until everything holds."""
-    replayed = Replayed(operator)
-    conditions: dict[str, Callable[[LanczosRun], bool]] = {
-        "top": lambda run: _small(run.lambda_max),
-        "ends": lambda run: _small(run.lambda_max) and _small(run.lambda_min),
-        "top_converged": lambda run: run.lambda_max.converged,
-        "ends_converged": lambda run: run.lambda_max.converged and run.lambda_min.converged,
-    }
-    spent: dict[str, int | None] = dict.fromkeys(conditions)
+def run_lanczos(
+    operator: SymmetricOperator, warm_start: Tensor | None, *, max_hvps: int, seed: int = SEED
+) -> tuple[Spent, KrylovDecomposition]:
+    """Run Lanczos until everything holds, and count the products that it took."""
+    krylov = KrylovDecomposition(start_row(operator, warm_start, seed), operator.rows)
+    spent: dict[str, int | None] = dict.fromkeys(field.name for field in fields(Spent))
     for products in range(1, max_hvps + 1):
-        replayed.rewind()
-        run = lanczos(replayed, tolerance=TOLERANCE, max_hvps=products, seed=SEED, warm_start=warm_start)
-        for name, holds in conditions.items():
-            if spent[name] is None and holds(run):
-                spent[name] = products
-        if None not in spent.values():
+        krylov.absorb(as_rows(operator.matmat(krylov.extend().T)))
+        top, bottom = extreme_eigenvalues(krylov, hvps=products)
+        holds = {
+            "top": _small(top),
+            "ends": _small(top) and _small(bottom),
+            "top_converged": top.converged,
+            "ends_converged": top.converged and bottom.converged,
+        }
+        spent |= {name: products for name in spent if spent[name] is None and holds[name]}
+        if None not in spent.values() or krylov.exhausted:
             break
-    return Spent(**spent), run
+    return Spent(**spent), krylov
+
+
+def extreme_eigenvalues(krylov: KrylovDecomposition, *, hvps: int = 0) -> tuple[Estimate, Estimate]:
+    """Return λ_max and λ_min."""
+    top, bottom = (krylov.eigenvalues(sign, TOLERANCE, 1, hvps)[0] for sign in (1, -1))
+    return top, bottom
 
 
 def _small(end: Estimate) -> bool:
@@ -144,15 +146,20 @@ def fine_tune_and_measure(workload: Name, learning_rate: float, steps: list[int]
         _train(model, optimizer, batches[PROBE_BATCHES + done : PROBE_BATCHES + step])
         done = step
         with _hessian(objective) as hessian:
-            cold, run = measure_run(hessian, None, max_hvps)
+            cold, krylov = run_lanczos(hessian, None, max_hvps=max_hvps)
             warm: Spent | None = None
             overlap: float | None = None
-            lambda_max, lambda_min = run.lambda_max.value, run.lambda_min.value
+            top, bottom = extreme_eigenvalues(krylov)
             if old is not None:
-                overlap = abs(float(run.ritz_vectors([-1])[0] @ old[0]))
-                warm, run = measure_run(hessian, old, max_hvps)
-            old = run.ritz_vectors(HANDED_OVER)
-        yield Measured(step, lambda_max, lambda_min, overlap, cold, warm)
+                overlap = abs(float(_leading_vector(krylov)[0] @ old[0]))
+                warm, krylov = run_lanczos(hessian, old, max_hvps=max_hvps)
+            old = _leading_vector(krylov)
+        yield Measured(step, top.value, bottom.value, overlap, cold, warm)
+
+
+def _leading_vector(krylov: KrylovDecomposition) -> Tensor:
+    """Return the Ritz vector of λ_max, as a row."""
+    return krylov.combine(krylov.vectors[:, -1:].T)
 
 
 @contextmanager

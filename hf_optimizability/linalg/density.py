@@ -114,8 +114,6 @@ def density(
         >>> round(result.negative_mass.value, 3), round(result.frobenius_norm.value**2, 3)
         (0.25, 30.0)
     """
-    if not len(weights):
-        raise ValueError("`weights` has no rows: no start was random. Use at least 2 `starts` with a warm start.")
     if len(nodes) < 3 * len(weights) and residuals.max() > _rounding(nodes):  # the variance of a mean λ² takes λ⁴
         raise ValueError(
             f"{len(nodes)} nodes from {len(weights)} starts are too few for an error bar: make at least 3 steps "

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..config import HvpAllocation, OptimizabilityConfig
-from ..linalg.lanczos import BASIS_CHUNK
+from ..linalg.krylov import BASIS_CHUNK
 from ..linalg.probe_vectors import PROBE_BLOCK_SIZE
 from ..linalg.spectrum_and_trace import DEFLATED
 from ..objective.objective import Objective

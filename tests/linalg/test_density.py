@@ -436,9 +436,3 @@ class TestDensity:
     def test_too_few_steps_for_an_error(self):
         with pytest.raises(ValueError, match="3 steps"):
             measured(rotated(indefinite()), steps=2, starts=4)
-
-    def test_no_random_start(self):
-        operator = DenseOperator(rotated(indefinite()))
-        run = lanczos(operator, tolerance=0.1, max_hvps=50, seed=0, warm_start=torch.eye(200, dtype=torch.float64)[:1])
-        with pytest.raises(ValueError, match="starts"):
-            density(run.nodes, run.weights, run.residuals, size=200, hvps=run.hvps, tolerance=0.1)

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-import scipy.fft
 import torch
 from torch import Tensor
 
 from hf_optimizability.linalg import lanczos as module
 from hf_optimizability.linalg.estimate import Spectrum
+from hf_optimizability.linalg.krylov import KrylovDecomposition
 from hf_optimizability.linalg.lanczos import LanczosRun, lanczos, lanczos_by_segment
 from hf_optimizability.linalg.operator import DenseOperator, SymmetricOperator
 from hf_optimizability.linalg.row_partition import RowPartition
@@ -67,52 +67,6 @@ class Counting(DenseOperator):
 
 def spectrum_of(run: LanczosRun) -> tuple[np.ndarray, np.ndarray]:
     return np.array(run.spectrum.ritz_values), np.array(run.spectrum.ritz_weights)
-
-
-class Rotated(SymmetricOperator):
-    """A large matrix of known eigenvalues and eigenvectors without structure (cosine transforms with random signs).
-
-    `angle` turns each eigenvector towards its neighbour in the spectrum, and towards a random other one.
-    """
-
-    def __init__(self, eigenvalues: np.ndarray, *, angle: float = 0.0):
-        self.size, self.dtype, self.device = len(eigenvalues), torch.float64, torch.device("cpu")
-        self._eigenvalues, self._angle = eigenvalues, angle
-        rng = np.random.default_rng(7)
-        self._signs = rng.choice([-1.0, 1.0], size=(2, self.size, 1))
-        self._pairings = [np.arange(self.size).reshape(-1, 2), rng.permutation(self.size).reshape(-1, 2)]
-
-    def eigenvectors(self, indices: list[int]) -> Tensor:
-        return torch.from_numpy(self._from_eigenbasis(np.eye(self.size)[:, indices]).T.copy())
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        coordinates = self._into_eigenbasis(vectors.numpy())
-        return torch.from_numpy(self._from_eigenbasis(self._eigenvalues[:, None] * coordinates))
-
-    def _from_eigenbasis(self, columns: np.ndarray) -> np.ndarray:
-        columns = self._signs[0] * self._turned(self._turned(columns, 0, self._angle), 1, self._angle)
-        columns = self._signs[1] * scipy.fft.dct(columns, axis=0, norm="ortho")
-        return scipy.fft.dct(columns, axis=0, norm="ortho")
-
-    def _into_eigenbasis(self, columns: np.ndarray) -> np.ndarray:
-        columns = self._signs[1] * scipy.fft.idct(columns, axis=0, norm="ortho")
-        columns = self._signs[0] * scipy.fft.idct(columns, axis=0, norm="ortho")
-        return self._turned(self._turned(columns, 1, -self._angle), 0, -self._angle)
-
-    def _turned(self, columns: np.ndarray, pairing: int, angle: float) -> np.ndarray:
-        first, second = self._pairings[pairing].T
-        turned = np.empty_like(columns)
-        turned[first] = np.cos(angle) * columns[first] - np.sin(angle) * columns[second]
-        turned[second] = np.sin(angle) * columns[first] + np.cos(angle) * columns[second]
-        return turned
-
-
-def outliers_and_bulk(kind: str, size: int = 2000) -> np.ndarray:
-    """Outliers in a geometric row or evenly spaced, the largest at 0, the smallest at 14, and a normal bulk."""
-    bulk = np.random.default_rng(0).normal(size=size - 24)
-    if kind == "geometric":
-        return np.concatenate([np.geomspace(9, 0.5, 14), -np.geomspace(5.9, 0.5, 10), bulk / 20])
-    return np.concatenate([np.linspace(10, 3, 14), np.linspace(-5, -2, 10), bulk / 3])
 
 
 class TestEnds:
@@ -273,9 +227,9 @@ class TestBasis:
     @pytest.mark.parametrize("starts", [1, 2])
     def test_restarts_reach_the_same_tolerance(self, starts: int, monkeypatch: pytest.MonkeyPatch):
         restarts = []
-        restart = module._Krylov.restart
+        restart = KrylovDecomposition.restart
         monkeypatch.setattr(
-            module._Krylov, "restart", lambda self, *, keep: (restart(self, keep=keep), restarts.append(keep))
+            KrylovDecomposition, "restart", lambda self, *, keep: (restart(self, keep=keep), restarts.append(keep))
         )
         dense = matrix(slow())
         options = {"tolerance": 1e-5, "max_hvps": 400, "seed": 0, "starts": starts, "num_eigenvalues": 2}
@@ -366,90 +320,6 @@ class TestQuadrature:
             powers = powers @ dense
         moments = (probes * powers).mean(dim=1).numpy()
         assert run.weights @ run.nodes ** (2 * steps) != pytest.approx(moments, rel=1e-9)
-
-
-def drifted(kind: str, seed: int) -> tuple[Tensor, np.ndarray, Rotated]:
-    """Ritz vectors of a matrix, and one whose eigenvectors are turned by 7 %, its eigenvalues up by 10 to 30 %."""
-    eigenvalues = outliers_and_bulk(kind)
-    old = lanczos(Rotated(eigenvalues), tolerance=1e-2, max_hvps=100, seed=9)
-    later = eigenvalues * np.random.default_rng(seed).uniform(1.1, 1.3, size=len(eigenvalues))
-    return old.ritz_vectors([-1, 0]), later, Rotated(later, angle=0.07)
-
-
-def products_for_lambda_max(operator: Rotated, seed: int, warm_start: Tensor | None) -> int:
-    """How many it takes until λ_max has converged to 1 %, whatever λ_min takes."""
-    for products in range(2, 100):
-        run = lanczos(operator, tolerance=1e-2, max_hvps=products, seed=seed, warm_start=warm_start)
-        if run.lambda_max.converged:
-            return products
-    raise AssertionError
-
-
-@pytest.mark.parametrize("kind", ["geometric", "even"])
-class TestWarmStart:
-    def test_saves_products_of_the_largest_eigenvalue(self, kind: str):
-        """Would save less with a larger share of the old vector, which hides what it does not know of for longer."""
-        spent = []
-        for seed in range(16):
-            warm_start, _, operator = drifted(kind, seed)
-            spent.append([products_for_lambda_max(operator, seed, start) for start in (None, warm_start[:1])])
-        cold, warm = np.sum(spent, axis=0)
-        assert warm <= 0.75 * cold
-
-    def test_converges_to_the_ends(self, kind: str):
-        for seed in range(4):
-            warm_start, eigenvalues, operator = drifted(kind, seed)
-            cold = lanczos(operator, tolerance=1e-3, max_hvps=100, seed=seed)
-            warm = lanczos(operator, tolerance=1e-3, max_hvps=100, seed=seed, warm_start=warm_start)
-            assert warm.hvps <= cold.hvps and warm.lambda_max.converged and warm.lambda_min.converged
-            assert warm.lambda_max.value == pytest.approx(eigenvalues.max(), rel=1e-3)
-            assert warm.lambda_min.value == pytest.approx(eigenvalues.min(), rel=1e-3)
-
-    @pytest.mark.parametrize("sign", [1, -1])
-    def test_does_not_miss_an_eigenvalue_that_its_vectors_know_nothing_of(self, kind: str, sign: int):
-        """The old vectors are exact eigenvectors still, orthogonal to the new outlier: their residual is 0 at once."""
-        eigenvalues = outliers_and_bulk(kind)
-        old = Rotated(eigenvalues).eigenvectors([0, 14])
-        eigenvalues[1000] = 1.3 * (eigenvalues.max() if sign == 1 else eigenvalues.min())
-        for seed in range(10):
-            run = lanczos(Rotated(eigenvalues), tolerance=1e-2, max_hvps=100, seed=seed, warm_start=old)
-            end = run.lambda_max if sign == 1 else run.lambda_min
-            assert end.converged and end.value == pytest.approx(eigenvalues[1000], rel=1e-2)
-
-    def test_vectors_of_no_use_do_no_harm(self, kind: str):
-        eigenvalues = outliers_and_bulk(kind)
-        inner = Rotated(eigenvalues).eigenvectors([500, 600])
-        run = lanczos(Rotated(eigenvalues), tolerance=1e-2, max_hvps=100, seed=0, warm_start=inner)
-        assert run.lambda_max.value == pytest.approx(eigenvalues.max(), rel=1e-3)
-        assert run.lambda_min.value == pytest.approx(eigenvalues.min(), rel=1e-3)
-
-    def test_leaves_the_other_starts_random(self, kind: str):
-        warm_start, _, operator = drifted(kind, 0)
-        alone = lanczos(operator, tolerance=1e-2, max_hvps=100, seed=0, warm_start=warm_start)
-        assert alone.weights.shape == (0, len(alone.nodes))
-        assert alone.spectrum.ritz_values == alone.spectrum.ritz_weights == ()
-        run = lanczos(operator, tolerance=1e-2, max_hvps=100, seed=0, starts=3, warm_start=warm_start)
-        probes, products = run.probes()
-        assert torch.allclose(probes.abs(), torch.ones(2, operator.size, dtype=torch.float64), atol=1e-10)
-        assert torch.allclose(products, operator.matmat(probes.T).T, atol=1e-8)
-        assert run.weights @ run.nodes == pytest.approx((probes * products).mean(dim=1).numpy(), rel=1e-10)
-        assert run.weights.sum(axis=1) == pytest.approx(np.ones(2), rel=1e-12)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_warm_start_in_many_dimensions_waits_for_what_its_vector_does_not_know_of(sign: int):
-    """After three products the residual at the old eigenvalue 10 is small, and the new one, 13, has not shown yet."""
-    size = 4_000_000
-    bulk = np.random.default_rng(0).normal(size=size - 2) / 20
-    operator = DiagonalOperator(sign * np.concatenate([[10.0, 13.0], bulk]))
-    old = torch.zeros(1, size, dtype=torch.float64)
-    old[0, 0] = 1
-    seen = []
-    for products in (3, 6):
-        run = lanczos(operator, tolerance=2e-2, max_hvps=products, seed=0, warm_start=old)
-        end = run.lambda_max if sign == 1 else run.lambda_min
-        seen.append((end.residual <= 2e-2 * abs(end.value), abs(end.value) > 12.9, end.converged))
-    assert seen == [(True, False, False), (True, True, True)]  # the residual alone would have been believed
 
 
 class TestBySegment:
