@@ -12,7 +12,7 @@ CHECKED := hf_optimizability recipes tests benchmarks docs
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-text demo-vision docs test test-slow golden quality style clean
+.PHONY: help demo demo-text demo-vision docs schema test test-slow golden quality style clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -28,6 +28,9 @@ demo-vision: $(STAMP)  ## The vision half of the demo: MobileNetV2 on MNIST.
 docs: $(STAMP)  ## Build the documentation into out/site; a warning is an error. Needs Python 3.11.
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . out/site
 	@echo "Open out/site/docs/index.html"
+
+schema: $(STAMP)  ## Write the schema of report.json from the result dataclasses.
+	$(BIN)/python benchmarks/report_schema.py
 
 test: $(STAMP)  ## Run the tests, without those that take minutes.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

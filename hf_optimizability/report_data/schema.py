@@ -182,7 +182,8 @@ def _explained(error: ValidationError) -> str:
 def _unequal(data: dict[str, Any]) -> Iterator[str]:
     """Yield lists that belong together but differ in length, which a schema can't express."""
     for index, measurement in enumerate(data["measurements"]):
-        hessian, density = measurement["hessian"], measurement["hessian"]["density"] or {}
+        hessian = measurement["hessian"]
+        density = hessian.get("density") or {}
         for part, first, second in (
             (hessian, "ritz_values", "ritz_weights"),
             (density, "grid", "density"),
