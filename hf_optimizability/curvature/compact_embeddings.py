@@ -179,4 +179,5 @@ def _compact(embedding: nn.Embedding, rows: Tensor) -> Iterator[None]:
 
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["input"]
+    ids: Tensor = args[0] if args else kwargs["input"]
+    return ids

@@ -11,6 +11,10 @@ from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.row_partition import RowPartition
 
 
+FunctionalLoss = Callable[[Sequence[Tensor]], tuple[Tensor, int]]
+"""The sum of a batch's losses and its number of items, as a function of the variables."""
+
+
 class HvpCounter:
     """Count of the Hessian-vector products made with one loss.
 
@@ -75,7 +79,7 @@ class EmpiricalRisk:
         """Yield each batch's outputs of the model, its sum of losses and its number of items, in one graph."""
         raise NotImplementedError
 
-    def functional_losses(self) -> Iterable[Callable[[Sequence[Tensor]], tuple[Tensor, int]]]:
+    def functional_losses(self) -> Iterable[FunctionalLoss]:
         """Yield, for each batch, its sum of losses and its number of items as a function of the variables."""
         raise NotImplementedError
 

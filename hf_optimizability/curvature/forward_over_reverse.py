@@ -12,7 +12,7 @@ from torch.func import grad, jvp, vmap
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .empirical_risk import EmpiricalRisk
+from .empirical_risk import EmpiricalRisk, FunctionalLoss
 from .hessian import ObjectiveOperator
 
 
@@ -61,7 +61,7 @@ class ForwardOverReverseHessian(ObjectiveOperator):
         for function in self._objective.functional_losses():
             items = 0
 
-            def loss(*parameters: Tensor, function=function) -> Tensor:
+            def loss(*parameters: Tensor, function: FunctionalLoss = function) -> Tensor:
                 nonlocal items
                 value, items = function(parameters)
                 return value

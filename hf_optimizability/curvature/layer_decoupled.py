@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .autograd_graph import iter_leaf_uses
 from .empirical_risk import EmpiricalRisk
 from .hessian import HessianOperator
+from .selective_grad import apply
 from .twice_differentiable import linear_without_coupling
 
 
@@ -100,7 +101,7 @@ class _Decouple(TorchFunctionMode):
         by_parameters = without(inputs)
         if not isinstance(by_parameters, Tensor) or not by_parameters.is_floating_point():
             return func(*args, **(kwargs or {}))
-        return _SplitGradient.apply(by_parameters, without(own))
+        return apply(_SplitGradient, by_parameters, without(own))
 
 
 class _SplitGradient(torch.autograd.Function):
@@ -111,7 +112,7 @@ class _SplitGradient(torch.autograd.Function):
         return first.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, gradient
 
 

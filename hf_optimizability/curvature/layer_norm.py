@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .selective_grad import Mask, is_requested
+from .selective_grad import Mask, apply, apply_many, is_requested
 
 
 aten = torch.ops.aten
@@ -37,12 +37,13 @@ def layer_norm(x: Tensor, shape: Sequence[int], w: Tensor | None, b: Tensor | No
         >>> slope.tolist(), torch.autograd.grad(slope[0, 1], x)[0].tolist()
         ([[-0.1875, 0.1875]], [[0.0703125, -0.0703125]])
     """
-    return _LayerNorm.apply(x, list(shape), w, b, eps)
+    return apply(_LayerNorm, x, list(shape), w, b, eps)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: list[int], w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
+        y: Tensor
         y, *statistics = aten.native_layer_norm(x, shape, w, b, eps)
         ctx.shape, ctx.eps = shape, eps
         ctx.save_for_backward(x, w, b, *statistics)
@@ -53,7 +54,7 @@ class _LayerNorm(torch.autograd.Function):
         x, w, b, *statistics = ctx.saved_tensors
         by_x, _, by_w, by_b, _ = ctx.needs_input_grad
         mask = by_x, by_w and is_requested(w), by_b and is_requested(b)
-        gx, gw, gb = _Adjoints.apply(gy, x, w, b, *statistics, ctx.shape, ctx.eps, mask)
+        gx, gw, gb = apply_many(_Adjoints, gy, x, w, b, *statistics, ctx.shape, ctx.eps, mask)
         return gx, None, gw, gb, None
 
 
@@ -79,7 +80,8 @@ class _Adjoints(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gy, x, w, mean, r)
         ctx.shape, ctx.eps = shape, eps
-        return aten.native_layer_norm_backward(gy, x, shape, mean, r, w, b, mask)
+        gx, gw, gb = aten.native_layer_norm_backward(gy, x, shape, mean, r, w, b, mask)
+        return gx, gw, gb
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -88,11 +90,13 @@ class _Adjoints(torch.autograd.Function):
         by_gy, by_x, by_w, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # then it must be part of the graph of a higher derivative
             r = (x.var(_normalized(ctx.shape), correction=0, keepdim=True) + ctx.eps).rsqrt()
-        u = _LayerNorm.apply(x, ctx.shape, None, None, ctx.eps)
+        u = apply(_LayerNorm, x, ctx.shape, None, None, ctx.eps)
 
         def pulled_back(v: Tensor) -> Tensor:
             """Return `r P v`."""
-            return _Adjoints.apply(v, x, None, None, mean, r, ctx.shape, ctx.eps, (True, False, False))[0]
+            arguments = v, x, None, None, mean, r, ctx.shape, ctx.eps, (True, False, False)
+            gx: Tensor = apply_many(_Adjoints, *arguments)[0]
+            return gx
 
         def dot(left: Tensor, right: Tensor) -> Tensor:
             return (left * right).mean(_normalized(ctx.shape), keepdim=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ Mask = tuple[bool, bool, bool]
 
 Blank = tuple[torch.Size | None, torch.Size | None]
 """The shapes of the zeros in place of those by w and b, for those that are not wanted."""
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """Apply a custom autograd function of one output; torch leaves `Function.apply` without types."""
+    output: Tensor = function.apply(*arguments)
+    return output
+
+
+def apply_many(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Any, ...]:
+    """Apply a custom autograd function of several outputs."""
+    outputs: tuple[Any, ...] = function.apply(*arguments)
+    return outputs
 
 
 def differentiate(

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .ctc_loss import ctc_loss
 from .layer_norm import layer_norm
-from .selective_grad import Blank, Mask, blank, is_requested, is_variable
+from .selective_grad import Blank, Mask, apply, apply_many, blank, is_requested, is_variable
 
 
 aten = torch.ops.aten
@@ -104,7 +104,8 @@ class _Linear(_Bilinear):
     coupled: bool = True
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return aten.linear(x, w.T if self.transposed else w, b)
+        y: Tensor = aten.linear(x, w.T if self.transposed else w, b)
+        return y
 
     def adjoints(self, gy: Tensor, x: Tensor, w: Tensor, mask: Mask) -> tuple[Tensor | None, ...]:
         by_x, by_w, by_b = mask
@@ -134,10 +135,12 @@ class _Convolution(_Bilinear):
     groups: int
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return aten.convolution(x, w, b, *self._geometry)
+        y: Tensor = aten.convolution(x, w, b, *self._geometry)
+        return y
 
     def adjoints(self, gy: Tensor, x: Tensor, w: Tensor, mask: Mask) -> tuple[Tensor | None, ...]:
-        return aten.convolution_backward(gy, x, w, [len(w)], *self._geometry, mask)
+        gx, gw, gb = aten.convolution_backward(gy, x, w, [len(w)], *self._geometry, mask)
+        return gx, gw, gb
 
     @property
     def _geometry(self) -> tuple[Any, ...]:
@@ -154,14 +157,16 @@ class _FixedNormalization(_Bilinear):
     eps: float
 
     def apply(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return aten.native_batch_norm(x, w, b, self.mean, self.variance, False, 0.0, self.eps)[0]
+        y: Tensor = aten.native_batch_norm(x, w, b, self.mean, self.variance, False, 0.0, self.eps)[0]
+        return y
 
     def adjoints(self, gy: Tensor, x: Tensor, w: Tensor, mask: Mask) -> tuple[Tensor | None, ...]:
         # The last two are of a batch; those that a fixed normalization has in their place are not read, but on a GPU
         # they must be there.
         statistics = (self.mean, self.variance, self.mean, (self.variance + self.eps).rsqrt())
         # Of channels-last images, torch 2.13 reads a strided w as if it were contiguous.
-        return aten.native_batch_norm_backward(gy, x, w.contiguous(), *statistics, False, self.eps, mask)
+        gx, gw, gb = aten.native_batch_norm_backward(gy, x, w.contiguous(), *statistics, False, self.eps, mask)
+        return gx, gw, gb
 
     def without_offset(self) -> _Bilinear:
         return replace(self, mean=torch.zeros_like(self.mean))
@@ -179,7 +184,7 @@ class _Apply(torch.autograd.Function):
         x, w, b = ctx.saved_tensors
         by_x, by_w, by_b = ctx.needs_input_grad[1:]
         mask = by_x, by_w and is_requested(w), by_b and is_requested(b)
-        return None, *_Adjoints.apply(ctx.bilinear, gy, x, w, mask, (blank(w), blank(b)))
+        return None, *apply_many(_Adjoints, ctx.bilinear, gy, x, w, mask, (blank(w), blank(b)))
 
 
 class _Adjoints(torch.autograd.Function):
@@ -231,18 +236,19 @@ def linear_without_coupling(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         >>> [float(mixed) for mixed in torch.autograd.grad(slope, [x, w])]  # of (x w)², 4 x w = 12 by x without
         [6.0, 2.0]
     """
-    return _Apply.apply(_Linear(coupled=False), x, w, b)
+    return apply(_Apply, _Linear(coupled=False), x, w, b)
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return aten.gelu(x)
+        y: Tensor = aten.gelu(x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Tensor:
-        return _GeluSlope.apply(gy, *ctx.saved_tensors)
+        return apply(_GeluSlope, gy, *ctx.saved_tensors)
 
 
 class _GeluSlope(torch.autograd.Function):
@@ -252,7 +258,8 @@ class _GeluSlope(torch.autograd.Function):
     def forward(ctx: Any, gy: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(gy, x)
         ctx.curvature = None
-        return aten.gelu_backward(gy, x)
+        gx: Tensor = aten.gelu_backward(gy, x)
+        return gx
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,21 +275,21 @@ class _GeluSlope(torch.autograd.Function):
 
 def _gelu(input: Tensor, approximate: str = "none") -> Tensor | None:
     """Replace `gelu`; return `None` for its approximation by tanh. Arguments have torch's names, as below."""
-    return _Gelu.apply(input) if approximate == "none" else None
+    return apply(_Gelu, input) if approximate == "none" else None
 
 
 def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """Replace `linear`; return `None` for a weight that is not a variable: torch's own backward needs less."""
     if not is_variable(weight) or weight.dim() != 2 or torch.is_autocast_enabled(input.device.type):
         return None
-    return _Apply.apply(_Linear(), input, weight, bias)
+    return apply(_Apply, _Linear(), input, weight, bias)
 
 
 def _add_product(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor | None:
     """Replace `addmm` as GPT-2's layers use it: `mat2` is the weight, `input` its bias."""
     if scales or input.dim() != 1 or not is_variable(mat2) or torch.is_autocast_enabled(mat1.device.type):
         return None
-    return _Apply.apply(_Linear(transposed=True), mat1, mat2, input)
+    return apply(_Apply, _Linear(transposed=True), mat1, mat2, input)
 
 
 def _convolve(
@@ -308,7 +315,7 @@ def _convolve(
     convolution = _Convolution(stride, _each(padding, dims), dilation, groups)
     if dims == 2 and input.device.type == "cpu":  # depthwise kernels are several times as fast in this format
         input = input.contiguous(memory_format=torch.channels_last)
-    return _Apply.apply(convolution, input, weight, bias)
+    return apply(_Apply, convolution, input, weight, bias)
 
 
 def _normalize(
@@ -324,7 +331,7 @@ def _normalize(
     """Replace `batch_norm`; return `None` unless it is an affine map of fixed coefficients, with a weight."""
     if training or running_mean is None or running_var is None or weight is None:
         return None
-    return _Apply.apply(_FixedNormalization(running_mean, running_var, eps), input, weight, bias)
+    return apply(_Apply, _FixedNormalization(running_mean, running_var, eps), input, weight, bias)
 
 
 def _normalize_examples(

@@ -141,7 +141,8 @@ class KrylovDecomposition:
 
     def _residuals(self, vectors: Array) -> Array:
         """Return `‖Aq − θq‖` of Ritz vectors whose coordinates in Q are these columns."""
-        return np.linalg.norm(vectors.T @ self._C, axis=1)
+        norms: Array = np.linalg.norm(vectors.T @ self._C, axis=1)
+        return norms
 
     def _missed_eigenvalue_unlikely(self, eigenvalue: float) -> bool:
         """Return whether an eigenvalue there is unlikely to have been missed.

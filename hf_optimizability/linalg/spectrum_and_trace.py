@@ -10,13 +10,16 @@ from typing import Literal
 
 from torch import Tensor
 
+from .batch_traces import BatchTraces
+from .deflation import Deflation
 from .density import Density, density
 from .estimate import Estimate, Spectrum
 from .lanczos import lanczos
 from .operator import SymmetricOperator
 from .power_iteration import leading_eigenpair
-from .trace import MIN_PROBES, BatchTraces, Deflation, Segments, TraceResult, exact_trace, hutchinson, hutchplusplus
-from .vectors import as_rows
+from .trace import MIN_PROBES, exact_trace, hutchinson, hutchplusplus
+from .trace_result import TraceResult
+from .vectors import Segments, as_rows
 from .xtrace import xtrace
 
 

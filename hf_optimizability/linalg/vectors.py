@@ -141,7 +141,8 @@ def gram_chunk(tensor: Tensor) -> int:
 
 def symmetrize(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the symmetric part of a matrix, to undo rounding."""
-    return (matrix + matrix.T) / 2
+    symmetric: NDArray[np.float64] = (matrix + matrix.T) / 2
+    return symmetric
 
 
 def column_slices(rows: Tensor) -> Iterator[slice]:
