@@ -261,7 +261,8 @@ def outcome(case: Case) -> tuple[str, str]:
     if found.fallback:
         way += f", since: {first_sentence(found.fallback)}"
     off = abs(found.hessian.lambda_max.value / reference(case) - 1)
-    return way, "below 0.1 %" if off < 1e-3 else f"{100 * off:.1f} %"
+    resolved = 1e-3 if found.engine == "double_backward" else 1e-2  # differences depend on the CPU's kernels
+    return way, f"below {100 * resolved:g} %" if off < resolved else f"{100 * off:.1f} %"
 
 
 def reference(case: Case) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class ShardedObjective(Objective):
         vars(self).update(vars(objective.unsharded()))
         self._sharded = parameters
         self._rows = rows
+        self._cut = True
         self._shards = [local_tensor(parameter).detach().requires_grad_() for parameter in parameters]
 
     @property
@@ -51,14 +53,26 @@ class ShardedObjective(Objective):
         """The partition of vectors over the whole parameters: this rank has the rows of its shards."""
         return self._rows
 
+    def uncut(self) -> ShardedObjective:
+        """Return the objective whose batches are not split over the ranks: each passes all of them, for their values.
+
+        Passes are FSDP's collectives, so that all ranks must make them together.
+        """
+        objective = copy(self)
+        objective._cut = False
+        return objective
+
     def losses(self) -> Iterator[tuple[Tensor, int]]:
         """Yield each batch's sum of losses over all ranks, differentiable w.r.t. the shards, and its items."""
         for batch in self._local:
             if not batch.items:
                 continue
-            loss, items = self._share(batch)
-            gradients = self._backward(loss) if torch.is_grad_enabled() else []
+            loss, items = self._share(batch) if self._cut else self._pass(batch)
+            gradients = self._backward(loss) if self._cut and torch.is_grad_enabled() else []
             reshard(self.model)  # unsharded copies would not follow when the shards are displaced
+            if not self._cut:
+                yield loss, items
+                continue
             sums = self.rows.group.all_reduce_(torch.tensor([float(loss.detach()), items], dtype=torch.float64))
             total = sums[0].to(loss)
             yield (_PrecomputedGradient.apply(total, gradients, *self._shards) if gradients else total), int(sums[1])

@@ -165,12 +165,27 @@ def choose_engine(
         return engine, result
     if isinstance(refusals[0], WrongDerivativeError):
         raise refusals[0]
-    raise MeasurementError(
-        f"The loss can't be differentiated twice: {_explained(refusals[0])}",
+    raise _not_differentiable(candidate, refusals) from refusals[0]
+
+
+def _not_differentiable(last: HvpEngine, refusals: Sequence[RuntimeError]) -> MeasurementError:
+    """Return the error for a loss that no allowed engine differentiates, the last of which is given."""
+    if last.name in ("central_difference", "single_backward"):
+        return MeasurementError(
+            f"The loss can't be differentiated: a single backward pass fails. {_explained(refusals[-1])}",
+            "Call `loss.backward()` on one batch in eval mode and fix what it raises.",
+        )
+    differences = (
         "Leave `engine` at 'auto' or set it to 'central_difference', which need no second derivative where there is "
-        "none; or use `attn_implementation='eager'`, and replace custom autograd functions by differentiable "
+        "none; or use"
+    )
+    if last.curvature != "hessian":
+        differences = "Set `curvature='hessian'`, which can be measured without second derivatives; or use"
+    return MeasurementError(
+        f"The loss can't be differentiated twice: {_explained(refusals[0])}",
+        f"{differences} `attn_implementation='eager'`, and replace custom autograd functions by differentiable "
         "operations.",
-    ) from refusals[0]
+    )
 
 
 def _candidates(objective: Objective, config: OptimizabilityConfig) -> list[HvpEngine]:

@@ -55,6 +55,7 @@ def check_mean(objective: Objective) -> SelfCheck:
     Raises:
         MeasurementError: If the loss of a batch differs between two passes.
     """
+    objective = objective.uncut()
     means, draws, repeat_error = _repeat(objective)
     unit, mean_error = ("items", None) if draws else _find_unit(objective, means)
     return SelfCheck(
@@ -138,8 +139,8 @@ def _means(objective: Objective, batches: Sequence[ProbeBatch]) -> tuple[np.ndar
 def _find_unit(objective: Objective, near: np.ndarray) -> tuple[Unit, float | None]:
     """Return the first unit in which the mean losses of batches are those of their halves, and the difference."""
     halves = _Halves(objective, "items", near)
-    if objective.rows.group.world_size > 1 or not any(objective.group.all_gather_interleaved([bool(halves.batches)])):
-        return "items", None  # shards lie over ranks, which cut each batch
+    if not any(objective.group.all_gather_interleaved([bool(halves.batches)])):
+        return "items", None
     means = halves.means_near_and_far()
     for unit in _UNITS:
         if (error := halves.error(means, unit)) <= MAX_MEAN_ERROR:
@@ -199,7 +200,8 @@ class _Halves:
         try:
             halves, items = _means(self._objective, [replace(half, items=half.items or 1) for half in self._halves])
         except Exception as error:
-            if out_of_memory(error) or isinstance(error, MeasurementError):
+            on_shards = self._objective.rows.group.world_size > 1  # there a pass that breaks off on one rank ends all
+            if on_shards or out_of_memory(error) or isinstance(error, MeasurementError):
                 raise
             halves = items = np.full(len(self._halves), math.nan)  # a loss that has no halves
         items[[half.items == 0 for half in self._halves]] = 0

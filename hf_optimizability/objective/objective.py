@@ -170,6 +170,10 @@ class Objective(ModelRisk):
         objective._local = _counted(self._all)[group.rank :: group.world_size]
         return objective
 
+    def uncut(self) -> Objective:
+        """Return the objective whose passes are of whole batches, as they are unless the parameters are sharded."""
+        return self
+
     def unsharded(self) -> Objective:
         """Return the objective of all ranks, for one process."""
         objective = copy(self)

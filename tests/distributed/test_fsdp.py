@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,6 +36,9 @@ from tests.support.ranks import results
 
 
 MODELS = ["bert", "gpt2"]  # gpt2 has tied weights, and examples with different numbers of ignored labels
+ROUNDING = re.compile(r"^\.self_check|^\.eigenvalue_checks\.\d+\.differences")
+"""Numbers that are rounding errors, or full of them: another CPU has others."""
+
 NUMBER = 7  # examples; in batches of 3 the last one leaves ranks without a share
 CONFIG = OptimizabilityConfig(profile="light", max_hvps=16, landscape=True)
 ON_SHARDS = {2: replace(CONFIG, landscape=False), 3: CONFIG}
@@ -93,6 +97,17 @@ def measurement(name: str, config: OptimizabilityConfig, shard: Callable[..., nn
     optimizer.step()
     optimizer.zero_grad()
     return numbers(measure(model, data, config, optimizer=optimizer))
+
+
+def sums(model: nn.Module) -> tuple[float, str]:
+    """The loss of a model whose loss is a sum over the examples, and what it is taken for a mean over."""
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(**batch).loss * len(batch["labels"])
+
+    config = OptimizabilityConfig(profile="light", engine="central_difference")
+    found = measure(model, batches("bert"), config, loss_fn=loss_fn)
+    return found.loss, found.self_check.unit
 
 
 def numbers(found: Measurement) -> dict[str, float]:
@@ -252,6 +267,7 @@ def checks(rank: int) -> dict[str, Any]:
     with little_memory():
         config = ON_SHARDS[torch.distributed.get_world_size()]
         found["on shards"] = measurement("bert", config, partial(sharded, frozen=True))
+        found["sums"] = sums(sharded("bert", dtype=torch.float64))
     found["training"] = training(None)
     for shards in (False, True):
         for fails in (False, True):
@@ -321,10 +337,17 @@ def test_shards_give_the_numbers_of_central_differences_in_one_process(found: li
         assert_close({key: measured[key] for key in exact}, {key: expected[key] for key in exact}, 1e-10)
 
 
+def test_on_shards_a_loss_that_is_no_mean_is_kept_whole(found: list[dict[str, Any]]):
+    """The ranks split no batch of it, since their shares would not add up to it."""
+    loss, unit = sums(tiny_models.make("bert"))
+    for result in found:
+        assert result["sums"] == (pytest.approx(loss, rel=1e-10), unit)
+    assert unit == "batches"
+
+
 def assert_close(measured: dict[str, float], expected: dict[str, float], tolerance: float) -> None:
     measured, expected = (
-        {key: value for key, value in numbers.items() if not key.startswith(".self_check")}  # rounding errors
-        for numbers in (measured, expected)
+        {key: value for key, value in numbers.items() if not ROUNDING.search(key)} for numbers in (measured, expected)
     )
     assert measured.keys() == expected.keys()
     for key, value in expected.items():

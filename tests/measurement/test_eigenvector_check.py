@@ -186,6 +186,12 @@ class TestExactProducts:
         assert top.verdict == "not checked" and "kinks" in (top.reason or "")
         assert top.differences[0] == pytest.approx(3, rel=0.01)
 
+    def test_that_lack_a_second_derivative_are_refused_beside_kinks(self):
+        """Dense kinks alone explain differences that settle elsewhere; a custom function next to them does as well."""
+        model = Net(lambda hidden: torch.relu(Detached.apply(hidden)))
+        with pytest.raises(MeasurementError, match=r"by differences of the gradient.*`Detached`"):
+            measure(model, [batch()], PRECISE)
+
     def test_beside_a_normalization_of_almost_nothing_are_kept(self):
         """Mask tokens of 0 under a LayerNorm (epsilon 1e-12): the Hessian is 1e13, and another 1e-9 further on."""
         torch.manual_seed(0)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +24,12 @@ def bert(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 class Once(nn.Module):
-    """The identity, without a second derivative."""
+    """The identity, by default without a second derivative."""
+
+    function: type[torch.autograd.Function] = tiny_models.OnceDifferentiable
 
     def forward(self, x: Tensor) -> Tensor:
-        return tiny_models.OnceDifferentiable.apply(x)
+        return self.function.apply(x)
 
 
 def bert_once() -> nn.Module:
@@ -78,6 +82,40 @@ def test_differences_that_were_asked_for_are_held_against_the_exact_product():
 def test_an_engine_that_was_asked_for_is_not_replaced():
     with pytest.raises(MeasurementError, match="once_differentiable"):
         measure(bert_once(), ROWS, config(engine="double_backward"))
+
+
+class FailsLater(torch.autograd.Function):
+    """The identity, whose backward pass fails from the third one on."""
+
+    passes = itertools.count()
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if next(FailsLater.passes) >= 2:
+            raise RuntimeError("broken on purpose")
+        return gradient
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, "Call `loss.backward()`"),
+        ({"engine": "double_backward"}, "Leave `engine` at 'auto'"),
+        ({"curvature": "gauss_newton"}, "Set `curvature='hessian'`"),
+    ],
+)
+def test_a_backward_pass_that_fails_is_not_blamed_on_the_engine(options: dict[str, Any], advice: str):
+    FailsLater.passes = itertools.count()
+    model = bert()
+    model.dropout = Once()
+    model.dropout.function = FailsLater
+    with pytest.raises(MeasurementError, match="broken on purpose") as refused:
+        measure(model, ROWS, config(**options))
+    assert refused.value.remedy.startswith(advice)
 
 
 @cache
