@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from ..device_memory import free_memory
 from .estimate import Estimate, Spectrum
 from .krylov import KrylovDecomposition
 from .operator import SymmetricOperator
+from .probe_vectors import start_rows
 from .row_partition import RowPartition
 from .vectors import as_rows
 
@@ -78,7 +78,7 @@ class LanczosRun:
         return self._krylov.multiply(self._krylov.vectors[:, indices].T)
 
     def probes(self) -> tuple[Tensor, Tensor]:
-        """Return the starts v (entries ±1, up to rounding) and `A v`, both as rows, without a further product.
+        """Return the starts v, of norm √n, and `A v`, both as rows, without a further product.
 
         Raises:
             ValueError: If the run restarted, which overwrites them.
@@ -102,7 +102,7 @@ def lanczos(
 ) -> LanczosRun:
     """Estimate the eigenvalues at both ends of the spectrum of a symmetric operator, and its quadrature.
 
-    Block Lanczos (Golub & Van Loan, Matrix Computations, section 10.3) from Rademacher starts that are multiplied
+    Block Lanczos (Golub & Van Loan, Matrix Computations, section 10.3) from random starts that are multiplied
     together, with a basis orthogonal to the square root of the precision (Simon 1984) and the projected matrix in
     float64. An end of the spectrum has converged when
 
@@ -151,7 +151,8 @@ def lanczos(
         )
     device = basis_device or _roomy_device(operator, max_basis or max_hvps)
     max_basis = max_basis or max(_vectors_that_fit(operator, device), 2 * (num_eigenvalues + starts))
-    krylov = KrylovDecomposition(_start_rows(operator, starts, seed, device), operator.rows)
+    first = start_rows(operator, starts, seed=seed, device=device)
+    krylov = KrylovDecomposition(first, operator.rows)
     hvps = 0
     while True:
         block = krylov.extend()
@@ -245,13 +246,6 @@ def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
     fit = free_memory(device) // 2 // (max(len(operator.rows), 1) * operator.dtype.itemsize)
     # Every rank must take the same branch.
     return min(operator.rows.group.all_gather_interleaved(operator.group.all_gather_interleaved([fit])))
-
-
-def _start_rows(operator: SymmetricOperator, number: int, seed: int, device: torch.device) -> Tensor:
-    """Draw Rademacher vectors of norm 1, as rows."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = partial(operator.rows.rademacher, generator=generator, dtype=operator.dtype, device=device)
-    return torch.stack([draw() for _ in range(number)]).div_(math.sqrt(operator.size))
 
 
 def _gather(row: Tensor, segment: Sequence[slice]) -> Tensor:

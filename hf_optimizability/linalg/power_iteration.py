@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
 from .estimate import Estimate
 from .operator import SymmetricOperator
+from .probe_vectors import start_rows
 from .vectors import dot, norm
 
 
@@ -31,6 +29,7 @@ def power_iteration(operator: SymmetricOperator, *, tolerance: float, max_hvps: 
         The eigenvalue with its residual bound.
 
     Example:
+        >>> import torch
         >>> from hf_optimizability.linalg.operator import DenseOperator
         >>> matrix = torch.diag(torch.tensor([-9.0, 1.0, 4.0]))
         >>> round(power_iteration(DenseOperator(matrix), tolerance=1e-3, max_hvps=100, seed=0).value, 2)
@@ -65,10 +64,8 @@ def _dominant(
     operator: SymmetricOperator, *, shift: float, tolerance: float, max_hvps: int, seed: int
 ) -> tuple[float, float, int, Tensor]:
     """Return the eigenvalue of A farthest from `shift`, its residual, the products spent and its eigenvector."""
-    generator = torch.Generator().manual_seed(seed)
     group = operator.rows.group
-    vector = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
-    vector /= math.sqrt(operator.size)
+    vector = start_rows(operator, 1, seed=seed, device=operator.device)[0]
     hvps = 0
     while True:
         product = operator.matvec(vector)

@@ -22,6 +22,7 @@ from hf_optimizability.linalg.row_partition import RowPartition
 from hf_optimizability.serialization import structure
 
 
+TWO_CLASSES = torch.tensor([[12.625, -12.625], [-12.625, 12.625]], dtype=torch.float64)
 TOP, BOTTOM = [9.0, 5.0, 3.0], [-6.0, -2.0, -1.0]
 
 
@@ -119,6 +120,15 @@ class TestEnds:
         run = lanczos(DenseOperator(matrix(eigenvalues)), tolerance=1e-6, max_hvps=50, seed=0, starts=starts)
         assert run.hvps <= 2 and run.lambda_max.converged
         assert run.lambda_max.value == pytest.approx(eigenvalues[0], abs=1e-12)
+
+    @pytest.mark.parametrize("others", [[], [1.0], [-3.0, 1.0]])
+    @pytest.mark.parametrize("seed", range(6))
+    def test_finds_an_eigenvector_that_random_signs_may_be_orthogonal_to(self, others: list[float], seed: int):
+        """A classifier of two classes has this matrix where its weights are zero."""
+        dense = torch.block_diag(TWO_CLASSES, torch.diag(torch.tensor(others, dtype=torch.float64)))
+        run = lanczos(DenseOperator(dense), tolerance=1e-3, max_hvps=20, seed=seed)
+        assert run.lambda_max.value == pytest.approx(25.25, rel=1e-5) and run.lambda_max.converged
+        assert run.lambda_min.value == pytest.approx(min([0.0, *others]), abs=1e-5)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_a_small_matrix_is_solved_by_more_starts_than_rows(self, dtype: torch.dtype):

@@ -35,6 +35,13 @@ class TestPowerIteration:
         estimate = power_iteration(DenseOperator(matrix(eigenvalues)), tolerance=1e-3, max_hvps=2000, seed=0)
         assert estimate.converged and abs(estimate.value - 6) <= estimate.residual <= 6e-3
 
+    @pytest.mark.parametrize("seed", range(6))
+    def test_finds_an_eigenvector_that_random_signs_may_be_orthogonal_to(self, seed: int):
+        pair = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
+        operator = DenseOperator(torch.block_diag(pair, torch.tensor([[1.0]])))
+        estimate = power_iteration(operator, tolerance=1e-3, max_hvps=50, seed=seed)
+        assert estimate.converged and estimate.value == pytest.approx(4, rel=1e-3)
+
     def test_says_when_it_did_not_converge(self):
         estimate = power_iteration(DenseOperator(matrix(network_like())), tolerance=1e-6, max_hvps=6, seed=0)
         assert not estimate.converged and estimate.hvps == 6

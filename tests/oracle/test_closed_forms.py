@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,23 @@ def test_logistic_regression(inputs: Tensor):
     )
     p = 1 / (1 + np.exp(-(inputs.numpy() @ model.weight.detach().numpy()[0])))
     check(measurement, inputs.numpy().T @ np.diag(p * (1 - p)) @ inputs.numpy() / EXAMPLES)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_classes_with_class_weights_and_one_input(seed: int):
+    """The null vector has entries of one size, as vectors of random signs do."""
+    model = nn.Linear(1, 2, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    x, y = torch.tensor([[1.0]] * 9 + [[10.0]], dtype=torch.float64), torch.tensor([0] * 9 + [1])
+    weight = torch.tensor([10 / 18, 5], dtype=torch.float64)
+    measurement = measure(
+        model,
+        [(x, y)],
+        dataclasses.replace(EXACT, probe_seed=seed),
+        loss_fn=lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1], weight=weight),
+    )
+    mean_square = float(weight[y] @ x[:, 0] ** 2 / weight[y].sum())
+    check(measurement, mean_square / 4 * np.array([[1, -1], [-1, 1]]))
 
 
 def test_softmax_regression_with_ignored_labels_as_sum_and_count(inputs: Tensor):
