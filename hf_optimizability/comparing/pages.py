@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..linalg.statistics import standard_error
 from ..report.charts import Chart, Series, make_bars, make_chart, make_line, rounded
 from ..report.html import render_page
 from ..report.markdown import markdown_environment
@@ -243,7 +244,7 @@ def _dynamics_row(entry: Entry) -> dict[str, Any]:
         known = [value for value in map(number, runs) if value is not None and math.isfinite(value)]
         if not known:
             return MISSING
-        error = float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+        error = float(standard_error(np.array(known))) if len(known) > 1 else 0.0
         mean = float(np.mean(known))
         text = format_with_error(mean, error) if error else format_number(mean, digits=3)
         return text if len(known) == len(runs) else f"{text} ({len(known)} of {len(runs)} seeds)"
@@ -331,7 +332,7 @@ def pareto_front(comparison: ComparisonData, cost: Callable[[Run], float | None]
 
 def _clearly_less(one: Array, other: Array) -> bool:
     """Return whether costs, one for each seed, are lower by more than their noise."""
-    errors = [held.std(ddof=1) / math.sqrt(len(held)) if len(held) > 1 else 0.0 for held in (one, other)]
+    errors = [float(standard_error(held)) if len(held) > 1 else 0.0 for held in (one, other)]
     return float(other.mean() - one.mean()) > max(2 * math.hypot(*errors), CLOCK_NOISE * float(other.mean()))
 
 

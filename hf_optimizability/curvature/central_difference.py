@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..linalg.operator import SymmetricOperator
 from ..linalg.row_partition import RowPartition
 from ..linalg.vectors import norm
+from .displacement import displaced
 from .empirical_risk import EmpiricalRisk
 from .gradient import gradient_sum, norm_of
 from .hessian import ObjectiveOperator
@@ -106,24 +106,8 @@ class CentralDifferenceHessian(ObjectiveOperator):
         scale = float(norm_of([parameter.detach() for parameter in parameters], self.rows.group)) or 1.0
         step = self._relative_step * scale / length
         direction = self._split(vector, parameters)
-        with _moved(parameters, direction, step):
+        with displaced(parameters, direction, [step] * len(parameters)):
             ahead, _, items = gradient_sum(self._objective)
-        with _moved(parameters, direction, -step):
+        with displaced(parameters, direction, [-step] * len(parameters)):
             behind, _, _ = gradient_sum(self._objective)
         return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)], items
-
-
-@contextmanager
-def _moved(parameters: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Iterator[None]:
-    """Add `step` times `direction` to the parameters, and restore them at the end.
-
-    By `.data`, which leaves their version counters alone: a graph that a caller holds can still be differentiated.
-    """
-    saved = [parameter.detach().clone() for parameter in parameters]
-    try:
-        for parameter, piece in zip(parameters, direction, strict=True):
-            parameter.data.add_(piece, alpha=step)
-        yield
-    finally:
-        for parameter, original in zip(parameters, saved, strict=True):
-            parameter.data.copy_(original)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..linalg.vectors import dot
 from .empirical_risk import EmpiricalRisk
+from .gradient import batch_gradients
 from .hessian import ObjectiveOperator
 
 
@@ -50,7 +51,6 @@ class EmpiricalFisherOperator(ObjectiveOperator):
         self._examples = objective.cut(1)
 
     def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
-        for loss, items in self._examples.losses():
-            pieces = torch.autograd.grad(loss, self._examples.parameters, materialize_grads=True)
+        for pieces, _, items in batch_gradients(self._examples):
             gradient = torch.cat([piece.flatten() for piece in pieces]).to(vectors.dtype)
             yield ([dot(gradient, vector) * piece for piece in pieces] for vector in vectors), items

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,37 @@ class Gradient:
     tensors: tuple[Tensor, ...]
 
 
+class BatchGradient(NamedTuple):
+    """What one batch contributes.
+
+    Attributes:
+        tensors: The gradient of the sum of its losses, shaped like the parameters.
+        loss: That sum, without its graph.
+        items: The number of items it sums over.
+    """
+
+    tensors: tuple[Tensor, ...]
+    loss: Tensor
+    items: int
+
+
+def batch_gradients(objective: EmpiricalRisk) -> Iterator[BatchGradient]:
+    """Yield the gradient of each local batch; leave `.grad` alone.
+
+    Example:
+        >>> class Lines(EmpiricalRisk):
+        ...     parameters = [torch.ones(1, requires_grad=True)]
+        ...     def losses(self):
+        ...         for slope in (1.0, 3.0):
+        ...             yield (slope * self.parameters[0]).sum(), 1
+        >>> [batch.tensors for batch in batch_gradients(Lines())]
+        [(tensor([1.]),), (tensor([3.]),)]
+    """
+    for loss, items in objective.losses():
+        tensors = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
+        yield BatchGradient(tensors, loss.detach(), items)
+
+
 def gradient(objective: EmpiricalRisk) -> Gradient:
     """Compute loss and gradient over all parts of an objective, on all ranks; leave `.grad` alone."""
     group = objective.group
@@ -42,12 +74,11 @@ def gradient_sum(objective: EmpiricalRisk) -> tuple[list[Tensor], float, int]:
     """Return the gradient of the sum of the losses, shaped like the parameters; that sum; and the number of items."""
     totals = [torch.zeros_like(parameter) for parameter in objective.parameters]
     loss_sum, items = 0.0, 0
-    for loss, count in objective.losses():
-        pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
-        for total, piece in zip(totals, pieces, strict=True):
+    for batch in batch_gradients(objective):
+        for total, piece in zip(totals, batch.tensors, strict=True):
             total += piece
-        loss_sum += float(loss.detach())
-        items += count
+        loss_sum += float(batch.loss)
+        items += batch.items
     return totals, loss_sum, items
 
 

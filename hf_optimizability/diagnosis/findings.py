@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from ..linalg.estimate import Estimate
+from ..linalg.statistics import NORMAL_QUANTILE
 from ..measurement.results import Measurement, MultitaskMeasurement
 from ..objective.parameter_blocks import EMBEDDINGS, HEAD
 from ..quantities.step_size import stability_limit
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 Severity = Literal["problem", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note")
 """Worst first."""
-
-Z = 1.96
-"""Standard errors in a 95 % interval."""
 
 DEAD_GRADIENT_SHARE = 2.0**-23
 """Share of the whole gradient's norm below which a block's norm is rounding in float32."""
@@ -243,11 +241,11 @@ def curvature_concentrated(report: ReportData) -> Finding | None:
     if last is None or len(last.blocks) < MIN_BLOCKS:
         return None
     total = sum(abs(block.trace.value) for block in last.blocks.values())
-    margin = Z * math.hypot(*(_error(block.trace) for block in last.blocks.values()))
+    margin = NORMAL_QUANTILE * math.hypot(*(_error(block.trace) for block in last.blocks.values()))
     if not total + margin:  # a loss without curvature, as after divergence
         return None
     for name, block in last.blocks.items():
-        least = (abs(block.trace.value) - Z * _error(block.trace)) / (total + margin)
+        least = (abs(block.trace.value) - NORMAL_QUANTILE * _error(block.trace)) / (total + margin)
         if least > CONCENTRATED_SHARE:
             return Finding(
                 name="curvature_concentrated",
@@ -307,7 +305,7 @@ def overfitting(report: ReportData) -> Finding | None:
     """Report an evaluation loss that has risen again, above the training loss."""
     gap = report.dynamics.get("generalization_gap") or {}
     error, rise = gap.get("std_error"), gap.get("rise_since_best")
-    if error is None or rise is None or not (gap["low"] > 0 and rise > Z * error):
+    if error is None or rise is None or not (gap["low"] > 0 and rise > NORMAL_QUANTILE * error):
         return None
     return Finding(
         name="overfitting",

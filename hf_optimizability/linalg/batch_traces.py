@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .estimate import Estimate
 from .operator import SymmetricOperator
-from .statistics import jackknife, student_quantile
+from .statistics import jackknife, standard_error, student_quantile
 from .vectors import Segments
 
 
@@ -84,7 +83,7 @@ class BatchTraces:
             return (total, *segments)
         samples = np.average(chosen._all_forms(), axis=1, weights=chosen.items)
         samples = np.concatenate([samples.sum(axis=1, keepdims=True), samples], axis=1)
-        errors = samples.std(axis=0, ddof=1) / math.sqrt(len(samples))
+        errors = standard_error(samples)
         quantile, data_errors = student_quantile(len(samples) - 1), chosen.std_errors()
         return tuple(
             Estimate.from_std_error(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Standard errors by the jackknife, and quantiles for 95 % intervals."""
+"""Standard errors of means and by the jackknife, and quantiles for 95 % intervals."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def student_quantile(freedom: float) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, 0.975)) if freedom < math.inf else NORMAL_QUANTILE
+
+
+def standard_error(samples: Array) -> Array:
+    """Return the standard error of the mean of independent samples, over the first axis.
+
+    Example:
+        >>> float(standard_error(np.array([1.0, 2.0, 3.0, 4.0])))
+        0.6454972243679028
+    """
+    errors: Array = samples.std(axis=0, ddof=1) / math.sqrt(len(samples))
+    return errors
 
 
 def jackknife(values: Sequence[float] | Array, weights: Sequence[float] | Array) -> float:
@@ -69,3 +80,24 @@ def jackknife(values: Sequence[float] | Array, weights: Sequence[float] | Array)
 def jackknife_variance(leave_one_out: Array) -> float:
     """Return the variance of an estimate from its values with one draw left out (Efron & Stein 1981)."""
     return float((len(leave_one_out) - 1) * np.mean((leave_one_out - leave_one_out.mean()) ** 2))
+
+
+def jackknife_covariance(leave_one_out: Array, weights: Array) -> Array:
+    """Return the covariance of estimates from their values with one draw left out, where draws differ in size.
+
+    The delete-m jackknife of Busing, Meijer & van der Leeden 1999; for a weighted mean, its diagonal is the square of
+    `jackknife`.
+
+    Args:
+        leave_one_out: The estimates without each of the g draws, of shape (g, estimates).
+        weights: The number of items in each draw.
+
+    Returns:
+        Of shape (estimates, estimates).
+    """
+    draws = len(weights)
+    ratio = weights.sum() / weights
+    centre = (1 - 1 / ratio) @ leave_one_out / (draws - 1) if draws > 1 else 0.0
+    deviations = leave_one_out - centre
+    covariance: Array = (deviations.T * (ratio - 1)) @ deviations / draws
+    return covariance

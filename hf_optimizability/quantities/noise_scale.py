@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..curvature.empirical_risk import EmpiricalRisk
-from ..curvature.gradient import gradient
+from ..curvature.gradient import batch_gradients, gradient
 from ..linalg.estimate import Estimate
+from ..linalg.statistics import jackknife_variance, student_quantile
 from ..linalg.vectors import dot
 
 
@@ -72,8 +73,7 @@ def noise_scale(
     mean = gradient(objective).tensors if mean_gradient is None else mean_gradient
     parameter_group = objective.rows.group
     found = []
-    for loss, count in objective.losses():
-        pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
+    for pieces, _, count in batch_gradients(objective):
         square = sum(dot(piece.reshape(-1), piece.reshape(-1)) for piece in pieces)
         product = sum(dot(p.reshape(-1), m.reshape(-1)) for p, m in zip(pieces, mean, strict=True))
         square, product = parameter_group.all_reduce_(torch.tensor([square, product], dtype=torch.float64)).tolist()
@@ -120,9 +120,9 @@ def noise_from_products(squares: np.ndarray, products: np.ndarray, counts: np.nd
         return NoiseScale(nothing, _estimate(signal, low=signal, high=signal, std_error=0.0), nothing, items, parts)
 
     ratio = max(items * mean_squared / trace, np.finfo(float).eps)
-    quantile = _t_quantile(parts)
-    signal_variance = _jackknife_variance(signal_rest)
-    ratio_variance = _jackknife_variance(items * (signal_rest / trace - trace_rest * signal / trace**2))  # linearized
+    quantile = student_quantile(parts - 1)
+    signal_variance = jackknife_variance(signal_rest)
+    ratio_variance = jackknife_variance(items * (signal_rest / trace - trace_rest * signal / trace**2))  # linearized
     share = 1 - 1 / (2 * max(ratio, 1.0))  # of these variances, what is not noise counted twice
     below, above = _ratio_margins(ratio, ratio_variance, quantile)
     signal_below, signal_above = _ratio_margins(ratio, signal_variance * (items / trace) ** 2, quantile)
@@ -142,7 +142,7 @@ def noise_from_products(squares: np.ndarray, products: np.ndarray, counts: np.nd
             std_error=math.sqrt(share * signal_variance),
             converged=ratio - signal_below > 1,
         ),
-        trace_covariance=_symmetric(trace, math.sqrt(_jackknife_variance(trace_rest)), quantile),
+        trace_covariance=_symmetric(trace, math.sqrt(jackknife_variance(trace_rest)), quantile),
         items=items,
         parts=parts,
     )
@@ -167,14 +167,3 @@ def _estimate(value: float, *, low: float, high: float, std_error: float | None,
 def _symmetric(value: float, std_error: float, quantile: float) -> Estimate:
     margin = quantile * std_error
     return _estimate(value, low=value - margin, high=value + margin, std_error=std_error, converged=margin < value)
-
-
-def _jackknife_variance(without: np.ndarray) -> float:
-    """Return the variance of an estimate from its values with one part left out (Efron & Stein 1981)."""
-    return float((len(without) - 1) * np.mean((without - without.mean()) ** 2))
-
-
-def _t_quantile(parts: int) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(parts - 1, 0.975))

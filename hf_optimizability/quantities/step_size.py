@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..curvature.displacement import restored
 from ..curvature.empirical_risk import EmpiricalRisk
 from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.vectors import dot
@@ -181,25 +182,20 @@ def loss_along(objective: EmpiricalRisk, *updates: Tensor) -> Iterator[Callable[
     parameters = objective.parameters
     sizes = [parameter.numel() for parameter in parameters]
     pieces = list(zip(*(update.split(sizes) for update in updates), strict=True))
-    saved = [parameter.detach().clone() for parameter in parameters]
+    with restored(parameters) as saved:
 
-    @torch.no_grad()
-    def loss(*steps: float) -> float:
-        for parameter, origin, along in zip(parameters, saved, pieces, strict=True):
-            moved = origin
-            for step, piece in zip(steps, along, strict=True):
-                moved = moved - step * piece.reshape(origin.shape).to(origin.device)
-            parameter.copy_(moved)
-        total, items = 0.0, 0
-        for part, count in objective.losses():
-            total += float(part)
-            items += count
-        totals, counts = zip(*objective.group.all_gather_interleaved([(total, items)]), strict=True)
-        return sum(totals) / sum(counts)
+        @torch.no_grad()
+        def loss(*steps: float) -> float:
+            for parameter, origin, along in zip(parameters, saved, pieces, strict=True):
+                moved = origin
+                for step, piece in zip(steps, along, strict=True):
+                    moved = moved - step * piece.reshape(origin.shape).to(origin.device)
+                parameter.data.copy_(moved)
+            total, items = 0.0, 0
+            for part, count in objective.losses():
+                total += float(part)
+                items += count
+            totals, counts = zip(*objective.group.all_gather_interleaved([(total, items)]), strict=True)
+            return sum(totals) / sum(counts)
 
-    try:
         yield loss
-    finally:
-        with torch.no_grad():
-            for parameter, origin in zip(parameters, saved, strict=True):
-                parameter.copy_(origin)

@@ -8,7 +8,7 @@ gradients is free of their noise; the squared norm of any one gradient is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..curvature.empirical_risk import EmpiricalRisk
+from ..curvature.gradient import batch_gradients
 from ..linalg.estimate import Estimate
-from ..linalg.statistics import jackknife
+from ..linalg.statistics import jackknife, jackknife_covariance, student_quantile
 from ..linalg.vectors import dot
 from .noise_scale import MIN_PARTS, NoiseScale, noise_from_products
 
@@ -86,14 +87,14 @@ def batch_products(
     group, parameter_group = objective.group, objective.rows.group
     mine, tasks = owners[group.rank :: group.world_size], max(owners) + 1
     sums = [[torch.zeros_like(parameter) for parameter in objective.parameters] for _ in range(tasks)]
-    for pieces, _, _, owner in _gradients(objective, mine):
-        for total, piece in zip(sums[owner], pieces, strict=True):
+    for batch, owner in zip(batch_gradients(objective), mine, strict=True):
+        for total, piece in zip(sums[owner], batch.tensors, strict=True):
             total += piece
     group.all_reduce_many_([total for totals in sums for total in totals])
     found = []
-    for pieces, loss, count, owner in _gradients(objective, mine):
+    for (pieces, loss, count), owner in zip(batch_gradients(objective), mine, strict=True):
         dots = torch.tensor([_dots(pieces, other, blocks) for other in (pieces, *sums)], dtype=torch.float64)
-        found.append((loss, count, owner, parameter_group.all_reduce_(dots).numpy()))
+        found.append((float(loss), count, owner, parameter_group.all_reduce_(dots).numpy()))
     losses, counts, of_parts, both = (
         np.array(column) for column in zip(*group.all_gather_interleaved(found), strict=True)
     )
@@ -255,14 +256,8 @@ class TaskGram:
         Returns:
             Of shape (tasks, numbers, numbers).
         """
-        found = np.zeros((len(self.weights), *2 * without.shape[1:]))
-        for task, parts in enumerate(self._parts):
-            own = self._owners == task
-            ratio = self._counts[own].sum() / self._counts[own]
-            centre = (1 - 1 / ratio) @ without[own] / (parts - 1) if parts > 1 else 0.0
-            deviations = without[own] - centre
-            found[task] = (deviations.T * (ratio - 1)) @ deviations / parts
-        return found
+        owned = [self._owners == task for task in range(len(self.weights))]
+        return np.stack([jackknife_covariance(without[own], self._counts[own]) for own in owned])
 
 
 @dataclass(frozen=True)
@@ -301,17 +296,9 @@ class _Totals:
 
 def _quantile(variances: np.ndarray, parts: np.ndarray) -> float:
     """Return Student's t for a variance that is the sum of each task's: Welch (1947) has the degrees of freedom."""
-    from scipy.special import stdtrit
-
     of_parts = float(np.sum(variances**2 / np.maximum(parts - 1, 1)))
     freedom = float(variances.sum()) ** 2 / of_parts if of_parts > 0 else math.inf
-    return float(stdtrit(min(freedom, 1e6), 0.975))
-
-
-def _gradients(objective: EmpiricalRisk, owners: Sequence[int]) -> Iterator[tuple[Sequence[Tensor], float, int, int]]:
-    for (loss, count), owner in zip(objective.losses(), owners, strict=True):
-        pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
-        yield pieces, float(loss.detach()), count, owner
+    return student_quantile(min(freedom, 1e6))
 
 
 def _dots(x: Sequence[Tensor], y: Sequence[Tensor], blocks: Sequence[Sequence[int]]) -> list[float]:

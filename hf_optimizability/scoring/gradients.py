@@ -12,8 +12,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..curvature.empirical_risk import EmpiricalRisk
+from ..curvature.gradient import batch_gradients
 from ..curvature.hessian import ObjectiveOperator
-from ..linalg.vectors import dot
+from ..linalg.statistics import jackknife_variance
+from ..linalg.vectors import dot, flatten
 from .score import Score
 
 
@@ -57,9 +59,8 @@ def gradient_scores(objective: EmpiricalRisk, matrix: ObjectiveOperator) -> tupl
 
 def _part_gradients(objective: EmpiricalRisk) -> Iterator[tuple[Tensor, int]]:
     """Yield each part's mean gradient as one vector, and its number of items."""
-    for loss, count in objective.losses():
-        pieces = torch.autograd.grad(loss, objective.parameters, materialize_grads=True)
-        yield torch.cat([piece.reshape(-1) for piece in pieces]) / count, count
+    for batch in batch_gradients(objective):
+        yield flatten(batch.tensors) / batch.items, batch.items
 
 
 def _unit(vector: Tensor) -> Tensor:
@@ -91,7 +92,8 @@ def mean_cosine(to_sum: ArrayLike, sum_squared: float, *, examples: int) -> Scor
     parts = len(s)
     value = (sum_squared - parts) / (parts * (parts - 1))
     without = (sum_squared - 2 * s + 1 - (parts - 1)) / ((parts - 1) * (parts - 2))
-    return Score.from_error(value, _jackknife(without), freedom=parts - 1, examples=examples)
+    std_error = math.sqrt(jackknife_variance(without))
+    return Score.from_error(value, std_error, freedom=parts - 1, examples=examples)
 
 
 def decrease_with_error(slopes: ArrayLike, curvatures: ArrayLike, bends: ArrayLike, counts: ArrayLike) -> Score | None:
@@ -119,7 +121,3 @@ def decrease_with_error(slopes: ArrayLike, curvatures: ArrayLike, bends: ArrayLi
     parts = len(w)
     std_error = math.sqrt(float(np.sum((w * moved) ** 2)) * parts / (parts - 1))
     return Score.from_error(value, std_error, freedom=parts - 1, examples=int(np.sum(counts)))
-
-
-def _jackknife(without: np.ndarray) -> float:
-    return math.sqrt((len(without) - 1) * float(np.mean((without - without.mean()) ** 2)))

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import svd
 from scipy.optimize import minimize_scalar
 
+from ..linalg.statistics import jackknife_variance
 from .features import validate_features
 from .score import Score
 
@@ -58,7 +59,7 @@ def logme(features: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> Score:
     group = np.random.default_rng(seed).permutation(len(F)) % GROUPS
     value = mean_log_evidence(F, targets)
     without = np.array([mean_log_evidence(F[group != left], targets[group != left]) for left in range(GROUPS)])
-    std_error = math.sqrt((GROUPS - 1) * np.mean((without - without.mean()) ** 2))
+    std_error = math.sqrt(jackknife_variance(without))
     return Score.from_error(value, std_error, freedom=GROUPS - 1, examples=len(F))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
+from ..linalg.statistics import student_quantile
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ class Score:
             >>> Score.from_error(1.0, 0.1, freedom=9, examples=40).high
             1.226...
         """
-        margin = float(stdtrit(freedom, 0.975)) * std_error
+        margin = student_quantile(freedom) * std_error
         return cls(value, value - margin, value + margin, std_error, examples)

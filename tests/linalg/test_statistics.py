@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from hf_optimizability.linalg.statistics import jackknife
+from hf_optimizability.linalg.statistics import (
+    jackknife,
+    jackknife_covariance,
+    jackknife_variance,
+    standard_error,
+)
 
 
 def test_equal_parts_give_the_standard_error_of_a_mean():
@@ -51,3 +56,22 @@ def test_one_part_tells_nothing_of_others():
 def test_bad_weights(weights: list[float]):
     with pytest.raises(ValueError, match="as many weights, all above 0"):
         jackknife([1.0, 2.0], weights)
+
+
+def test_the_standard_error_of_means_is_scipys():
+    samples = np.random.default_rng(0).normal(size=(9, 3))
+    assert standard_error(samples) == pytest.approx(scipy.stats.sem(samples), rel=1e-12)
+
+
+def test_variance_and_covariance_from_leave_one_out_values_of_a_mean():
+    samples = np.random.default_rng(0).normal(size=(9, 2))
+    without = (samples.sum(axis=0) - samples) / 8
+    expected = np.cov(samples.T) / 9
+    assert jackknife_variance(without[:, 0]) == pytest.approx(expected[0, 0], rel=1e-12)
+    assert jackknife_covariance(without, np.full(9, 4)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_draws_of_unequal_size_have_the_covariance_of_the_weighted_mean():
+    values, weights = np.random.default_rng(0).normal(size=6), np.array([1, 5, 2, 2, 7, 3])
+    without = ((weights * values).sum() - weights * values) / (weights.sum() - weights)
+    assert jackknife_covariance(without[:, None], weights)[0, 0] == pytest.approx(jackknife(values, weights) ** 2)
