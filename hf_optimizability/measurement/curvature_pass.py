@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -23,7 +23,7 @@ from ..linalg.estimate import Estimate, Spectrum
 from ..linalg.lanczos import lanczos, lanczos_by_segment
 from ..linalg.operator import ColumnParallelOperator, PreconditionedOperator, SymmetricOperator
 from ..linalg.probe_vectors import PROBE_BLOCK_SIZE
-from ..linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum_and_trace
+from ..linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum, estimate_trace
 from ..linalg.trace_result import TraceResult
 from ..linalg.vectors import Segments, dot, flatten, norm
 from ..objective.objective import Objective
@@ -169,36 +169,55 @@ def _estimate_spectrum(
     unused: int,
     deflate: bool,
 ) -> SpectrumAndTrace:
-    def exact_gauss_newton_trace(*, tolerance: float, max_hvps: int, seed: int) -> TraceResult:
-        try:
-            return split_trace(objective, segments, tolerance=tolerance, max_hvps=max_hvps, seed=seed)
-        except (torch.OutOfMemoryError, FloatingPointError):
-            raise
-        except RuntimeError as error:  # single examples that can't be differentiated twice
-            if should_reduce_batch_size(error):
-                raise
-            raise ValueError(str(error)) from error
+    """Estimate the spectrum with at most half the products, then the trace with the rest.
 
-    splits = engine.differentiates_hessian and engine.cheap
-    return estimate_spectrum_and_trace(
-        lambda: engine.operator(objective),
-        segments,
-        trace_matrix=_trace_matrix(engine, objective),
-        split_trace=exact_gauss_newton_trace if splits else None,
-        eigen_tolerance=config.budget.eigen_tolerance,
-        trace_tolerance=config.budget.trace_tolerance,
-        max_hvps=max_hvps,
+    Each stage has an operator of its own and lets it go, so that no two of them hold a graph at once.
+    """
+    spectrum = estimate_spectrum(
+        engine.operator(objective),
+        tolerance=config.budget.eigen_tolerance,
+        max_hvps=max_hvps // 2,
         seed=config.probe_seed,
-        eigen_method=config.eigen_method,
-        trace_method=config.trace_method,
+        method=config.eigen_method,
         num_eigenvalues=config.num_eigenvalues,
         left_out=unused,
-        deflate=deflate,
     )
+    max_hvps -= spectrum.hvps
+    trace = None
+    if config.trace_method == "hutchinson" and engine.differentiates_hessian and engine.cheap:
+        trace = _split_trace(objective, config, segments, max_hvps=max_hvps)
+    if trace is None:
+        trace = estimate_trace(
+            _trace_operator(engine, objective),
+            segments,
+            tolerance=config.budget.trace_tolerance,
+            max_hvps=max_hvps,
+            seed=config.probe_seed + 1,
+            method=config.trace_method,
+            deflating_vectors=spectrum.deflating_vectors if deflate else None,
+        )
+    return SpectrumAndTrace.of(spectrum, trace)
 
 
-def _trace_matrix(engine: HvpEngine, objective: Objective) -> Callable[[], SymmetricOperator]:
-    """Return what builds the matrix that the trace is estimated from.
+def _split_trace(
+    objective: Objective, config: OptimizabilityConfig, segments: Segments, *, max_hvps: int
+) -> TraceResult | None:
+    """Return the trace with its Gauss-Newton part exact; `None` where the loss can't be split."""
+    tolerance = config.budget.trace_tolerance
+    try:
+        return split_trace(objective, segments, tolerance=tolerance, max_hvps=max_hvps, seed=config.probe_seed + 1)
+    except ValueError:
+        return None
+    except (torch.OutOfMemoryError, FloatingPointError):
+        raise
+    except RuntimeError as error:  # single examples that can't be differentiated twice
+        if should_reduce_batch_size(error):
+            raise
+        return None
+
+
+def _trace_operator(engine: HvpEngine, objective: Objective) -> SymmetricOperator:
+    """Return the matrix that the trace is estimated from.
 
     The probes are multiplied in blocks. Their products are shared over ranks by batches or by columns, whichever
     leaves less to the busiest rank.
@@ -207,10 +226,10 @@ def _trace_matrix(engine: HvpEngine, objective: Objective) -> Callable[[], Symme
     by_batch = math.ceil(batches / group.world_size) * (_GRAPH + PROBE_BLOCK_SIZE * _PRODUCT)
     by_column = batches * (_GRAPH + math.ceil(PROBE_BLOCK_SIZE / group.world_size) * _PRODUCT)
     if by_column >= by_batch:
-        return lambda: engine.trace_operator(objective)
+        return engine.trace_operator(objective)
     counter, whole = objective.hvp_counter, objective.unsharded().counting(None)
     on_products = None if counter is None else counter.add
-    return lambda: ColumnParallelOperator(engine.trace_operator(whole), group, on_products=on_products)
+    return ColumnParallelOperator(engine.trace_operator(whole), group, on_products=on_products)
 
 
 def _preconditioned_sharpness(

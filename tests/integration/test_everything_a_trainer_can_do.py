@@ -257,7 +257,7 @@ def test_the_data_come_in_the_same_order(tmp_path: Path):
 STAGES = {
     "gradient": ("hf_optimizability.measurement.measure", "gradient"),
     "product": ("hf_optimizability.curvature.hessian", "second_backward"),
-    "trace": ("hf_optimizability.measurement.curvature_pass", "estimate_spectrum_and_trace"),
+    "trace": ("hf_optimizability.measurement.curvature_pass", "estimate_spectrum"),
     "update": ("hf_optimizability.measurement.optimizer_step", "optimizer_update"),
     "step": ("hf_optimizability.measurement.optimizer_step", "critical_learning_rate"),
     "noise": ("hf_optimizability.measurement.measure", "noise_scale"),

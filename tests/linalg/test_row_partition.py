@@ -18,7 +18,7 @@ from hf_optimizability.linalg.lanczos import lanczos
 from hf_optimizability.linalg.operator import DenseOperator, PreconditionedOperator, SymmetricOperator
 from hf_optimizability.linalg.power_iteration import power_iteration
 from hf_optimizability.linalg.row_partition import RowPartition
-from hf_optimizability.linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum_and_trace
+from hf_optimizability.linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum, estimate_trace
 from hf_optimizability.linalg.vectors import dot, norm
 
 
@@ -163,15 +163,17 @@ def test_a_preconditioner_in_shares(matrix: Tensor):
 @pytest.mark.parametrize("trace_method", ["hutchinson", "hutch++", "xtrace", "exact"])
 def test_a_whole_sketch(trace_method: Any, matrix: Tensor):
     def run(operator: SymmetricOperator, segments: list[list[slice]]) -> SpectrumAndTrace:
-        return estimate_spectrum_and_trace(
-            lambda: operator,
+        spectrum = estimate_spectrum(operator, tolerance=1e-3, max_hvps=30, seed=0)
+        trace = estimate_trace(
+            operator,
             segments,
-            eigen_tolerance=1e-3,
-            trace_tolerance=0.02,
-            max_hvps=60,
-            seed=0,
-            trace_method=trace_method,
+            tolerance=0.02,
+            max_hvps=60 - spectrum.hvps,
+            seed=1,
+            method=trace_method,
+            deflating_vectors=spectrum.deflating_vectors,
         )
+        return SpectrumAndTrace.of(spectrum, trace)
 
     alone = run(DenseOperator(matrix), [[slice(0, 30)], [slice(30, 60)]])
 

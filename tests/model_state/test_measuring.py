@@ -158,7 +158,7 @@ def test_every_flag_is_left_as_it_was(
             raise ending
 
         monkeypatch.setattr(
-            "hf_optimizability.measurement.curvature_pass.estimate_spectrum_and_trace", fail
+            "hf_optimizability.measurement.curvature_pass.estimate_spectrum", fail
         )  # after the first products
     expected = {None: nullcontext(), RuntimeError: pytest.raises(MeasurementError)}
     with expected.get(ending) or pytest.raises(KeyboardInterrupt):
@@ -194,7 +194,7 @@ def test_a_compiled_model_is_measured_as_it_is_and_not_compiled_anew(
             def fail(*args: object, **kwargs: object) -> None:
                 raise ending
 
-            broken.setattr("hf_optimizability.measurement.curvature_pass.estimate_spectrum_and_trace", fail)
+            broken.setattr("hf_optimizability.measurement.curvature_pass.estimate_spectrum", fail)
             with pytest.raises(MeasurementError if ending is RuntimeError else ending):
                 measure(compiled, batches, config)
     assert flags(model) == before
