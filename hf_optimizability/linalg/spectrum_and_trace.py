@@ -72,7 +72,7 @@ class SpectrumEstimate:
 
     @property
     def deflating_vectors(self) -> Tensor | None:
-        """Ritz vectors of the largest eigenvalues, once λ_max has converged: wrong ones would not lower the variance."""
+        """Ritz vectors of the largest eigenvalues, once λ_max has converged: wrong ones do not lower the variance."""
         return self.eigenvectors if self.spectrum.lambda_max.converged else None
 
 
