@@ -36,7 +36,7 @@ class ShardedObjective(Objective):
         self._shards = [local_tensor(parameter).detach().requires_grad_() for parameter in parameters]
 
     @property
-    def parameters(self) -> list[Tensor]:  # type: ignore[override]
+    def parameters(self) -> Sequence[Tensor]:
         """This rank's shards, in the memory that FSDP gathers from."""
         return self._shards
 

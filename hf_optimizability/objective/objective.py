@@ -118,7 +118,7 @@ class Objective(ModelRisk):
         return [batch.inputs for batch in self._local]
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> Sequence[Tensor]:
         """The variables as the model holds them now: inside `full_precision` they are the float32 copies."""
         return [self.model.get_parameter(name) for name in self.names]
 
