@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,9 +18,17 @@ LOOKED_AT = {"report", "report_data", "test_docs.py"}
 """Where under this folder the plots of reports are looked at."""
 
 
-@pytest.fixture(autouse=True)
-def plots_are_drawn_where_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if LOOKED_AT.isdisjoint(request.path.relative_to(request.config.rootpath).parts):
-        from tests.support.blank_plots import leave_plots_undrawn  # loads the package, which reads the environment
+def pytest_collection_finish() -> None:
+    """Exempts what was imported from garbage collection: each Trainer collects, which takes longer than its steps."""
+    gc.collect()
+    gc.freeze()
 
-        leave_plots_undrawn(monkeypatch)
+
+@pytest.fixture(autouse=True, scope="module")
+def plots_are_drawn_where_looked_at(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if LOOKED_AT.isdisjoint(request.path.relative_to(request.config.rootpath).parts):
+            from tests.support.blank_plots import leave_plots_undrawn  # loads the package, which reads the environment
+
+            leave_plots_undrawn(patch)
+        yield
