@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from hf_optimizability.comparing.results import Run
+from hf_optimizability.comparing.training import Inputs
 from tests.support import tiny_texts
 from tests.support.browser import browser, show  # noqa: F401  (fixtures)
+from tests.support.tiny_comparison import flags_of, trained
 
 
 @pytest.fixture(scope="session")
@@ -23,13 +26,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def flags(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What candidates share; a training takes some tenths of a second."""
     monkeypatch.setattr("hf_optimizability.report.figures.plot_all", lambda report: {})  # which takes seconds
-    data = str(inputs / "data.parquet")
-    return {
-        "model_name_or_path": str(inputs / "tiny-bert"), "train_file": data, "validation_file": data,
-        "text_column_name": ["sentence"], "ignore_mismatched_sizes": True, "cache_dir": str(inputs / "cache"),
-        "output_dir": str(tmp_path / "out"), "budget_steps": 4, "seeds": 2, "measured_seeds": 0,
-        "per_device_train_batch_size": 4, "learning_rate": 1e-3, "probe_examples": 4, "max_hvps": 16,
-        "dataloader_pin_memory": False,
-    }  # fmt: skip
+    return flags_of(inputs, tmp_path / "out")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int, int]]:
+    """Replaces training: the learning rate is the quality. Learning rate, seed and steps of each training made."""
+    calls: list[tuple[float, int, int]] = []
+
+    def train(inputs: Inputs, **options: object) -> Run:
+        args = inputs.training
+        calls.append((args.learning_rate, args.seed, args.max_steps))
+        return trained(inputs, quality=args.learning_rate)
+
+    monkeypatch.setattr("hf_optimizability.comparing.training.train", train)
+    return calls

@@ -7,41 +7,64 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from transformers import Trainer
 
 from hf_optimizability import Comparison, OptimizabilityReport, compare
-from hf_optimizability.comparing.results import Run, Scores
+from hf_optimizability.comparing.results import Run
 from hf_optimizability.comparing.training import Inputs
 from tests.support.example_report import make_report
+from tests.support.tiny_comparison import flags_of, trained
 
 
-def trained(inputs: Inputs, *, quality: float, examples: int = 200) -> Run:
-    """A run whose accuracy is about `quality`, with luck of examples and seeds that all candidates share."""
-    seed = inputs.training.seed
-    luck = np.random.default_rng(0).uniform(size=examples) + 0.02 * np.random.default_rng(seed).normal()
-    right = luck < quality
-    report = OptimizabilityReport(model={"id": "org/a", "parameters": 7, "trainable_parameters": 7})
-    report.training["max_steps"] = inputs.training.max_steps
-    return Run(seed, report, Scores(np.where(right, 0.1, 2.0), right), train_seconds=1.0, predict_seconds=0.001)
+class Compared(NamedTuple):
+    """A comparison of what differs in kind, and what its trainings saw."""
+
+    comparison: Comparison
+    candidates: list[Any]
+    flags: dict[str, Any]
+    seen: list[list[list[int]]]
+    """The tokens of each batch of each training."""
+
+    predictors: list[Trainer]
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int, int]]:
-    """Replaces training: the learning rate is the quality. Learning rate, seed and steps of each training made."""
-    calls: list[tuple[float, int, int]] = []
+DIVERGES, TOO_LARGE = "diverges", "too large"
 
-    def train(inputs: Inputs, **options: object) -> Run:
-        args = inputs.training
-        calls.append((args.learning_rate, args.seed, args.max_steps))
-        return trained(inputs, quality=args.learning_rate)
 
-    monkeypatch.setattr("hf_optimizability.comparing.training.train", train)
-    return calls
+@pytest.fixture(scope="module")
+def compared(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """Trains two copies, random weights, LoRA and a linear probe, and three that fail; with smoothed labels."""
+    checkpoint, seen, predictors = str(inputs / "tiny-bert"), defaultdict(list), []
+    candidates = [
+        checkpoint,
+        {"name": "missing", "model_name_or_path": str(inputs / "missing")},
+        checkpoint,
+        {"name": DIVERGES, "optim": "sgd", "learning_rate": 1e30},
+        {"name": "random", "random_weights": True, "attn_implementation": "eager"},
+        {"name": TOO_LARGE, "random_weights": True, "config_overrides": "hidden_size=4000000"},
+        {"name": "lora", "method": "lora", "lora_rank": 1},
+        {"name": "probe", "method": "linear_probe", "learning_rate": 1e-2},
+    ]
+    flags = {**flags_of(inputs, tmp_path_factory.mktemp("compared")), "label_smoothing_factor": 0.1}
+    step, predict = Trainer.training_step, Trainer.predict
+
+    def remembered_step(self: Trainer, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        seen[id(self.args)].append(inputs["input_ids"].flatten().tolist())
+        return step(self, model, inputs, *args, **options)
+
+    def remembered_predict(self: Trainer, *args: Any, **options: Any) -> Any:
+        predictors.append(self)  # which also keeps the id of its arguments from coming again
+        return predict(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "training_step", remembered_step)
+        patch.setattr(Trainer, "predict", remembered_predict)
+        comparison = compare(candidates, **flags)
+    return Compared(comparison, candidates, flags, list(seen.values()), predictors)
 
 
 def rates(*qualities: float) -> list[str]:
@@ -49,42 +72,28 @@ def rates(*qualities: float) -> list[str]:
 
 
 class TestTraining:
-    def test_copies_cant_be_told_apart_and_nothing_is_trained_twice(self, flags, monkeypatch):
-        checkpoint = flags["model_name_or_path"]
-        comparison = compare([checkpoint, checkpoint], **flags)
-        assert [entry.name for entry in comparison.entries] == ["tiny-bert", "tiny-bert (2)"]
-        first, second = (entry.runs for entry in comparison.entries)
-        assert [run.seed for run in first] == [42, 43]
-        for one, other in zip(first, second, strict=True):
+    def test_copies_cant_be_told_apart_and_nothing_is_trained_twice(self, compared, made):
+        comparison, out = compared.comparison, Path(compared.flags["output_dir"])
+        first, second = (comparison.entry(name) for name in ("tiny-bert", "tiny-bert (2)"))
+        assert [run.seed for run in first.runs] == [42, 43]
+        for one, other in zip(first.runs, second.runs, strict=True):
             assert one.scores.losses.tolist() == other.scores.losses.tolist()
-        assert first[0].scores.losses.tolist() != first[1].scores.losses.tolist()
-        assert comparison.ranking.ranks == (1, 1) and comparison.ranking.better[0][1] == 0.5
+        assert first.runs[0].scores.losses.tolist() != first.runs[1].scores.losses.tolist()
+        one, other = (comparison.ranking.names.index(entry.name) for entry in (first, second))
+        assert comparison.ranking.ranks[one] == comparison.ranking.ranks[other]
+        assert comparison.ranking.better[one][other] == 0.5
         assert "statistically tied" in comparison.summary()
-        out = Path(flags["output_dir"])
         assert {path.name for path in out.iterdir()} == {"comparison.html", "comparison.json", "comparison.md", "runs"}
         assert not list(out.rglob("training"))
 
-        def fail(*args: object, **options: object) -> None:
-            raise AssertionError("trained again")
-
-        monkeypatch.setattr("hf_optimizability.comparing.training.train", fail)
-        again = compare([checkpoint, checkpoint], **flags)
+        again = compare(compared.candidates, **compared.flags)
+        assert made == []
         assert again.to_dict() == comparison.to_dict() == Comparison.load(out).to_dict()
 
-    def test_scores_are_those_of_the_trained_model(self, flags, monkeypatch):
-        """Against the model itself, one example at a time."""
-        trainers: list[Trainer] = []
-        predict = Trainer.predict
-
-        def remembered(self: Trainer, dataset: Any, *args: Any, **options: Any) -> Any:
-            trainers.append(self)
-            return predict(self, dataset, *args, **options)
-
-        monkeypatch.setattr(Trainer, "predict", remembered)
-        comparison = compare(rates(1e-3, 1e-2), **{**flags, "seeds": 1, "label_smoothing_factor": 0.1})
-        run = comparison.entries[1].runs[0]
-        trainer = trainers[-1]
-        assert trainer.args.learning_rate == 1e-2
+    def test_scores_are_those_of_the_trained_model(self, compared):
+        """Against the model itself, one example at a time; without the smoothing of the labels in training."""
+        run, trainer = compared.comparison.entry("probe").runs[-1], compared.predictors[-1]
+        assert (trainer.args.learning_rate, trainer.args.seed, trainer.args.label_smoothing_factor) == (1e-2, 43, 0.1)
         model = trainer.model.eval()
         for at, example in enumerate(trainer.eval_dataset):
             with torch.no_grad():
@@ -96,55 +105,44 @@ class TestTraining:
             assert run.scores.losses[at] == pytest.approx(float(loss), abs=1e-5)
             assert run.scores.correct[at] == (int(logits.argmax()) == example["labels"])
 
-    def test_measuring_changes_no_score(self, flags):
-        without = compare(rates(1e-3, 1e-2), **{**flags, "seeds": 1})
-        measured = compare(rates(1e-3, 1e-2), **{**flags, "seeds": 1, "measured_seeds": 1})
-        for one, other in zip(without.entries, measured.entries, strict=True):
+    def test_measuring_changes_no_score(self, compared, flags):
+        measured = compare(
+            [compared.candidates[0], compared.candidates[4]],
+            **{**compared.flags, "output_dir": flags["output_dir"], "seeds": 1, "measured_seeds": 1},
+        )
+        for other in measured.entries:
+            one = compared.comparison.entry(other.name)
             assert one.runs[0].scores.losses.tolist() == other.runs[0].scores.losses.tolist()
             assert [m.step for m in other.runs[0].report.measurements] == [0, 2, 4]
             dynamics = [entry.runs[0].report.dynamics["generalization_gap"] for entry in (one, other)]
             assert dynamics[0]["loss_gap"] == pytest.approx(dynamics[1]["loss_gap"])
             assert dynamics[0]["measured_alike"]
 
-    def test_every_candidate_sees_the_same_examples_in_the_same_order(self, flags, monkeypatch):
-        seen: dict[int, list[list[int]]] = defaultdict(list)
-        step = Trainer.training_step
+    def test_every_candidate_sees_the_same_examples_in_the_same_order(self, compared):
+        orders = compared.seen
+        assert len(orders) == 5 * 2 + 1 and all(len(batches) == 4 for batches in orders)
+        assert all(order == orders[0] for order in orders[:6])  # of the first seed, with what diverges
+        assert all(order == orders[6] for order in orders[6:])
+        assert orders[0] != orders[6]
 
-        def remembered(self: Trainer, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-            seen[id(self)].append(inputs["input_ids"].flatten().tolist())
-            return step(self, model, inputs, *args, **options)
-
-        monkeypatch.setattr(Trainer, "training_step", remembered)
-        candidates = [{"name": "a"}, {"name": "b", "random_weights": True}, {"name": "c", "method": "linear_probe"}]
-        compare(candidates, **flags)
-        orders = list(seen.values())
-        assert len(orders) == 6
-        assert orders[0] == orders[1] == orders[2] != orders[3] == orders[4] == orders[5]
-
-    def test_methods_train_what_they_say(self, flags):
-        candidates = ["method=full", "method=lora,lora_rank=1", "method=linear_probe", "attn_implementation=eager"]
-        full, lora, probe, eager = compare(candidates, **{**flags, "seeds": 1}).entries
-        assert full.model["trainable_parameters"] == full.model["parameters"] == eager.model["parameters"]
-        assert probe.model["trainable_parameters"] == 4 * 2 + 2
-        assert 10 < lora.model["trainable_parameters"] < full.model["parameters"]
+    def test_methods_train_what_they_say(self, compared):
+        full, random, lora, probe = (
+            compared.comparison.entry(name).model for name in ("tiny-bert", "random", "lora", "probe")
+        )
+        assert full["trainable_parameters"] == full["parameters"] == random["trainable_parameters"]
+        assert probe["trainable_parameters"] == 4 * 2 + 2
+        assert 10 < lora["trainable_parameters"] < full["parameters"]
 
 
 class TestFailures:
-    def test_what_fails_is_reported_and_the_others_finish(self, flags, inputs):
-        candidates: list[Any] = [
-            {"name": "well"},
-            str(inputs / "missing"),
-            {"name": "diverges", "optim": "sgd", "learning_rate": 1e30},
-            {"name": "too large", "random_weights": True, "config_overrides": "hidden_size=4000000"},
-            {"name": "well too", "learning_rate": 1e-2},
-        ]
-        comparison = compare(candidates, **flags)
+    def test_what_fails_is_reported_and_the_others_finish(self, compared, inputs):
+        comparison = compared.comparison
         failures = {entry.name: entry.failure.reason for entry in comparison.entries if entry.failure}
-        assert set(failures) == {"missing", "diverges", "too large"}
+        assert set(failures) == {"missing", DIVERGES, TOO_LARGE}
         assert "can't be loaded" in failures["missing"] and "--model_name_or_path" in failures["missing"]
-        assert "not finite" in failures["diverges"] and "learning rate" in failures["diverges"]
-        assert "Out of memory" in failures["too large"] and "batch_size" in failures["too large"]
-        assert set(comparison.ranking.names) == {"well", "well too"}
+        assert "not finite" in failures[DIVERGES] and "learning rate" in failures[DIVERGES]
+        assert "Out of memory" in failures[TOO_LARGE] and "batch_size" in failures[TOO_LARGE]
+        assert set(comparison.ranking.names) == {"tiny-bert", "tiny-bert (2)", "random", "lora", "probe"}
         assert str(inputs) not in comparison.to_html() + comparison.to_markdown() + json.dumps(comparison.to_dict())
         for name, reason in failures.items():
             assert name in comparison.to_markdown() and f"{name} failed: {reason[:40]}" in comparison.summary()
@@ -207,13 +205,12 @@ class TestBudgets:
         assert timed == [0.25, 0.75] and [steps for _, _, steps in made[4:]] == [52, 17] * 2
         assert "timing a few" in comparison.to_html()
 
-    def test_a_real_step_is_timed(self, flags):
+    def test_a_real_step_is_timed(self, flags, made, compared):
         del flags["budget_steps"]
-        comparison = compare(rates(1e-3, 1e-2), **{**flags, "seeds": 1, "budget_seconds": 0.05})
-        for entry in comparison.entries:
-            steps = entry.runs[0].report.training["max_steps"]
-            assert 1 <= steps < 1000
-            assert 0 < entry.runs[0].train_seconds < 5
+        compare(rates(1e-3, 1e-2), **{**flags, "seeds": 1, "budget_seconds": 0.05})
+        assert len(made) == 2 and all(1 <= steps < 1000 for _, _, steps in made)
+        for entry in compared.comparison.entries:
+            assert all(0 < run.train_seconds < 5 for run in entry.runs)
 
     def test_other_settings_are_other_trainings_but_more_seeds_are_not(self, flags, made):
         compare(rates(0.5, 0.9), **flags)

@@ -60,7 +60,7 @@ class TestKept:
 
 
 class TestScreening:
-    def test_the_hopeless_are_not_trained_and_all_is_told(self, flags, scored):
+    def test_the_hopeless_are_not_trained_and_all_is_told(self, flags, made, scored):
         comparison = compare(candidates(0.1, 0.2, 0.3, 0.4), **{**flags, "seeds": 1, "screen_to": 1})
         assert [entry.dropped for entry in comparison.entries] == [None, None, 0, None]
         assert [len(entry.runs) for entry in comparison.entries] == [1, 1, 0, 1]
@@ -76,7 +76,7 @@ class TestScreening:
         for text in (page.text, comparison.to_markdown()):
             assert "the disk is full" in text and "1 best by LogME were selected for training" in text
 
-    def test_what_was_scored_is_not_scored_again(self, flags, scored):
+    def test_what_was_scored_is_not_scored_again(self, flags, made, scored):
         options = {**flags, "seeds": 1, "screen_to": 1}
         first = compare(candidates(0.1, 0.3, 0.4), **options)
         again = compare(candidates(0.1, 0.3, 0.4), **options)
@@ -87,7 +87,7 @@ class TestScreening:
         compare(candidates(0.1, 0.3), **{**options, "screen_examples": 300})
         assert len(scored) == 6
 
-    def test_what_a_score_does_not_see_is_scored_once_and_stays_together(self, flags, scored):
+    def test_what_a_score_does_not_see_is_scored_once_and_stays_together(self, flags, made, scored):
         both = [f"{candidates(0.1)[0]},learning_rate={rate}" for rate in (1e-3, 1e-2)]
         comparison = compare([*both, *candidates(0.3)], **{**flags, "seeds": 1, "screen_to": 1})
         assert scored == ["hidden_dropout_prob=0.1", "hidden_dropout_prob=0.3"]
@@ -99,7 +99,7 @@ class TestScreening:
         scores, failure = comparison.entries[1].scores, comparison.entries[1].failure
         assert scores.notes["logme"] == failure.reason and "can't be loaded" in failure.reason
 
-    def test_one_that_is_left_is_told(self, flags, scored):
+    def test_one_that_is_left_is_told(self, flags, made, scored):
         comparison = compare(candidates(0.1, 0.3), **{**flags, "seeds": 1, "screen_to": 1})
         assert comparison.ranking is None
         assert "is the one that its score left: the others were dropped before." in comparison.summary()
@@ -107,7 +107,7 @@ class TestScreening:
     @pytest.mark.parametrize(
         ("options", "message"), [({"screen_to": 0}, "--screen_to is 0"), ({"screen_examples": 5}, "at least 20")]
     )
-    def test_numbers_that_cant_work(self, flags, scored, options, message):
+    def test_numbers_that_cant_work(self, flags, made, scored, options, message):
         with pytest.raises(ValueError, match=message):
             compare(candidates(0.1, 0.3), **flags, **options)
         assert not scored and not list(Path(flags["output_dir"]).rglob("*.json"))
