@@ -33,7 +33,6 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BaseImageProcessor,
-    HfArgumentParser,
     PreTrainedTokenizerBase,
     TrainingArguments,
     VisionTextDualEncoderModel,
@@ -44,7 +43,7 @@ from transformers import (
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.tasks.checkpoint import original_config
 from hf_optimizability.tasks.datasets import DataSetArguments, load_data, subsample
-from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
+from hf_optimizability.tasks.fine_tuning import fine_tune, parse_flags, print_report
 from hf_optimizability.tasks.text_classification import ModelArguments
 
 
@@ -126,9 +125,9 @@ def prepare(
 
 
 def main() -> None:
-    arguments = (EncoderArguments, DataArguments, OptimizabilityConfig, TrainingArguments)
-    parser = HfArgumentParser(arguments)  # type: ignore[arg-type]  # its annotation fits no dataclass
-    model_args, data_args, optimizability, training_args = parse_arguments(parser)
+    model_args, data_args, optimizability, training_args = parse_flags(
+        EncoderArguments, DataArguments, OptimizabilityConfig, TrainingArguments
+    )
     require_one_batch_size(training_args, optimizability)
     training_args.remove_unused_columns = False  # images and captions are made into inputs when they are fetched
     training_args.dataloader_drop_last = True
@@ -165,8 +164,7 @@ def main() -> None:
         data_collator=collate,
     )
     folder = fine_tune(trainer, tasks="zero-shot-image-classification", tags=["vision"], dataset=data_args.public_name)
-    if training_args.do_train and trainer.is_world_process_zero():
-        print(f"\n{trainer.optimizability_report().summary()}\n\nReport: {folder / 'report.md'}")
+    print_report(trainer, folder)
 
 
 if __name__ == "__main__":

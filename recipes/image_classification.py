@@ -19,28 +19,25 @@ Images go through the checkpoint's own image processor, in training as in evalua
 
 from __future__ import annotations
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.tasks import image_classification
-from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
+from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_flags, print_report
 
 
 def main() -> None:
-    arguments = (
+    model_args, data_args, optimizability, training_args = parse_flags(
         image_classification.ModelArguments,
         image_classification.DataArguments,
         OptimizabilityConfig,
         TrainingArguments,
     )
-    parser = HfArgumentParser(arguments)  # type: ignore[arg-type]  # its annotation fits no dataclass
-    model_args, data_args, optimizability, training_args = parse_arguments(parser)
 
     inputs = load(image_classification, model_args, data_args, training_args)
     trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs.as_kwargs())
     folder = fine_tune(trainer, tasks="image-classification", tags=["vision"], dataset=data_args.public_name)
-    if training_args.do_train and trainer.is_world_process_zero():
-        print(f"\n{trainer.optimizability_report().summary()}\n\nReport: {folder / 'report.md'}")
+    print_report(trainer, folder)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.curvature.hessian import HessianOperator
@@ -45,7 +45,7 @@ from hf_optimizability.objective.parameter_blocks import block_indices
 from hf_optimizability.objective.probe_set import ProbeSpec, draw_probe_set
 from hf_optimizability.report.figures import BLUE, VERMILLION
 from hf_optimizability.tasks import image_classification
-from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
+from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_flags
 
 
 @dataclass
@@ -157,15 +157,13 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    arguments = (
+    model_args, data_args, optimizability, exact_args, training_args = parse_flags(
         image_classification.ModelArguments,
         image_classification.DataArguments,
         OptimizabilityConfig,
         ExactArguments,
         TrainingArguments,
     )
-    parser = HfArgumentParser(arguments)  # type: ignore[arg-type]  # its annotation fits no dataclass
-    model_args, data_args, optimizability, exact_args, training_args = parse_arguments(parser)
 
     inputs = load(image_classification, model_args, data_args, training_args)
     trainer = OptimizabilityTrainer(args=training_args, optimizability=optimizability, **inputs.as_kwargs())

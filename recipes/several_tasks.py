@@ -29,14 +29,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
-from hf_optimizability.tasks.fine_tuning import fine_tune, parse_arguments
+from hf_optimizability.tasks.fine_tuning import fine_tune, parse_flags, print_report
 from hf_optimizability.tasks.metrics import compute_metrics
 from hf_optimizability.tasks.multitask_model import TASK_COLUMN, MultiTaskModel, combine_tasks
 
@@ -96,8 +95,7 @@ def load_tasks(args: SeveralTasksArguments, tokenizer: Any, *, seed: int) -> tup
 
 
 def main() -> None:
-    parser = HfArgumentParser((SeveralTasksArguments, OptimizabilityConfig, TrainingArguments))  # type: ignore[arg-type]
-    args, optimizability, training_args = parse_arguments(parser)
+    args, optimizability, training_args = parse_flags(SeveralTasksArguments, OptimizabilityConfig, TrainingArguments)
     optimizability.task_column = optimizability.task_column or TASK_COLUMN
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
@@ -118,8 +116,7 @@ def main() -> None:
         optimizability=optimizability,
     )
     folder = fine_tune(trainer, tasks="text-classification")
-    if training_args.do_train and trainer.is_world_process_zero():
-        print(f"\n{trainer.optimizability_report().summary()}\n\nReport: {folder / 'report.md'}")
+    print_report(trainer, folder)
 
 
 if __name__ == "__main__":

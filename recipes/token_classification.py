@@ -30,7 +30,6 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForTokenClassification,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -41,7 +40,7 @@ from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.objective.objective import IGNORED_LABEL
 from hf_optimizability.tasks.checkpoint import label2id, load_config
 from hf_optimizability.tasks.datasets import DataSetArguments, load_data, subsample
-from hf_optimizability.tasks.fine_tuning import fine_tune, freeze_untrained, parse_arguments
+from hf_optimizability.tasks.fine_tuning import fine_tune, freeze_untrained, parse_flags, print_report
 from hf_optimizability.tasks.text_classification import ModelArguments
 
 
@@ -124,9 +123,9 @@ def compute_metrics(prediction: EvalPrediction, names: Sequence[str]) -> dict[st
 
 
 def main() -> None:
-    arguments = (ModelArguments, DataArguments, OptimizabilityConfig, TrainingArguments)
-    parser = HfArgumentParser(arguments)  # type: ignore[arg-type]  # its annotation fits no dataclass
-    model_args, data_args, optimizability, training_args = parse_arguments(parser)
+    model_args, data_args, optimizability, training_args = parse_flags(
+        ModelArguments, DataArguments, OptimizabilityConfig, TrainingArguments
+    )
 
     set_seed(training_args.seed)
     seed, hub = training_args.seed, {"cache_dir": model_args.cache_dir, "token": model_args.token}
@@ -156,8 +155,7 @@ def main() -> None:
         compute_metrics=partial(compute_metrics, names=sorted(label2id(config), key=label2id(config).__getitem__)),
     )
     folder = fine_tune(trainer, tasks="token-classification", dataset=data_args.public_name)
-    if training_args.do_train and trainer.is_world_process_zero():
-        print(f"\n{trainer.optimizability_report().summary()}\n\nReport: {folder / 'report.md'}")
+    print_report(trainer, folder)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import HfArgumentParser, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_optimizability import Measurement, OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.files import write_atomically
 from hf_optimizability.report.figures import BLUE, GREY, VERMILLION
 from hf_optimizability.tasks import image_classification
-from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_arguments
+from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_flags
 
 
 @dataclass
@@ -170,15 +170,13 @@ def plot(measurements: Sequence[Measurement], results: dict[int, PyHessianResult
 
 
 def main() -> None:
-    arguments = (
+    model_args, data_args, optimizability, comparison_args, training_args = parse_flags(
         image_classification.ModelArguments,
         image_classification.DataArguments,
         OptimizabilityConfig,
         ComparisonArguments,
         TrainingArguments,
     )
-    parser = HfArgumentParser(arguments)  # type: ignore[arg-type]  # its annotation fits no dataclass
-    model_args, data_args, optimizability, comparison_args, training_args = parse_arguments(parser)
 
     inputs = load(image_classification, model_args, data_args, training_args)
     dataset = inputs.train_dataset

@@ -123,6 +123,12 @@ def parse_arguments(
     return parsed
 
 
+def parse_flags(*dataclass_types: type[Any]) -> tuple[Any, ...]:
+    """Read the flags of a recipe from the command line, as Transformers' example scripts do; see `parse_arguments`."""
+    types: Any = dataclass_types  # the annotation of Transformers fits no dataclass
+    return parse_arguments(HfArgumentParser(types))
+
+
 def _parse(
     parser: HfArgumentParser, args: Sequence[str] | None, values: Mapping[str, Any] | None
 ) -> tuple[tuple[Any, ...], list[str]]:
@@ -237,3 +243,9 @@ def fine_tune(trainer: OptimizabilityTrainer, **card: Any) -> Path:
     else:
         trainer.create_model_card(**card)
     return trainer.optimizability_callback.config.report_folder(args.output_dir)
+
+
+def print_report(trainer: OptimizabilityTrainer, folder: Path) -> None:
+    """Print the summary of a training's report and its path; nothing if nothing was trained, or on other processes."""
+    if trainer.args.do_train and trainer.is_world_process_zero():
+        print(f"\n{trainer.optimizability_report().summary()}\n\nReport: {folder / 'report.md'}")

@@ -162,12 +162,12 @@ class Understood(Exception):  # noqa: N818
 def understand_recipe(name: str, args: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A recipe reads the flags itself."""
 
-    def parse(parser: HfArgumentParser) -> None:
-        parse_arguments(parser, list(args))
+    def parse(*kinds: Any) -> None:
+        parse_arguments(HfArgumentParser(kinds), list(args))
         raise Understood
 
     recipe = importlib.import_module(name)
-    monkeypatch.setattr(recipe, "parse_arguments", parse)
+    monkeypatch.setattr(recipe, "parse_flags", parse)
     with pytest.raises(Understood):
         recipe.main()
 
