@@ -131,7 +131,7 @@ def splits(comparison: Comparison) -> list[dict[str, Any]]:
 def described(comparison: Comparison) -> dict[str, Any]:
     """Return the rankings, without the scores and logs they come from."""
     return {
-        "setting": comparison.setting,
+        "setting": comparison.setting.to_dict(),
         "verdict": comparison.summary(),
         **{quality: asdict(comparison.by(quality)) for quality in ("accuracy", "loss")},
         "train_seconds": {entry.name: [run.train_seconds for run in entry.runs] for entry in comparison.entries},

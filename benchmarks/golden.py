@@ -61,6 +61,8 @@ CHANGED: dict[str, str] = {
     "entries.*.runs.1.report.dynamics.generalization_gap": _ONE_GAP,
     "entries.*.runs.1.report.log_history.*.optimizability/*_loss*": _ONE_GAP,
     "**.self_check.repeat_error": "added: what rounding leaves between two passes of a batch",
+    "**findings.*.advice": "reworded: a text",
+    "**findings.*.source": "reworded: a text",
 }
 """Fields that may differ or be missing, and why they must."""
 

@@ -87,7 +87,7 @@ def page(folder: Path) -> str:
 
 def origins(report: OptimizabilityReport) -> list[str]:
     """Return the checkpoint, or both of a dual encoder, and the data set."""
-    return [*report.model["id"].split(" + "), report.data["dataset"]]
+    return [*report.model.id.split(" + "), report.data.dataset or ""]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int) -> str:
@@ -98,7 +98,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int) -
 
 def _measured(report: OptimizabilityReport) -> Iterator[list[str]]:
     for measurement in (report.measurements[0], report.measurements[-1]):
-        names = [escape(report.model["id"]), escape(report.data["dataset"])]
+        names = [escape(report.model.id), escape(report.data.dataset or "")]
         yield [*names, f"{measurement.step:,}", format_number(measurement.loss), *_estimates(measurement)]
 
 
@@ -115,12 +115,12 @@ def _estimates(measurement: Measurement) -> list[str]:
 
 
 def _setting(name: str, report: OptimizabilityReport) -> list[str]:
-    last, data, training = report.measurements[-1], report.data, report.training
+    last, probe, training = report.measurements[-1], report.data.probe, report.training
     accuracy = [entry["eval_accuracy"] for entry in report.log_history if "eval_accuracy" in entry]
     return [
         f"[{escape(name)}](../model_cards/{name}/README.md)",
-        f"{report.model['trainable_parameters']:,}",
-        f"{last.num_items} items in {data['probe_batches']} batches, {escape(data['probe_fingerprint'])}",
+        f"{report.model.trainable_parameters:,}",
+        f"{last.num_items} items in {probe.batches} batches, {escape(probe.fingerprint)}",
         f"{escape(last.engine)}, {last.dtype}",
         f"{training['max_steps']} steps of {training['optimizer']} at {training['learning_rate']:g}, "
         f"{training['examples_per_step']} examples each",

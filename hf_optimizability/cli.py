@@ -299,7 +299,7 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
 
 def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool) -> None:
     from .comparing.candidates import parse_candidates
-    from .comparing.flags import list_flags
+    from .comparing.flags import ComparisonFlags, list_flags
     from .comparing.runner import ComparisonRunner
 
     words = list(args)
@@ -312,7 +312,8 @@ def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags
             typer.echo(list_flags(task_name))
             raise typer.Exit
         shared = list(dropwhile(lambda word: not word.startswith("-"), words))
-        runner = ComparisonRunner(parse_candidates(given), task_name=task_name, values=values, args=shared)
+        candidates = parse_candidates(given)
+        runner = ComparisonRunner(ComparisonFlags(candidates, task_name=task_name, values=values, args=shared))
     with _only_json_on_stdout(as_json):
         comparison = runner.run(on_run=lambda text: typer.echo(text, err=True))
     page = runner.folder / "comparison.html"

@@ -113,7 +113,7 @@ def test_a_secret_that_is_passed():
 def test_a_model_is_called_by_its_name(path: str, name: str):
     model = tiny_models.bert()
     model.config._name_or_path = model.name_or_path = path
-    assert describe_model(model)["id"] == name
+    assert describe_model(model).id == name
 
 
 class Identity(Function):

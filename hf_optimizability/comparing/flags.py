@@ -58,6 +58,7 @@ class ComparisonFlags:
         args: More of them, as they stand on a command line; they override `values`.
 
     Attributes:
+        candidates: What is compared.
         task: What the checkpoints are trained for.
 
     Raises:
@@ -72,6 +73,7 @@ class ComparisonFlags:
         values: Mapping[str, Any] | None = None,
         args: Sequence[str] = (),
     ):
+        self.candidates = tuple(candidates)
         self._values, self._args = dict(values or {}), list(args)
         self._require_free(candidates)
         self.task = self._find_task(candidates, task_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,10 +63,10 @@ def to_html(comparison: ComparisonData) -> str:
         "comparison.html.jinja",
         charts(comparison),
         kind="Comparison on",
-        title=comparison.setting["dataset"] or "reports",
+        title=comparison.setting.dataset or "reports",
         sections=SECTIONS,
         created="",
-        versions=comparison.setting["versions"],
+        versions=comparison.setting.versions,
         **values,
     )
 
@@ -111,7 +111,7 @@ def charts(comparison: ComparisonData) -> list[Chart]:
 
 def _values(comparison: ComparisonData) -> dict[str, Any]:
     """Return the variables of both templates."""
-    ranking, settings = comparison.ranking, comparison.setting["settings"]
+    ranking, settings = comparison.ranking, comparison.setting.settings
     ranked = _ranked(comparison)
     models = [_model_row(entry, settings) for entry in comparison.entries if entry.runs]
     return {
@@ -119,7 +119,7 @@ def _values(comparison: ComparisonData) -> dict[str, Any]:
         "ranking": ranking,
         "verdict": verdict(comparison),
         "rows": _ranking_rows(comparison),
-        "pairs": [] if ranking is None else _pairs(ranking, comparison.setting["rank_by"]),
+        "pairs": [] if ranking is None else _pairs(ranking, comparison.setting.rank_by),
         "dynamics": [_dynamics_row(entry) for entry in ranked],
         "models": sorted(models, key=lambda row: row["size"]),
         "front": sorted(pareto_front(comparison, lambda run: run.train_seconds)),
@@ -131,7 +131,7 @@ def _values(comparison: ComparisonData) -> dict[str, Any]:
         "rounds": comparison.rounds,
         "entries": comparison.entries,
         "confidence": f"{CONFIDENCE:g}",
-        "one_seed": len(comparison.setting["seeds"]) < 2,
+        "one_seed": len(comparison.setting.seeds) < 2,
     }
 
 
@@ -288,18 +288,18 @@ def _milliseconds(run: Run) -> float | None:
     return None if run.predict_seconds is None else 1000 * run.predict_seconds
 
 
-def _model_row(entry: Entry, shared: dict[str, Any]) -> dict[str, Any]:
+def _model_row(entry: Entry, shared: Mapping[str, Any]) -> dict[str, Any]:
     """Return size, source of the weights and architecture."""
     model = entry.model
     random = str({**shared, **entry.changes}.get("random_weights")).lower() in ("true", "t", "yes", "y", "1")
-    size, trained = model.get("parameters") or 0, model.get("trainable_parameters") or 0
+    size, trained = model.parameters or 0, model.trainable_parameters or 0
     return {
         "name": entry.name,
         "size": size,
         "trained": trained,
         "share": format_percent(trained / size) if size else MISSING,
-        "source": "none: random weights" if random else model.get("id") or "unknown",
-        "architecture": model.get("class") or "unknown",
+        "source": "none: random weights" if random else model.id or "unknown",
+        "architecture": model.class_name or "unknown",
         "optimizer": entry.runs[0].report.training.get("optimizer"),
         "learning_rate": entry.runs[0].report.training.get("learning_rate"),
         "dropped": entry.dropped,
@@ -343,7 +343,7 @@ def _costs(cost: Callable[[Run], float | None], entry: Entry) -> Array:
 
 def _pareto(comparison: ComparisonData, identifier: str, x: str, cost: Callable[[Run], float | None]) -> Chart:
     """Plot quality with its interval against cost, a point for each candidate, and the front as a line."""
-    ranking, quality = comparison.ranking, comparison.setting["rank_by"]
+    ranking, quality = comparison.ranking, comparison.setting.rank_by
     y = f"{quality}, %" if quality == "accuracy" else quality
     if ranking is None:
         return make_chart(identifier, x, y, [])

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..files import finite
 from ..log_keys import PREFIX
 from ..report import OptimizabilityReport
+from ..report_data.provenance import ModelInfo
 from ..scoring.checkpoint import CheckpointScores
 from ..serialization import structure
 from .ranking import Ranking, normal_draws, paired_bootstrap, rank
@@ -133,9 +134,9 @@ class Entry:
     scores: CheckpointScores | None = None
 
     @property
-    def model(self) -> dict[str, Any]:
-        """The model according to its reports; empty if there are none."""
-        return self.runs[0].report.model if self.runs else {}
+    def model(self) -> ModelInfo:
+        """The model according to its reports."""
+        return self.runs[0].report.model if self.runs else ModelInfo()
 
 
 @dataclass(frozen=True)
@@ -153,27 +154,73 @@ class Round:
     kept: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class TrainingBudget:
+    """What each candidate may spend on a training.
+
+    Attributes:
+        unit: Unit of the amount.
+        amount: How many of them.
+    """
+
+    unit: Literal["steps", "examples", "seconds"]
+    amount: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How candidates were compared.
+
+    Attributes:
+        task: The task.
+        dataset: Name of the data set; empty if unknown.
+        budget: Budget of each training; `None` if reports were compared.
+        seeds: Seeds of the trainings.
+        rank_by: The quality that ranks.
+        examples: Evaluation examples that were scored; `None` if there are no scores.
+        settings: Flags that all candidates share, by name: as free as the flags are.
+        versions: Library versions.
+        screen_to: How many candidates the screening was to keep; `None` if there was none.
+    """
+
+    task: str
+    dataset: str
+    budget: TrainingBudget | None
+    seeds: tuple[int, ...]
+    rank_by: Quality
+    examples: int | None
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    screen_to: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the setting as plain data."""
+        data = asdict(self)
+        if self.budget is None:  # reports are never screened
+            del data["screen_to"]
+        return data
+
+
 @dataclass
 class ComparisonData:
     """Candidates that were fine-tuned under one equal budget, and which of them is better.
 
     Attributes:
-        setting: `task`, `dataset`, `budget` (with `unit` and `amount`), `seeds`, `rank_by`, `examples`, `settings`
-            (flags that all share), `versions`, and `screen_to` if scores were asked for.
+        setting: How they were compared.
         entries: The candidates, in the order in which they were given.
         rounds: Rounds of successive halving; one if there was none.
         schema_version: Layout of the JSON file.
     """
 
-    setting: dict[str, Any] = field(default_factory=dict)
+    setting: Setting
     entries: list[Entry] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     @cached_property
     def ranking(self) -> Ranking | None:
-        """The ranking by `setting["rank_by"]` of the candidates that got the whole budget; `None` if there is none."""
-        return rank_entries(self.entries, self.setting["rank_by"])
+        """The ranking by `setting.rank_by` of the candidates that got the whole budget; `None` if there is none."""
+        return rank_entries(self.entries, self.setting.rank_by)
 
     def by(self, quality: Quality) -> Ranking | None:
         """Return the ranking by another quality."""
@@ -191,7 +238,7 @@ class ComparisonData:
             plain["scores"] = None if entry.scores is None else entry.scores.to_dict()
         rounds = [asdict(one) for one in self.rounds]
         ranking = None if self.ranking is None else asdict(self.ranking)
-        data = {"schema_version": self.schema_version, "setting": self.setting, "ranking": ranking}
+        data = {"schema_version": self.schema_version, "setting": self.setting.to_dict(), "ranking": ranking}
         return finite({**data, "entries": entries, "rounds": rounds})
 
     @classmethod
@@ -208,7 +255,7 @@ class ComparisonData:
             )
         entries = [structure(Entry, entry) for entry in data["entries"]]
         rounds = [structure(Round, one) for one in data["rounds"]]
-        return cls(setting=dict(data["setting"]), entries=entries, rounds=rounds)
+        return cls(setting=structure(Setting, data["setting"]), entries=entries, rounds=rounds)
 
 
 def rank_entries(entries: Sequence[Entry], quality: Quality) -> Ranking | None:

@@ -20,7 +20,7 @@ from ..training import provenance
 from .candidates import CHECKPOINT, Candidate, Flag, folder_name, parse_candidates
 from .comparison import Comparison
 from .flags import ComparisonFlags
-from .results import SCREENED_BY, Entry, Failure, Round, Run, rank_entries
+from .results import SCREENED_BY, Entry, Failure, Round, Run, Setting, TrainingBudget, rank_entries
 from .run_cache import cached_run, cached_scores, cached_step_seconds, settings_digest
 
 
@@ -56,10 +56,11 @@ def compare(
 
     Example:
         >>> from hf_optimizability import OptimizabilityReport
+        >>> from hf_optimizability.report_data.provenance import ModelInfo
         >>> log = [{"optimizability/eval_loss": 0.5, "optimizability/eval_loss_std_error": 0.02, "step": 9}]
         >>> better = [{"optimizability/eval_loss": 0.4, "optimizability/eval_loss_std_error": 0.02, "step": 9}]
-        >>> reports = [OptimizabilityReport(model={"id": name}, log_history=entries) for name, entries in
-        ...            {"org/a": log, "org/b": better}.items()]
+        >>> reports = [OptimizabilityReport(model=ModelInfo(id=name), log_history=entries)
+        ...            for name, entries in {"org/a": log, "org/b": better}.items()]
         >>> comparison = compare(reports)
         >>> comparison.ranking.names, comparison.ranking.ranks
         (('org/b', 'org/a'), (1, 2))
@@ -70,7 +71,7 @@ def compare(
             raise ValueError("Reports are compared as they are: pass nothing but two or more of them.")
         return compare_reports(reports)
     parsed = parse_candidates(one for one in candidates if not isinstance(one, OptimizabilityReport))
-    return ComparisonRunner(parsed, task_name=task, values=flags).run()
+    return ComparisonRunner(ComparisonFlags(parsed, task_name=task, values=flags)).run()
 
 
 def compare_reports(reports: Sequence[OptimizabilityReport]) -> Comparison:
@@ -81,22 +82,22 @@ def compare_reports(reports: Sequence[OptimizabilityReport]) -> Comparison:
     """
     if len(reports) < 2:
         raise ValueError("There is nothing to compare: pass at least two reports.")
-    named = parse_candidates({CHECKPOINT: str(report.model.get("id") or "a model")} for report in reports)
+    named = parse_candidates({CHECKPOINT: report.model.id or "a model"} for report in reports)
     entries = [
         Entry(candidate.name, runs=[Run(report.training.get("seed"), report)])
         for candidate, report in zip(named, reports, strict=True)
     ]
     first = reports[0]
-    setting = {
-        "task": first.task.get("task", ""),
-        "dataset": first.data.get("dataset") or "",
-        "budget": None,
-        "seeds": [],
-        "rank_by": "loss",
-        "examples": None,
-        "settings": {},
-        "versions": first.versions,
-    }
+    setting = Setting(
+        task=first.task.task,
+        dataset=first.data.dataset or "",
+        budget=None,
+        seeds=(),
+        rank_by="loss",
+        examples=None,
+        settings={},
+        versions=first.versions,
+    )
     return Comparison(setting, entries, [])
 
 
@@ -104,30 +105,20 @@ class ComparisonRunner:
     """Runs a comparison.
 
     Args:
-        candidates: What is compared.
-        task_name: The task; by default that of the first checkpoint that can be loaded.
-        values: Flags that all share, with their values.
-        args: More of them, as they stand on a command line; they override `values`.
+        flags: The candidates, and the flags that they share.
 
     Attributes:
         folder: Where the pages and the cached runs are.
 
     Raises:
-        ValueError: If a flag or a candidate can't work.
+        ValueError: If a candidate's flags can't be parsed, or the output folder is not writable.
     """
 
-    def __init__(
-        self,
-        candidates: Sequence[Candidate],
-        *,
-        task_name: str | None = None,
-        values: Mapping[str, Any] | None = None,
-        args: Sequence[str] = (),
-    ):
-        self._candidates = {candidate.name: candidate for candidate in candidates}
-        self._flags = ComparisonFlags(candidates, task_name=task_name, values=values, args=args)
-        self._parsed = {candidate.name: self._flags.parse(candidate) for candidate in candidates}
-        self._first = candidates[0]
+    def __init__(self, flags: ComparisonFlags):
+        self._flags = flags
+        self._candidates = {candidate.name: candidate for candidate in flags.candidates}
+        self._parsed = {candidate.name: flags.parse(candidate) for candidate in flags.candidates}
+        self._first = flags.candidates[0]
         first = self._parsed[self._first.name]
         if first.training.world_size > 1:
             raise ValueError("A comparison trains in one process. Start it without torchrun or accelerate launch.")
@@ -272,21 +263,21 @@ class ComparisonRunner:
         model, data, config, training, _ = self._flags.parse(candidate, overrides)
         return Inputs(self._flags.task, model, data, config, training, self._first_seed)
 
-    def _setting(self, entries: Sequence[Entry]) -> dict[str, Any]:
+    def _setting(self, entries: Sequence[Entry]) -> Setting:
         """Return what the page says about how the comparison was made."""
         scores = [run.scores for entry in entries for run in entry.runs if run.scores is not None]
         arguments, first = self._arguments, self._parsed[self._first.name]
-        return {
-            "task": self._flags.task.NAME,
-            "dataset": first.data.public_name,
-            "budget": {"unit": arguments.unit, "amount": arguments.amount},
-            "seeds": [self._first_seed + index for index in range(arguments.seeds)],
-            "rank_by": arguments.rank_by,
-            "examples": len(scores[0].losses) if scores else None,
-            "settings": self._flags.public_settings(self._first, first),
-            "versions": provenance.library_versions(),
-            "screen_to": arguments.screen_to,
-        }
+        return Setting(
+            task=self._flags.task.NAME,
+            dataset=first.data.public_name,
+            budget=TrainingBudget(arguments.unit, arguments.amount),
+            seeds=tuple(self._first_seed + index for index in range(arguments.seeds)),
+            rank_by=arguments.rank_by,
+            examples=len(scores[0].losses) if scores else None,
+            settings=self._flags.public_settings(self._first, first),
+            versions=provenance.library_versions(),
+            screen_to=arguments.screen_to,
+        )
 
 
 def _reason(error: Exception) -> str:

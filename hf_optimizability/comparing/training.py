@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +247,7 @@ def _report(trainer: Trainer, config: OptimizabilityConfig) -> OptimizabilityRep
     train: Any = trainer.train_dataset
     evaluation: Any = trainer.eval_dataset
     report = provenance.new_report(model, train, evaluation, own_loss=False)
-    report.data |= provenance.describe_probe_set([], model)
+    report.data = replace(report.data, probe=provenance.describe_probe_set([], model))
     report.training = provenance.describe_training(trainer.args, optimizer, state.max_steps)
     gap = {**measure_gap(trainer, config), "step": state.global_step}
     report.log_history = map_strings([*state.log_history, gap], anonymize)

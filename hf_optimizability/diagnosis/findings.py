@@ -582,7 +582,7 @@ def _largest_stable_rate(report: ReportData) -> _StableRate | None:
         if m.optimizer_stability is not None and m.optimizer_stability.sharpness.value > 0
     ]
     measured = [measurement for measurement in measured if measurement.step > 0] or measured
-    if not measured or report.model.get("batch_norm", True):
+    if not measured or report.model.batch_norm is not False:
         return None
     beta = (settings.get("betas") or [settings.get("beta1") or 0.0])[0]
     averaged = {"momentum": beta, "dampening": beta}

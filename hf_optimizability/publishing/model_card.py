@@ -67,7 +67,8 @@ def with_report(card: str, report: OptimizabilityReport, *, name: str, files: Co
             Hub's layout, or the markers are not one pair.
 
     Example:
-        >>> report = OptimizabilityReport(model={"id": "org/name"})
+        >>> from hf_optimizability.report_data.provenance import ModelInfo
+        >>> report = OptimizabilityReport(model=ModelInfo(id="org/name"))
         >>> print(with_report("---\nlicense: mit  # as before\n---\n# Mine\n", report, name="mine"))
         ---
         license: mit  # as before
@@ -97,7 +98,7 @@ def metadata_result(report: OptimizabilityReport) -> dict[str, Any] | None:
 
     The types of its metrics are our own; their `args` hold step and interval.
     """
-    task = report.task.get("task")
+    task = report.task.task
     if not task or not report.measurements:
         return None
     last = report.measurements[-1]
@@ -106,7 +107,7 @@ def metadata_result(report: OptimizabilityReport) -> dict[str, Any] | None:
         for quantity in QUANTITIES
         if quantity.metric and isinstance(value := quantity.get(last), Estimate) and math.isfinite(value.value)
     ]
-    dataset = one_line(report.data.get("dataset") or "unknown")
+    dataset = one_line(report.data.dataset or "unknown")
     kind = re.sub(r"[^\w.-]+", "-", dataset, flags=re.ASCII).strip("-")  # the Hub takes a name such as `imdb` only
     return {
         "task": {"type": task},

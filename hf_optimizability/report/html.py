@@ -41,7 +41,8 @@ def to_html(report: ReportData) -> str:
         report: The report; any part of it may be empty.
 
     Example:
-        >>> page = to_html(ReportData(model={"id": "<script>"}, task={"task": "fill-mask"}))
+        >>> from hf_optimizability.report_data.provenance import ModelInfo, TaskInfo
+        >>> page = to_html(ReportData(model=ModelInfo(id="<script>"), task=TaskInfo(task="fill-mask")))
         >>> "<title>Optimizability of &lt;script&gt; on fill-mask</title>" in page
         True
     """

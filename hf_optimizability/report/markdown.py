@@ -62,7 +62,8 @@ def to_markdown(report: ReportData, *, plots: Sequence[str] = ()) -> str:
         The Markdown. External text (ids, block names, reasons of failures) is escaped.
 
     Example:
-        >>> report = ReportData(model={"id": "org/a|b"}, task={"task": "fill-mask"})
+        >>> from hf_optimizability.report_data.provenance import ModelInfo, TaskInfo
+        >>> report = ReportData(model=ModelInfo(id="org/a|b"), task=TaskInfo(task="fill-mask"))
         >>> print(to_markdown(report).splitlines()[0])
         # Optimizability of org/a&#124;b on fill-mask
     """
@@ -88,7 +89,8 @@ def card_section(report: ReportData, *, files: Collection[str] = ()) -> str:
         GitHub-flavoured Markdown that begins with the heading `## Optimizability`. External text is escaped.
 
     Example:
-        >>> report = ReportData(model={"id": "org/name"}, task={"task": "fill-mask"})
+        >>> from hf_optimizability.report_data.provenance import ModelInfo, TaskInfo
+        >>> report = ReportData(model=ModelInfo(id="org/name"), task=TaskInfo(task="fill-mask"))
         >>> print(card_section(report, files=["report.json"]))
         ## Optimizability
         <BLANKLINE>
@@ -119,7 +121,8 @@ def to_summary(report: ReportData) -> str:
     """Render the report as at most ten aligned lines of plain text, and one more for each problem and warning.
 
     Example:
-        >>> print(to_summary(ReportData(model={"id": "org/name"}, task={"task": "fill-mask"})))
+        >>> from hf_optimizability.report_data.provenance import ModelInfo, TaskInfo
+        >>> print(to_summary(ReportData(model=ModelInfo(id="org/name"), task=TaskInfo(task="fill-mask"))))
         Optimizability  org/name on fill-mask
         Cost            nothing was measured
     """

@@ -22,6 +22,7 @@ from ..report_data.number_format import (
     format_percent,
     format_with_error,
 )
+from ..report_data.provenance import ProbeSetInfo
 
 
 class Row(NamedTuple):
@@ -303,17 +304,18 @@ def task_dynamics(by_task: Mapping[str, Mapping[str, Any]]) -> Table:
 def method(report: ReportData) -> dict[str, Any]:
     """Return what was measured, on what, how, and at what price."""
     last = report.measurements[-1] if report.measurements else None
+    probe = report.data.probe or ProbeSetInfo()
     known = {
-        "Model class": report.model.get("class"),
-        "Parameters": report.model.get("parameters"),
-        "Trainable parameters": report.model.get("trainable_parameters"),
-        "Loss": report.task.get("loss"),
-        "Data set": report.data.get("dataset") or None,
-        "Training examples": report.data.get("train_examples"),
-        "Evaluation examples": report.data.get("eval_examples"),
-        "Probe examples": report.data.get("probe_examples"),
-        "Probe batches": report.data.get("probe_batches"),
-        "Probe set fingerprint": report.data.get("probe_fingerprint"),
+        "Model class": report.model.class_name or None,
+        "Parameters": report.model.parameters,
+        "Trainable parameters": report.model.trainable_parameters,
+        "Loss": report.task.loss or None,
+        "Data set": report.data.dataset or None,
+        "Training examples": report.data.train_examples,
+        "Evaluation examples": report.data.eval_examples,
+        "Probe examples": probe.examples,
+        "Probe batches": probe.batches,
+        "Probe set fingerprint": probe.fingerprint,
         **({} if last is None else _method(last, report)),
         **{name: None if value is None else str(value) for name, value in report.config.items()},
     }

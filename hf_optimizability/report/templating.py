@@ -62,9 +62,8 @@ def format_plain(value: Any) -> Markup | None:
 
 def title_of(report: ReportData) -> str:
     """Return the checkpoint, or its class if it has no id, and the task."""
-    model = report.model.get("id") or report.model.get("class") or "a model"
-    task = report.task.get("task")
-    return f"{model} on {task}" if task else str(model)
+    model, task = report.model.id or report.model.class_name or "a model", report.task.task
+    return f"{model} on {task}" if task else model
 
 
 def first_and_last(measurements: Sequence[Measurement]) -> Sequence[Measurement]:

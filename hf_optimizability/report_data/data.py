@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..files import finite
 from ..measurement.results import Measurement, MeasurementFailure
 from ..serialization import structure
+from .provenance import DataInfo, ModelInfo, TaskInfo
 from .schema import SCHEMA_VERSION, upgraded
 
 
@@ -23,12 +24,12 @@ class ReportData:
     `OptimizabilityReport` adds conclusions and writes files.
 
     Attributes:
-        model: `id`, `class`, `parameters`, `trainable_parameters`, `batch_norm` (whether it has any).
-        task: `task` (the head's task, from the model class), `loss` (whose loss was measured).
-        data: `dataset` (its name), `train_examples`, `eval_examples`, `probe_examples`, `probe_items`,
-            `probe_batches`, `probe_fingerprint`.
-        training: `optimizer`, its settings, learning rate, batch size and the like; empty outside a Trainer.
-        config: The `OptimizabilityConfig` in use.
+        model: The model that was trained.
+        task: Its task, and whose loss was measured.
+        data: Name and sizes of the data.
+        training: Optimizer, its settings, learning rate, batch size and the like, as the Trainer and the optimizer
+            name them; empty outside a Trainer.
+        config: The options of `OptimizabilityConfig` in use, by name, as the version that measured had them.
         versions: Library versions.
         measurements: In the order of the steps.
         failures: Measurements that could not be made.
@@ -38,9 +39,9 @@ class ReportData:
         schema_version: Layout of the JSON file.
     """
 
-    model: dict[str, Any] = field(default_factory=dict)
-    task: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
+    model: ModelInfo = field(default_factory=ModelInfo)
+    task: TaskInfo = field(default_factory=TaskInfo)
+    data: DataInfo = field(default_factory=DataInfo)
     training: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -54,7 +55,8 @@ class ReportData:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
         measurements = [measurement.to_dict() for measurement in self.measurements]
-        return finite({**asdict(self), "measurements": measurements})
+        provenance = {"model": self.model.to_dict(), "data": self.data.to_dict()}
+        return finite({**asdict(self), **provenance, "measurements": measurements})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:

@@ -37,8 +37,10 @@ def block_names(report: ReportData) -> list[str]:
 def batch_items(report: ReportData) -> float | None:
     """Return the items (examples, or labels that count) behind a step's gradient; `None` if they are unknown."""
     examples = report.training.get("examples_per_step")
-    probed, items = report.data.get("probe_examples"), report.data.get("probe_items")
-    return examples * items / probed if examples and probed and items else None
+    probe = report.data.probe
+    if not examples or probe is None or not probe.examples or not probe.items:
+        return None
+    return float(examples * probe.items / probe.examples)
 
 
 def stability_limits(report: ReportData) -> Points:

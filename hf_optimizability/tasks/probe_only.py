@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -66,7 +66,7 @@ def report_measurement(trainer: Trainer, inputs: MeasureInputs, measurement: Mea
     train: Any = trainer.train_dataset
     validation: Any = trainer.eval_dataset
     report = provenance.new_report(inputs.model, train, validation, own_loss=False, config=inputs.config)
-    report.data |= provenance.describe_probe_set(inputs.batches, inputs.model)
+    report.data = replace(report.data, probe=provenance.describe_probe_set(inputs.batches, inputs.model))
     report.measurements = [measurement]
     report.created = provenance.timestamp()
     return report

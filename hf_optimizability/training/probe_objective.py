@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -79,7 +80,8 @@ class ProbeObjective:
                 preserved=() if self._trainer is None else (self._trainer,),
                 should_stop=self._should_stop,
             ).shard(self._group)
-            self._report.data |= provenance.describe_probe_set(batches, self._model)
+            probe = provenance.describe_probe_set(batches, self._model)
+            self._report.data = replace(self._report.data, probe=probe)
             self._report.model = provenance.describe_model(self._model)
             _check(objective)
         except MeasurementInterruptedError:

@@ -24,6 +24,7 @@ from ..model_state.measuring import pretrained
 from ..objective.batches import batch_size, count_items
 from ..objective.probe_set import fingerprint, num_examples
 from ..report import OptimizabilityReport
+from ..report_data.provenance import DataInfo, ModelInfo, ProbeSetInfo, TaskInfo
 
 
 _ARGUMENTS = (
@@ -64,17 +65,17 @@ def timestamp() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
+def describe_model(model: nn.Module) -> ModelInfo:
     """Return model id (of a local checkpoint, its folder's name), class, size, and whether it has BatchNorm."""
     inner = pretrained(model)
     parameters = list(model.parameters())
-    return {
-        "id": public_id(str(inner.name_or_path) if inner is not None else ""),
-        "class": class_name(inner or model),
-        "batch_norm": any(isinstance(module, _BatchNorm) for module in model.modules()),
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-    }
+    return ModelInfo(
+        id=public_id(str(inner.name_or_path) if inner is not None else ""),
+        class_name=class_name(inner or model),
+        batch_norm=any(isinstance(module, _BatchNorm) for module in model.modules()),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trainable_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    )
 
 
 def public_id(identifier: str) -> str:
@@ -88,33 +89,33 @@ def public_id(identifier: str) -> str:
     return re.split(r"[\\/]", identifier.rstrip("\\/"))[-1] if local else identifier
 
 
-def describe_task(model: nn.Module, *, own_loss: bool) -> dict[str, str]:
+def describe_task(model: nn.Module, *, own_loss: bool) -> TaskInfo:
     """Return the task in the Hub's terms, and whose loss was measured."""
     from transformers.modelcard import TASK_MAPPING
 
     name = class_name(pretrained(model) or model)
     tasks: dict[str, Any] = TASK_MAPPING
     task = next((task for task, classes in tasks.items() if name in classes.values()), "")
-    return {"task": task, "loss": "the model's own" if own_loss else "the Trainer's"}
+    return TaskInfo(task=task, loss="the model's own" if own_loss else "the Trainer's")
 
 
-def describe_data(train_dataset: Dataset | None, eval_dataset: Dataset | None) -> dict[str, Any]:
+def describe_data(train_dataset: Dataset | None, eval_dataset: Dataset | None) -> DataInfo:
     """Return name and sizes of the data (`None`: streamed or absent)."""
-    return {
-        "dataset": _dataset_name(train_dataset),
-        "train_examples": num_examples(train_dataset),
-        "eval_examples": num_examples(eval_dataset),
-    }
+    return DataInfo(
+        dataset=_dataset_name(train_dataset),
+        train_examples=num_examples(train_dataset),
+        eval_examples=num_examples(eval_dataset),
+    )
 
 
-def describe_probe_set(batches: list[Any], model: nn.Module) -> dict[str, Any]:
+def describe_probe_set(batches: list[Any], model: nn.Module) -> ProbeSetInfo:
     """Return size and fingerprint of the probe set."""
-    return {
-        "probe_examples": sum(batch_size(batch) for batch in batches),
-        "probe_items": sum(count_items(model, batch) for batch in batches),
-        "probe_batches": len(batches),
-        "probe_fingerprint": fingerprint(batches),
-    }
+    return ProbeSetInfo(
+        examples=sum(batch_size(batch) for batch in batches),
+        items=sum(count_items(model, batch) for batch in batches),
+        batches=len(batches),
+        fingerprint=fingerprint(batches),
+    )
 
 
 def _dataset_name(dataset: Dataset | None) -> str:

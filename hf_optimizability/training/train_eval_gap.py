@@ -148,7 +148,7 @@ def _passes(objective: Objective) -> list[tuple[float, int, float]]:
 def _is_classified(objective: Objective) -> bool:
     """Return whether the logits give the accuracy: each example has one label, which is a class of the model."""
     model = pretrained(objective.model)
-    if model is None or describe_task(model, own_loss=True)["task"] not in _ONE_LABEL_EACH:
+    if model is None or describe_task(model, own_loss=True).task not in _ONE_LABEL_EACH:
         return False
     labels = [batch.get("labels") for batch in objective.unsharded().batches if isinstance(batch, Mapping)]
     return (model.config.num_labels or 0) > 1 and all(

@@ -14,6 +14,7 @@ from hf_optimizability import Comparison, OptimizabilityReport
 from hf_optimizability.comparing.pages import charts, pareto_front, verdict
 from hf_optimizability.comparing.results import Entry, Failure, Run
 from hf_optimizability.report.markdown import format_interval
+from hf_optimizability.report_data.provenance import ModelInfo
 from tests.support.browser import DESKTOP, PHONE
 from tests.support.damaged_report import HOSTILE
 from tests.support.example_comparison import make_comparison
@@ -31,12 +32,13 @@ def make_hostile() -> Comparison:
     for entry in comparison.entries:
         entry.changes = dict.fromkeys(HOSTILE, every)
         for run in entry.runs:
-            run.report.model.update({"id": every, "class": every})
+            run.report.model = ModelInfo(id=every, class_name=every)
             run.report.training.update(optimizer=every, learning_rate=every)
     comparison.entries.append(Entry(f"failed {every}", {}, [], Failure(42, every)))
-    setting = comparison.setting
-    setting.update(task=every, dataset=every, settings=dict.fromkeys(HOSTILE, every))
-    setting["versions"] = dict.fromkeys(HOSTILE, every)
+    flags = dict.fromkeys(HOSTILE, every)
+    comparison.setting = dataclasses.replace(
+        comparison.setting, task=every, dataset=every, settings=flags, versions=flags
+    )
     return comparison
 
 
@@ -77,7 +79,7 @@ class TestNumbers:
         comparison = make_comparison({"cheap": 0.5, "middle": 0.4, "dear": 0.9})
         assert pareto_front(comparison, seconds) == {"cheap", "dear"}
         assert pareto_front(comparison, lambda run: None) == set()
-        comparison.setting["rank_by"] = "loss"
+        comparison.setting = dataclasses.replace(comparison.setting, rank_by="loss")
         del comparison.__dict__["ranking"]
         assert pareto_front(comparison, seconds) == {"cheap", "dear"}
 
@@ -204,7 +206,7 @@ class TestBrowser:
 @pytest.mark.parametrize(
     "comparison",
     [
-        Comparison({**make_comparison(TWO).setting, "examples": None}, [], []),
+        Comparison(dataclasses.replace(make_comparison(TWO).setting, examples=None), [], []),
         make_comparison({"only": 0.5}),
         make_comparison({f"candidate {i}": 0.5 + i / 50 for i in range(20)}),
     ],
@@ -220,7 +222,7 @@ def test_any_comparison_has_a_page(comparison: Comparison):
 
 
 def test_numbers_that_are_not_known_are_dashes():
-    report = OptimizabilityReport(model={"id": "org/a"})
+    report = OptimizabilityReport(model=ModelInfo(id="org/a"))
     comparison = make_comparison(TWO)
     for entry in comparison.entries:
         entry.runs = [

@@ -129,9 +129,9 @@ class TestTraining:
         full, random, lora, probe = (
             compared.comparison.entry(name).model for name in ("tiny-bert", "random", "lora", "probe")
         )
-        assert full["trainable_parameters"] == full["parameters"] == random["trainable_parameters"]
-        assert probe["trainable_parameters"] == 4 * 2 + 2
-        assert 10 < lora["trainable_parameters"] < full["parameters"]
+        assert full.trainable_parameters == full.parameters == random.trainable_parameters
+        assert probe.trainable_parameters == 4 * 2 + 2
+        assert 10 < lora.trainable_parameters < full.parameters
 
 
 class TestFailures:

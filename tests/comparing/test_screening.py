@@ -65,7 +65,7 @@ class TestScreening:
         assert [entry.dropped for entry in comparison.entries] == [None, None, 0, None]
         assert [len(entry.runs) for entry in comparison.entries] == [1, 1, 0, 1]
         assert comparison.entries[3].scores.notes == {"logme": "RuntimeError: the disk is full"}
-        assert comparison.setting["screen_to"] == 1
+        assert comparison.setting.screen_to == 1
         names = [entry.name for entry in comparison.entries]
         assert f"Not trained, by their scores: {names[2]}." in comparison.summary()
         page = read_page(comparison.to_html())

@@ -219,7 +219,7 @@ def test_nothing_is_said_about_the_learning_rate_of_a_model_with_batch_norm(trai
     rows = tiny_training.dataset("mobilenet", 40)
     calm = {"max_steps": 20, "learning_rate": 1e-4}
     report = train(tiny_training.mobilenet(), train_dataset=rows, eval_dataset=rows[:8], **calm)
-    assert report.model["batch_norm"] is True and report.measurements[-1].optimizer_stability is not None
+    assert report.model.batch_norm is True and report.measurements[-1].optimizer_stability is not None
     assert not ABOUT_THE_RATE & {*names(report)}
 
 
@@ -264,7 +264,7 @@ def at_rate(rate: float, *, trouble: bool = False, sharpness: float = 38.0, **mo
         for measurement in report.measurements
     ]
     report.measurements[:] = measured
-    report.model |= {"batch_norm": False, **model}
+    report.model = dataclasses.replace(report.model, **{"batch_norm": False, **model})
     report.training["optimizer_settings"] = {"lr": rate, "betas": [0.9, 0.999]}
     if trouble:
         report.dynamics["stability"]["loss"] = {**report.dynamics["stability"]["loss"], "non_finite": 1}

@@ -75,7 +75,7 @@ def test_a_recipe_on_two_processes_measures_what_one_does(tmp_path: Path):
         two = report(tmp_path / launcher, launcher)
         assert [measurement.step for measurement in two.measurements] == [0, 2] and not two.failures
         assert two.training["examples_per_step"] == one.training["examples_per_step"]  # as two processes have them
-        assert two.data["probe_fingerprint"] == one.data["probe_fingerprint"]
+        assert two.data.probe.fingerprint == one.data.probe.fingerprint
         first, expected = (found.measurements[0].to_dict() for found in (two, one))
         assert not differences(first, expected, tolerance=1e-5), launcher
 

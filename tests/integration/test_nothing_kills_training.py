@@ -150,8 +150,8 @@ def test_items_that_are_whole_batches_are_measured(
 ):
     for report in both(tmp_path, Prebatched, data=dataset):
         assert [m.step for m in report.measurements] == [0, 2, 3] and not report.failures
-        assert batches is None or report.data["probe_batches"] == batches
-        assert examples is None or report.measurements[0].num_items == report.data["probe_examples"] == examples
+        assert batches is None or report.data.probe.batches == batches
+        assert examples is None or report.measurements[0].num_items == report.data.probe.examples == examples
 
 
 class OneLabelABatch(BatchSampler):
@@ -209,7 +209,7 @@ def test_rows_that_collate_alone_only(tmp_path: Path):
             return super().logits(x.mean(dim=1))
 
     for report in both(tmp_path, model=Mean, data=lambda: ragged, per_device_train_batch_size=1):
-        assert [m.num_items for m in report.measurements] == [8, 8, 8] and report.data["probe_batches"] == 8
+        assert [m.num_items for m in report.measurements] == [8, 8, 8] and report.data.probe.batches == 8
 
 
 class Unreadable(Dataset):
@@ -325,7 +325,7 @@ def test_parameters_frozen_and_unfrozen_in_mid_run(tmp_path: Path, cls: type[Tra
         ["classifier.*", "other"],
         ["other"],
     ]
-    assert report.model["trainable_parameters"] == 30
+    assert report.model.trainable_parameters == 30
     assert all((m.optimizer_stability is None) == (cls is Parts and m.step == 3) for m in report.measurements)
 
 

@@ -279,7 +279,7 @@ def test_what_the_hub_does_not_want_in_a_card(hub: HubStub, folder: Path):
 )
 def test_the_hub_takes_any_name_of_a_data_set(hub: HubStub, folder: Path, dataset: str):
     report = OptimizabilityReport.load(folder)
-    report.data["dataset"] = dataset
+    report.data = dataclasses.replace(report.data, dataset=dataset)
     report.save_json(folder)
     push(folder, "ada/model")
     front_matter = hub.repositories["ada/model"].files["README.md"].decode().split("\n---\n")[0]

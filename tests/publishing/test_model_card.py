@@ -17,8 +17,9 @@ from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.publishing.model_card import END, START, ModelCardError, metadata_result, with_report
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.markdown import card_section
+from hf_optimizability.report_data.provenance import DataInfo, ModelInfo, TaskInfo
 from tests.support.commonmark import HOSTILE, parse
-from tests.support.example_report import make_report
+from tests.support.example_report import fill_provenance, make_report
 
 
 REPORT, LATER = make_report(3), make_report(2, total=600)
@@ -112,7 +113,7 @@ class TestWhatIsKept:
 
     def test_after_the_hub_client_has_rewritten_the_card(self):
         """It groups metrics by task and data set: ours may end up among others, without their comments and order."""
-        same = {**REPORT.data, "dataset": "imdb"}
+        same = dataclasses.replace(REPORT.data, dataset="imdb")
         report, later = (dataclasses.replace(one, data=same) for one in (REPORT, LATER))
         rewritten = ModelCard(put(card_of(FRONT_MATTER), report))
         rewritten.data.license = "apache-2.0"
@@ -212,7 +213,7 @@ class TestFrontMatter:
 
     def test_without_a_task_there_are_no_metrics(self):
         """The Hub refuses a result without one. Those of an earlier report go."""
-        report = dataclasses.replace(REPORT, task={})
+        report = dataclasses.replace(REPORT, task=TaskInfo())
         assert metadata(put("", report)).keys() == {"tags"}
         assert metadata(put(put(card_of(FRONT_MATTER)), report)) == metadata(put(card_of(FRONT_MATTER), report))
 
@@ -248,7 +249,9 @@ class TestMarkers:
 
     def test_in_outside_text_are_harmless(self):
         report = make_report(2)
-        report.model["id"] = report.data["dataset"] = f"x\n{END}\n{START}\ny"
+        text = f"x\n{END}\n{START}\ny"
+        report.model = dataclasses.replace(report.model, id=text)
+        report.data = dataclasses.replace(report.data, dataset=text)
         new = put("# Mine\n", report)
         assert put(new, report) == new and put(put(new), report) == new
 
@@ -263,12 +266,10 @@ class TestHostileNames:
     @pytest.mark.parametrize("name", NAMES)
     def test_become_neither_markup_nor_yaml(self, name: str):
         report = make_report(2, failures=1)
-        for part in (report.model, report.task, report.data, report.training, report.versions, report.config):
-            part.update({key: name for key, value in part.items() if isinstance(value, str)})
-        report.data["dataset"] = name
+        fill_provenance(report, name)
         report.failures.append(MeasurementFailure(step=1, epoch=None, reason=name, remedy=name))
         plain = make_report(2, failures=1)
-        plain.data["dataset"] = "imdb"
+        plain.data = dataclasses.replace(plain.data, dataset="imdb")
         new, usual = with_report("", report, name=name), with_report("", plain, name="mine")
 
         front_matter, _, body = new.removeprefix("---\n").partition("\n---\n")
@@ -291,7 +292,9 @@ class TestHostileNames:
         alphabet = "ab-:#&*!|>'\"%@`{}[],?\\\n\r\t ~<$_\x85\u2028\x07é0.1e"
         for _ in range(40):
             name = "".join(rng.choices(alphabet, k=rng.randint(1, 30)))
-            report = dataclasses.replace(LATER, task={"task": name}, data={"dataset": name}, model={"id": name})
+            report = dataclasses.replace(
+                LATER, task=TaskInfo(task=name), data=DataInfo(dataset=name), model=ModelInfo(id=name)
+            )
             new = with_report("", report, name=name)
             data = yaml.safe_load(new.removeprefix("---\n").partition("\n---\n")[0])
             assert data["model-index"][0]["name"] == name

@@ -228,7 +228,8 @@ class TestNoiseScale:
     def test_a_batch_of_sequences_holds_many_labels(self):
         report = make_report(2)
         report.training["examples_per_step"] = 8
-        report.data["probe_items"] = 50 * report.data["probe_examples"]
+        probe = dataclasses.replace(report.data.probe, items=50 * report.data.probe.examples)
+        report.data = dataclasses.replace(report.data, probe=probe)
         assert set(line(plot_noise_scale(report).axes[0], "items in a batch")[:, 1]) == {400}
 
 

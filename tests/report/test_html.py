@@ -19,7 +19,7 @@ from hf_optimizability.report.figures import plot_blocks, plot_gradient_norm
 from hf_optimizability.report_data.number_format import format_estimate, format_interval, format_number
 from tests.support.browser import DESKTOP, PHONE
 from tests.support.damaged_report import HOSTILE
-from tests.support.example_report import make_report, with_tasks
+from tests.support.example_report import fill_provenance, make_report, with_tasks
 from tests.support.html_page import read_page
 
 
@@ -45,8 +45,8 @@ def make_hostile() -> OptimizabilityReport:
         dataclasses.replace(measured, blocks=names, engine=every, attention=every, dtype=every, curvature=every)
         for measured in report.measurements
     ]
-    for part in (report.model, report.task, report.data, report.training, report.versions, report.config):
-        part.update({name: every for name, value in part.items() if isinstance(value, str)})
+    fill_provenance(report, every)
+    for part in (report.training, report.versions, report.config):
         part.update(dict.fromkeys(HOSTILE, every))
     report = with_tasks(report, HOSTILE[:3])
     for entry in report.log_history:

@@ -21,8 +21,9 @@ from hf_optimizability.report_data.number_format import (
     format_percent,
     format_with_error,
 )
+from hf_optimizability.report_data.provenance import DataInfo, ModelInfo, TaskInfo
 from tests.support.commonmark import HOSTILE, parse
-from tests.support.example_report import make_estimate, make_measurement, make_report
+from tests.support.example_report import fill_provenance, make_estimate, make_measurement, make_report
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -237,7 +238,7 @@ class TestMarkdown:
             make_report(0, failures=2),
             make_report(1),
             dataclasses.replace(make_report(2), dynamics={}),
-            dataclasses.replace(make_report(2), training={}, versions={}, data={}, config={}, log_history=[]),
+            dataclasses.replace(make_report(2), training={}, versions={}, data=DataInfo(), config={}, log_history=[]),
         ],
         ids=["nothing", "no measurement", "all failed", "one", "no dynamics", "no trainer"],
     )
@@ -314,8 +315,7 @@ class TestEscaping:
             dataclasses.replace(measured, blocks={HOSTILE: measured.blocks["head"]})
             for measured in report.measurements
         ]
-        for part in (report.model, report.task, report.data, report.training, report.versions, report.config):
-            part.update({key: HOSTILE for key, value in part.items() if isinstance(value, str)})
+        fill_provenance(report, HOSTILE)
         report.training[HOSTILE] = report.versions[HOSTILE] = report.config[HOSTILE] = HOSTILE
         report.dynamics["stability"][HOSTILE] = {**report.dynamics["stability"]["loss"], "note": HOSTILE}
         report.dynamics["generalization_gap"]["metric_gaps"] = {HOSTILE: 0.1}
@@ -342,7 +342,7 @@ class TestEscaping:
             assert len({len(row) for row in table}) == 1
 
     def test_summary_is_plain_lines(self):
-        report = OptimizabilityReport(model={"id": "a\nb\x1b[31m\r\tc"}, task={"task": "t"})
+        report = OptimizabilityReport(model=ModelInfo(id="a\nb\x1b[31m\r\tc"), task=TaskInfo(task="t"))
         assert to_summary(report).splitlines()[0] == "Optimizability  a b [31m c on t"
 
     def test_escape_keeps_harmless_text(self):

@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
 from hf_optimizability import Comparison
-from hf_optimizability.comparing.results import Entry, Failure, Round, Run, Scores, rank_entries
+from hf_optimizability.comparing.results import (
+    Entry,
+    Failure,
+    Round,
+    Run,
+    Scores,
+    Setting,
+    TrainingBudget,
+    rank_entries,
+)
 from tests.support.example_report import make_report
 
 
@@ -21,7 +30,7 @@ def make_run(quality: float, seed: int, *, steps: int = 60, speed: float = 1.0, 
     """A training that ends with about that accuracy; the first seed is measured."""
     luck = np.random.default_rng(0).uniform(size=EXAMPLES) + 0.01 * np.random.default_rng(seed).normal()
     report = make_report(3 if seed == 42 else 0, blocks=4, total=steps)
-    report.model.update(parameters=size, trainable_parameters=size)
+    report.model = dataclasses.replace(report.model, parameters=size, trainable_parameters=size)
     report.training.update(max_steps=steps, seed=seed)
     report.dynamics = make_report(1).dynamics
     report.log_history = [
@@ -50,12 +59,16 @@ def make_comparison(qualities: dict[str, float], *, seeds: int = 3, failed: bool
         "dropped", {"random_weights": "True"}, [make_run(0.3, 42 + seed) for seed in range(seeds)], None, 1
     )
     failure = Failure(43, "Out of memory: DefaultCPUAllocator. Lower --per_device_train_batch_size.")
-    setting: dict[str, Any] = {
-        "task": "text-classification", "dataset": "movie_review_sentences", "budget": {"unit": "steps", "amount": 60},
-        "seeds": [42 + seed for seed in range(seeds)], "rank_by": "accuracy", "examples": EXAMPLES,
-        "settings": {"learning_rate": 1e-3, "text_column_name": ["sentence"]},
-        "versions": {"hf-optimizability": "0.1.0", "torch": "2.13.0"},
-    }  # fmt: skip
+    setting = Setting(
+        task="text-classification",
+        dataset="movie_review_sentences",
+        budget=TrainingBudget("steps", 60),
+        seeds=tuple(42 + seed for seed in range(seeds)),
+        rank_by="accuracy",
+        examples=EXAMPLES,
+        settings={"learning_rate": 1e-3, "text_column_name": ["sentence"]},
+        versions={"hf-optimizability": "0.1.0", "torch": "2.13.0"},
+    )
     everything = [*copy.deepcopy(entries), Entry("dropped", {}, dropped.runs)]
     rounds = [
         Round(30, rank_entries(everything, "accuracy"), tuple(qualities)),

@@ -28,6 +28,7 @@ from hf_optimizability.objective.self_check import SelfCheck
 from hf_optimizability.quantities.loss_landscape import Axis, Landscape, LossLine, LossPlane
 from hf_optimizability.quantities.step_size import CriticalLearningRate, QuadraticModel
 from hf_optimizability.report import OptimizabilityReport
+from hf_optimizability.report_data.provenance import DataInfo, ModelInfo, ProbeSetInfo, TaskInfo
 
 
 def make_estimate(value: float, error: float, *, kind: str = "residual", converged: bool = True) -> Estimate:
@@ -244,21 +245,18 @@ def make_report(
         remedy="Load the model with attn_implementation='eager'.",
     )
     return OptimizabilityReport(
-        model={
-            "id": "sentence-transformers/all-MiniLM-L6-v2",
-            "class": "BertForSequenceClassification",
-            "parameters": 22_713_986,
-            "trainable_parameters": 22_713_986,
-        },
-        task={"task": "text-classification", "loss": "the Trainer's loss"},
-        data={
-            "train_examples": 1600,
-            "eval_examples": 400,
-            "probe_examples": 64,
-            "probe_batches": 4,
-            "probe_items": 64,
-            "probe_fingerprint": "5f2a9c01d3e7b684",
-        },
+        model=ModelInfo(
+            id="sentence-transformers/all-MiniLM-L6-v2",
+            class_name="BertForSequenceClassification",
+            parameters=22_713_986,
+            trainable_parameters=22_713_986,
+        ),
+        task=TaskInfo(task="text-classification", loss="the Trainer's loss"),
+        data=DataInfo(
+            train_examples=1600,
+            eval_examples=400,
+            probe=ProbeSetInfo(examples=64, items=64, batches=4, fingerprint="5f2a9c01d3e7b684"),
+        ),
         training={"optimizer": "AdamW", "optimizer_settings": {"betas": [0.9, 0.999]}, "learning_rate": 2e-5},
         config={
             "profile": "standard",
@@ -274,6 +272,17 @@ def make_report(
         log_history=make_log(list(measured[-1].blocks), total=total) if measured else [],
         created="2026-01-02T03:04:05+00:00",
     )
+
+
+def fill_provenance(report: OptimizabilityReport, text: str) -> None:
+    """Put a text wherever the report says in words where its numbers come from."""
+    report.model = dataclasses.replace(report.model, id=text, class_name=text)
+    report.task = TaskInfo(task=text, loss=text)
+    assert report.data.probe is not None
+    probe = dataclasses.replace(report.data.probe, fingerprint=text)
+    report.data = dataclasses.replace(report.data, dataset=text, probe=probe)
+    for part in (report.training, report.versions, report.config):
+        part.update({name: text for name, value in part.items() if isinstance(value, str)})
 
 
 def with_tasks(report: OptimizabilityReport, names: Sequence[str]) -> OptimizabilityReport:

@@ -11,6 +11,7 @@ import numpy as np
 from hf_optimizability import OptimizabilityReport
 from hf_optimizability.comparing.results import Run, Scores
 from hf_optimizability.comparing.training import Inputs
+from hf_optimizability.report_data.provenance import ModelInfo
 
 
 def flags_of(inputs: Path, output: Path) -> dict[str, Any]:
@@ -30,6 +31,6 @@ def trained(inputs: Inputs, *, quality: float, examples: int = 200) -> Run:
     seed = inputs.training.seed
     luck = np.random.default_rng(0).uniform(size=examples) + 0.02 * np.random.default_rng(seed).normal()
     right = luck < quality
-    report = OptimizabilityReport(model={"id": "org/a", "parameters": 7, "trainable_parameters": 7})
+    report = OptimizabilityReport(model=ModelInfo(id="org/a", parameters=7, trainable_parameters=7))
     report.training["max_steps"] = inputs.training.max_steps
     return Run(seed, report, Scores(np.where(right, 0.1, 2.0), right), train_seconds=1.0, predict_seconds=0.001)

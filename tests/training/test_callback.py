@@ -155,7 +155,7 @@ def test_without_a_trainer_the_models_own_loss_is_measured(tmp_path: Path):
     own = measure(tiny_training.model("bert"), [whole], OptimizabilityConfig(**{**QUICK, **config}))
     assert report.measurements[0].loss == pytest.approx(own.loss, rel=1e-6)
     assert report.measurements[0].hessian.lambda_max.value == pytest.approx(own.hessian.lambda_max.value, rel=1e-4)
-    assert report.task["loss"] == "the model's own"
+    assert report.task.loss == "the model's own"
 
 
 class OnceDifferentiableLoss(OptimizabilityTrainer):
@@ -216,12 +216,12 @@ def test_the_report_is_complete(tmp_path: Path):
     assert loaded.measurements == report.measurements and len(loaded.measurements) == 3
     assert loaded.schema_version == SCHEMA_VERSION and loaded.created.startswith("20")
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert loaded.model["class"] == "BertForSequenceClassification"
-    assert loaded.model["parameters"] == loaded.model["trainable_parameters"] == parameters
+    assert loaded.model.class_name == "BertForSequenceClassification"
+    assert loaded.model.parameters == loaded.model.trainable_parameters == parameters
     assert loaded.task == {"task": "text-classification", "loss": "the Trainer's"}
-    assert loaded.data["train_examples"] == 24 and loaded.data["eval_examples"] == 16
-    assert loaded.data["probe_examples"] == loaded.data["probe_items"] == 6 and loaded.data["probe_batches"] == 2
-    assert len(loaded.data["probe_fingerprint"]) == 16
+    assert loaded.data.train_examples == 24 and loaded.data.eval_examples == 16
+    assert loaded.data.probe.examples == loaded.data.probe.items == 6 and loaded.data.probe.batches == 2
+    assert len(loaded.data.probe.fingerprint) == 16
     assert loaded.training["optimizer"] == "SGD" and loaded.training["optimizer_settings"]["momentum"] == 0.9
     assert loaded.training["learning_rate"] == 0.01 and loaded.training["lr_scheduler_type"] == "linear"
     assert loaded.config["probe_seed"] == 0 and loaded.config["max_hvps"] == 16

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says about the model, the task and the data it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """The model.
+
+    Attributes:
+        id: Its name on the Hub, or of its folder; empty if it has none.
+        class_name: Its class; `class` in JSON.
+        batch_norm: Whether it has BatchNorm; `None` if unknown.
+        parameters: Number of its parameters.
+        trainable_parameters: Number of those that are trained.
+    """
+
+    id: str = ""
+    class_name: str = ""
+    batch_norm: bool | None = None
+    parameters: int | None = None
+    trainable_parameters: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by their names in JSON."""
+        return {"class" if name == "class_name" else name: value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_dict`, or from a part of it."""
+        known = {"class_name" if name == "class" else name: value for name, value in data.items()}
+        return cls(**{name: known[name] for name in cls.__dataclass_fields__ if name in known})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInfo:
+    """The task.
+
+    Attributes:
+        task: The task of the model's head in the Hub's terms; empty if it has none.
+        loss: Whose loss was measured.
+    """
+
+    task: str = ""
+    loss: str = ""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild from a dict, or from a part of it."""
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSetInfo:
+    """The probe set.
+
+    Attributes:
+        examples: Number of its examples.
+        items: Items that its loss is the mean over: examples, or labels other than -100.
+        batches: Number of its batches.
+        fingerprint: Hash of its content.
+    """
+
+    examples: int | None = None
+    items: int | None = None
+    batches: int | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """The data.
+
+    Attributes:
+        dataset: Name of the data set; empty if unknown.
+        train_examples: Number of training examples; `None` if they are streamed, or absent.
+        eval_examples: Number of evaluation examples; likewise.
+        probe: The probe set; `None` if there is none. In JSON its fields are among the others, as `probe_examples` and
+            so on.
+    """
+
+    dataset: str | None = ""
+    train_examples: int | None = None
+    eval_examples: int | None = None
+    probe: ProbeSetInfo | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by their names in JSON."""
+        data = {name: value for name, value in vars(self).items() if name != "probe"}
+        probe = {} if self.probe is None else asdict(self.probe)
+        return {**data, **{f"probe_{name}": value for name, value in probe.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_dict`, or from a part of it."""
+        probe = {name: data[f"probe_{name}"] for name in ProbeSetInfo.__dataclass_fields__ if f"probe_{name}" in data}
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data and name != "probe"}
+        return cls(**known, probe=ProbeSetInfo(**probe) if probe else None)
