@@ -114,5 +114,6 @@ def findings(root: Path) -> Iterator[str]:
 
 if __name__ == "__main__":
     found = list(findings(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parents[1]))
-    print("\n".join(found))
+    for line in found:
+        print(line)
     sys.exit(bool(found))
