@@ -101,7 +101,10 @@ def segment_dots(x: Tensor, y: Tensor, segments: Segments) -> list[float]:
     size = _CACHED if x.device.type == "cpu" else _CHUNK
 
     def over(part: slice) -> Tensor:
-        pieces = zip(x[part].split(size), y[part].split(size), strict=True)
+        left, right = x[part], y[part]
+        if len(left) <= size:  # true of most parameters, where a call costs more than a sum
+            return (left * right).sum(dtype=torch.float64)
+        pieces = zip(left.split(size), right.split(size), strict=True)
         return torch.stack([(a * b).sum(dtype=torch.float64) for a, b in pieces]).sum()
 
     return [float(sum(over(part) for part in segment)) for segment in segments]
