@@ -26,6 +26,14 @@ from transformers import (
 
 
 VOCABULARY = 13
+ONE_LAYER: dict[str, dict[str, Any]] = {
+    "bert": {"num_hidden_layers": 1},
+    "vit": {"num_hidden_layers": 1},
+    "resnet": {"hidden_sizes": [4], "depths": [1]},
+    "gpt2": {"n_layer": 1},
+    "llama": {"num_hidden_layers": 1},
+}
+"""Options of `make` for the smallest of each family."""
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
@@ -146,7 +154,7 @@ def dense_hessian(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
     point = torch.cat([parameter.flatten() for parameter in named.values()])
     with sdpa_kernel(SDPBackend.MATH):
-        hessian = torch.autograd.functional.hessian(loss, point)
+        hessian = torch.autograd.functional.hessian(loss, point, vectorize=True)
     direction = torch.randn(len(point), generator=torch.Generator().manual_seed(0), dtype=point.dtype)
     step = 1e-4 * direction / direction.norm()
     difference = (gradient(point + step) - gradient(point - step)) / 2e-4
