@@ -22,6 +22,8 @@ from tests.support import tiny_models
 
 EXAMPLES = 6
 PRECISE: dict[str, Any] = {"eigen_tolerance": 1e-6, "trace_tolerance": 0.02, "max_hvps": 400}
+PRECISE_ENDS = {**PRECISE, "trace_tolerance": 0.5}  # where nothing looks at the trace
+SHORT = OptimizabilityConfig(max_hvps=16)
 
 
 def rows(size: int) -> list[dict[str, Tensor]]:
@@ -43,11 +45,15 @@ def hessian() -> Tensor:
     return tiny_models.dense_hessian(bert().eval(), rows(EXAMPLES)[0])
 
 
+@pytest.fixture(scope="module")
+def with_sgd() -> Measurement:
+    model = bert()
+    return measure(model, rows(2), SHORT, optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
+
+
 class TestOptimizer:
-    def test_of_sgd_the_sharpness_is_lambda_max_and_the_limit_two_over_the_learning_rate(self):
-        model = bert()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        found = measure(model, rows(2), OptimizabilityConfig(), optimizer=optimizer)
+    def test_of_sgd_the_sharpness_is_lambda_max_and_the_limit_two_over_the_learning_rate(self, with_sgd: Measurement):
+        found = with_sgd
         assert found.optimizer_stability.sharpness == found.hessian.lambda_max
         assert found.optimizer_stability.limit == pytest.approx(40) and found.optimizer_stability.learning_rate == 0.05
         assert found.optimizer_stability.optimizer == "SGD"
@@ -58,16 +64,14 @@ class TestOptimizer:
         model.eval()(**rows(EXAMPLES)[0]).loss.backward()
         optimizer.step()  # moves the weights by next to nothing
         optimizer.zero_grad()
-        found = measure(model, rows(2), OptimizabilityConfig(**PRECISE), optimizer=optimizer)
+        found = measure(model, rows(2), OptimizabilityConfig(**PRECISE_ENDS), optimizer=optimizer)
         scale = (gradients(model).abs() + 1e-3).sqrt()  # after one step, v̂ is the squared gradient
         truth = float(torch.linalg.eigvalsh(hessian / scale[:, None] / scale)[-1])
         assert found.optimizer_stability.sharpness.value == pytest.approx(truth, rel=1e-5)
         assert found.optimizer_stability.sharpness.value != pytest.approx(found.hessian.lambda_max.value, rel=0.1)
 
-    def test_the_critical_learning_rate_is_where_the_loss_rises(self):
-        model = bert().eval()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        found = measure(model, rows(2), OptimizabilityConfig(), optimizer=optimizer).optimizer_stability.critical
+    def test_the_critical_learning_rate_is_where_the_loss_rises(self, with_sgd: Measurement):
+        model, found = bert().eval(), with_sgd.optimizer_stability.critical
         start, step = nn.utils.parameters_to_vector(model.parameters()).detach(), gradients(model)
         losses = []
         for rate in (0.0, found.low, found.high):
@@ -81,8 +85,8 @@ class TestOptimizer:
             measure(model, rows(2), optimizer=torch.optim.Rprop(model.parameters()))
 
 
-def test_the_quadratic_model_is_along_the_gradient(hessian: Tensor):
-    found = measure(bert(), rows(2), OptimizabilityConfig()).quadratic_model
+def test_the_quadratic_model_is_along_the_gradient(hessian: Tensor, with_sgd: Measurement):
+    found = with_sgd.quadratic_model
     g = gradients(bert().eval())
     assert found.gradient_squared == pytest.approx(float(g @ g), rel=1e-10)
     assert found.curvature == pytest.approx(float(g @ hessian @ g), rel=1e-8)
@@ -104,9 +108,9 @@ def test_the_noise_scale_is_from_the_batches():
     assert measure(model, [inputs, inputs], loss_fn=loss_fn).noise_scale is None
 
 
-def test_block_eigenvalues_are_those_of_the_diagonal_blocks(hessian: Tensor):
+def test_block_eigenvalues_are_those_of_the_diagonal_blocks(hessian: Tensor, with_sgd: Measurement):
     model = bert()
-    found = measure(model, rows(2), OptimizabilityConfig(**PRECISE, block_eigenvalues=True))
+    found = measure(model, rows(2), OptimizabilityConfig(**PRECISE_ENDS, block_eigenvalues=True))
     named = dict(model.named_parameters())
     owner = torch.repeat_interleave(
         torch.arange(len(named)), torch.tensor([parameter.numel() for parameter in named.values()])
@@ -118,7 +122,7 @@ def test_block_eigenvalues_are_those_of_the_diagonal_blocks(hessian: Tensor):
         for estimate, truth in ((block.lambda_max, eigenvalues[-1]), (block.lambda_min, eigenvalues[0])):
             assert abs(estimate.value - float(truth)) <= estimate.residual + 1e-9
         assert block.lambda_max.converged and block.lambda_min.converged
-    assert measure(model, rows(2), OptimizabilityConfig()).blocks["head"].lambda_max is None
+    assert with_sgd.blocks["head"].lambda_max is None
 
 
 @pytest.mark.parametrize("curvature", ["gauss_newton", "empirical_fisher"])
@@ -158,7 +162,7 @@ def out_of_memory_above(size: int) -> Callable[[nn.Module, dict[str, Tensor]], T
 
 
 class TestMemory:
-    CONFIG = OptimizabilityConfig(trace_tolerance=1e-9, eigen_tolerance=1e-9, max_hvps=40)
+    CONFIG = OptimizabilityConfig(trace_tolerance=1e-9, eigen_tolerance=1e-9, max_hvps=16)
 
     def test_batches_are_halved_until_they_fit_and_nothing_else_changes(self):
         model = bert()
@@ -249,7 +253,7 @@ def test_all_of_it_comes_back_from_json(tmp_path):
     model = bert()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # an infinite limit
     config = OptimizabilityConfig(max_hvps=40, block_eigenvalues=True)
-    measurement = measure(model, rows(1), config, optimizer=optimizer)
+    measurement = measure(model, rows(2), config, optimizer=optimizer)
     assert measurement.optimizer_stability.limit == float("inf")
     report = OptimizabilityReport(measurements=[measurement])
     json.loads(report.save_json(tmp_path).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -329,9 +333,9 @@ def mixed_loss(model: ManyTensors, batch: dict[str, Tensor]) -> Tensor:
 
 
 def test_memory_that_does_not_suffice_for_the_first_pass():
-    objective_of_two = measure(bert(), rows(4), OptimizabilityConfig(profile="light"), loss_fn=out_of_memory_above(2))
+    objective_of_two = measure(bert(), rows(4), SHORT, loss_fn=out_of_memory_above(2))
     assert objective_of_two.batch_size == 2
     with pytest.raises(MeasurementError, match="smaller batches are not known to have the same mean"):
-        measure(bert(), rows(2), OptimizabilityConfig(profile="light"), loss_fn=out_of_memory_above(1))
+        measure(bert(), rows(2), SHORT, loss_fn=out_of_memory_above(1))
     with pytest.raises(MeasurementError, match="a single example"):
-        measure(bert(), rows(2), OptimizabilityConfig(profile="light"), loss_fn=out_of_memory_above(0))
+        measure(bert(), rows(2), SHORT, loss_fn=out_of_memory_above(0))

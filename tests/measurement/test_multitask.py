@@ -94,7 +94,7 @@ def test_each_task_is_what_it_is_alone():
 
 
 def test_batches_that_mix_tasks_are_cut():
-    model, whole = Heads(), rows(24)
+    model, whole = Heads(), rows(12)
     config = OptimizabilityConfig(**PRECISE)
     mixed = measure(model, cut(whole, 3), config)
     order = torch.argsort(whole["task"], stable=True)

@@ -25,7 +25,7 @@ from hf_optimizability.serialization import structure
 from tests.support import tiny_models
 
 
-PRECISE = OptimizabilityConfig(eigen_tolerance=1e-12, max_hvps=200, landscape=True)
+PRECISE = OptimizabilityConfig(eigen_tolerance=1e-12, trace_tolerance=0.5, max_hvps=200, landscape=True)
 RATE = 0.02
 
 
