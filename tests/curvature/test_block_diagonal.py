@@ -46,7 +46,7 @@ def test_columns_and_ends_of_the_spectrum_of_every_block(name: str):
     model = tiny_models.make(name).eval()
     [whole] = tiny_models.cut(rows, 5)
     dense = tiny_models.dense_hessian(model, whole)
-    objective = Objective(model, tiny_models.cut(rows, 2))
+    objective = Objective(model, tiny_models.cut(rows, 3))
     blocks = list(name_blocks(objective.names).values())
     assert len(blocks) > 2
     segments = places(objective, blocks)
