@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -51,9 +52,15 @@ class Perceptron(nn.Module):
         return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
 
+@cache
+def all_digits() -> tuple[np.ndarray, np.ndarray]:
+    images, labels = load_digits(return_X_y=True)
+    return images, labels
+
+
 def digits(number: int, *, start: int = 0, wrong: float = 0.0) -> RowPartition:
     """Rows of scikit-learn's digits; labels are drawn at random with probability `wrong`."""
-    images, labels = load_digits(return_X_y=True)
+    images, labels = all_digits()
     rng = np.random.default_rng(0)
     order = rng.permutation(len(labels))
     labels = np.where(rng.random(len(labels)) < wrong, rng.integers(0, 10, len(labels)), labels)
@@ -67,10 +74,11 @@ def trained(folder: Path, own: nn.Module | None = None, *, config: dict[str, Any
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "train_dataset": digits(400), "eval_dataset": digits(400, start=1000), "max_steps": 90, "logging_steps": 2,
-        "per_device_train_batch_size": 16, "learning_rate": 1e-2, "warmup_steps": 10, "optim": "adamw_torch",
+        "per_device_train_batch_size": 16, "per_device_eval_batch_size": 100, "learning_rate": 1e-2,
+        "warmup_steps": 10, "optim": "adamw_torch",
     }  # fmt: skip
     probing: dict[str, Any] = {
-        "profile": "light", "measure_strategy": "no", "max_hvps": 16, "probe_examples": 32, "probe_batch_size": 8,
+        "profile": "light", "measure_strategy": "no", "max_hvps": 16, "probe_examples": 32, "probe_batch_size": 16,
     }  # fmt: skip
     trainer = tiny_training.trainer(
         folder,
@@ -136,7 +144,7 @@ def two_tasks(*, turned: bool = False, loud: float = 1.0) -> RowPartition:
 
 BY_TASK = {"task_column": "kind", "probe_examples": 64}
 
-ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
+ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]] | ParameterSet] = [
     # The healthy learning rate of SGD is 0.1.
     (Perceptron, {"optim": "sgd", "learning_rate": 3.0, "config": MEASURED_ON_THE_WAY}, {"learning_rate_above_limit"}),
     (Perceptron, {"optim": "sgd", "learning_rate": 1e-3, "max_steps": 40}, {"learning_rate_far_below_limit"}),
@@ -153,10 +161,11 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
         {"max_steps": 10, "learning_rate": 1e-6, "config": {"engine": "central_difference"}},
         {"measurement_failed"},
     ),
-    (
+    pytest.param(
         partial(Perceptron, width=256),
         {"max_steps": 30, "config": {"engine": "central_difference"}},
         {"measurement_failed"},
+        marks=pytest.mark.slow,  # the same failure as above, at weights that nobody set
     ),
     (partial(Perceptron, layers=10, activation=nn.Sigmoid), {"max_steps": 10}, {"gradients_vanishing"}),
     (
@@ -180,7 +189,10 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]]] = [
     ),
     (
         Perceptron,
-        {"train_dataset": digits(4) * 100, "per_device_train_batch_size": 200, "max_steps": 8},
+        {
+            "train_dataset": digits(4) * 100, "per_device_train_batch_size": 200, "max_steps": 8,
+            "config": {"probe_batch_size": 8},
+        },
         {"batch_above_noise_scale", "not_converged", "saddle"},
     ),
     (Perceptron, {"train_dataset": two_tasks(turned=True), "max_steps": 30, "config": BY_TASK}, {"tasks_conflict"}),
@@ -200,10 +212,16 @@ def test_an_ill_run_is_found_out(
     assert ills <= {*names(train(model(), **options))}
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])  # a healthy run is not scaled either
 def test_accumulation_scales_the_loss_of_bert(train: Train, steps: int):
-    rows = tiny_training.dataset("bert", 40)
-    options = {"train_dataset": rows, "eval_dataset": rows[:8], "gradient_accumulation_steps": steps, "max_steps": 2}
+    rows = tiny_training.dataset("bert", 24)
+    options = {
+        "train_dataset": rows,
+        "eval_dataset": rows[:8],
+        "config": {"probe_examples": 8},
+        "gradient_accumulation_steps": steps,
+        "max_steps": 2,
+    }
     report = train(tiny_training.model("bert"), per_device_train_batch_size=4, **options)
     assert ("loss_scaled" in names(report)) == (steps == 3)
     assert report.training["examples_per_step"] == 4 * steps
