@@ -217,8 +217,13 @@ class TestErrors:
         ("spectrum", "starts", "steps"),
         [
             *((spectrum, 1, 10) for spectrum in (network, decaying, nearly_multiple, wishart, traceless)),
-            *((spectrum, 4, 5) for spectrum in (network, decaying, nearly_multiple, wishart, traceless)),
-            (network, 2, 6),
+            *((spectrum, 4, 5) for spectrum in (network, decaying)),
+            # Spectra and numbers of starts that the others hold, in other pairs.
+            *(
+                pytest.param(spectrum, 4, 5, marks=pytest.mark.slow)
+                for spectrum in (nearly_multiple, wishart, traceless)
+            ),
+            pytest.param(network, 2, 6, marks=pytest.mark.slow),
             (decaying, 1, 16),
         ],
     )
