@@ -25,7 +25,7 @@ NEVER = {"eigen_tolerance": 1e-12, "trace_tolerance": 1e-12}
 
 
 def bert() -> nn.Module:
-    return tiny_models.make("bert", dtype=torch.float32)
+    return tiny_models.make("bert", dtype=torch.float32, **tiny_models.ONE_LAYER["bert"])
 
 
 class Once(nn.Module):
