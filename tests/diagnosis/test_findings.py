@@ -142,7 +142,7 @@ def two_tasks(*, turned: bool = False, loud: float = 1.0) -> RowPartition:
     return rows
 
 
-BY_TASK = {"task_column": "kind", "probe_examples": 64}
+BY_TASK = {"task_column": "kind", "probe_examples": 32}
 
 ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]] | ParameterSet] = [
     # The healthy learning rate of SGD is 0.1.
