@@ -7,6 +7,7 @@ import dataclasses
 import math
 import random
 import time
+from itertools import product
 
 import pytest
 import yaml
@@ -126,30 +127,33 @@ class TestWhatIsKept:
 
 
 class TestFrontMatter:
-    @pytest.mark.parametrize(
-        "tags",
-        [
-            "",
-            "tags: []\n",
-            "tags:\n",
-            "tags: bert\n",
-            "tags: [bert, 'a b']  # c\n",
-            "tags:\n  - bert\n",
-            "tags: [a,]\n",
-        ],
+    TAGS = (
+        "",
+        "tags: []\n",
+        "tags:\n",
+        "tags: bert\n",
+        "tags: [bert, 'a b']  # c\n",
+        "tags:\n  - bert\n",
+        "tags: [a,]\n",
     )
+    INDEXES = (
+        "",
+        "model-index: []\n",
+        "model-index:\n- name: x\n  results: []\n",
+        "model-index:\n  - name: x\n    results: []  # none\nlicense: mit\n",
+        "model-index:\n-\n  name: x\n  results:\n",
+        "model-index: [{name: x, results: []}]\n",
+        "model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: d}, metrics: []}]}]\n",
+        "model-index:\n- results:\n  - {task: {}, dataset: {}, metrics: [{type: a, value: .nan}]}\n  name: x\n",
+        "model-index:\n- name: x\n  results: []\n- name: y\n  results: []\n",
+    )
+
+    # The two keys are edited one after the other: each style of both, beside two or three of the other key.
     @pytest.mark.parametrize(
-        "index",
+        ("tags", "index"),
         [
-            "",
-            "model-index: []\n",
-            "model-index:\n- name: x\n  results: []\n",
-            "model-index:\n  - name: x\n    results: []  # none\nlicense: mit\n",
-            "model-index:\n-\n  name: x\n  results:\n",
-            "model-index: [{name: x, results: []}]\n",
-            "model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: d}, metrics: []}]}]\n",
-            "model-index:\n- results:\n  - {task: {}, dataset: {}, metrics: [{type: a, value: .nan}]}\n  name: x\n",
-            "model-index:\n- name: x\n  results: []\n- name: y\n  results: []\n",
+            pytest.param(tags, index, marks=() if (at - number) % 7 in (0, 3) else pytest.mark.slow)
+            for (number, tags), (at, index) in product(enumerate(TAGS), enumerate(INDEXES))
         ],
     )  # fmt: skip
     def test_in_every_style(self, tags: str, index: str):

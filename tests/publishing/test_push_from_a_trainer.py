@@ -19,17 +19,12 @@ from tests.support.training_outcome import assert_equal, run
 
 
 def make(folder: Path, *, report_dir: Path | None = None, **options: Any) -> OptimizabilityTrainer:
-    config = OptimizabilityConfig(**CONFIG, report_dir=None if report_dir is None else str(report_dir))
+    given = {**CONFIG, "measure_strategy": "no"}  # at the start and at the end
+    config = OptimizabilityConfig(**given, report_dir=None if report_dir is None else str(report_dir))
     settings = {"max_steps": 2, "hub_model_id": "ada/tuned", **options}
     trainer = tiny_training.trainer(folder / "out", cls=OptimizabilityTrainer, optimizability=config, **settings)
     assert isinstance(trainer, OptimizabilityTrainer)
     return trainer
-
-
-@pytest.fixture
-def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saves the seconds that drawing takes, where it is not what is tested."""
-    monkeypatch.setattr("hf_optimizability.report.figures.plot_all", lambda report: {})
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +81,9 @@ def test_model_report_and_card_go_up_in_one_commit(hub: HubStub, tmp_path: Path)
     assert len(commits) == 2
 
 
-@pytest.mark.usefixtures("without_plots")
-def test_a_push_that_fails_loses_nothing_and_can_be_made_again(hub: HubStub, tmp_path: Path):
-    trainer = make(tmp_path)
-    trainer.train()
+def test_a_push_that_fails_loses_nothing_and_can_be_made_again(
+    hub: HubStub, tmp_path: Path, elsewhere: OptimizabilityTrainer
+):
     kept = tmp_path / "out"
     for fault, message in {
         Fault("repos/create", 401): r"does not accept the token \(401",
@@ -102,15 +96,14 @@ def test_a_push_that_fails_loses_nothing_and_can_be_made_again(hub: HubStub, tmp
         hub.large.clear()
         where = rf"The model and its report are in {kept}\.$"
         with pytest.raises(HubError, match=rf"^Could not finish pushing the model\. .*{message}.*{where}"):
-            trainer.push_to_hub()
+            elsewhere.push_to_hub()
     assert len(OptimizabilityReport.load(kept / "optimizability").measurements) == 2
     hub.faults = []
-    trainer.push_to_hub()
+    elsewhere.push_to_hub()
     assert published(hub)["model.safetensors"] == (kept / "model.safetensors").read_bytes()
     assert "optimizability/report.json" in published(hub)
 
 
-@pytest.mark.usefixtures("without_plots")
 def test_a_hub_that_fails_during_training_changes_nothing(hub: HubStub, tmp_path: Path):
     options = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
     plain = run(make(tmp_path / "plain", max_steps=3))
