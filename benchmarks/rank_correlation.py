@@ -45,9 +45,12 @@ def mean_tau(
     draws = np.zeros(resamples)
     for task, values in predicted.items():
         one, other = _orders(values), _orders(final[task])
-        for at in range(resamples):
-            drawn = np.ix_(*[rng.integers(len(values), size=len(values))] * 2)
-            draws[at] += _tau(one[drawn], other[drawn]) / len(predicted)
+        counts = np.zeros((resamples, len(values)))
+        drawn = rng.integers(len(values), size=counts.shape)
+        np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1)
+        agree, *untied = (np.sum(counts @ pairs * counts, axis=1) for pairs in (one * other, one**2, other**2))
+        norm = np.sqrt(np.prod(untied, axis=0))
+        draws += np.divide(agree, norm, out=np.zeros(resamples), where=norm > 0) / len(predicted)
     value = float(np.mean([tau(values, final[task]) for task, values in predicted.items()]))
     low, high = np.quantile(draws, (0.025, 0.975))
     return value, float(low), float(high)
