@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision recipe from a folder of images to a report, with the carried MobileNetV2."""
+"""The vision recipe from a folder of images to a report, with a narrow MobileNetV2."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, MobileNetV2Config, MobileNetV2Model
 
 
-CHECKPOINT = str(Path(__file__).parents[2] / "recipes/checkpoints/mobilenet_v2_1.0")
+CARRIED = Path(__file__).parents[2] / "recipes/checkpoints/mobilenet_v2_1.0"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """In half precision and without a head, as the carried checkpoint, whose processor it has."""
+    torch.manual_seed(0)
+    config = MobileNetV2Config(depth_multiplier=0.1, min_depth=4)
+    MobileNetV2Model(config).half().save_pretrained(tmp_path / "narrow")
+    shutil.copy(CARRIED / "preprocessor_config.json", tmp_path / "narrow")
+    return str(tmp_path / "narrow")
 
 
 @pytest.fixture
@@ -32,11 +43,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_run_ends_with_checkpoint_metrics_card_and_report(
-    folder: Path, run_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    checkpoint: str, folder: Path, run_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = run_recipe(
         image_classification,
-        model_name_or_path=CHECKPOINT,
+        model_name_or_path=checkpoint,
         train_dir=str(folder),
         validation_dir=str(folder),
         image_size=32,

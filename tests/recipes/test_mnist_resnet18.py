@@ -57,8 +57,10 @@ def test_estimates_hold_what_the_whole_matrix_has(architecture: Path, run_recipe
     settings |= {
         "model_name_or_path": str(architecture),
         "dataset_name": str(ROOT / "recipes/data/mnist_5k"),
-        "max_train_samples": 64,
-        "max_eval_samples": 40,
+        "image_size": 16,
+        "max_train_samples": 16,
+        "max_eval_samples": 20,
+        "per_device_train_batch_size": 16,
         "blocks": ["*.embedder.normalization.*", "classifier.*"],
         "exact_parameters": 140,
     }
