@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -40,17 +41,37 @@ def checkpoint(tmp_path: Path) -> str:
 
 @pytest.fixture
 def arguments(checkpoint: str, tmp_path: Path) -> str:
-    """A JSON file of a run that takes a second."""
-    data = tiny_texts.save_data(tmp_path / "data.parquet")
+    return save_arguments(checkpoint, tmp_path)
+
+
+def save_arguments(checkpoint: str, folder: Path) -> str:
+    """Writes a JSON file of a run that takes a second."""
+    data = tiny_texts.save_data(folder / "data.parquet")
     values = {
         "model_name_or_path": checkpoint, "train_file": data, "validation_file": data,
-        "text_column_name": ["sentence"], "ignore_mismatched_sizes": True, "cache_dir": str(tmp_path / "cache"),
+        "text_column_name": ["sentence"], "ignore_mismatched_sizes": True, "cache_dir": str(folder / "cache"),
         "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "profile": "light",
         "probe_examples": 4, "max_hvps": 16, "dataloader_pin_memory": False, "disable_tqdm": True,
     }  # fmt: skip
-    file = tmp_path / "arguments.json"
+    file = folder / "arguments.json"
     file.write_text(json.dumps(values))
     return str(file)
+
+
+class Ran(NamedTuple):
+    """What `run --json` was given, printed, and wrote."""
+
+    arguments: str
+    result: Any
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("ran")
+    arguments = save_arguments(tiny_texts.save_checkpoint(folder / "tiny-bert"), folder)
+    result = invoke("run", "--json", arguments, "--output_dir", str(folder / "out"))
+    return Ran(arguments, result, folder / "out")
 
 
 def invoke(*args: str, **options: Any) -> Any:
@@ -141,20 +162,18 @@ def test_run_trains_and_reports(arguments: str) -> None:
     assert Path("out/model.safetensors").exists() and Path("out/optimizability/report.md").exists()
 
 
-def test_run_prints_json_and_nothing_else(arguments: str) -> None:
-    result = invoke("run", "--json", arguments, "--output_dir", "out")
-    printed = json.loads(result.stdout)
-    assert printed["report_folder"] == "out/optimizability"
-    assert printed["report"] == json.loads(Path("out/optimizability/report.json").read_text())
-    assert "train metrics" in result.stderr
+def test_run_prints_json_and_nothing_else(ran: Ran) -> None:
+    printed = json.loads(ran.result.stdout)
+    assert printed["report_folder"] == str(ran.output / "optimizability")
+    assert printed["report"] == json.loads((ran.output / "optimizability/report.json").read_text())
+    assert "train metrics" in ran.result.stderr
 
 
-def test_measure_finds_what_run_finds_before_its_first_step(arguments: str) -> None:
-    measured = json.loads(succeed("measure", "--json", arguments))
+def test_measure_finds_what_run_finds_before_its_first_step(ran: Ran) -> None:
+    measured = json.loads(succeed("measure", "--json", ran.arguments))
     assert measured["report_folder"] is None
     assert list(Path().iterdir()) == []
-    succeed("run", arguments, "--output_dir", "out")
-    first = json.loads(Path("out/optimizability/report.json").read_text())
+    first = json.loads((ran.output / "optimizability/report.json").read_text())
     assert measured["report"]["data"] == first["data"]
     (alone,) = measured["report"]["measurements"]
     start = first["measurements"][0]
@@ -179,14 +198,14 @@ def test_forecast_says_the_price_and_measures_nothing(arguments: str) -> None:
     assert not Path("out").exists()
 
 
-def test_a_trained_checkpoint_keeps_its_order_of_the_classes(arguments: str) -> None:
-    succeed("run", arguments, "--output_dir", "out")
+def test_a_trained_checkpoint_keeps_its_order_of_the_classes(ran: Ran) -> None:
+    shutil.copytree(ran.output, "out")
     config = json.loads(Path("out/config.json").read_text())
     assert config["label2id"] == {"bad": 0, "good": 1}
     weights = load_file("out/model.safetensors")
 
     def loss() -> float:
-        measured = json.loads(succeed("measure", "--json", arguments, "--model_name_or_path", "out"))
+        measured = json.loads(succeed("measure", "--json", ran.arguments, "--model_name_or_path", "out"))
         return measured["report"]["measurements"][0]["loss"]
 
     as_trained = loss()
