@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import pairwise, takewhile
@@ -45,9 +45,18 @@ WRITTEN = {"README.md": "out/readme/optimizability/report.md", "docs/compare.md"
 
 QUANTITY = ["Formula", "How to read it", "What it does not say", "Cost", "How to get it", "Source"]
 
-# Each document has a process of its own, forked from one that has imported what takes seconds.
+SLOW = {
+    "docs/how_to/learning_rate.md",  # three trainings with the callback; README.md has one
+    "docs/how_to/what_to_freeze.md",  # two measurements by block of the carried MobileNetV2, as README.md
+}
+"""Documents whose snippets take longest; what they call is called by those of another document."""
+
+# Each document has a process of its own, forked from one that has imported what takes seconds: also this file, which
+# each would otherwise import to find the function that it calls.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["hf_optimizability.training.trainer", "hf_optimizability.tasks.fine_tuning"])
+PROCESSES.set_forkserver_preload(
+    ["hf_optimizability.training.trainer", "hf_optimizability.tasks.fine_tuning", __name__]
+)
 
 
 class Block(NamedTuple):
@@ -78,8 +87,13 @@ def snippets(document: Path) -> Iterator[tuple[Block, str | None]]:
             yield block, after.text if follows else None
 
 
-def named(documents: Sequence[Path]) -> Any:
-    return pytest.mark.parametrize("document", documents, ids=[str(path.relative_to(ROOT)) for path in documents])
+def named(documents: Sequence[Path], *, slow: Collection[str] = ()) -> Any:
+    names = [str(path.relative_to(ROOT)) for path in documents]
+    marks: dict[str, Any] = dict.fromkeys(slow, pytest.mark.slow)
+    params = [
+        pytest.param(path, id=name, marks=marks.get(name, ())) for path, name in zip(documents, names, strict=True)
+    ]
+    return pytest.mark.parametrize("document", params)
 
 
 def run_snippets(document: Path, folder: Path) -> None:
@@ -98,7 +112,9 @@ def run_snippets(document: Path, folder: Path) -> None:
             assert same, f"Line {block.line} prints\n{printed.getvalue()}"
 
 
-@named([path for path in DOCUMENTS if str(path.relative_to(ROOT)) not in AGAINST_A_HUB and [*snippets(path)]])
+@named(
+    [path for path in DOCUMENTS if str(path.relative_to(ROOT)) not in AGAINST_A_HUB and [*snippets(path)]], slow=SLOW
+)
 def test_snippets_run_and_print_what_stands_below_them(document: Path, tmp_path: Path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     make_report(2).save_json(tmp_path / "out/demo/vision/optimizability")  # the demo takes minutes
