@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..files import finite
@@ -56,7 +56,7 @@ class ReportData:
         """Return plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
         measurements = [measurement.to_dict() for measurement in self.measurements]
         provenance = {"model": self.model.to_dict(), "data": self.data.to_dict()}
-        return finite({**asdict(self), **provenance, "measurements": measurements})
+        return finite({**asdict(replace(self, measurements=[])), **provenance, "measurements": measurements})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:

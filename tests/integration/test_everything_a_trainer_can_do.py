@@ -151,7 +151,8 @@ CASES: dict[str, Case] = {
     "frozen": Case(frozen, sentences),
     "tied": Case(lambda: tiny_training.model("gpt2"), lambda: lines("gpt2")),
     "llama": Case(lambda: tiny_training.model("llama"), lambda: lines("llama")),
-    "BatchNorm": Case(lambda: tiny_training.model("mobilenet"), lambda: lines("mobilenet")),
+    "BatchNorm": Case(lambda: tiny_training.model("resnet"), lambda: lines("resnet")),
+    "depthwise": Case(lambda: tiny_training.model("mobilenet"), lambda: lines("mobilenet")),
     "regression": Case(lambda: bert(num_labels=1), lambda: sentences(float)),
     "multi-label": Case(
         lambda: bert(problem_type="multi_label_classification"),
@@ -200,8 +201,8 @@ def subclass(case: Case) -> type[Trainer]:
 LIKE_OTHERS = {
     "persistent workers", "workers", "sgd", "adafactor", "regression", "multi-label", "llama", "epochs", "pure bf16",
     "label smoothing", "reentrant checkpointing", "rmsprop", "length grouping", "tied", "compute_loss",
-    "BatchNorm", "shuffled stream", "warm-up", "frozen", "accumulation", "early stopping", "compute_loss_func",
-    "question answering", "tokens", "dispatched stream", "checkpointing", "8-bit",
+    "BatchNorm", "depthwise", "shuffled stream", "warm-up", "frozen", "accumulation", "early stopping",
+    "compute_loss_func", "question answering", "tokens", "dispatched stream", "checkpointing", "8-bit", "seq2seq",
 }  # fmt: skip
 """Cases near enough to others, here or in `test_hands_off`, to be left to `make test-slow`."""
 

@@ -28,10 +28,10 @@ from tests.support.training_outcome import assert_equal, run
 @pytest.mark.parametrize(
     ("name", "optimizer", "accumulation"),
     [
-        ("bert", "adamw_torch", 1), ("bert", "sgd", 3),
-        ("mobilenet", "sgd", 1),
+        ("bert", "adamw_torch", 1), ("resnet", "sgd", 3),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-            ("bert", "sgd", 1), ("bert", "adamw_torch", 3), ("mobilenet", "adamw_torch", 1),
+            ("bert", "sgd", 1), ("bert", "sgd", 3), ("bert", "adamw_torch", 3),
+            ("mobilenet", "sgd", 1), ("mobilenet", "adamw_torch", 1),
             ("mobilenet", "adamw_torch", 3), ("mobilenet", "sgd", 3),
         )),
     ],

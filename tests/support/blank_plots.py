@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from hf_optimizability.report import figures as plots
+from hf_optimizability.report import figures
+from hf_optimizability.report_data.data import ReportData
 
 
 PNG = bytes.fromhex(
@@ -16,6 +17,11 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
 
 
 def leave_plots_undrawn(patch: pytest.MonkeyPatch) -> None:
-    """Makes files of the names that drawn plots would have, until the patch is undone."""
-    patch.setattr(plots, "_png", lambda figure: PNG)
-    patch.setattr(plots, "_svg", lambda figure: SVG)
+    """Makes files of the names that most drawn plots would have, until the patch is undone."""
+
+    def plot_all(report: ReportData) -> dict[str, dict[str, bytes]]:
+        names = ["loss"] if report.log_history else []
+        names += ["gradient_norm", "curvature", "density", "ritz_values", "blocks"] if report.measurements else []
+        return {name: {"png": PNG, "svg": SVG} for name in names}
+
+    patch.setattr(figures, "plot_all", plot_all)

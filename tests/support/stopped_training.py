@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-
-QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 2}
+from tests.support.tiny_training import QUICK as QUICK
 
 
 STEPS = {"measure_strategy": "steps", "measure_steps": 2}

@@ -27,7 +27,7 @@ from hf_optimizability.report import SCHEMA_VERSION
 from tests.support import tiny_models, tiny_training
 
 
-QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 4}
+QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 4, "trace_method": "hutchinson"}
 
 
 def run(
