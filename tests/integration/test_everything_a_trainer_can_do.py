@@ -248,7 +248,10 @@ def test_the_data_come_in_the_same_order(tmp_path: Path):
         return batch
 
     case = Case(bert, sentences, {"data_collator": collator, "max_steps": 12})
-    for callbacks in ([], [OptimizabilityCallback(OptimizabilityConfig(**{**CONFIG, "probe_examples": 3}))]):
+    for callbacks in (
+        [],
+        [OptimizabilityCallback(OptimizabilityConfig(**{**CONFIG, "measure_steps": 6, "probe_examples": 3}))],
+    ):
         seen.append([])
         make_trainer(tmp_path, case, callbacks=callbacks).train()
     plain, measured = seen
@@ -263,6 +266,9 @@ STAGES = {
     "step": ("hf_optimizability.measurement.optimizer_step", "critical_learning_rate"),
     "noise": ("hf_optimizability.measurement.measure", "noise_scale"),
 }
+IN_THREE_BATCHES = {**CONFIG, "probe_examples": 6, "engine": "double_backward"}
+"""The noise scale takes that many."""
+
 ERRORS = {
     "error": RuntimeError("broken on purpose"),
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -297,8 +303,7 @@ def test_training_is_the_same_when_a_measurement_fails(
     case = CASES["warm-up"]
     plain = run(make_trainer(tmp_path, case))
     break_stage(monkeypatch, stage, ERRORS[error])
-    config = OptimizabilityConfig(**CONFIG, engine="double_backward")
-    callback = OptimizabilityCallback(config)
+    callback = OptimizabilityCallback(OptimizabilityConfig(**IN_THREE_BATCHES))
     assert_equal(run(make_trainer(tmp_path, case, callbacks=[callback])), plain)
     assert not callback.report.measurements and len(callback.report.failures) == 3
 
@@ -343,7 +348,7 @@ def test_ctrl_c_in_a_measurement_leaves_all_as_it_was_after_that_step(
 
     plain = interrupted("plain", At(2, interrupt))
     break_now = At(1, lambda: break_stage(monkeypatch, stage, KeyboardInterrupt()))
-    callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG, engine="double_backward"))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**IN_THREE_BATCHES))
     assert_equal(interrupted("measured", break_now, callback), plain)
     assert [measurement.step for measurement in callback.report.measurements] == [0]
 

@@ -28,10 +28,7 @@ from tests.support import tiny_training
 from tests.support.training_outcome import assert_equal, run
 
 
-CONFIG = {
-    "profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16,
-    "trace_method": "hutchinson",
-}  # fmt: skip
+CONFIG = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}
 IN_ORDER = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
 HAND_OVER = "OptimizabilityCallback(config, trainer=trainer)"
 

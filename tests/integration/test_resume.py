@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from copy import deepcopy
-from itertools import islice, product
+from itertools import chain, cycle, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,28 @@ def numbers(report: OptimizabilityReport) -> dict[str, Any]:
     return data
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    report = run(folder, config=STEPS)
+    assert [measurement.step for measurement in report.measurements] == [0, 2, 4, 6]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    assert run(folder, config=STEPS, stop_before=3) is None
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """The folder of a run that was stopped before its third step, to be resumed."""
+    return shutil.copytree(stopped_once, tmp_path / "stopped")
+
+
 @pytest.mark.parametrize(
     ("stop_before", "restores_states"),
     [
@@ -93,13 +115,13 @@ def numbers(report: OptimizabilityReport) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_resumed_run_has_the_report_of_an_uninterrupted_one(tmp_path: Path, stop_before: int, restores_states: bool):
+def test_a_resumed_run_has_the_report_of_an_uninterrupted_one(
+    tmp_path: Path, whole: Path, stop_before: int, restores_states: bool
+):
     options = {"restore_callback_states_from_checkpoint": restores_states, "config": STEPS}
-    whole = run(tmp_path / "whole", **options)
-    assert [measurement.step for measurement in whole.measurements] == [0, 2, 4, 6]
-    assert run(tmp_path / "run", stop_before=stop_before, **options) is None
-    resumed = run(tmp_path / "run", resume=True, **options)
-    assert numbers(resumed) == numbers(whole)
+    assert run(tmp_path, stop_before=stop_before, **options) is None
+    resumed = run(tmp_path, resume=True, **options)
+    assert numbers(resumed) == numbers(OptimizabilityReport.load(whole / "optimizability"))
 
 
 def test_a_plain_callback_resumes_too(tmp_path: Path):
@@ -142,33 +164,30 @@ def test_failures_are_not_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [measurement.step for measurement in resumed.measurements] == [6]
 
 
-def test_when_to_measure_may_change(tmp_path: Path):
-    run(tmp_path, config=STEPS, stop_before=3)
-    resumed = run(tmp_path, config={"measure_strategy": "steps", "measure_steps": 3}, resume=True)
+def test_when_to_measure_may_change(stopped: Path):
+    resumed = run(stopped, config={"measure_strategy": "steps", "measure_steps": 3}, resume=True)
     assert [measurement.step for measurement in resumed.measurements] == [0, 2, 3, 6]
 
 
-def test_the_share_of_a_process_in_a_step_may_change(tmp_path: Path):
+def test_the_share_of_a_process_in_a_step_may_change(stopped: Path):
     """As it does where there are more of them, or fewer."""
-    run(tmp_path, config=STEPS, stop_before=3)
     smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    resumed = run(tmp_path, config=STEPS, resume=True, **smaller)
+    resumed = run(stopped, config=STEPS, resume=True, **smaller)
     assert [measurement.step for measurement in resumed.measurements] == [0, 2, 4, 6]
     assert {measurement.num_items for measurement in resumed.measurements} == {QUICK["probe_examples"]}
 
 
 def test_with_other_options_the_report_begins_anew_and_nothing_is_lost(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    stopped: Path, caplog: pytest.LogCaptureFixture
 ):
-    run(tmp_path, config=STEPS, stop_before=3)
     logging.getLogger("transformers").propagate = True
     with caplog.at_level(logging.WARNING):
-        resumed = run(tmp_path, config={**STEPS, "max_hvps": 20}, resume=True)
+        resumed = run(stopped, config={**STEPS, "max_hvps": 20}, resume=True)
     assert "The run was measured 2 times with another `max_hvps`." in caplog.text
     assert [measurement.step for measurement in resumed.measurements] == [2, 4, 6]
-    earlier = OptimizabilityReport.load(tmp_path / "optimizability" / "report-1.json")
+    earlier = OptimizabilityReport.load(stopped / "optimizability" / "report-1.json")
     assert [measurement.step for measurement in earlier.measurements] == [0, 2]
-    [checkpoint] = tmp_path.glob("checkpoint-*")
+    [checkpoint] = stopped.glob("checkpoint-*")
     assert [held["step"] for held in records(checkpoint)] == [0, 2, 2, 4, 6]
 
 
@@ -202,9 +221,8 @@ def test_a_callback_that_is_new_to_the_checkpoint_begins_there(tmp_path: Path):
     assert [measurement.step for measurement in resumed.measurements] == [2, 4, 6]
 
 
-def test_what_is_measured_lives_in_the_last_checkpoint_alone(tmp_path: Path):
-    run(tmp_path, config=STEPS)
-    [checkpoint] = tmp_path.glob("checkpoint-*")
+def test_what_is_measured_lives_in_the_last_checkpoint_alone(whole: Path):
+    [checkpoint] = whole.glob("checkpoint-*")
     assert [held["step"] for held in records(checkpoint)] == [0, 2, 4, 6]
 
 
@@ -231,7 +249,7 @@ def places(held: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def test_a_damaged_record_never_raises_and_is_never_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """Each entry of a record in turn is lost, or becomes something else."""
+    """Each entry of a record in turn is lost, and becomes something else, of four kinds in turn."""
     callback = OptimizabilityCallback(OptimizabilityConfig(**{**QUICK, **STEPS, "measure_steps": 1}))
     trainer = tiny_training.trainer(tmp_path, callbacks=[callback], max_steps=1)
     trainer.train()
@@ -240,7 +258,9 @@ def test_a_damaged_record_never_raises_and_is_never_changed(tmp_path: Path, capl
     state = TrainerState(stateful_callbacks={RECORDS: json.loads(records)})
     assert len(restore(state, config=config).measurements) == 2
     logging.getLogger("transformers").propagate = True
-    for number, damage in product(range(sum(1 for _ in places(json.loads(records)[0]))), (None, "torn", [], 7, ...)):
+    entries = range(sum(1 for _ in places(json.loads(records)[0])))
+    damages = zip(entries, cycle((None, "torn", [], 7)), strict=False)
+    for number, damage in chain(damages, product(entries, (...,))):
         log = json.loads(records)
         container, key = next(islice(places(log[0]), number, None))
         needed = container is log[0][RECORD]["measurement"] and key not in (
@@ -275,9 +295,9 @@ def test_a_resumed_clock_knows_what_was_measured_and_what_failed():
 
 
 def test_the_report_of_an_earlier_run_is_kept(tmp_path: Path):
-    first = run(tmp_path, config={"measure_strategy": "no"})
-    second = run(tmp_path, config={"measure_strategy": "no", "probe_seed": 1})
-    third = run(tmp_path, config={"measure_strategy": "no", "probe_seed": 2})
+    first, second, third = (
+        run(tmp_path, config={"measure_strategy": "no", "probe_seed": seed}, max_steps=1) for seed in range(3)
+    )
     folder = tmp_path / "optimizability"
     for number, report in ((1, first), (2, second)):
         assert OptimizabilityReport.load(folder / f"report-{number}.json").config == report.config

@@ -63,9 +63,11 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
     logged = trained(tmp_path, "trackio")
-    [database] = (tmp_path / "trackio").glob("*.db")
 
     def read() -> list[dict[str, Any]]:
+        database = next((tmp_path / "trackio").glob("*.db"), None)
+        if database is None:
+            return []
         with sqlite3.connect(database) as connection:
             return [json.loads(metrics) for (metrics,) in connection.execute("SELECT metrics FROM metrics")]
 

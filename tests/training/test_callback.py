@@ -27,7 +27,7 @@ from hf_optimizability.report import SCHEMA_VERSION
 from tests.support import tiny_models, tiny_training
 
 
-QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 4, "trace_method": "hutchinson"}
+QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 4}
 
 
 def run(
@@ -218,7 +218,7 @@ def test_the_report_is_complete(tmp_path: Path):
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert loaded.model.class_name == "BertForSequenceClassification"
     assert loaded.model.parameters == loaded.model.trainable_parameters == parameters
-    assert loaded.task == {"task": "text-classification", "loss": "the Trainer's"}
+    assert (loaded.task.task, loaded.task.loss) == ("text-classification", "the Trainer's")
     assert loaded.data.train_examples == 24 and loaded.data.eval_examples == 16
     assert loaded.data.probe.examples == loaded.data.probe.items == 6 and loaded.data.probe.batches == 2
     assert len(loaded.data.probe.fingerprint) == 16
