@@ -14,7 +14,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-LOOKED_AT = {"report", "report_data", "test_docs.py"}
+LOOKED_AT = {"report", "report_data", "test_docs.py", "test_quantities_table.py"}
 """Where under this folder the plots of reports are looked at."""
 
 

@@ -17,6 +17,7 @@ def restored(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     differentiated.
 
     Example:
+        >>> import torch
         >>> weight = torch.tensor([1.0])
         >>> with restored([weight]) as [original]:
         ...     _ = weight.data.copy_(3 * original)
@@ -43,6 +44,7 @@ def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor], steps: 
         steps: The step of each parameter.
 
     Example:
+        >>> import torch
         >>> weight = torch.tensor([1.0])
         >>> with displaced([weight], [torch.tensor([2.0])], [0.5]):
         ...     print(weight)

@@ -31,7 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "central_difference": {"engine": "central_difference"},
     "forward_over_reverse": {"engine": "forward_over_reverse"},
     "gauss_newton": {"curvature": "gauss_newton", "trace_method": "xtrace"},
-    "empirical_fisher": {"curvature": "empirical_fisher", "eigen_method": "power_iteration"},
+    "empirical_fisher": {"curvature": "empirical_fisher"},
+    "power_iteration": {"eigen_method": "power_iteration"},
     "hutch++": {"trace_method": "hutch++"},
 }
 # GPT-2 computes its loss in float32 whatever its weights are; nine examples in batches of two are five uneven parts,

@@ -97,7 +97,7 @@ def test_other_batches_in_measuring_than_in_training_are_refused(
 ):
     settings = {"model_name_or_path": text_encoder, "train_file": train_file, "per_device_eval_batch_size": 4}
     for other in ({"probe_batch_size": 2}, {"probe_batch_size": 4, "probe_examples": 6}):
-        with pytest.raises(ValueError, match="lower the fewer others"):
+        with pytest.raises(ValueError, match="lower, the fewer negatives"):
             run_recipe(contrastive_image_text, **{**settings, "probe_examples": 8, **other})
 
 

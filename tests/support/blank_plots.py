@@ -22,6 +22,7 @@ def leave_plots_undrawn(patch: pytest.MonkeyPatch) -> None:
     def plot_all(report: ReportData) -> dict[str, dict[str, bytes]]:
         names = ["loss"] if report.log_history else []
         names += ["gradient_norm", "curvature", "density", "ritz_values", "blocks"] if report.measurements else []
+        names += ["stability_margin"] if any(m.optimizer_stability for m in report.measurements) else []
         return {name: {"png": PNG, "svg": SVG} for name in names}
 
     patch.setattr(figures, "plot_all", plot_all)
