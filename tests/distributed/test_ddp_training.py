@@ -48,7 +48,7 @@ OFTEN = ["dispatch", "uneven", "plain"]
 
 
 def trainer(folder: Path, cls: type[Trainer] = Trainer, **options: Any) -> Trainer:
-    settings = {"per_device_train_batch_size": 2, "max_steps": 4, "optim": "sgd", **options}
+    settings = {"per_device_train_batch_size": 2, "max_steps": 2, "optim": "sgd", **options}
     return tiny_training.trainer(folder, cls=cls, **settings)
 
 
@@ -83,9 +83,9 @@ def broken(rank: int, folder: Path) -> list[str]:
     def fail(*args: object, **kwargs: object) -> None:
         raise IndexError("broken on purpose")
 
-    right, plain = operators.second_backward, run(trainer(folder / "plain"))
+    right, plain = operators.second_backward, run(trainer(folder / "plain", max_steps=4))
     callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG, engine="double_backward"))
-    measured = trainer(folder / "measured", callbacks=[Break(), callback])
+    measured = trainer(folder / "measured", callbacks=[Break(), callback], max_steps=4)
     assert_equal(run(measured), plain)
     operators.second_backward = right
     assert [measurement.step for measurement in callback.report.measurements] == [0]
@@ -110,9 +110,7 @@ def test_training_is_the_same(found: list[dict[str, Any]]):
     """`trainings` compares them, on each rank."""
     for name in found[0].keys() & CASES:
         steps = [measurement["step"] for measurement in found[0][name]]
-        assert steps[0] == 0 and steps[-1] == 4
-        if name != "auto":
-            assert steps == [0, 2, 4]
+        assert steps == [0, 2] if name != "auto" else (steps[0], steps[-1]) == (0, 2)
         assert not differences(found[0][name], found[1][name], tolerance=0)
 
 

@@ -16,8 +16,14 @@ from transformers import Trainer, TrainerCallback
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from tests.support import tiny_models, tiny_training
+from tests.support.quick_measurements import measure_quickly
 from tests.support.tiny_training import CONFIG, FEW_STEPS, sentences
 from tests.support.training_outcome import assert_equal, run
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_quickly(monkeypatch)
 
 
 def make(folder: Path, cls: type[Trainer] = Trainer, **options: Any) -> Trainer:
@@ -70,6 +76,7 @@ def test_labels_out_of_range_in_the_probe_set(tmp_path: Path):
     assert len(trainer.optimizability_report().failures) == 3
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     "file", ["report.json", *(pytest.param(f, marks=pytest.mark.slow) for f in ("report.md", "loss.png"))]
 )
@@ -94,6 +101,7 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fi
     assert len(callback.report.measurements) == 3
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_folder_that_vanishes_or_is_closed_on_the_way(tmp_path: Path):
     class Close(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -110,6 +118,7 @@ def test_a_folder_that_vanishes_or_is_closed_on_the_way(tmp_path: Path):
     assert len(callback.report.measurements) == 3
 
 
+@pytest.mark.usefixtures("quickly")
 def test_an_earlier_report_that_is_corrupt_is_kept_aside(tmp_path: Path):
     folder = tmp_path / "optimizability"
     folder.mkdir()
@@ -126,6 +135,7 @@ def test_a_probe_set_that_is_smaller_than_a_batch(tmp_path: Path):
     assert [measurement.num_items for measurement in callback.report.measurements] == [2, 2]
 
 
+@pytest.mark.usefixtures("quickly")
 def test_without_an_evaluation_set_there_is_no_gap(tmp_path: Path):
     trainer = make(tmp_path, OptimizabilityTrainer, optimizability=OptimizabilityConfig(**CONFIG))
     trainer.train()

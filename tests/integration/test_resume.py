@@ -27,6 +27,7 @@ from hf_optimizability.training.clock import Clock
 from hf_optimizability.training.history import RECORD, RECORDS, record, restore
 from hf_optimizability.training.provenance import describe_config
 from tests.support import tiny_training
+from tests.support.quick_measurements import measure_quickly
 from tests.support.stopped_training import QUICK, SAVES, STEPS, StopBefore, StoppedError
 
 
@@ -83,6 +84,11 @@ def numbers(report: OptimizabilityReport) -> dict[str, Any]:
     return data
 
 
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_quickly(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was not interrupted."""
@@ -124,12 +130,14 @@ def test_a_resumed_run_has_the_report_of_an_uninterrupted_one(
     assert numbers(resumed) == numbers(OptimizabilityReport.load(whole / "optimizability"))
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_plain_callback_resumes_too(tmp_path: Path):
     whole = run(tmp_path / "whole", Trainer, config=STEPS)
     run(tmp_path / "run", Trainer, config=STEPS, stop_before=3)
     assert numbers(run(tmp_path / "run", Trainer, config=STEPS, resume=True)) == numbers(whole)
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     "stop_before",
     [
@@ -164,11 +172,13 @@ def test_failures_are_not_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [measurement.step for measurement in resumed.measurements] == [6]
 
 
+@pytest.mark.usefixtures("quickly")
 def test_when_to_measure_may_change(stopped: Path):
     resumed = run(stopped, config={"measure_strategy": "steps", "measure_steps": 3}, resume=True)
     assert [measurement.step for measurement in resumed.measurements] == [0, 2, 3, 6]
 
 
+@pytest.mark.usefixtures("quickly")
 def test_the_share_of_a_process_in_a_step_may_change(stopped: Path):
     """As it does where there are more of them, or fewer."""
     smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -177,6 +187,7 @@ def test_the_share_of_a_process_in_a_step_may_change(stopped: Path):
     assert {measurement.num_items for measurement in resumed.measurements} == {QUICK["probe_examples"]}
 
 
+@pytest.mark.usefixtures("quickly")
 def test_with_other_options_the_report_begins_anew_and_nothing_is_lost(
     stopped: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -191,6 +202,7 @@ def test_with_other_options_the_report_begins_anew_and_nothing_is_lost(
     assert [held["step"] for held in records(checkpoint)] == [0, 2, 2, 4, 6]
 
 
+@pytest.mark.usefixtures("quickly")
 def test_several_callbacks_take_up_each_what_it_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     logging.getLogger("transformers").propagate = True
     every = {"often": {**QUICK, **STEPS}, "well": {**QUICK, "measure_strategy": "steps", "measure_steps": 3}}
@@ -215,6 +227,7 @@ def test_several_callbacks_take_up_each_what_it_measured(tmp_path: Path, caplog:
     assert "another" not in caplog.text
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_callback_that_is_new_to_the_checkpoint_begins_there(tmp_path: Path):
     run(tmp_path, config={}, measured=False, stop_before=3)
     resumed = run(tmp_path, config=STEPS, resume=True)
@@ -226,6 +239,7 @@ def test_what_is_measured_lives_in_the_last_checkpoint_alone(whole: Path):
     assert [held["step"] for held in records(checkpoint)] == [0, 2, 4, 6]
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_record_that_cannot_be_read_is_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run(tmp_path, config=STEPS, stop_before=5)
     [checkpoint] = tmp_path.glob("checkpoint-*")
@@ -294,6 +308,7 @@ def test_a_resumed_clock_knows_what_was_measured_and_what_failed():
     assert history.train_seconds == pytest.approx(100.0, abs=1.0)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_the_report_of_an_earlier_run_is_kept(tmp_path: Path):
     first, second, third = (
         run(tmp_path, config={"measure_strategy": "no", "probe_seed": seed}, max_steps=1) for seed in range(3)
@@ -308,6 +323,7 @@ TRAINING = """
 import sys
 from pathlib import Path
 from tests.support import tiny_training
+from tests.support.quick_measurements import measure_quickly
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 folder, checkpoint = Path(sys.argv[1]), sys.argv[2] or None
 quick = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 2}

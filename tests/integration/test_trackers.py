@@ -17,6 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.log_keys import PREFIX
 from tests.support import tiny_training
+from tests.support.quick_measurements import measure_quickly
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_quickly(monkeypatch)
 
 
 def trained(folder: Path, tracker: str) -> dict[tuple[int, str], float]:
@@ -43,6 +49,7 @@ def settled(read: Callable[[], list[dict[str, Any]]], logged: Sized) -> dict[tup
     return stored
 
 
+@pytest.mark.usefixtures("quickly")
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     logged = trained(tmp_path, "tensorboard")
@@ -57,6 +64,7 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert stored == pytest.approx(logged, rel=1e-6)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     import trackio.utils
@@ -74,6 +82,7 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert settled(read, logged) == pytest.approx(logged, rel=1e-9)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record

@@ -256,6 +256,7 @@ class TestTrainer:
             for name in (HOSTILE, "plain")
         }
         options = {"train_dataset": data, "eval_dataset": sets, "eval_strategy": "steps", "eval_steps": 2}
+        options |= {"max_steps": 2, "logging_steps": 1}
         plain = run(tiny_training.trainer(tmp_path, **options))
         trainer = tiny_training.trainer(
             tmp_path, cls=OptimizabilityTrainer, optimizability=OptimizabilityConfig(**self.OPTIONS), **options

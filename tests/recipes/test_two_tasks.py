@@ -30,9 +30,10 @@ def test_a_run_tells_both_tasks(tmp_path: Path, run_recipe: Callable[..., Path],
         model_name_or_path=checkpoint,
         dataset_name=str(folder),
         second_task=second,
-        max_train_samples=40,
+        max_train_samples=24,
         max_eval_samples=16,
-        probe_examples=16,
+        probe_examples=8,
+        max_hvps=16,
         eval_strategy="epoch",
     )
     report = OptimizabilityReport.load(output / "optimizability")

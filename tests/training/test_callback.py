@@ -25,6 +25,7 @@ from hf_optimizability import (
 )
 from hf_optimizability.report import SCHEMA_VERSION
 from tests.support import tiny_models, tiny_training
+from tests.support.quick_measurements import measure_quickly
 
 
 QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 4}
@@ -44,6 +45,12 @@ def run(
     return trainer, trainer.optimizability_report()
 
 
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_quickly(monkeypatch)
+
+
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     ("config", "options", "steps"),
     [
@@ -63,6 +70,7 @@ def test_when(tmp_path: Path, config: dict[str, Any], options: dict[str, Any], s
     assert not report.failures
 
 
+@pytest.mark.usefixtures("quickly")
 def test_best_checkpoint_is_what_is_measured_at_the_end(tmp_path: Path):
     options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     options |= {"load_best_model_at_end": True, "eval_dataset": tiny_training.dataset("bert", 4), "learning_rate": 0.5}
@@ -72,6 +80,7 @@ def test_best_checkpoint_is_what_is_measured_at_the_end(tmp_path: Path):
     assert best < 6 and [measurement.step for measurement in report.measurements] == [0, best]
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("cls", [Trainer, OptimizabilityTrainer])
 def test_the_reports_log_holds_the_measurements_and_all_of_the_trainers_own_entries(
     tmp_path: Path, cls: type[Trainer]
@@ -91,6 +100,7 @@ def test_the_reports_log_holds_the_measurements_and_all_of_the_trainers_own_entr
     json.dumps(log, allow_nan=False)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_trackers_get_the_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     _, report = run(tmp_path, report_to="tensorboard")
@@ -102,6 +112,7 @@ def test_trackers_get_the_measurements(tmp_path: Path, monkeypatch: pytest.Monke
     assert [scalar.value for scalar in scalars] == pytest.approx(traces, rel=1e-6)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_gradient_norms_by_block_are_those_before_clipping(tmp_path: Path):
     options = {"max_grad_norm": 1e-3, "logging_steps": 1, "gradient_accumulation_steps": 2, "max_steps": 3}
     trainer, _ = run(tmp_path, **options)
@@ -123,6 +134,7 @@ def halved_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
     return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch / 2
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     ("cls", "options", "factor"),
     [
@@ -133,14 +145,17 @@ def halved_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) ->
     ],
 )
 def test_the_trainers_loss_is_measured(tmp_path: Path, cls: type[Trainer], options: dict[str, Any], factor: float):
-    _, report = run(tmp_path, cls, config={"probe_examples": 24, "measure_strategy": "no"}, **options)
+    config = {"probe_examples": 24, "probe_batch_size": 24, "measure_strategy": "no"}
+    _, report = run(tmp_path, cls, config=config, max_steps=1, **options)
     [whole] = tiny_models.cut(tiny_models.examples("bert", 24, dtype=torch.float32), 24)
     truth = float(tiny_training.model("bert").eval()(**whole).loss.detach())
     assert report.measurements[0].loss == pytest.approx(factor * truth, rel=1e-5)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_label_smoothing_is_measured(tmp_path: Path):
-    _, report = run(tmp_path, config={"probe_examples": 24, "measure_strategy": "no"}, label_smoothing_factor=0.3)
+    config = {"probe_examples": 24, "probe_batch_size": 24, "measure_strategy": "no"}
+    _, report = run(tmp_path, config=config, max_steps=1, label_smoothing_factor=0.3)
     [whole] = tiny_models.cut(tiny_models.examples("bert", 24, dtype=torch.float32), 24)
     logits = tiny_training.model("bert").eval()(**whole).logits
     truth = nn.functional.cross_entropy(logits, whole["labels"], label_smoothing=0.3)
@@ -148,7 +163,7 @@ def test_label_smoothing_is_measured(tmp_path: Path):
 
 
 def test_without_a_trainer_the_models_own_loss_is_measured(tmp_path: Path):
-    config = {"probe_examples": 8, "max_hvps": 128, "eigen_tolerance": 1e-4}
+    config = {"probe_examples": 8, "max_hvps": 64, "eigen_tolerance": 1e-3}
     options = {"train_dataset": tiny_training.dataset("bert", 8), "label_smoothing_factor": 0.3, "max_steps": 1}
     _, report = run(tmp_path, Trainer, config=config, **options)
     [whole] = tiny_models.cut(tiny_models.examples("bert", 8, dtype=torch.float32), 8)
@@ -235,6 +250,7 @@ def test_the_report_is_complete(tmp_path: Path):
     assert files == {"report.json", "report.md", "report.html", *plots}
 
 
+@pytest.mark.usefixtures("quickly")
 def test_the_gap_is_that_of_equal_samples_in_eval_mode(tmp_path: Path):
     rows = tiny_training.dataset("bert", 32)
     trainer, report = run(tmp_path, train_dataset=rows[:16], eval_dataset=rows[16:], compute_metrics=accuracy)
@@ -247,6 +263,7 @@ def test_the_gap_is_that_of_equal_samples_in_eval_mode(tmp_path: Path):
         assert 0 < gap[f"optimizability/{split}_loss_std_error"] < 1
 
 
+@pytest.mark.usefixtures("quickly")
 def test_progress_bar_leaves_the_trainers_bar_alone(tmp_path: Path, capfd: pytest.CaptureFixture):
     run(tmp_path, disable_tqdm=False)
     screen = capfd.readouterr().err
