@@ -51,6 +51,7 @@ def architecture(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow  # tests/oracle shows the same of smaller models
 def test_estimates_hold_what_the_whole_matrix_has(architecture: Path, run_recipe: Callable[..., Path]):
     settings = json.loads((ROOT / "recipes/demo/mnist_resnet18.json").read_text())
     del settings["output_dir"], settings["max_hvps"], settings["num_train_epochs"]
