@@ -79,7 +79,7 @@ class Objective(ModelRisk):
         self_check: The outcome of the self-check, once there is one.
 
     Raises:
-        ValueError: If there is nothing to differentiate by, or no batch.
+        ValueError: If there is nothing to differentiate by, a parameter is complex, or there is no batch.
     """
 
     def __init__(
@@ -94,6 +94,13 @@ class Objective(ModelRisk):
         should_stop: Callable[[], bool] | None = None,
     ):
         named = trainable_parameters(model)
+        complex_names = [name for name, parameter in named.items() if parameter.is_complex()]
+        if complex_names:
+            raise ValueError(
+                f"The trainable parameters {listed(complex_names[:3])} are complex, but curvature is that of a "
+                "function of real numbers. Keep real and imaginary parts as real parameters (`torch.view_as_real`), "
+                "or freeze them."
+            )
         self.model = model
         self.names = list(named)
         self.state = ModelState(model, others=preserved)

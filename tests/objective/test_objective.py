@@ -222,3 +222,10 @@ class TestProbeSet:
             {"x": torch.full((2, 3), 1e-30)},
         ]
         assert len({fingerprint([batch]) for batch in batches}) == len(batches)
+
+
+def test_complex_parameters_are_refused_by_name():
+    model = nn.Module()
+    model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"`phase` are complex.*view_as_real"):
+        Objective(model, [torch.ones(2)], loss_fn=lambda model, batch: (model.phase * batch).abs().sum())
