@@ -20,12 +20,14 @@ from hf_optimizability.comparing.training import last_complete_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CLOCK = ("seconds", "created", "overhead", "runtime", "per_second")
+PROCESS = ("train_loss", "self_check")
+"""What each process begins again: the Trainer forgets its mean loss, and the self-check is made at the first weights."""
 
 
 def without_clock(value: Any) -> Any:
-    """The value without what the clock says, at any depth, and what the Trainer itself forgets: its mean loss."""
+    """The value without what the clock and the process say, at any depth."""
     if isinstance(value, dict):
-        left_out = {key for key in value if key.endswith(CLOCK) or key == "train_loss"}
+        left_out = {key for key in value if key.endswith(CLOCK) or key in PROCESS}
         return {key: without_clock(held) for key, held in value.items() if key not in left_out}
     return [without_clock(held) for held in value] if isinstance(value, list) else value
 

