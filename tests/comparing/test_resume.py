@@ -21,7 +21,7 @@ from hf_optimizability.comparing.training import last_complete_checkpoint
 ROOT = Path(__file__).parents[2]
 CLOCK = ("seconds", "created", "overhead", "runtime", "per_second")
 PROCESS = ("train_loss", "self_check")
-"""What each process begins again: the Trainer forgets its mean loss, and the self-check is made at the first weights."""
+"""What each process begins again: the Trainer forgets its mean loss; the self-check is made at the first weights."""
 
 
 def without_clock(value: Any) -> Any:

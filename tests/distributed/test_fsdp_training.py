@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,4 +142,5 @@ def test_a_run_that_was_stopped_ends_with_the_report_it_would_have_had(tmp_path:
     resumed, whole = (OptimizabilityReport.load(tmp_path / name / "optimizability") for name in ("run", "whole"))
     assert [measurement.step for measurement in resumed.measurements] == [0, 2, 4, 6]
     for one, other in zip(resumed.measurements, whole.measurements, strict=True):
-        assert not differences(one.to_dict(), other.to_dict(), tolerance=0)
+        alike, expected = (replace(measurement, self_check=None).to_dict() for measurement in (one, other))
+        assert not differences(alike, expected, tolerance=0)  # each process checks itself at its first weights
