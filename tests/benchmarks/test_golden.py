@@ -91,5 +91,9 @@ def test_what_must_change_may_be_missing_as_well():
 
 def test_a_case_that_fails_in_the_same_way_is_not_equal():
     failed = {"error": {"message": "ValueError: no"}}
-    assert judge(failed, failed).differences == [Difference("the case failed", "ValueError: no", "ValueError: no")]
-    assert judge({"report": REPORT}, failed).differences == [Difference("the case failed", None, "ValueError: no")]
+    assert judge("a", failed, failed).differences == [
+        Difference("the case failed", "ValueError: no", "ValueError: no")
+    ]
+    assert judge("a", {"report": REPORT}, failed).differences == [
+        Difference("the case failed", None, "ValueError: no")
+    ]
