@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,17 +28,30 @@ IGNORED_LABEL = -100
 
 
 def batch_size(batch: Batch) -> int:
-    """Return the number of examples: the length of the first tensor, at any depth, else of the first list; else 1.
+    """Return the number of examples: the length that most values have, those inside of others if need be; else 1.
+
+    Most, as a batch may also hold class weights, or the patches of its images in one row.
 
     Example:
-        >>> batch_size({"query": {"input_ids": torch.ones(3, 5)}, "labels": [{}, {}, {}]}), batch_size({"text": "one"})
+        >>> batch_size({"class_weights": torch.ones(3), "x": torch.ones(4, 2), "target": torch.ones(4)})
+        4
+        >>> batch_size({"query": {"input_ids": torch.ones(3, 5)}}), batch_size({"text": "one"})
         (3, 1)
     """
-    for value in _leaves(batch):
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
+    lengths = [*_own_lengths(values)] or [*_own_lengths(_leaves(batch))]
+    if not lengths:
+        return len(batch) if isinstance(batch, (list, tuple)) else 1
+    return Counter(lengths).most_common(1)[0][0]  # the first of those that are as frequent
+
+
+def _own_lengths(values: Iterable[Any]) -> Iterator[int]:
+    """Yield the length of each tensor and list."""
+    for value in values:
         if isinstance(value, Tensor) and value.ndim > 0:
-            return value.size(0)  # ragged tensors have no shape
-    containers = [batch, *(batch.values() if isinstance(batch, Mapping) else ())]
-    return next((len(value) for value in containers if isinstance(value, (list, tuple))), 1)
+            yield value.size(0)  # ragged tensors have no shape
+        elif isinstance(value, (list, tuple)):
+            yield len(value)
 
 
 def batch_elements(batch: Batch) -> int:

@@ -224,6 +224,21 @@ class TestProbeSet:
         assert len({fingerprint([batch]) for batch in batches}) == len(batches)
 
 
+def test_examples_are_counted_by_what_most_values_say():
+    """Class weights come first, and have a length of their own; there is nothing that is called labels."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    sizes = (4, 3, 1)
+    batches = [(torch.ones(3), torch.randn(n, 4), torch.randint(3, (n,))) for n in sizes]
+
+    def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[1]), batch[2], weight=batch[0])
+
+    whole = (torch.ones(3), *(torch.cat([batch[i] for batch in batches]) for i in (1, 2)))
+    found = measure(model, batches, OptimizabilityConfig(profile="light", max_hvps=16), loss_fn=loss_fn)
+    assert found.loss == pytest.approx(float(loss_fn(model, whole)), rel=1e-6)
+
+
 def test_complex_parameters_are_refused_by_name():
     model = nn.Module()
     model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
