@@ -18,7 +18,7 @@ from tests.support import tiny_models
 NAMES = list(tiny_models.MODELS)
 FLOAT32_LOSS = ("gpt2", "llama")  # Transformers computes the loss of language models in float32
 EXAMPLES = 5
-# Two layers tell whether the blocks are told apart; one family is enough for that.
+# Distinguishing blocks takes two layers; one family is enough for that.
 LAYERS = {name: {} if name == "bert" else tiny_models.ONE_LAYER[name] for name in NAMES}
 
 
