@@ -32,3 +32,11 @@ def plots_are_drawn_where_looked_at(request: pytest.FixtureRequest) -> Iterator[
 
             leave_plots_undrawn(patch)
         yield
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a training measure loss and gradient alone after its first measurement."""
+    from tests.support.quick_measurements import measure_quickly  # loads the package, which reads the environment
+
+    measure_quickly(monkeypatch)

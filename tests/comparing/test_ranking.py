@@ -74,7 +74,7 @@ class TestClosedForms:
 
 
 class TestHonesty:
-    """In truth there is no difference: it must lie in the interval, and rarely be told apart."""
+    """In truth there is no difference: it must lie in the interval, and rarely be significant."""
 
     @pytest.mark.parametrize(
         ("seeds", "sizes"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks told apart by several processes are those of one process."""
+"""Numbers by task of several processes are those of one process."""
 
 from __future__ import annotations
 

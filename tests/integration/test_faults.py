@@ -16,14 +16,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from tests.support import tiny_models, tiny_training
-from tests.support.quick_measurements import measure_quickly
 from tests.support.tiny_training import CONFIG, FEW_STEPS, sentences
 from tests.support.training_outcome import assert_equal, run
-
-
-@pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_quickly(monkeypatch)
 
 
 def make(folder: Path, cls: type[Trainer] = Trainer, **options: Any) -> Trainer:

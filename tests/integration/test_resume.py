@@ -27,7 +27,6 @@ from hf_optimizability.training.clock import Clock
 from hf_optimizability.training.history import RECORD, RECORDS, record, restore
 from hf_optimizability.training.provenance import describe_config
 from tests.support import tiny_training
-from tests.support.quick_measurements import measure_quickly
 from tests.support.stopped_training import QUICK, SAVES, STEPS, StopBefore, StoppedError
 
 
@@ -82,11 +81,6 @@ def numbers(report: OptimizabilityReport) -> dict[str, Any]:
         {name: value for name, value in entry.items() if not name.endswith(timed)} for entry in data["log_history"]
     ]
     return data
-
-
-@pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_quickly(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +317,6 @@ TRAINING = """
 import sys
 from pathlib import Path
 from tests.support import tiny_training
-from tests.support.quick_measurements import measure_quickly
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 folder, checkpoint = Path(sys.argv[1]), sys.argv[2] or None
 quick = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 2}

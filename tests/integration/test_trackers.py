@@ -17,12 +17,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.log_keys import PREFIX
 from tests.support import tiny_training
-from tests.support.quick_measurements import measure_quickly
-
-
-@pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_quickly(monkeypatch)
 
 
 def trained(folder: Path, tracker: str) -> dict[tuple[int, str], float]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks told apart in one measurement: against dense truth, however batches come, and in a Trainer."""
+"""Numbers by task in one measurement: against dense truth, however batches come, and in a Trainer."""
 
 from __future__ import annotations
 

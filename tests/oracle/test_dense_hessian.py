@@ -72,7 +72,7 @@ def test_lanczos_ends_lie_within_their_residuals(name: str):
     assert abs(hessian.lambda_min.value - eigenvalues[0]) <= hessian.lambda_min.residual + rounding
     assert hessian.lambda_max.residual <= 2e-6 * eigenvalues[-1]
     assert hessian.lambda_min.residual <= -2e-6 * eigenvalues[0]
-    assert eigenvalues[0] < 0 < eigenvalues[-1]  # so that the two ends are told apart
+    assert eigenvalues[0] < 0 < eigenvalues[-1]  # so that the two ends differ in sign
 
 
 @pytest.mark.parametrize(

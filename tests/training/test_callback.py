@@ -25,7 +25,6 @@ from hf_optimizability import (
 )
 from hf_optimizability.report import SCHEMA_VERSION
 from tests.support import tiny_models, tiny_training
-from tests.support.quick_measurements import measure_quickly
 
 
 QUICK = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 4}
@@ -43,11 +42,6 @@ def run(
     trainer = tiny_training.trainer(folder, cls=cls, optimizability=config, **options)
     trainer.train()
     return trainer, trainer.optimizability_report()
-
-
-@pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_quickly(monkeypatch)
 
 
 @pytest.mark.usefixtures("quickly")

@@ -13,7 +13,6 @@ from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
 from hf_optimizability.training.clock import RECENT_STEPS, Clock
 from hf_optimizability.training.schedule import affordable
 from tests.support import tiny_training
-from tests.support.quick_measurements import measure_quickly
 
 
 def measured_steps(
@@ -56,9 +55,9 @@ def test_prices_that_rise_do_not_break_the_budget():
     assert overhead <= 0.05
 
 
+@pytest.mark.usefixtures("quickly")
 def test_the_callback_goes_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Steps of a minute, as it seems, pay for measurements in between."""
-    measure_quickly(monkeypatch)
     options = {"probe_examples": 4, "max_hvps": 16, "overhead_budget": 0.5}
     rare, often = (OptimizabilityCallback(OptimizabilityConfig(**options)) for _ in range(2))
     tiny_training.trainer(tmp_path, callbacks=[rare], max_steps=8).train()
