@@ -28,9 +28,9 @@ IGNORED_LABEL = -100
 
 
 def batch_size(batch: Batch) -> int:
-    """Return the number of examples: the length that most values have, those inside of others if need be; else 1.
+    """Return the number of examples: the length that most tensors and lists have, else most tensors inside; else 1.
 
-    Most, as a batch may also hold class weights, or the patches of its images in one row.
+    Most, since a batch may also hold class weights, or the patches of all its images in one row.
 
     Example:
         >>> batch_size({"class_weights": torch.ones(3), "x": torch.ones(4, 2), "target": torch.ones(4)})
@@ -40,9 +40,9 @@ def batch_size(batch: Batch) -> int:
     """
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
     lengths = [*_own_lengths(values)] or [*_own_lengths(_leaves(batch))]
-    if not lengths:
-        return len(batch) if isinstance(batch, (list, tuple)) else 1
-    return Counter(lengths).most_common(1)[0][0]  # the first of those that are as frequent
+    if lengths:
+        return Counter(lengths).most_common(1)[0][0]  # the first of those that are as frequent
+    return next((len(value) for value in (batch, *values) if isinstance(value, (list, tuple))), 1)
 
 
 def _own_lengths(values: Iterable[Any]) -> Iterator[int]:
@@ -50,7 +50,7 @@ def _own_lengths(values: Iterable[Any]) -> Iterator[int]:
     for value in values:
         if isinstance(value, Tensor) and value.ndim > 0:
             yield value.size(0)  # ragged tensors have no shape
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, list):  # a tuple is rather the size of an image
             yield len(value)
 
 
