@@ -63,19 +63,25 @@ class ShardedObjective(Objective):
         return objective
 
     def losses(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield each batch's sum of losses over all ranks, differentiable w.r.t. the shards, and its items."""
+        """Yield each batch's sum of losses, differentiable w.r.t. the shards unless uncut, and its number of items."""
         for batch in self._local:
-            if not batch.items:
-                continue
-            loss, items = self._share(batch) if self._cut else self._pass(batch)
-            gradients = self._backward(loss) if self._cut and torch.is_grad_enabled() else []
-            reshard(self.model)  # unsharded copies would not follow when the shards are displaced
-            if not self._cut:
-                yield loss, items
-                continue
-            sums = self.rows.group.all_reduce_(torch.tensor([float(loss.detach()), items], dtype=torch.float64))
-            total = sums[0].to(loss)
-            yield (_PrecomputedGradient.apply(total, gradients, *self._shards) if gradients else total), int(sums[1])
+            if batch.items:
+                yield self._sum_over_ranks(batch) if self._cut else self._value(batch)
+
+    def _value(self, batch: ProbeBatch) -> tuple[Tensor, int]:
+        """Return the sum of losses of a batch that this rank passes as a whole."""
+        loss, items = self._pass(batch)
+        reshard(self.model)  # unsharded copies would not follow when the shards are displaced
+        return loss, items
+
+    def _sum_over_ranks(self, batch: ProbeBatch) -> tuple[Tensor, int]:
+        """Return the sum of losses of a batch that is split over the ranks."""
+        loss, items = self._share(batch)
+        gradients = self._backward(loss) if torch.is_grad_enabled() else []
+        reshard(self.model)
+        sums = self.rows.group.all_reduce_(torch.tensor([float(loss.detach()), items], dtype=torch.float64))
+        total = sums[0].to(loss)
+        return (_PrecomputedGradient.apply(total, gradients, *self._shards) if gradients else total), int(sums[1])
 
     def _share(self, batch: ProbeBatch) -> tuple[Tensor, int]:
         """Return the loss of this rank's examples of a batch; if none of them counts, 0 times that of others."""
