@@ -30,11 +30,17 @@ this size 8 %, which is the chance that a normal vector is ten times shorter alo
 
 def start_rows(operator: SymmetricOperator, number: int, *, seed: int, device: torch.device) -> Tensor:
     """Return random vectors of norm 1 as rows: signs, or normal numbers where the matrix is small."""
+    return random_rows(operator, number, seed=seed, device=device).div_(math.sqrt(operator.size))
+
+
+def random_rows(operator: SymmetricOperator, number: int, *, seed: int, device: torch.device | None = None) -> Tensor:
+    """Return random vectors of norm √n as rows: signs, or normal numbers where the matrix is small."""
     generator = torch.Generator().manual_seed(seed)
     if operator.size >= SIGNS_FROM_SIZE:
-        return rademacher_rows(operator, number, generator, device).div_(math.sqrt(operator.size))
+        return rademacher_rows(operator, number, generator, device)
     whole = functional.normalize(torch.randn(number, operator.size, generator=generator, dtype=operator.dtype))
-    return torch.stack([operator.rows.select(row) for row in whole]).to(device)
+    rows = torch.stack([operator.rows.select(row) for row in whole]).mul_(math.sqrt(operator.size))
+    return rows.to(device or operator.device)
 
 
 def rademacher_rows(

@@ -22,7 +22,7 @@ from ..curvature.gradient import Gradient
 from ..linalg.estimate import Estimate, Spectrum
 from ..linalg.lanczos import lanczos, lanczos_by_segment
 from ..linalg.operator import ColumnParallelOperator, PreconditionedOperator, SymmetricOperator
-from ..linalg.probe_vectors import PROBE_BLOCK_SIZE
+from ..linalg.probe_vectors import PROBE_BLOCK_SIZE, random_rows
 from ..linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum, estimate_trace
 from ..linalg.trace_result import TraceResult
 from ..linalg.vectors import Segments, dot, flatten, norm
@@ -98,8 +98,7 @@ def measure_directions(
     gradient = flatten(point.tensors).to(operator.device, operator.dtype)
     length = norm(gradient, group) or 1.0
     direction = gradient / length
-    generator = torch.Generator().manual_seed(config.probe_seed)
-    probe = operator.rows.rademacher(generator=generator, dtype=operator.dtype, device=operator.device)
+    [probe] = random_rows(operator, 1, seed=config.probe_seed)
     columns = [direction, probe] if update is None else [direction, probe, update.to(operator.device, operator.dtype)]
     products, forms, items = operator.matmat_per_batch(torch.stack(columns, dim=1), [[slice(0, len(gradient))]])
     along, other, *along_update = products.T

@@ -23,6 +23,7 @@ from ..curvature.hessian import HessianOperator, ObjectiveOperator
 from ..curvature.layer_decoupled import DecoupledHessian
 from ..curvature.twice_differentiable import CheapSecondDerivatives
 from ..errors import MeasurementError, WrongDerivativeError
+from ..linalg.probe_vectors import random_rows
 from ..linalg.vectors import norm
 from ..model_state.measuring import eager_attention, math_attention, pretrained
 from ..objective.objective import Objective
@@ -256,7 +257,7 @@ def _explained(error: RuntimeError) -> str:
 
 
 def _difference_error(objective: Objective, config: OptimizabilityConfig, *, exact: bool) -> float:
-    """Return the relative error of a product by central differences, along random signs.
+    """Return the relative error of a product by central differences, along a random vector.
 
     Against the exact product where there is one, else against the product with half the step: where that changes it
     by much, the gradient has kinks within the step (ReLU), or drowns in rounding.
@@ -267,8 +268,7 @@ def _difference_error(objective: Objective, config: OptimizabilityConfig, *, exa
         exact: Whether exact products, where there are any, can be trusted.
     """
     differences = CentralDifferenceHessian(objective)
-    generator = torch.Generator().manual_seed(config.probe_seed)
-    probe = differences.rows.rademacher(generator=generator, dtype=differences.dtype, device=differences.device)
+    [probe] = random_rows(differences, 1, seed=config.probe_seed)
     product = differences.matvec(probe)
     try:
         with objective.group.propagate_errors(), math_attention(), CheapSecondDerivatives():

@@ -37,11 +37,16 @@ def batch_size(batch: Batch) -> int:
         4
         >>> batch_size({"query": {"input_ids": torch.ones(3, 5)}}), batch_size({"text": "one"})
         (3, 1)
+        >>> batch_size([{"x": torch.ones(5)}, {"x": torch.ones(5)}])  # a list of examples
+        2
     """
+    if isinstance(batch, list) and batch and all(isinstance(value, (Mapping, tuple)) for value in batch):
+        return len(batch)  # a list of examples
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
     lengths = [*_own_lengths(values)] or [*_own_lengths(_leaves(batch))]
     if lengths:
-        return Counter(lengths).most_common(1)[0][0]  # the first of those that are as frequent
+        filled = [length for length in lengths if length] or lengths
+        return Counter(filled).most_common(1)[0][0]  # the first of those that are as frequent
     return next((len(value) for value in (batch, *values) if isinstance(value, (list, tuple))), 1)
 
 

@@ -239,6 +239,19 @@ def test_examples_are_counted_by_what_most_values_say():
     assert found.loss == pytest.approx(float(loss_fn(model, whole)), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("batch", "examples"),
+    [
+        ([{"x": torch.ones(5)}] * 2, 2),
+        ([(torch.ones(5), 0)] * 3, 3),
+        ({"x": torch.ones(4, 2), "y": torch.ones(4), "a": [], "b": [], "c": []}, 4),
+        ({"inputs": {"x": torch.ones(8, 2)}, "size": (32, 32)}, 8),
+    ],
+)
+def test_examples_are_not_what_is_inside_one_or_empty(batch: object, examples: int):
+    assert batch_size(batch) == examples
+
+
 def test_complex_parameters_are_refused_by_name():
     model = nn.Module()
     model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))

@@ -82,6 +82,21 @@ def test_two_classes_with_class_weights_and_one_input(seed: int):
     check(measurement, mean_square / 4 * np.array([[1, -1], [-1, 1]]))
 
 
+@pytest.mark.parametrize("seed", [0, 2, 9, 11])
+def test_a_probe_along_the_null_space_is_not_asymmetry(seed: int):
+    """Of two classes, random signs that are alike for both have a product of rounding alone."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 1), torch.tensor([0, 1, 1, 0, 1, 0, 1, 0])
+    torch.manual_seed(0)
+    model = nn.Linear(1, 2)
+    config = dataclasses.replace(EXACT, probe_seed=seed)
+    found = measure(model, [(x, y)], config, loss_fn=lambda model, batch: functional.cross_entropy(model(x), y))
+    p = model(x).detach().double().softmax(1)
+    inputs = torch.cat([x, torch.ones(8, 1)], 1).double()
+    block = (inputs * (p[:, :1] * p[:, 1:])).T @ inputs / 8  # H = [[B, -B], [-B, B]]
+    assert found.hessian.lambda_max.value == pytest.approx(2 * float(torch.linalg.eigvalsh(block)[-1]), rel=1e-4)
+
+
 def test_softmax_regression_with_ignored_labels_as_sum_and_count(inputs: Tensor):
     model = linear(CLASSES)
     labels = torch.arange(EXAMPLES) % CLASSES
