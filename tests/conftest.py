@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -13,9 +15,15 @@ import pytest
 # Nothing may reach a Hub but the tests that bring their own stub, in processes of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# trackio chooses its folder when it is first imported, whoever does it.
+os.environ["TRACKIO_DIR"] = os.path.join(tempfile.gettempdir(), f"trackio-of-tests-{os.getpid()}")
 
 LOOKED_AT = {"report", "report_data", "test_docs.py", "test_quantities_table.py"}
 """Where under this folder the plots of reports are looked at."""
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import struct
 import time
@@ -19,10 +20,10 @@ from hf_optimizability.log_keys import PREFIX
 from tests.support import tiny_training
 
 
-def trained(folder: Path, tracker: str) -> dict[tuple[int, str], float]:
+def trained(folder: Path, tracker: str, **settings: str) -> dict[tuple[int, str], float]:
     """The numbers in the log of a run that reported to a tracker, by step and name."""
     config = OptimizabilityConfig(probe_examples=6, max_hvps=16, probe_batch_size=2)
-    options = {"optimizability": config, "report_to": tracker, "run_name": "run", "max_steps": 4}
+    options = {"optimizability": config, "report_to": tracker, "run_name": "run", "max_steps": 4, **settings}
     trainer = tiny_training.trainer(folder, cls=OptimizabilityTrainer, **options)
     trainer.train()
     logged = {
@@ -59,16 +60,12 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("quickly")
-def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    import trackio.utils
-
-    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
-    logged = trained(tmp_path, "trackio")
+def test_trackio(tmp_path: Path):
+    logged = trained(tmp_path, "trackio", project=tmp_path.name)
+    database = Path(os.environ["TRACKIO_DIR"]) / f"{tmp_path.name}.db"
 
     def read() -> list[dict[str, Any]]:
-        database = next((tmp_path / "trackio").glob("*.db"), None)
-        if database is None:
+        if not database.exists():
             return []
         with sqlite3.connect(database) as connection:
             return [json.loads(metrics) for (metrics,) in connection.execute("SELECT metrics FROM metrics")]
