@@ -61,6 +61,7 @@ CHANGED: dict[str, str] = {
     "entries.*.runs.1.report.dynamics.generalization_gap": _ONE_GAP,
     "entries.*.runs.1.report.log_history.*.optimizability/*_loss*": _ONE_GAP,
     "**.self_check.repeat_error": "added: what rounding leaves between two passes of a batch",
+    "**.self_check.count*": "added: by which values examples are counted, where their lengths differ",
     "**findings.*.advice": "reworded: a text",
     "**findings.*.source": "reworded: a text",
 }

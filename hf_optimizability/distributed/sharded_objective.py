@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from ..linalg.row_partition import RowPartition
-from ..objective.batches import batch_size
 from ..objective.objective import Objective, ProbeBatch
 from .tensors import local_tensor, reshard
 
@@ -95,7 +94,7 @@ class ShardedObjective(Objective):
     def _pieces_for_ranks(self, batch: ProbeBatch) -> list[ProbeBatch]:
         """Cut a batch into at most one piece per rank; one that can't be cut goes to the first rank."""
         try:
-            return self.pieces(batch, math.ceil(batch_size(batch.inputs) / self.rows.group.world_size))
+            return self.pieces(batch, math.ceil(self.examples(batch.inputs) / self.rows.group.world_size))
         except ValueError:
             return [batch]
 

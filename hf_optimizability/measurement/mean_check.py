@@ -11,15 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..curvature.displacement import displaced
 from ..errors import MeasurementError
 from ..model_state.snapshot_tensors import digest
-from ..objective.batches import Unit, batch_size, count_units
+from ..objective.batches import Unit, listed
+from ..objective.layout import Layout
 from ..objective.objective import Objective, ProbeBatch
 from ..objective.self_check import SelfCheck
 from .out_of_memory import out_of_memory
 
+
+logger = logging.get_logger(__name__)
 
 MAX_REPEAT_ERROR = 1e-6
 """Relative difference of a loss evaluated twice that rounding may make: on a GPU sums come in any order, and some
@@ -57,16 +61,27 @@ def check_mean(objective: Objective) -> SelfCheck:
     """
     objective = objective.uncut()
     means, draws, repeat_error = _repeat(objective)
-    unit, mean_error = ("items", None) if draws else _find_unit(objective, means)
+    unit, mean_error, layout = _Found("items", None, objective.layout) if draws else _find_unit(objective, means)
+    compared = mean_error is not None or layout is None
+    in_doubt = not compared and not objective.counted_by(unit).counts_labels()
+    names = layout.names if layout is not None else ()
+    if in_doubt:
+        logger.warning_once(
+            f"The values of a batch have several lengths, not all the same in each batch. Examples are counted by "
+            f"{listed(names)}, which halves of batches do not confirm, so that batches may have the wrong weights. "
+            "Let `loss_fn` return the pair (sum of losses, number of items), which needs no count."
+        )
     return SelfCheck(
         draws=draws,
         unit=unit,
-        can_cut=not draws and unit != "batches",
+        can_cut=not draws and unit != "batches" and compared,
         mean_error=mean_error,
         slope_errors=None,
         hooks_set_aside=tuple(objective.state.hooks_set_aside),
         module_hooks=tuple(objective.state.module_hooks),
         repeat_error=repeat_error,
+        counted_by=names,
+        count_in_doubt=in_doubt,
     )
 
 
@@ -136,21 +151,42 @@ def _means(objective: Objective, batches: Sequence[ProbeBatch]) -> tuple[np.ndar
     return sums / items, items
 
 
-def _find_unit(objective: Objective, near: np.ndarray) -> tuple[Unit, float | None]:
-    """Return the first unit in which the mean losses of batches are those of their halves, and the difference."""
+class _Found(NamedTuple):
+    """What mean losses are over; how far those of halves are off, if they were compared; where the examples lie."""
+
+    unit: Unit
+    error: float | None
+    layout: Layout | None
+
+
+def _find_unit(objective: Objective, near: np.ndarray) -> _Found:
+    """Return the first unit, and the first layout, in which the mean losses of batches are those of their halves."""
+    if not objective.layouts:
+        return _find_unit_in(objective, near)
+    on_shards = objective.rows.group.world_size > 1  # where a pass that breaks off on one rank ends all
+    for layout in objective.layouts:
+        if layout.can_try and not on_shards:
+            found = _find_unit_in(objective.laid_out(layout), near)
+            if found.error is not None:
+                return found
+    return _Found("items" if objective.counts_labels() else "batches", None, objective.layout)
+
+
+def _find_unit_in(objective: Objective, near: np.ndarray) -> _Found:
+    """Return the first unit in which the mean losses of batches are those of their halves, in one layout."""
     halves = _Halves(objective, "items", near)
     if not any(objective.group.all_gather_interleaved([bool(halves.batches)])):
-        return "items", None
+        return _Found("items", None, objective.layout)
     means = halves.means_near_and_far()
     for unit in _UNITS:
         if (error := halves.error(means, unit)) <= MAX_MEAN_ERROR:
-            return unit, error
+            return _Found(unit, error, objective.layout)
     pairs = _Halves(objective, "pairs", near)
     if all(objective.group.all_gather_interleaved([len(pairs.batches) == len(halves.batches)])):
         error = pairs.error(pairs.means_near_and_far(), "pairs")
         if error <= MAX_MEAN_ERROR:
-            return "pairs", error
-    return "batches", None
+            return _Found("pairs", error, objective.layout)
+    return _Found("batches", None, objective.layout)
 
 
 class _Means(NamedTuple):
@@ -176,7 +212,7 @@ class _Halves:
         self.batches: list[ProbeBatch] = []
         self._halves: list[ProbeBatch] = []
         for batch, mean in zip(objective.local_batches, near.tolist(), strict=True):
-            examples = batch_size(batch.inputs)
+            examples = objective.examples(batch.inputs)
             half = 2 * -(-examples // 4) if unit == "pairs" else -(-examples // 2)
             try:
                 halves = objective.pieces(batch, half, unit=unit)
@@ -222,7 +258,7 @@ class _Halves:
         return max(self._objective.group.all_gather_interleaved(errors))
 
     def _weights(self, unit: Unit) -> np.ndarray:
-        counts = [count_units(self._objective.model, half.inputs, unit) for half in self._halves]
+        counts = [self._objective.count(half.inputs, unit) for half in self._halves]
         return np.array([math.nan if count is None else count for count in counts]).reshape(-1, 2)
 
 

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import (
@@ -18,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..model_state.measuring import pretrained
+from .layout import Layout, like, take
 from .self_check import Unit
 
 
@@ -27,10 +27,11 @@ Batch = Any
 IGNORED_LABEL = -100
 
 
-def batch_size(batch: Batch) -> int:
+def batch_size(batch: Batch, layout: Layout | None = None) -> int:
     """Return the number of examples: the length that most tensors and lists have, else most tensors inside; else 1.
 
-    Most, since a batch may also hold class weights, or the patches of all its images in one row.
+    Most, since a batch may also hold class weights, or the patches of all its images in one row. Where other batches
+    show more, a layout knows better.
 
     Example:
         >>> batch_size({"class_weights": torch.ones(3), "x": torch.ones(4, 2), "target": torch.ones(4)})
@@ -40,6 +41,8 @@ def batch_size(batch: Batch) -> int:
         >>> batch_size([{"x": torch.ones(5)}, {"x": torch.ones(5)}])  # a list of examples
         2
     """
+    if layout is not None:
+        return layout.count(batch)
     if isinstance(batch, list) and batch and all(isinstance(value, (Mapping, tuple)) for value in batch):
         return len(batch)  # a list of examples
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
@@ -64,7 +67,7 @@ def batch_elements(batch: Batch) -> int:
     return sum(value.numel() for value in _leaves(batch) if isinstance(value, Tensor))
 
 
-def count_items(model: nn.Module, batch: Batch) -> int:
+def count_items(model: nn.Module, batch: Batch, layout: Layout | None = None) -> int:
     """Return the number of items that the mean loss of a batch is over, according to its labels.
 
     Items are integer labels other than -100 (after the shift of a causal language model; the index that semantic
@@ -72,8 +75,8 @@ def count_items(model: nn.Module, batch: Batch) -> int:
     mean over examples.
     """
     labels = _labels(batch)
-    if not isinstance(labels, Tensor) or _is_any_of(model, MODEL_FOR_CTC_MAPPING_NAMES):
-        return batch_size(batch)
+    if not isinstance(labels, Tensor) or not counts_labels(model, batch):
+        return batch_size(batch, layout)
     if labels.is_floating_point():
         return labels.numel()
     if "shift_labels" not in batch and _shifts_labels(model):
@@ -81,16 +84,22 @@ def count_items(model: nn.Module, batch: Batch) -> int:
     return int((labels != _ignored_label(model)).sum())
 
 
-def count_units(model: nn.Module, batch: Batch, unit: Unit) -> int | None:
+def counts_labels(model: nn.Module, batch: Batch) -> bool:
+    """Return whether labels say what the mean loss of a batch is over, and not the number of examples."""
+    return isinstance(_labels(batch), Tensor) and not _is_any_of(model, MODEL_FOR_CTC_MAPPING_NAMES)
+
+
+def count_units(model: nn.Module, batch: Batch, unit: Unit, layout: Layout | None = None) -> int | None:
     """Return how many units the mean loss of a batch is over, or `None` if the batch does not say."""
     if unit == "items":
-        return count_items(model, batch)
+        return count_items(model, batch, layout)
     if unit == "attended tokens":
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         return int(mask.sum()) if isinstance(mask, Tensor) else None
     if unit == "pairs":
-        return None if batch_size(batch) % 2 else batch_size(batch) // 2
-    return batch_size(batch)
+        pairs, odd = divmod(batch_size(batch, layout), 2)
+        return None if odd else pairs
+    return batch_size(batch, layout)
 
 
 def copy_batch(batch: Batch) -> Batch:
@@ -104,7 +113,7 @@ def copy_batch(batch: Batch) -> Batch:
     return _map(batch, lambda tensor: tensor.clone())
 
 
-def cut_batch(batch: Batch, size: int, *, unit: Unit = "items") -> list[Batch]:
+def cut_batch(batch: Batch, size: int, *, unit: Unit = "items", layout: Layout | None = None) -> list[Batch]:
     """Return a batch in pieces of at most `size` examples, each of the batch's own type.
 
     Tensors and lists with one entry per example are sliced, at any depth; values without a length (`None`, numbers,
@@ -114,6 +123,7 @@ def cut_batch(batch: Batch, size: int, *, unit: Unit = "items") -> list[Batch]:
         batch: The batch.
         size: Maximum number of examples in a piece.
         unit: `"pairs"` keeps the second half of each pair with its first; a piece has one pair at least.
+        layout: Where the examples lie, if values have different lengths; those without examples go into each piece.
 
     Raises:
         ValueError: If the values have different lengths, or `unit` is `"batches"`.
@@ -126,7 +136,7 @@ def cut_batch(batch: Batch, size: int, *, unit: Unit = "items") -> list[Batch]:
     """
     if unit == "batches":
         raise ValueError("A batch can't be cut, because its loss is not a mean over countable items.")
-    length = _common_length(batch)
+    length = _common_length(batch) if layout is None else layout.count(batch)
     number = length // 2 if unit == "pairs" else length
     step = max(1, size // 2) if unit == "pairs" else size
 
@@ -134,7 +144,7 @@ def cut_batch(batch: Batch, size: int, *, unit: Unit = "items") -> list[Batch]:
         chosen = list(range(start, min(start + step, number)))
         if unit == "pairs":
             chosen += [index + number for index in chosen]
-        return _slice(batch, partial(_take, chosen), length)
+        return _slice(batch, partial(take, chosen)) if layout is None else layout.take(batch, chosen)
 
     return [piece(start) for start in range(0, number, step)]
 
@@ -172,44 +182,26 @@ def _lengths(value: Any, name: str) -> Iterator[tuple[str, int]]:
                 yield from _lengths(inner, str(index))
 
 
-def _slice(value: Any, take: Callable[[Any], Any], length: int, *, top: bool = True) -> Any:
+def _slice(value: Any, chosen: Callable[[Any], Any], *, top: bool = True) -> Any:
     if isinstance(value, Tensor):
-        return take(value) if value.ndim > 0 else value
+        return chosen(value) if value.ndim > 0 else value
     if isinstance(value, Mapping):
-        return _like(value, {key: _slice(inner, take, length, top=False) for key, inner in value.items()})
+        return like(value, {key: _slice(inner, chosen, top=False) for key, inner in value.items()})
     if isinstance(value, (list, tuple)):
         if not top:
-            return _like(value, take(value))
-        return _like(value, [_slice(inner, take, length, top=False) for inner in value])
+            return like(value, chosen(value))
+        return like(value, [_slice(inner, chosen, top=False) for inner in value])
     return value
-
-
-def _take(indices: Sequence[int], values: Any) -> Any:
-    if not isinstance(values, Tensor):
-        return [values[index] for index in indices]
-    if values.is_sparse:
-        return values.index_select(0, torch.tensor(indices, device=values.device))
-    if values.is_nested:
-        return torch.nested.nested_tensor([values[index] for index in indices], layout=values.layout)
-    if list(indices) == list(range(indices[0], indices[-1] + 1)):
-        return values[indices[0] : indices[-1] + 1]  # a view
-    return values[torch.tensor(indices, device=values.device)]
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return _like(value, {key: _map(inner, change) for key, inner in value.items()})
+        return like(value, {key: _map(inner, change) for key, inner in value.items()})
     if isinstance(value, (list, tuple)):
-        return _like(value, [_map(inner, change) for inner in value])
+        return like(value, [_map(inner, change) for inner in value])
     return value
-
-
-def _like(container: Any, content: Any) -> Any:
-    """Return a container of the same type with different content."""
-    kind: Any = type(container)
-    return kind(*content) if "_fields" in vars(kind) else kind(content)  # a named tuple takes its fields one by one
 
 
 def _leaves(value: Any) -> Iterator[Any]:

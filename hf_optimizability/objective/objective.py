@@ -27,11 +27,12 @@ from .batches import (
     batch_elements,
     batch_size,
     copy_batch,
-    count_items,
     count_units,
+    counts_labels,
     cut_batch,
     listed,
 )
+from .layout import Layout, possible_layouts
 from .self_check import SelfCheck
 
 
@@ -77,6 +78,8 @@ class Objective(ModelRisk):
         state: What comes back after a measurement.
         unit: What the mean losses of the batches are over.
         self_check: The outcome of the self-check, once there is one.
+        layouts: Where the examples may lie, the likeliest first, if the batches' values have different lengths.
+        layout: Where they are thought to lie.
 
     Raises:
         ValueError: If there is nothing to differentiate by, a parameter is complex, or there is no batch.
@@ -108,8 +111,10 @@ class Objective(ModelRisk):
         self.self_check: SelfCheck | None = None
         self.group = SINGLE_PROCESS
         moved = [send_to_device(batch, self.parameters[0].device) for batch in batches]
+        self.layouts = possible_layouts(moved)
+        self.layout = self.layouts[0] if self.layouts else None
         self._all = [
-            ProbeBatch(batch, count_items(model, batch), index, None if tasks is None else tasks[index])
+            ProbeBatch(batch, self.count(batch) or 0, index, None if tasks is None else tasks[index])
             for index, batch in enumerate(moved)
         ]
         self._local = self._all
@@ -153,7 +158,7 @@ class Objective(ModelRisk):
     @property
     def batch_size(self) -> int:
         """The most examples in one batch, of all ranks'."""
-        return max(batch_size(batch.inputs) for batch in self._all)
+        return max(self.examples(batch.inputs) for batch in self._all)
 
     @property
     def parts(self) -> int:
@@ -218,7 +223,8 @@ class Objective(ModelRisk):
 
     def checked(self, check: SelfCheck) -> Objective:
         """Return the objective with the outcome of its self-check, weighted by the unit that it found."""
-        objective = self.counted_by(check.unit)
+        named = [layout for layout in self.layouts if layout.names == check.counted_by]
+        objective = self.laid_out(named[0] if named else self.layout).counted_by(check.unit)
         objective.self_check = check
         return objective
 
@@ -226,13 +232,33 @@ class Objective(ModelRisk):
         """Return the objective with its batches weighted by their number of units."""
 
         def counted(batch: ProbeBatch) -> ProbeBatch:
-            return replace(batch, items=count_units(self.model, batch.inputs, unit) or 0)
+            return replace(batch, items=objective.count(batch.inputs) or 0)
 
         objective = copy(self)
         objective.unit = unit
         objective._all = [counted(batch) for batch in self._all]
         objective._local = [counted(batch) for batch in self._local]
         return objective
+
+    def laid_out(self, layout: Layout | None) -> Objective:
+        """Return the objective whose batches have their examples there."""
+        if layout is self.layout:
+            return self
+        objective = copy(self)
+        objective.layout = layout
+        return objective.counted_by(self.unit)
+
+    def examples(self, batch: Batch) -> int:
+        """Return the number of examples of a batch."""
+        return batch_size(batch, self.layout)
+
+    def count(self, batch: Batch, unit: Unit | None = None) -> int | None:
+        """Return how many units the mean loss of a batch is over, or `None` if the batch does not say."""
+        return count_units(self.model, batch, unit or self.unit, self.layout)
+
+    def counts_labels(self) -> bool:
+        """Return whether labels say what mean losses are over, and not the number of examples."""
+        return self.unit == "items" and all(counts_labels(self.model, batch.inputs) for batch in self._all)
 
     def largest(self) -> tuple[Objective, float]:
         """Return the objective on its largest local batch alone, and how many times as large all of them are."""
@@ -329,8 +355,8 @@ class Objective(ModelRisk):
             ValueError: If it can't be cut.
         """
         unit = unit or self.unit
-        pieces = cut_batch(batch.inputs, size, unit=unit)
-        return [replace(batch, inputs=piece, items=count_units(self.model, piece, unit) or 0) for piece in pieces]
+        pieces = cut_batch(batch.inputs, size, unit=unit, layout=self.layout)
+        return [replace(batch, inputs=piece, items=self.count(piece, unit) or 0) for piece in pieces]
 
     def _pass(self, batch: ProbeBatch) -> tuple[Tensor, int]:
         """Return the sum of a batch's losses, from the state that the measurement began with, and its items."""

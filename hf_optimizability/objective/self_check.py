@@ -32,6 +32,8 @@ class SelfCheck:
         module_hooks: Modules whose hooks ran.
         repeat_error: Relative difference of a batch's loss between two passes with the same draw: 0 unless a kernel is
             not deterministic. `None` in older reports.
+        counted_by: The values whose length is the number of examples, if those of a batch have different lengths.
+        count_in_doubt: Whether the number of examples may be another one of these lengths, and halves do not tell.
     """
 
     draws: bool
@@ -42,6 +44,8 @@ class SelfCheck:
     hooks_set_aside: tuple[str, ...] = ()
     module_hooks: tuple[str, ...] = ()
     repeat_error: float | None = None
+    counted_by: tuple[str, ...] = ()
+    count_in_doubt: bool = False
 
     def __str__(self) -> str:
         return "; ".join([self._mean(), self._slope(), *self._notes()])
@@ -63,11 +67,18 @@ class SelfCheck:
         notes = ["random numbers in eval mode: each batch has the same draw in all passes"] if self.draws else []
         if self.repeat_error:
             notes.append(f"a kernel is not deterministic: the loss of a batch differs by {self.repeat_error:.0e}")
+        if self.counted_by:
+            doubt = ", which halves do not confirm" if self.count_in_doubt else ""
+            notes.append(f"examples are counted by {_quoted(self.counted_by)}{doubt}")
         if self.hooks_set_aside:
             notes.append(f"gradient hooks set aside on {_shortened(self.hooks_set_aside)}")
         if self.module_hooks:
             notes.append(f"hooks ran in {_shortened(self.module_hooks)}")
         return notes
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return _shortened([f"`{name}`" for name in names])
 
 
 def _shortened(names: Sequence[str]) -> str:

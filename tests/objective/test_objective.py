@@ -16,7 +16,8 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.curvature.gradient import gradient
-from hf_optimizability.objective.objective import Objective, batch_size, count_items, cut_batch
+from hf_optimizability.objective.batches import batch_size, count_items, cut_batch
+from hf_optimizability.objective.objective import Objective
 from hf_optimizability.objective.probe_set import ProbeSpec, draw_probe_set, fingerprint, probe_indices
 from tests.support import tiny_models
 
