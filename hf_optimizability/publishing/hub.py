@@ -4,40 +4,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from json import JSONDecodeError
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_session, get_token, hf_hub_url
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import (
-    build_hf_headers,
-    hf_raise_for_status,
-    httpx,  # the library that this version of the client is built on: httpx or httpx2, whose errors it raises
-    validate_repo_id,
-)
+from huggingface_hub import get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..files import write_atomically
 from ..redaction import map_strings, redact_secrets
 from ..report import OptimizabilityReport
 from ..report.markdown import ALT_TEXTS, CARD_FOLDER, card_section
-from ..report_data.number_format import one_line
+from .hub_client import HubClient, HubError, RepositoryChangedError
 from .model_card import ModelCardError, with_report
 
 
-__all__ = ["HubError", "ModelCardError", "add_to_model_folder", "card_section", "explained", "push"]
-
-TIMEOUT = 60.0
-"""Seconds to wait for the Hub to send something; its client has no limit."""
+__all__ = ["HubError", "ModelCardError", "add_to_model_folder", "card_section", "push"]
 
 ATTEMPTS = 3
 """Attempts at the commit when the repository changes between reading and writing."""
@@ -45,10 +27,6 @@ ATTEMPTS = 3
 _TEXTS = ("report.json", "report.md", "report.html")
 _FILES = (*_TEXTS, *(f"{plot}.{kind}" for plot in ALT_TEXTS for kind in ("png", "svg")))
 """Files of a report's folder that are published if they exist; other files in it belong to the user."""
-
-
-class HubError(RuntimeError):
-    """An operation on the Hub failed: which one, why, and what to do about it."""
 
 
 def push(
@@ -103,11 +81,14 @@ def push(
     report = OptimizabilityReport.from_dict(map_strings(OptimizabilityReport.load(folder).to_dict(), clean))
     files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
     files |= {name: clean(content.decode()).encode() for name, content in files.items() if name in _TEXTS}
-    api = HfApi(token=token, library_name="hf-optimizability")
-    unchanged = f"The report in {folder} is unchanged."
-    with explained(f"pushing the report to {repo_id}", unchanged=unchanged, token=token), _timeout():
-        info = _commit(api, repo_id, report, files, private=private, create_pr=create_pr, revision=revision)
-    return info.pr_url or info.commit_url
+    client = HubClient(
+        repo_id=repo_id,
+        unchanged=f"The report in {folder} is unchanged.",
+        revision=revision,
+        create_pr=create_pr,
+        token=token,
+    )
+    return _commit(client, report, files, private=private)
 
 
 def add_to_model_folder(
@@ -136,139 +117,22 @@ def add_to_model_folder(
     write_atomically(readme, with_report(card, report, name=name or folder.resolve().name, files=names).encode())
 
 
-@contextmanager
-def explained(what: str, *, unchanged: str, token: str | None = None) -> Iterator[None]:
-    """Turn errors on the Hub inside the block into one that says what failed, why, and what to do.
-
-    Args:
-        what: What the block does.
-        unchanged: A sentence on what is safe.
-        token: The token in use; no message shows it.
-
-    Raises:
-        HubError: If the client raises an error.
-    """
-    try:
-        yield
-    except ModelCardError:
-        raise
-    except (httpx.HTTPError, KeyError, OSError, RuntimeError, ValueError) as error:
-        why, remedy = _explanation(error, token)
-        message = one_line(f"Could not finish {what}. {why} {remedy} {unchanged}")
-        # The client's traceback is long, and may show the server's answer, which may echo the request.
-        raise HubError(redact_secrets(message, secrets=[token, get_token()])) from None
-
-
-def _commit(
-    api: HfApi,
-    repo_id: str,
-    report: OptimizabilityReport,
-    files: dict[str, bytes],
-    *,
-    private: bool | None,
-    create_pr: bool,
-    revision: str | None,
-) -> CommitInfo:
+def _commit(client: HubClient, report: OptimizabilityReport, files: dict[str, bytes], *, private: bool | None) -> str:
     """Create the commit on the current state of the repository; retry if that changed in between."""
     attempts = 0
     while True:
         attempts += 1
+        head = client.head(private=private)
         try:
-            head = api.model_info(repo_id, revision=revision).sha
-        except RepositoryNotFoundError:
-            if create_pr or revision is not None:
-                raise
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            head = api.model_info(repo_id).sha
-        card = with_report(_read_card(api, repo_id, head), report, name=repo_id.split("/")[-1], files=files)
+            card = client.read_card(head).decode()
+        except UnicodeDecodeError:
+            raise ModelCardError(
+                f"README.md of {client.repo_id} is not UTF-8, as the Hub wants it. Save it as UTF-8."
+            ) from None
+        card = with_report(card, report, name=client.repo_id.split("/")[-1], files=files)
         contents = {f"{CARD_FOLDER}/{name}": content for name, content in files.items()} | {"README.md": card.encode()}
         try:
-            return api.create_commit(
-                repo_id,
-                [CommitOperationAdd(path, content) for path, content in contents.items()],
-                commit_message="Add the optimizability report",
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=head,
-            )
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (409, 412) or attempts == ATTEMPTS:
+            return client.commit(contents, parent=head, message="Add the optimizability report")
+        except RepositoryChangedError:
+            if attempts == ATTEMPTS:
                 raise
-
-
-def _read_card(api: HfApi, repo_id: str, revision: str | None) -> str:
-    """Return the repository's README.md with its line breaks; empty if there is none."""
-    url = hf_hub_url(repo_id, "README.md", revision=revision, endpoint=api.endpoint)
-    # Not `hf_hub_download`: its errors for an unreachable Hub and for a missing file are hard to distinguish.
-    response = get_session().get(url, headers=build_hf_headers(token=api.token, library_name=api.library_name))
-    try:
-        hf_raise_for_status(response)
-    except RemoteEntryNotFoundError:
-        return ""
-    try:
-        return response.content.decode()
-    except UnicodeDecodeError:
-        raise ModelCardError(f"README.md of {repo_id} is not UTF-8, as the Hub wants it. Save it as UTF-8.") from None
-
-
-@contextmanager
-def _timeout() -> Iterator[None]:
-    """Set a time limit on the Hub's client, which has none."""
-    client = get_session()
-    before = client.timeout
-    client.timeout = httpx.Timeout(TIMEOUT)
-    try:
-        yield
-    finally:
-        client.timeout = before
-
-
-def _explanation(error: Exception, token: str | None) -> tuple[str, str]:
-    """Return why something failed, and what to do about it."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, (httpx.HTTPError, OfflineModeIsEnabled)):
-        cause = cause.__cause__  # uploads of large files wrap what happened to them
-    if isinstance(error, ValueError) and cause is not None:
-        return str(error), "Fix the YAML front matter of the card and push again."
-    if isinstance(cause, HfHubHTTPError):
-        return _refusal(cause, token)
-    if isinstance(cause, OfflineModeIsEnabled):
-        return "The Hub may not be reached (HF_HUB_OFFLINE is set).", "Unset it and push again."
-    if isinstance(cause, httpx.TimeoutException):
-        return "The Hub did not answer in time.", "Push again."
-    if isinstance(cause, httpx.HTTPError):
-        reason = str(cause) or type(cause).__name__
-        return f"The connection to the Hub broke: {reason}.", "Check your network connection and push again."
-    if isinstance(error, JSONDecodeError):
-        return "The Hub's answer can't be read.", "Push again later."
-    return f"{type(error).__name__}: {error}.", "Resolve this and push again."
-
-
-def _refusal(error: HfHubHTTPError, token: str | None) -> tuple[str, str]:
-    """Return what the Hub's refusal means, and what to do about it."""
-    status = error.response.status_code
-    answer = f"{status}: {error.server_message}" if error.server_message else str(status)
-    if isinstance(error, RevisionNotFoundError):
-        return f"There is no such revision ({answer}).", "Create the branch first, or omit `revision`."
-    if status in (401, 404) and not (token or get_token()):
-        return f"You are not logged in ({answer}).", "Log in with `hf auth login`, or pass a token with write access."
-    if status == 401:
-        return (
-            f"The Hub does not accept the token ({answer}).",
-            "Create a new one with write access, and log in with it.",
-        )
-    if status == 403:
-        return f"The token does not allow that ({answer}).", "Use one with write access, or open a pull request."
-    if status == 404:
-        return f"No such repository, or the token can't see it ({answer}).", "Check the name and the token."
-    if status in (409, 412):
-        return f"The repository keeps changing meanwhile ({answer}).", "Push again."
-    if status == 429:
-        wait = error.response.headers.get("Retry-After")
-        return (
-            f"Too many requests ({answer}).",
-            f"Wait {wait} seconds and push again." if wait else "Push again later.",
-        )
-    if status >= 500:
-        return f"The Hub has trouble ({answer}).", "Push again later."
-    return f"The Hub refuses ({answer}).", "Resolve this and push again."

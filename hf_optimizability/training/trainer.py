@@ -17,7 +17,8 @@ from ..distributed.tensors import norms_over_ranks
 from ..log_keys import PREFIX
 from ..objective.objective import trainable_parameters
 from ..objective.parameter_blocks import block_indices
-from ..publishing.hub import HubError, add_to_model_folder, explained
+from ..publishing.hub import add_to_model_folder
+from ..publishing.hub_client import HubError, explained
 from ..redaction import redact_secrets
 from ..report import OptimizabilityReport
 from .callback import OptimizabilityCallback

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import constants
 from transformers.utils import hub as transformers_hub
 
+from hf_optimizability.publishing import hub_client
 from tests.support.hub_stub import WRITER, HubStub, serve
 
 
@@ -26,6 +27,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(transformers_hub, "_hf_api", None)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # once per process it asks what it runs in
+        monkeypatch.setattr(hub_client, "WAITS", (0.01, 0.01))
         monkeypatch.setenv("HF_TOKEN", WRITER)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         huggingface_hub.close_session()

@@ -62,8 +62,8 @@ def test_the_template_is_a_card():
 def test_the_page_tells_what_there_is():
     """Messages and names in the page are those of the code."""
     page = (ROOT / "docs/publish.md").read_text()
-    code = (ROOT / "hf_optimizability/publishing/hub.py").read_text().lower()
+    code = (ROOT / "hf_optimizability/publishing/hub_client.py").read_text().lower()
     messages = re.findall(r"^\| ([a-z][^|(]*?) \(", page.split("## When it fails")[1], flags=re.MULTILINE)
-    assert len(messages) == 7
+    assert len(messages) == 9
     for message in messages:
         assert message.lower() in code

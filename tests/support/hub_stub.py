@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,6 +81,8 @@ class Fault:
         says: Message in the answer.
         headers: Of the answer.
         after: Whether the request is carried out first, and only its answer is lost.
+        body: The answer in full, with that status.
+        drips: The beginning of an answer, which goes on with a byte now and then and never ends.
     """
 
     pattern: str
@@ -91,6 +92,8 @@ class Fault:
     says: str = "as told to"
     headers: dict[str, str] = field(default_factory=dict)
     after: bool = False
+    body: bytes | None = None
+    drips: bytes | None = None
 
 
 class HubStub(ThreadingHTTPServer):
@@ -100,6 +103,9 @@ class HubStub(ThreadingHTTPServer):
         repositories: By path on the Hub: `"org/name"` for a model, `"datasets/org/name"` for a data set.
         requests: Method and path of each request, for example `"GET /org/name/resolve/main/config.json"`.
         bodies: What came with them.
+        tokens: What each of them was authorized with.
+        storage: Where large files are to be uploaded to; defaults to this server.
+        closing: Set when the tests are done with it; faults that take long end then.
         writers: Tokens of `ada` that may write.
         faults: What to do wrong.
     """
@@ -117,6 +123,9 @@ class HubStub(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.bodies: list[bytes] = []
+        self.tokens: list[str | None] = []
+        self.storage = self.url
+        self.closing = threading.Event()
         self.writers = {WRITER}
         self.faults: list[Fault] = []
 
@@ -145,9 +154,14 @@ class HubHandler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append(f"{self.command} {path}")
         self.server.bodies.append(self.body)
+        self.server.tokens.append(self.token())
         self.fault = self.server.fault_of(f"{self.command} {path}")
         if self.fault is not None:
-            time.sleep(self.fault.seconds)
+            self.server.closing.wait(self.fault.seconds)
+            if self.fault.drips is not None:
+                return self.drip(self.fault.drips)
+            if self.fault.body is not None:
+                return self.send_bytes(self.fault.body, self.fault.headers, status=self.fault.status)
             if self.fault.status >= 300:
                 return self.send_error_code("Told", self.fault.status, self.fault.says, self.fault.headers)
             if self.fault.status == 0 and not self.fault.after:
@@ -162,7 +176,11 @@ class HubHandler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             return self.create(json.loads(self.body))
         if path.startswith("/lfs/"):
+            if self.command == "GET":
+                return self.send_bytes(self.server.large[path.removeprefix("/lfs/")], {})
             self.server.large[path.removeprefix("/lfs/")] = self.body
+            return self.send_json({})
+        if path == "/verify":
             return self.send_json({})
         for name, repository in self.server.repositories.items():
             api = f"/api/{name}" if name.startswith("datasets/") else f"/api/models/{name}"
@@ -289,7 +307,10 @@ class HubHandler(BaseHTTPRequestHandler):
         objects = json.loads(self.body)["objects"]
         for one in objects:
             if one["oid"] not in self.server.large:
-                one["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{one['oid']}"}}
+                one["actions"] = {
+                    "upload": {"href": f"{self.server.storage}/lfs/{one['oid']}"},
+                    "verify": {"href": f"{self.server.url}/verify"},
+                }
         self.send_json({"transfer": "basic", "objects": objects})
 
     def commit(self, name: str, repository: Repository, revision: str) -> None:
@@ -323,6 +344,13 @@ class HubHandler(BaseHTTPRequestHandler):
         """Half an answer, and the connection is gone."""
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
         self.wfile.flush()
+        self.close_connection = True
+
+    def drip(self, start: bytes) -> None:
+        """An answer that never ends, though something comes all the time."""
+        self.wfile.write(start)
+        while not self.server.closing.wait(0.02):
+            self.wfile.write(b"x")
         self.close_connection = True
 
     def send_json(self, answer: object, *, status: int = 200) -> None:
@@ -364,5 +392,6 @@ def serve(repositories: dict[str, Path | Repository]) -> Iterator[HubStub]:
         try:
             yield hub
         finally:
+            hub.closing.set()
             hub.shutdown()
             thread.join()
