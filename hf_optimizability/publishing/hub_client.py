@@ -465,7 +465,7 @@ def _explanation(error: Exception, token: str | None) -> tuple[str, str]:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, (httpx.HTTPError, OfflineModeIsEnabled)):
         cause = cause.__cause__  # uploads of large files wrap what happened to them
-    if isinstance(error, ValueError) and cause is not None:
+    if isinstance(error, ValueError) and cause not in (None, error):  # the client's words for refused front matter
         return str(error), "Fix the YAML front matter of the card and push again."
     if isinstance(cause, HfHubHTTPError):
         return _refusal(cause, token)

@@ -151,6 +151,7 @@ class TestFaults:
             (Fault("commit/main", 412), r"keeps changing meanwhile \(412: as told to\)\. Push again"),
             (Fault("commit/main", 429, headers={"Retry-After": "77"}), r"Too many requests.*Wait 77 seconds"),
             (Fault("commit/main", 413), r"The Hub refuses \(413: as told to\)"),
+            (Fault("models/ada/model$", 400), r"The Hub refuses \(400: as told to\)\. Resolve this and push again"),
             (Fault("models/ada/model$", 500), r"The Hub has trouble \(500: as told to\)\. Push again later"),
             (Fault("commit/main", 503), r"The Hub has trouble \(503: as told to\)\. Push again later"),
             (Fault("commit/main", 0), r"The connection to the Hub broke"),
