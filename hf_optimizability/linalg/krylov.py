@@ -48,6 +48,7 @@ class KrylovDecomposition:
         # Dependence among the starts shows in their Gram matrix to the square root of float64's precision only.
         self._starts = self._orthonormalize(starts, np.zeros((number, 0)), floor=1e-7)
         self._C = np.zeros((0, len(self._mix)))
+        self._anew: Array | None = None
 
     @property
     def width(self) -> int:
@@ -60,6 +61,13 @@ class KrylovDecomposition:
         return self.width == 0 or len(self.basis) >= self.basis.size
 
     @property
+    def may_start_anew(self) -> bool:
+        """Whether the starts reach no further, and there is more, of which `start_anew` has not been asked."""
+        if len(self.basis) >= self.basis.size or self._anew is not None:
+            return False
+        return self.width == 0 or bool(np.abs(self._C).max() <= 4 * self._rounding)
+
+    @property
     def restarted(self) -> bool:
         """Whether the basis has been shrunk, and does not hold the starts any more."""
         return self._first_cycle is not None
@@ -67,7 +75,17 @@ class KrylovDecomposition:
     @property
     def starts(self) -> Array:
         """Coordinates of the starts in Q, of shape (k, m), until a restart."""
-        return np.pad(self._starts, ((0, 0), (0, len(self._T) - self._starts.shape[1])))
+        return self._padded(self._starts)
+
+    def start_anew(self, start: Tensor) -> None:
+        """Continue from another vector of norm 1, as a row, where the starts reach no further; overwrite it."""
+        along, _ = self.basis.subtract(torch.zeros(1, len(self.basis), dtype=start.dtype, device=start.device), start)
+        links = self._orthonormalize(start, along, floor=1e-7)
+        self._anew = np.concatenate([along, links], axis=1)
+        self._C = np.zeros((len(self._T), self.width))
+
+    def _padded(self, coordinates: Array) -> Array:
+        return np.pad(coordinates, ((0, 0), (0, len(self._T) - coordinates.shape[1])))
 
     def extend(self) -> Tensor:
         """Append the next block Z to the basis and return it, as rows; `absorb` wants its product."""
@@ -152,7 +170,13 @@ class KrylovDecomposition:
         """
         if self.exhausted or self.restarted:  # a run that restarted has made steps enough
             return True
-        shares = (self.starts @ self.vectors) / (eigenvalue - self.values) @ self.vectors.T @ self._C
+        if self._anew is None:
+            starts = self.starts
+        elif self._anew.shape[1] > len(self._T):  # the other start has not been multiplied yet
+            return False
+        else:
+            starts = self._padded(self._anew)
+        shares = (starts @ self.vectors) / (eigenvalue - self.values) @ self.vectors.T @ self._C
         return bool(np.linalg.norm(shares, axis=1).min() <= MISS_PROBABILITY / math.sqrt(self.basis.size))
 
     @property

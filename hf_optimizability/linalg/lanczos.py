@@ -17,12 +17,18 @@ from ..device_memory import free_memory
 from .estimate import Estimate, Spectrum
 from .krylov import KrylovDecomposition
 from .operator import SymmetricOperator
-from .probe_vectors import start_rows
+from .probe_vectors import normal_rows, start_rows
 from .row_partition import RowPartition
 from .vectors import as_rows
 
 
 Array = NDArray[np.float64]
+
+SMALL_MATRIX = 32
+"""Rows up to which a matrix is taken whole, if the budget allows it: along few vectors a start is short too often."""
+
+SMALL_BLOCK = 8
+"""Rows up to which a block is taken whole: fewer products than larger ones of the same model spend."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +116,9 @@ def lanczos(
     - an eigenvalue 20 % further out would have shown: given what was seen, its eigenvector would have to be ten times
       shorter than is typical along every start.
 
+    A matrix of at most `SMALL_MATRIX` rows is taken whole, if `max_hvps` allows it. Where the starts reach only an
+    invariant subspace (random signs may be orthogonal to an eigenvector), one more start is taken, orthogonal to it.
+
     A Ritz value never lies outside the spectrum: `lambda_max` is approached from below, `lambda_min` from above. One
     start sees a multiple eigenvalue once, k starts up to k times.
 
@@ -153,12 +162,15 @@ def lanczos(
     max_basis = max_basis or max(_vectors_that_fit(operator, device), 2 * (num_eigenvalues + starts))
     first = start_rows(operator, starts, seed=seed, device=device)
     krylov = KrylovDecomposition(first, operator.rows)
+    small = operator.size <= min(max_hvps, SMALL_MATRIX)
     hvps = 0
     while True:
         block = krylov.extend()
         hvps += len(block)
         krylov.absorb(as_rows(operator.matmat(block.T.to(operator.device))).to(device))
-        done = krylov.exhausted or krylov.converged(tolerance, num_eigenvalues)
+        if krylov.may_start_anew and hvps < max_hvps:
+            krylov.start_anew(normal_rows(operator, 1, seed=seed + 1, device=device).div_(math.sqrt(operator.size)))
+        done = krylov.exhausted or (not small and krylov.converged(tolerance, num_eigenvalues))
         if done or hvps + krylov.width > max_hvps:
             break
         if len(krylov.basis) + krylov.width > max_basis:
@@ -211,7 +223,8 @@ def lanczos_by_segment(
         hvps += 1
         for index, process in list(active.items()):
             process.absorb(_gather(product, segments[index]))
-            if process.exhausted or process.converged(tolerance, 1):
+            small = len(starts[index][0]) <= SMALL_BLOCK
+            if process.exhausted or (not small and process.converged(tolerance, 1)):
                 del active[index]
     cycles = [process.first_cycle() for process in processes]
     return tuple(

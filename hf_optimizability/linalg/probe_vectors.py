@@ -35,9 +35,14 @@ def start_rows(operator: SymmetricOperator, number: int, *, seed: int, device: t
 
 def random_rows(operator: SymmetricOperator, number: int, *, seed: int, device: torch.device | None = None) -> Tensor:
     """Return random vectors of norm √n as rows: signs, or normal numbers where the matrix is small."""
+    if operator.size < SIGNS_FROM_SIZE:
+        return normal_rows(operator, number, seed=seed, device=device)
+    return rademacher_rows(operator, number, torch.Generator().manual_seed(seed), device)
+
+
+def normal_rows(operator: SymmetricOperator, number: int, *, seed: int, device: torch.device | None = None) -> Tensor:
+    """Return vectors of normal numbers, of norm √n, as rows; each is drawn whole, however many ranks share it."""
     generator = torch.Generator().manual_seed(seed)
-    if operator.size >= SIGNS_FROM_SIZE:
-        return rademacher_rows(operator, number, generator, device)
     whole = functional.normalize(torch.randn(number, operator.size, generator=generator, dtype=operator.dtype))
     rows = torch.stack([operator.rows.select(row) for row in whole]).mul_(math.sqrt(operator.size))
     return rows.to(device or operator.device)
