@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class ForwardOverReverseHessian(ObjectiveOperator):
     backward.
 
     Refused by reentrant and other activation checkpointing, by losses with an operation that has no forward-mode
-    derivative (mean squared error is one), and by fused attention kernels.
+    derivative, and by fused attention kernels. Squared error and Huber's loss, whose backward passes have none in
+    torch, are computed from operations that have.
 
     Args:
         objective: The loss, in parts.
@@ -67,21 +68,23 @@ class ForwardOverReverseHessian(ObjectiveOperator):
                 return value
 
             gradient = grad(loss, argnums=tuple(range(len(point))))
-            with _ConstantPadding():
+            with _ForwardMode():
                 products = vmap(lambda *tangent, gradient=gradient: jvp(gradient, point, tangent)[1])(*tangents)
             yield zip(*products, strict=True), items
 
 
-class _ConstantPadding(TorchFunctionMode):
-    """Holds the padding row of each embedding constant.
+class _ForwardMode(TorchFunctionMode):
+    """Holds the padding row of each embedding constant, and computes losses from what has a forward-mode derivative.
 
-    Reverse mode does so by convention. Forward mode would carry a tangent of that row along, and the matrix would have
-    a column without its row.
+    Reverse mode holds padding rows by convention. Forward mode would carry a tangent of that row along, and the matrix
+    would have a column without its row.
     """
 
     def __torch_function__(
         self, func: Any, types: Collection[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _REPLACED:
+            return _REPLACED[func](*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         padding_idx = (kwargs or {}).get("padding_idx")
         if func is not functional.embedding or padding_idx is None:
@@ -89,3 +92,26 @@ class _ConstantPadding(TorchFunctionMode):
         ids, weight = args
         padding = ids == padding_idx % len(weight)
         return torch.where(padding[..., None], result.detach(), result)
+
+
+def _squared_error(
+    input: Tensor, target: Tensor, *positional: Any, weight: Tensor | None = None, **named: Any
+) -> Tensor:
+    """Replace `mse_loss`, which is made of usual operations where there are weights. Arguments have torch's names."""
+    input, target = torch.broadcast_tensors(input, target)
+    options = {"weight": torch.ones_like(input) if weight is None else weight, **named}
+    result: Tensor = functional.mse_loss(input, target, *positional, **options)
+    return result
+
+
+def _huber(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    """Replace `huber_loss`, which is `delta` times the smooth L1 loss."""
+    input, target = torch.broadcast_tensors(input, target)
+    losses = delta * functional.smooth_l1_loss(input, target, reduction="none", beta=delta)
+    losses = losses if weight is None else losses * weight
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
+
+
+_REPLACED: dict[Any, Callable[..., Tensor]] = {functional.mse_loss: _squared_error, functional.huber_loss: _huber}
