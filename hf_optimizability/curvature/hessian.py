@@ -116,7 +116,11 @@ class ObjectiveOperator(SymmetricOperator):
         """Cut a long vector into pieces of the parameters' shapes, dtypes and devices."""
         pieces = zip(vector.split(self._sizes), parameters, strict=True)
         # Contiguous, though the column of a matrix is not: some backward passes refuse other strides, or misread them.
-        return [piece.contiguous().view(parameter.shape).to(parameter) for piece, parameter in pieces]
+        shaped = [piece.contiguous().view(parameter.shape).to(parameter) for piece, parameter in pieces]
+        # What may be pairs of real and imaginary parts begins at an even place, as `view_as_complex` wants it.
+        return [
+            piece.clone() if piece.shape[-1:] == (2,) and piece.storage_offset() % 2 else piece for piece in shaped
+        ]
 
 
 class HessianOperator(ObjectiveOperator):

@@ -353,6 +353,11 @@ def _normalize_weight(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _as_complex(input: Tensor) -> Tensor:
+    """Replace `view_as_complex`, which refuses vectors that begin at an odd place of a longer one."""
+    return torch.complex(*input.unbind(-1))
+
+
 def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor | None:
     """Replace `Tensor.view` for images that are channels-last in here only: copy where no view of them exists."""
     if named or isinstance(shape[0], torch.dtype):
@@ -381,4 +386,5 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.ctc_loss: ctc_loss,
     torch._weight_norm: _normalize_weight,
     Tensor.view: _view,
+    torch.view_as_complex: _as_complex,
 }
