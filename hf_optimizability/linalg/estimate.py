@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..serialization import LowerBound
 from .statistics import NORMAL_QUANTILE
@@ -76,6 +76,28 @@ class Estimate:
         margin, converged = quantile * std_error, std_error <= tolerance * abs(value)
         return cls(
             value, value - margin, value + margin, method, hvps, converged, std_error, data_std_error=data_std_error
+        )
+
+    def with_arithmetic_error(self, error: float, *, tolerance: float) -> Estimate:
+        """Return a stochastic estimate from products that are themselves off, so that it may be off by this as well.
+
+        Args:
+            error: A standard error, independent of that over the probe vectors.
+            tolerance: Relative standard error of a converged estimate.
+
+        Example:
+            >>> exact = Estimate(5.0, 5.0, 5.0, "exact", 3, True, std_error=0.0)
+            >>> exact.with_arithmetic_error(1.0, tolerance=0.1)  # doctest: +ELLIPSIS
+            Estimate(value=5.0, low=3.04..., high=6.95..., method='exact', hvps=3, converged=False, std_error=1.0, ...)
+        """
+        added = NORMAL_QUANTILE * error
+        std_error = math.hypot(self.std_error or 0.0, error)
+        return replace(
+            self,
+            low=self.value - math.hypot(self.value - self.low, added),
+            high=self.value + math.hypot(self.high - self.value, added),
+            std_error=std_error,
+            converged=std_error <= tolerance * abs(self.value),
         )
 
     @classmethod

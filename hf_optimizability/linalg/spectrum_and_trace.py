@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -192,6 +193,33 @@ class SpectrumAndTrace:
     eigenvectors: Tensor | None = field(default=None, compare=False, repr=False)
     parts: BatchTraces | None = field(default=None, compare=False, repr=False)
     extremal: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
+
+    def with_product_error(self, relative: float, segments: Segments, *, tolerance: float) -> SpectrumAndTrace:
+        """Return the same with traces whose errors include that of the products, `‖δ‖ = relative · ‖Av‖` of each.
+
+        A sample vᵀAv is off by `relative · ‖A‖_F` where δ has a random direction, and by `relative · tr A`, in all
+        samples alike, where it has that of Av. Of a segment the first is in proportion to the root of its rows.
+
+        Args:
+            relative: The error of a product, relative to its norm.
+            segments: Slices of the rows, as the traces were estimated with.
+            tolerance: Relative standard error of a converged trace.
+        """
+        found = self.estimates
+        rows = [sum(part.stop - part.start for part in segment) for segment in segments]
+        pairs = zip(found.ritz_values, found.ritz_weights, strict=True)
+        squared = sum(rows) * math.fsum(weight * value**2 for value, weight in pairs) or found.lambda_max.value**2
+
+        def widened(trace: Estimate, share: float) -> Estimate:
+            error = relative * math.hypot(trace.value, math.sqrt(share * squared))
+            return trace.with_arithmetic_error(error, tolerance=tolerance)
+
+        shares = [number / sum(rows) for number in rows]
+        return replace(
+            self,
+            estimates=replace(found, trace=widened(found.trace, 1.0)),
+            segments=tuple(map(widened, self.segments, shares)),
+        )
 
     @classmethod
     def of(cls, found: SpectrumEstimate, trace: TraceResult) -> SpectrumAndTrace:

@@ -14,6 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from ..config import OptimizabilityConfig
+from ..curvature.backward_errors import backward_errors_unified
 from ..curvature.block_diagonal import BlockDiagonalHessian
 from ..curvature.compact_embeddings import drop_unused_embedding_rows
 from ..curvature.eigenvalue_check import EigenvalueCheck
@@ -29,7 +30,7 @@ from ..linalg.vectors import Segments, dot, flatten, norm
 from ..objective.objective import Objective
 from ..quantities.step_size import QuadraticModel, quadratic_model
 from .cost_model import allocate_hvps
-from .eigenvector_check import check_along_eigenvectors, require_symmetric
+from .eigenvector_check import check_along_eigenvectors, product_error, require_symmetric
 from .engines import HvpEngine
 from .multitask import TaskCurvature, eigenvalues_by_task, means_by_task, traces_by_task
 from .optimizer_step import OptimizerStep
@@ -131,6 +132,9 @@ def estimate_curvature(
             engine, objective, config, segments, max_hvps=allocation.spectrum, unused=unused, deflate=not by_task
         )
         checks = check_along_eigenvectors(spectrum, objective, point, engine)
+        error = product_error(engine, checks)
+        if error is not None:
+            spectrum = spectrum.with_product_error(error, segments, tolerance=config.budget.trace_tolerance)
         task_maxima = {}
         if allocation.tasks:
             task_maxima = eigenvalues_by_task(objective, engine, config, max_hvps=allocation.tasks)
@@ -204,7 +208,8 @@ def _split_trace(
     """Return the trace with its Gauss-Newton part exact; `None` where the loss can't be split."""
     tolerance = config.budget.trace_tolerance
     try:
-        return split_trace(objective, segments, tolerance=tolerance, max_hvps=max_hvps, seed=config.probe_seed + 1)
+        with backward_errors_unified():
+            return split_trace(objective, segments, tolerance=tolerance, max_hvps=max_hvps, seed=config.probe_seed + 1)
     except ValueError:
         return None
     except (torch.OutOfMemoryError, FloatingPointError):
