@@ -14,11 +14,13 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
+from ..curvature.backward_errors import backward_errors_unified
 from ..curvature.central_difference import CentralDifferenceHessian, usual_step
 from ..curvature.custom_functions import require_second_derivatives
 from ..curvature.fisher import EmpiricalFisherOperator
 from ..curvature.forward_over_reverse import ForwardOverReverseHessian
 from ..curvature.gauss_newton import GaussNewtonOperator
+from ..curvature.gradient import gradient
 from ..curvature.hessian import HessianOperator, ObjectiveOperator
 from ..curvature.layer_decoupled import DecoupledHessian
 from ..curvature.twice_differentiable import CheapSecondDerivatives
@@ -129,7 +131,7 @@ def choose_engine(
         objective: What to differentiate.
         config: `engine` and `curvature`.
         first_product: Computes products with an engine that is active. A `RuntimeError` from it, other than for
-            memory, says that a derivative is missing, and the next engine is tried.
+            memory, or any error from a backward pass, says that a derivative is missing, and the next engine is tried.
 
     Raises:
         MeasurementError: If no engine works, or only central differences that are too inaccurate.
@@ -140,7 +142,7 @@ def choose_engine(
         if candidate.exact and blocker is not None:
             raise MeasurementError(blocker, "Set `engine='central_difference'`, or leave it at 'auto'.")
         try:
-            with objective.group.propagate_errors():
+            with objective.group.propagate_errors(), backward_errors_unified():
                 engine = _validate_engine(
                     _with_reason(candidate, objective, config, refusals), objective, config, refusals
                 )
@@ -166,16 +168,32 @@ def choose_engine(
         return engine, result
     if isinstance(refusals[0], WrongDerivativeError):
         raise refusals[0]
+    once = candidate.name in ("central_difference", "single_backward")
+    fails_once = refusals[-1] if once else _single_backward_error(objective)
+    if fails_once is not None:
+        raise MeasurementError(
+            f"The loss can't be differentiated: a single backward pass fails. {_explained(fails_once)}",
+            "Call `loss.backward()` on the same batch several times in eval mode, and fix what it raises.",
+        ) from fails_once
     raise _not_differentiable(candidate, refusals) from refusals[0]
 
 
+def _single_backward_error(objective: Objective) -> RuntimeError | None:
+    """Return the error of a gradient: a backward pass may fail from some call on, whatever is asked of it."""
+    try:
+        with objective.group.propagate_errors(), backward_errors_unified():
+            gradient(objective)
+    except (torch.OutOfMemoryError, MeasurementError):
+        raise
+    except RuntimeError as error:
+        if should_reduce_batch_size(error):
+            raise
+        return error
+    return None
+
+
 def _not_differentiable(last: HvpEngine, refusals: Sequence[RuntimeError]) -> MeasurementError:
-    """Return the error for a loss that no allowed engine differentiates, the last of which is given."""
-    if last.name in ("central_difference", "single_backward"):
-        return MeasurementError(
-            f"The loss can't be differentiated: a single backward pass fails. {_explained(refusals[-1])}",
-            "Call `loss.backward()` on one batch in eval mode and fix what it raises.",
-        )
+    """Return the error for a loss that can be differentiated once, by the last allowed engine."""
     differences = (
         "Leave `engine` at 'auto' or set it to 'central_difference', which need no second derivative where there is "
         "none; or use"
@@ -271,7 +289,12 @@ def _difference_error(objective: Objective, config: OptimizabilityConfig, *, exa
     [probe] = random_rows(differences, 1, seed=config.probe_seed)
     product = differences.matvec(probe)
     try:
-        with objective.group.propagate_errors(), math_attention(), CheapSecondDerivatives():
+        with (
+            objective.group.propagate_errors(),
+            backward_errors_unified(),
+            math_attention(),
+            CheapSecondDerivatives(),
+        ):
             if objective.second_derivative_blocker is not None or not exact:
                 raise RuntimeError("There is no exact product.")
             require_second_derivatives(objective)

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers.utils import logging
 
+from ..curvature.backward_errors import raised_in_backward
 from ..distributed.process_group import RankLostError
 from ..errors import MeasurementError
 from ..objective.objective import Objective
@@ -77,6 +78,12 @@ def _explained(error: Exception) -> MeasurementError:
     if isinstance(error, FloatingPointError):
         return MeasurementError(
             str(error), "Check the loss for overflow (logarithms, divisions); measure in float32 or better."
+        )
+    if raised_in_backward(error):
+        return MeasurementError(
+            f"A backward pass failed in the course of the measurement: {type(error).__name__}: {error}",
+            "Call `loss.backward()` on the same batch several times in eval mode, and fix what it raises. If it fails "
+            "from some call on, look for a counter or a cache in custom autograd functions and hooks.",
         )
     return MeasurementError(
         f"The model can't be measured: {type(error).__name__}: {error}",
