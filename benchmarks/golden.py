@@ -87,6 +87,10 @@ _SPECTRUM = dict.fromkeys(
 CHANGED_IN: dict[str, dict[str, str]] = dict.fromkeys(
     ("regression", "exact_trace", "fallback", "two_tasks", "trainer_tasks", "lora"), _SPECTRUM
 )
+CHANGED_IN["central_difference"] = dict.fromkeys(
+    ("**measurements.*.hessian.trace", "**measurements.*.blocks.*.trace"),
+    "the error of central differences is part of that of a trace",
+)
 """The same of some cases alone."""
 
 ENVIRONMENT = {
