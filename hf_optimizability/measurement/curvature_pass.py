@@ -30,7 +30,7 @@ from ..linalg.vectors import Segments, dot, flatten, norm
 from ..objective.objective import Objective
 from ..quantities.step_size import QuadraticModel, quadratic_model
 from .cost_model import allocate_hvps
-from .eigenvector_check import check_along_eigenvectors, product_error, require_symmetric
+from .eigenvector_check import check_along_eigenvectors, product_error, require_right_derivatives, require_symmetric
 from .engines import HvpEngine
 from .multitask import TaskCurvature, eigenvalues_by_task, means_by_task, traces_by_task
 from .optimizer_step import OptimizerStep
@@ -104,6 +104,7 @@ def measure_directions(
     products, forms, items = operator.matmat_per_batch(torch.stack(columns, dim=1), [[slice(0, len(gradient))]])
     along, other, *along_update = products.T
     require_symmetric((direction, along), (probe, other), objective, point, engine)
+    require_right_derivatives(objective, engine, seed=config.probe_seed)
     return DirectionalCurvature(
         quadratic=quadratic_model(gradient, along * length, group),
         along_update=dot(columns[2], along_update[0], group) if along_update else None,

@@ -14,6 +14,7 @@ from ..curvature.central_difference import CentralDifferenceHessian, usual_step
 from ..curvature.eigenvalue_check import AGREEMENT, FINER, STEPS, EigenvalueCheck, check_eigenvalues
 from ..curvature.gradient import Gradient, norm_of
 from ..errors import MeasurementError, WrongDerivativeError
+from ..linalg.probe_vectors import random_rows
 from ..linalg.spectrum_and_trace import SpectrumAndTrace
 from ..linalg.vectors import dot, norm
 from ..objective.objective import Objective
@@ -36,6 +37,10 @@ _OFF = 0.01
 """Relative error of a parameter's part of a product that is worth a name."""
 
 _MAX_NAMED = 4
+
+_SAME_ERROR = 0.95
+"""Share of an error that is the same at two steps, from which on it is one of the product. Of kinks and rounding it is
+up to 0.7, of a wrong second derivative next to them 0.99."""
 
 _KINKS = "The loss has kinks (ReLU), so many that differences settle on a value that includes their jumps."
 
@@ -103,6 +108,50 @@ def require_symmetric(
             f"derivative of its forward pass.{_suspects(objective, v, along_v)}",
             _REMEDY,
         )
+
+
+def require_right_derivatives(objective: Objective, engine: HvpEngine, *, seed: int) -> None:
+    """Refuse custom autograd functions that are differentiated wrongly, which the first example shows.
+
+    A product with a random vector is compared with differences at two steps. Of one example hardly a unit switches
+    within them (ReLU): an error of kinks and rounding is another vector at another step, and one of a wrong second
+    derivative is the same. Losses without custom functions are not looked at.
+
+    Raises:
+        MeasurementError: If the product is off by the same vector at both steps.
+    """
+    if engine.curvature != "hessian" or not engine.exact:
+        return
+    few = _few_examples(objective)
+    if few is None or not (operations := doubtful_operations(few)):
+        return
+    operator = engine.operator(few)
+    [probe] = random_rows(operator, 1, seed=seed)
+    product, usual = operator.matvec(probe), usual_step(few.parameters)
+    errors = [
+        product - CentralDifferenceHessian(few, relative_step=share * usual).matvec(probe) for share in STEPS[:2]
+    ]
+    lengths = [norm(error) for error in errors]
+    off = min(lengths) / (norm(product) or math.inf)
+    if off <= AGREEMENT or dot(errors[0], errors[1]) < _SAME_ERROR * max(lengths) ** 2:
+        return
+    raise MeasurementError(
+        f"A product of second derivatives and the same by differences of the gradient are {off:.0%} of it apart, by "
+        f"the same vector at two steps: a backward pass is differentiated wrongly.{_named(operations)}",
+        _REMEDY,
+    )
+
+
+def _few_examples(objective: Objective) -> Objective | None:
+    """Return the loss of an example, or a batch if it can't be cut, for each process by itself; `None` of nothing."""
+    whole = objective.unsharded().counting(None)
+    for batch in whole.local_batches[:1]:
+        try:
+            pieces = [piece for piece in whole.pieces(batch, 1) if piece.items]
+        except ValueError:
+            pieces = [batch]
+        return whole.over(pieces[:1])
+    return None
 
 
 def check_along_eigenvectors(
