@@ -264,7 +264,7 @@ def test_truth_is_checked_against_plain_double_backward(monkeypatch) -> None:
 
 def test_ends_are_told_after_each_product() -> None:
     torch.manual_seed(0)
-    model, batches = make("bert", num_hidden_layers=1).eval(), cut(examples("bert", 4), 4)
+    model, batches = make("bert").eval(), cut(examples("bert", 4), 4)
     values = torch.linalg.eigvalsh(dense_hessian(model, batches[0]))
     found = list(Ours(model, batches, Products()).ends())
     assert [ends.hvps for ends in found] == list(range(1, len(found) + 1))
@@ -274,7 +274,7 @@ def test_ends_are_told_after_each_product() -> None:
 
 def test_our_card_gives_everything_that_is_judged() -> None:
     torch.manual_seed(0)
-    model, batches = make("bert", num_hidden_layers=1).eval(), cut(examples("bert", 4), 4)
+    model, batches = make("bert").eval(), cut(examples("bert", 4), 4)
     found = Ours(model, batches, Products()).card()[0].run()
     values = torch.linalg.eigvalsh(dense_hessian(model, batches[0]))
     assert found["lambda_max"] == pytest.approx(float(values[-1]), rel=0.02)
@@ -365,7 +365,7 @@ def test_tables_hold_numbers_and_failures() -> None:
 
 def test_a_profile_tells_where_the_time_goes(monkeypatch) -> None:
     torch.manual_seed(0)
-    workload = Workload("text", make("bert", num_hidden_layers=1).eval(), cut(examples("bert", 2), 2))
+    workload = Workload("text", make("bert").eval(), cut(examples("bert", 2), 2))
     monkeypatch.setattr(peers, "probe_set", lambda library, name: workload)
     monkeypatch.setattr("libraries.OptimizabilityConfig", partial(OptimizabilityConfig, max_hvps=16))
     grad, forward = torch.autograd.grad, workload.model.forward

@@ -39,7 +39,7 @@ def by_double_backward(objective: Objective) -> Tensor:
     [pytest.param(name, marks=pytest.mark.slow) if name == "vit" else name for name in sorted(tiny_models.MODELS)],
 )
 def test_diagonal_of_transformers_models(name: str):
-    model = tiny_models.make(name, **tiny_models.ONE_LAYER[name])
+    model = tiny_models.make(name)
     [batch] = tiny_models.cut(tiny_models.examples(name, 3), 3)
     decoupled = dense(Objective(model, [batch]))
     hessian = tiny_models.dense_hessian(model.eval(), batch)

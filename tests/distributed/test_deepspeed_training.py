@@ -15,7 +15,7 @@ import pytest
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
 from tests.support import tiny_training
 from tests.support.measurement_differences import differences
-from tests.support.stopped_training import QUICK, STEPS
+from tests.support.stopped_training import STEPS
 
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_all_is_measured_but_how_far_an_optimizer_of_deepspeed_may_step(found: d
 
 def test_the_numbers_are_those_of_one_process_without_it(tmp_path: Path, found: dict[str, list[dict[str, Any]]]):
     """Before the first step: then dropout parts them. Where no step is measured, more products go to the Hessian."""
-    callback = OptimizabilityCallback(OptimizabilityConfig(**QUICK, **STEPS))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**tiny_training.IN_TWO_BATCHES, **STEPS))
     tiny_training.trainer(tmp_path, callbacks=[callback], max_steps=4, learning_rate=1e-3).train()
     expected = callback.report.measurements[0].to_dict()
     zero, one, two = (found[f"ZeRO-{stage}"][0] for stage in (0, 1, 2))

@@ -46,7 +46,7 @@ INTERRUPTIONS = [(False, False), (True, True)]
 """Whether on shards, and whether the measurement fails; all of them on three processes, by `make test-slow`."""
 
 ON_SHARDS = {2: replace(CONFIG, landscape=False), 3: CONFIG}
-"""By the number of processes: slices through the landscape take long on shards."""
+"""By the number of processes: slices through the landscape take long."""
 
 
 def whole(name: str, *, frozen: bool = False, **options: Any) -> nn.Module:
@@ -75,7 +75,7 @@ def directions(size: int) -> Tensor:
 
 def products(name: str) -> dict[str, list[float]]:
     """The Hessian times two vectors by both routes, of what is sharded."""
-    model = sharded(name)
+    model = sharded(name, **tiny_models.TWO_LAYERS[name])
     objective = Objective(model, batches(name)).shard(training_process_group(torch.device("cpu")))
     found = {}
     with measuring(model, seed=0), unsharded(model), math_attention():
@@ -109,7 +109,7 @@ def sums(model: nn.Module) -> tuple[float, str]:
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).loss * len(batch["labels"])
 
-    config = OptimizabilityConfig(profile="light", engine="central_difference")
+    config = OptimizabilityConfig(profile="light", max_hvps=16, engine="central_difference")
     # Two ranks would split a batch of two as its halves are split.
     pairs = tiny_models.cut(tiny_models.examples("bert", 6), 2)
     found = measure(model, pairs, config, loss_fn=loss_fn)
@@ -173,7 +173,7 @@ def interruption(model: nn.Module, *, shards: bool, fails: bool) -> None:
             raise KeyError("in the middle")
         return model(**batch).loss
 
-    config = ON_SHARDS[torch.distributed.get_world_size()] if shards else CONFIG
+    config = ON_SHARDS[torch.distributed.get_world_size()]
     with little_memory() if shards else nullcontext():
         try:
             measure(model, batches("bert", dtype=torch.float32)[:1], config, loss_fn=loss_fn)
@@ -193,7 +193,7 @@ def failing_on_one_rank(model: nn.Module, *, place: str) -> None:
         if next(passes) == 3 and fails:
             raise failing("in the middle")
 
-    layer = model.bert.encoder.layer[1].attention
+    layer = model.bert.encoder.layer[0].attention
     register = layer.register_full_backward_hook if place == "backward" else layer.register_forward_hook
     hook = register(fail)
     try:
@@ -269,9 +269,9 @@ def checks(rank: int) -> dict[str, Any]:
     """One start of processes for all."""
     found: dict[str, Any] = {"products": {name: products(name) for name in MODELS}}
     found["unsharded"] = measurement("gpt2", CONFIG, sharded)
-    found["float32"] = measurement("bert", CONFIG, sharded, dtype=torch.float32)
+    config = ON_SHARDS[torch.distributed.get_world_size()]
+    found["float32"] = measurement("bert", config, sharded, dtype=torch.float32)
     with little_memory():
-        config = ON_SHARDS[torch.distributed.get_world_size()]
         found["on shards"] = measurement("bert", config, partial(sharded, frozen=True))
         found["sums"] = sums(sharded("bert", dtype=torch.float64))
     found["training"] = training(None)
@@ -292,15 +292,15 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @cache
-def alone(name: str, dtype: torch.dtype, *, as_on_shards_of: int | None = None) -> dict[str, float]:
+def alone(name: str, dtype: torch.dtype, *, landscape: bool, as_on_shards: bool = False) -> dict[str, float]:
     """The measurement of one process."""
-    config = replace(ON_SHARDS[as_on_shards_of], engine="central_difference") if as_on_shards_of else CONFIG
-    return measurement(name, config, partial(whole, frozen=as_on_shards_of is not None), dtype=dtype)
+    config = replace(CONFIG, landscape=landscape, engine="central_difference" if as_on_shards else "auto")
+    return measurement(name, config, partial(whole, frozen=as_on_shards), dtype=dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_products_are_those_of_the_dense_hessian(name: str, found: list[dict[str, Any]]):
-    model = tiny_models.make(name).eval()
+    model = tiny_models.make(name, **tiny_models.TWO_LAYERS[name]).eval()
     hessian = tiny_models.dense_hessian(model, tiny_models.cut(tiny_models.examples(name, NUMBER), NUMBER)[0])
     truth = hessian @ directions(len(hessian))
 
@@ -318,17 +318,21 @@ def test_shards_are_uneven_and_each_row_is_somewhere(found: list[dict[str, Any]]
     lengths = [result["products"]["bert"]["rows"] for result in found]
     assert all(rows == entries for rows, entries in lengths)
     assert len({rows for rows, _ in lengths}) > 1
-    assert sum(rows for rows, _ in lengths) == sum(p.numel() for p in tiny_models.make("bert").parameters())
+    assert sum(rows for rows, _ in lengths) == sum(
+        p.numel() for p in tiny_models.make("bert", **tiny_models.TWO_LAYERS["bert"]).parameters()
+    )
 
 
 def test_whole_parameters_give_the_numbers_of_one_process(found: list[dict[str, Any]]):
     for result in found:
-        assert_close(result["unsharded"], alone("gpt2", torch.float64), 1e-10)
-        assert_close(result["float32"], alone("bert", torch.float32), 1e-5)
+        assert_close(result["unsharded"], alone("gpt2", torch.float64, landscape=True), 1e-10)
+        landscape = ON_SHARDS[len(found)].landscape
+        assert_close(result["float32"], alone("bert", torch.float32, landscape=landscape), 1e-5)
 
 
 def test_shards_give_the_numbers_of_central_differences_in_one_process(found: list[dict[str, Any]]):
-    expected = alone("bert", torch.float64, as_on_shards_of=len(found))
+    landscape = ON_SHARDS[len(found)].landscape
+    expected = alone("bert", torch.float64, landscape=landscape, as_on_shards=True)
     exact = [".loss", ".grad_norm", ".noise_scale.value", ".blocks.head.grad_norm", ".blocks.layer.0.weight_norm"]
     for result in found:
         measured = result["on shards"]
@@ -344,7 +348,7 @@ def test_shards_give_the_numbers_of_central_differences_in_one_process(found: li
 
 def test_on_shards_a_loss_that_is_no_mean_is_kept_whole(found: list[dict[str, Any]]):
     """The ranks split no batch of it, since their shares would not add up to it."""
-    loss, unit = sums(tiny_models.make("bert"))
+    loss, unit = sums(whole("bert"))
     for result in found:
         assert result["sums"] == (pytest.approx(loss, rel=1e-10), unit)
     assert unit == "batches"
@@ -375,7 +379,7 @@ def test_a_pass_that_fails_on_one_rank_fails_on_all(found: list[dict[str, Any]])
 
 
 def test_norms_of_gradients_in_training(found: list[dict[str, Any]]):
-    model = tiny_models.make("bert")
+    model = whole("bert")
     model.eval()
     model(**batches("bert")[0]).loss.backward()
     weight, bias = model.classifier.weight.grad, model.classifier.bias.grad
@@ -385,7 +389,7 @@ def test_norms_of_gradients_in_training(found: list[dict[str, Any]]):
 
 
 def test_mixed_precision_is_set_aside(found: list[dict[str, Any]]):
-    model = tiny_models.make("bert", dtype=torch.float32).eval()
+    model = whole("bert", dtype=torch.float32).eval()
     tensors = gradient(Objective(model, batches("bert", dtype=torch.float32))).tensors
     truth = sum(float(tensor.square().sum()) for tensor in tensors)
     with torch.autocast("cpu", torch.bfloat16):

@@ -21,7 +21,7 @@ from tests.support import tiny_training
 from tests.support.little_memory import little_memory
 from tests.support.measurement_differences import differences
 from tests.support.ranks import results
-from tests.support.stopped_training import QUICK, SAVES, STEPS, StopBefore, StoppedError
+from tests.support.stopped_training import SAVES, STEPS, StopBefore, StoppedError
 from tests.support.training_outcome import assert_equal, run
 
 
@@ -78,7 +78,7 @@ def trainings(rank: int, folder: Path) -> dict[str, Any]:
     with fsdp_on_the_cpu():
         for name, case in CASES.items():
             plain = local(run(trainer(folder / name / "plain", **case)))
-            config = OptimizabilityConfig(**QUICK, **STEPS)
+            config = OptimizabilityConfig(**tiny_training.IN_TWO_BATCHES, **STEPS)
             own = trainer(folder / name / "own", OptimizabilityTrainer, optimizability=config, **case)
             with little_memory() if name == "shards" else nullcontext():
                 assert_equal(local(run(own)), plain, name)
@@ -91,7 +91,7 @@ def trainings(rank: int, folder: Path) -> dict[str, Any]:
 
 def until(rank: int, folder: Path, stop_before: int | None) -> None:
     callbacks = [] if stop_before is None else [StopBefore(stop_before)]
-    config = OptimizabilityConfig(**QUICK, **STEPS)
+    config = OptimizabilityConfig(**tiny_training.IN_TWO_BATCHES, **STEPS)
     with fsdp_on_the_cpu(), suppress(StoppedError):
         resuming = trainer(
             folder, OptimizabilityTrainer, optimizability=config, callbacks=callbacks, **{**SAVES, "max_steps": 6}
@@ -123,7 +123,7 @@ def test_training_is_the_same(found: list[dict[str, Any]]):
 
 def test_the_numbers_are_those_of_one_process(tmp_path: Path, found: list[dict[str, Any]]):
     """At the first step: later ones see what dropout on two processes has made of the weights."""
-    config = OptimizabilityConfig(**QUICK, **STEPS)
+    config = OptimizabilityConfig(**tiny_training.IN_TWO_BATCHES, **STEPS)
     options = {"fsdp": None, "fsdp_config": None, "per_device_train_batch_size": 4}
     alone = trainer(tmp_path, OptimizabilityTrainer, optimizability=config, **options)
     alone.train()

@@ -46,7 +46,6 @@ CASES = [
     ("bert", torch.float64, 9, "all"),
     ("gpt2", torch.float32, 9, "all"),
 ]
-ONE_LAYER = {"bert": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}}
 TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-10}
 
 
@@ -56,6 +55,8 @@ LIKE_OTHERS = [
     ("bert", torch.float32, 2, "all"),
     ("bert", torch.float64, 9, "all"),
     ("gpt2", torch.float32, 2, "all"),
+    ("gpt2", torch.float32, 9, "all"),
+    ("resnet", torch.float64, 2, "all"),
 ]
 """Cases that take long, or are near enough to others, to be left to `make test-slow`, which starts three processes."""
 
@@ -65,10 +66,10 @@ def cases_on(processes: int) -> list[tuple[Any, ...]]:
 
 
 def measured(group: ProcessGroup, name: str, dtype: torch.dtype, batch_size: int, options: str) -> dict[str, Any]:
-    model = tiny_models.make(name, dtype=dtype, **ONE_LAYER.get(name, {}))
+    model = tiny_models.make(name, dtype=dtype)
     rows = tiny_models.examples(name, 9, dtype=dtype)
     objective = Objective(model, tiny_models.cut(rows, batch_size)).shard(group)
-    config = OptimizabilityConfig(max_hvps=24, trace_tolerance=0.05, **OPTIONS[options])
+    config = OptimizabilityConfig(max_hvps=16, trace_tolerance=0.05, **OPTIONS[options])
     found = measure_objective(objective, config, optimizer=AdamW(model.parameters(), lr=1e-3))[0].to_dict()
     _drop_rounding(found)
     if options == "empirical_fisher":  # several of its Ritz values are 0 to rounding, in any order

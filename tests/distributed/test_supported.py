@@ -62,7 +62,7 @@ def test_training_with_zero_3_does_not_begin(tmp_path: Path):
 
 
 def test_training_with_zero_2_tells_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    callback = OptimizabilityCallback(OptimizabilityConfig(profile="light", max_hvps=16))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**tiny_training.QUICK))
     trainer = tiny_training.trainer(tmp_path, callbacks=[callback], max_steps=1)
     trainer.args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
     logging.enable_propagation()

@@ -21,8 +21,7 @@ from tests.support.training_outcome import assert_equal, run
 
 
 def make(folder: Path, cls: type[Trainer] = Trainer, **options: Any) -> Trainer:
-    torch.manual_seed(0)
-    settings = {"own": tiny_models.bert(), "train_dataset": sentences(), **FEW_STEPS, **options}
+    settings = {"train_dataset": sentences(), **FEW_STEPS, **options}
     return tiny_training.trainer(folder, cls=cls, **settings)
 
 
@@ -122,6 +121,7 @@ def test_an_earlier_report_that_is_corrupt_is_kept_aside(tmp_path: Path):
     assert len(OptimizabilityReport.load(folder).measurements) == 3
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_probe_set_that_is_smaller_than_a_batch(tmp_path: Path):
     config = OptimizabilityConfig(**{**CONFIG, "probe_examples": 2, "probe_batch_size": 16})
     callback = OptimizabilityCallback(config)
@@ -137,6 +137,7 @@ def test_without_an_evaluation_set_there_is_no_gap(tmp_path: Path):
     assert not report.failures and report.dynamics["generalization_gap"]["loss_gap"] is None
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.slow
 def test_hyperparameter_search(tmp_path: Path):
     """Each trial has a model of its own, and the report is that of the last."""

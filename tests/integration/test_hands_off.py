@@ -21,7 +21,7 @@ from hf_optimizability import (
 )
 from hf_optimizability.objective.objective import Objective
 from tests.support import stateful_models, tiny_training, tiny_trl
-from tests.support.tiny_training import EVERY_STEP
+from tests.support.tiny_training import CONFIG
 from tests.support.training_outcome import assert_equal, run
 
 
@@ -44,11 +44,11 @@ def test_training_is_the_same(tmp_path: Path, name: str, optimizer: str, accumul
     }
     options |= {"eval_strategy": "steps", "eval_steps": 3}
     plain = run(tiny_training.trainer(tmp_path, name, **options))
-    callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG))
     assert_equal(run(tiny_training.trainer(tmp_path, name, callbacks=[callback], **options)), plain)
     assert len(callback.report.measurements) == 4 and not callback.report.failures
 
-    config = OptimizabilityConfig(**EVERY_STEP)
+    config = OptimizabilityConfig(**CONFIG)
     trainer = tiny_training.trainer(tmp_path, name, OptimizabilityTrainer, optimizability=config, **options)
     assert_equal(run(trainer), plain)
     assert len(trainer.optimizability_report().measurements) == 4 and not trainer.optimizability_report().failures
@@ -71,7 +71,7 @@ def test_training_is_the_same_with_slices_through_the_landscape(
 
     if fails:
         monkeypatch.setattr(Objective, "losses", fail_in_the_plane)
-    config = OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no"}, landscape=True)
+    config = OptimizabilityConfig(**{**CONFIG, "measure_strategy": "no"}, landscape=True)
     callback = OptimizabilityCallback(config)
     assert_equal(run(tiny_training.trainer(tmp_path, name, callbacks=[callback])), plain)
     if fails:
@@ -84,7 +84,8 @@ def test_training_is_the_same_with_slices_through_the_landscape(
 def test_training_is_the_same_where_the_gap_is_measured_without_evaluations(tmp_path: Path):
     options = {"eval_dataset": tiny_training.dataset("bert", 8)}
     plain = run(tiny_training.trainer(tmp_path, **options))
-    trainer = tiny_training.trainer(tmp_path, cls=OptimizabilityTrainer, **options)
+    config = OptimizabilityConfig(**{**CONFIG, "measure_strategy": "no"})
+    trainer = tiny_training.trainer(tmp_path, cls=OptimizabilityTrainer, optimizability=config, **options)
     assert_equal(run(trainer), plain)
     log = trainer.optimizability_report().log_history
     assert any("optimizability/eval_accuracy" in entry for entry in log) and all(plain["modes"])
@@ -100,7 +101,7 @@ def test_training_is_the_same_where_the_model_keeps_state(tmp_path: Path, kind: 
         return tiny_training.trainer(tmp_path, own=model, train_dataset=rows, max_steps=3, **options)
 
     plain = run(trainer())
-    callback = OptimizabilityCallback(OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no"}))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**{**CONFIG, "measure_strategy": "no"}))
     assert_equal(run(trainer(callbacks=[callback])), plain)
     assert len(callback.report.measurements) == 2 and not callback.report.failures
 
@@ -131,7 +132,7 @@ class MeasuredRemembering(OptimizabilityTrainerMixin, Remembering):
 def test_training_is_the_same_where_the_loss_keeps_state_on_the_trainer(tmp_path: Path):
     plain = tiny_training.trainer(tmp_path, cls=Remembering, max_steps=3)
     expected = run(plain)
-    config = OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no"})
+    config = OptimizabilityConfig(**{**CONFIG, "measure_strategy": "no"})
     trainer = tiny_training.trainer(tmp_path, cls=MeasuredRemembering, max_steps=3, optimizability=config)
     assert_equal(run(trainer), expected)
     for kept in ("calls", "losses", "mean"):
@@ -151,7 +152,7 @@ def test_training_is_the_same_when_measurements_fail(tmp_path: Path, monkeypatch
         raise RuntimeError("broken on purpose")
 
     monkeypatch.setattr("hf_optimizability.curvature.hessian.second_backward", fail)
-    callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP, engine="double_backward"))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG, engine="double_backward"))
     assert_equal(run(tiny_training.trainer(tmp_path, callbacks=[callback])), plain)
     assert not callback.report.measurements and len(callback.report.failures) == 4
 
@@ -185,7 +186,7 @@ def test_training_is_the_same_where_the_data_keep_state(tmp_path: Path, kind: st
         )
 
     plain = run(trainer())
-    callback = OptimizabilityCallback(OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no"}))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**{**CONFIG, "measure_strategy": "no"}))
     assert_equal(run(trainer(callbacks=[callback])), plain)
     assert len(callback.report.measurements) == 2 and not callback.report.failures
 
@@ -214,7 +215,7 @@ def test_trl_chooses_the_same_checkpoint_by_the_same_metrics(tmp_path: Path, kin
         return trainer
 
     plain = trained(cls)
-    settings = OptimizabilityConfig(**{**EVERY_STEP, "measure_strategy": "no", "probe_batch_size": 4})
+    settings = OptimizabilityConfig(**{**CONFIG, "measure_strategy": "no"})
     measured = trained(type("Measured", (OptimizabilityTrainerMixin, cls), {}), optimizability=settings)
     timed = ("_runtime", "_per_second", "num_tokens")
     logs = [

@@ -23,7 +23,7 @@ from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 from tests.support import tiny_models, tiny_training
 from tests.support.measurement_differences import differences
-from tests.support.tiny_training import EVERY_STEP
+from tests.support.tiny_training import CONFIG
 from tests.support.training_outcome import assert_equal, run
 
 
@@ -135,13 +135,13 @@ def test_training_is_the_same(tmp_path: Path, name: str, precision: dict[str, bo
     options = {**precision, "optim": "adamw_torch", "eval_dataset": tiny_training.dataset(name, 8)}
     options |= {"eval_strategy": "steps", "eval_steps": 3}
     plain = train(tmp_path, name, **options)
-    callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG))
     assert_equal(train(tmp_path, name, callbacks=[callback], **options), plain)
     assert len(callback.report.measurements) == 4 and not callback.report.failures
 
 
 def test_a_compiled_model_is_measured_as_it_is(tmp_path: Path):
-    callback = OptimizabilityCallback(OptimizabilityConfig(**EVERY_STEP))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG))
     trainer = tiny_training.trainer(tmp_path, use_cpu=False, torch_compile=True, callbacks=[callback])
     trainer.train()
     assert len(callback.report.measurements) == 4 and not callback.report.failures

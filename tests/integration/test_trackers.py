@@ -22,7 +22,7 @@ from tests.support import tiny_training
 
 def trained(folder: Path, tracker: str, **settings: str) -> dict[tuple[int, str], float]:
     """The numbers in the log of a run that reported to a tracker, by step and name."""
-    config = OptimizabilityConfig(probe_examples=6, max_hvps=16, probe_batch_size=2)
+    config = OptimizabilityConfig(**tiny_training.QUICK)
     options = {"optimizability": config, "report_to": tracker, "run_name": "run", "max_steps": 4, **settings}
     trainer = tiny_training.trainer(folder, cls=OptimizabilityTrainer, **options)
     trainer.train()

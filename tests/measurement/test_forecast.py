@@ -25,7 +25,7 @@ NEVER = {"eigen_tolerance": 1e-12, "trace_tolerance": 1e-12}
 
 
 def bert() -> nn.Module:
-    return tiny_models.make("bert", dtype=torch.float32, **tiny_models.ONE_LAYER["bert"])
+    return tiny_models.make("bert", dtype=torch.float32)
 
 
 class Once(nn.Module):
@@ -125,8 +125,8 @@ def test_seconds_are_those_of_each_kind_of_product(monkeypatch: pytest.MonkeyPat
     ("options", "examples"),
     [
         ({}, 4),
-        ({}, 80),
-        ({"block_eigenvalues": True}, 4),
+        pytest.param({}, 80, marks=pytest.mark.slow),  # as with blocks
+        pytest.param({"block_eigenvalues": True}, 4, marks=pytest.mark.slow),  # as without
         ({"block_eigenvalues": True}, 80),
         ({"eigen_method": "power_iteration"}, 4),
         ({"trace_method": "hutch++"}, 4),

@@ -223,7 +223,7 @@ class TestExamplesLearntByHeart:
 
     def learnt(self, margin: float) -> tuple[nn.Module, dict[str, Tensor]]:
         """A classifier in float32, its last margins `margin` times as large: as if it had learnt for longer."""
-        model = bert().eval().float()
+        model = tiny_models.make("bert", **tiny_models.TWO_LAYERS["bert"]).eval().float()
         [batch] = rows(EXAMPLES)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         for _ in range(300):

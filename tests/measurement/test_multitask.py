@@ -24,7 +24,7 @@ from hf_optimizability.measurement.measure import measure_objective
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.report.markdown import to_markdown
 from tests.support import tiny_training
-from tests.support.tiny_training import EVERY_STEP
+from tests.support.tiny_training import CONFIG
 from tests.support.training_outcome import assert_equal, run
 from tests.support.two_tasks import Heads, cut, of_task, rows
 
@@ -240,9 +240,9 @@ def dataset(kind: Callable[[int], Any], *, features: Any = None) -> datasets.Dat
 
 class TestTrainer:
     OPTIONS: ClassVar[dict[str, Any]] = {
-        **EVERY_STEP,
+        **CONFIG,
         "measure_strategy": "no",
-        "probe_examples": 16,
+        "probe_examples": 8,
         "task_column": "kind",
     }
 

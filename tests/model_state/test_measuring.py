@@ -175,7 +175,7 @@ def test_a_compiled_model_is_measured_as_it_is_and_not_compiled_anew(
     torch.compiler.reset()
     batches = tiny_models.cut(tiny_models.examples("bert", 4), 2)
     config = OptimizabilityConfig(max_hvps=16)
-    backend, model = Counting(), tiny_models.make("bert", **tiny_models.ONE_LAYER["bert"]).train()
+    backend, model = Counting(), tiny_models.make("bert").train()
     compiled = torch.compile(model, backend=backend) if wrapped else model
     if not wrapped:
         model.compile(backend=backend)
@@ -186,7 +186,7 @@ def test_a_compiled_model_is_measured_as_it_is_and_not_compiled_anew(
     with monkeypatch.context() as broken:
         if ending is None:
             found = measure(compiled, batches, config)
-            expected = measure(tiny_models.make("bert", **tiny_models.ONE_LAYER["bert"]), batches, config)
+            expected = measure(tiny_models.make("bert"), batches, config)
             assert found.engine == "double_backward" and found.fallback is None
             assert found.hessian.lambda_max.value == pytest.approx(expected.hessian.lambda_max.value, rel=1e-9)
         else:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -45,7 +47,11 @@ def distilbert() -> PreTrainedModel:
 def lora() -> nn.Module:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
-    return peft.get_peft_model(tiny_models.bert(), config)
+    return peft.get_peft_model(two_layers("bert"), config)
+
+
+def two_layers(name: str) -> PreTrainedModel:
+    return tiny_models.MODELS[name](**tiny_models.TWO_LAYERS[name])
 
 
 LAYERS = ["embeddings", "layer.0", "layer.1", "head"]
@@ -54,16 +60,13 @@ LAYERS = ["embeddings", "layer.0", "layer.1", "head"]
 @pytest.mark.parametrize(
     ("make", "blocks"),
     [
-        (tiny_models.bert, LAYERS),
-        (tiny_models.vit, LAYERS),
-        (tiny_models.gpt2, LAYERS),
-        (tiny_models.llama, LAYERS),
+        *((partial(two_layers, name), LAYERS) for name in ("bert", "vit", "gpt2", "llama")),
         (distilbert, LAYERS),
-        (lambda: tiny_models.bert(num_hidden_layers=1), ["embeddings", "layer.0", "head"]),
-        (lambda: torch.compile(tiny_models.bert()), LAYERS),
+        (tiny_models.bert, ["embeddings", "layer.0", "head"]),
+        (lambda: torch.compile(two_layers("bert")), LAYERS),
         (lora, ["layer.0", "layer.1", "head"]),
         (tiny_training.mobilenet, ["embeddings", *[f"layer.{i}" for i in range(16)], "head"]),
-        (tiny_models.resnet, ["embeddings", "stage.0.layer.0", "stage.1.layer.0", "head"]),
+        (partial(two_layers, "resnet"), ["embeddings", "stage.0.layer.0", "stage.1.layer.0", "head"]),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)), ["layer.0", "layer.2"]),
         (lambda: nn.Linear(2, 1), ["model"]),
         (

@@ -19,7 +19,7 @@ NAMES = list(tiny_models.MODELS)
 FLOAT32_LOSS = ("gpt2", "llama")  # Transformers computes the loss of language models in float32
 EXAMPLES = 5
 # Distinguishing blocks takes two layers; one family is enough for that.
-LAYERS = {name: {} if name == "bert" else tiny_models.ONE_LAYER[name] for name in NAMES}
+LAYERS = {name: tiny_models.TWO_LAYERS[name] if name == "bert" else {} for name in NAMES}
 
 
 class Truth(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig
 from tests.support import tiny_training
-from tests.support.stopped_training import QUICK, STEPS
+from tests.support.stopped_training import STEPS
 from tests.support.training_outcome import assert_equal, run
 
 
@@ -55,7 +55,7 @@ def found(folder: Path, case: dict[str, Any]) -> list[dict[str, Any]]:
     from deepspeed import DeepSpeedEngine  # here, as pytest looks for examples in this module
 
     plain = run(tiny_training.trainer(folder / "plain", **options(**case)))
-    callback = OptimizabilityCallback(OptimizabilityConfig(**QUICK, **STEPS))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**tiny_training.IN_TWO_BATCHES, **STEPS))
     trainer = tiny_training.trainer(folder / "measured", callbacks=[callback], **options(**case))
     assert_equal(tensors(run(trainer)), tensors(plain))
     assert isinstance(trainer.model_wrapped, DeepSpeedEngine)

@@ -26,20 +26,20 @@ from transformers import (
 
 
 VOCABULARY = 13
-ONE_LAYER: dict[str, dict[str, Any]] = {
-    "bert": {"num_hidden_layers": 1},
-    "vit": {"num_hidden_layers": 1},
-    "resnet": {"hidden_sizes": [4], "depths": [1]},
-    "gpt2": {"n_layer": 1},
-    "llama": {"num_hidden_layers": 1},
+TWO_LAYERS: dict[str, dict[str, Any]] = {
+    "bert": {"num_hidden_layers": 2},
+    "vit": {"num_hidden_layers": 2},
+    "resnet": {"hidden_sizes": [4, 6], "depths": [1, 1]},
+    "gpt2": {"n_layer": 2},
+    "llama": {"num_hidden_layers": 2},
 }
-"""Options of `make` for the smallest of each family."""
+"""Options of `make` for two layers. The models have one by default: passes through them take most of the tests' time."""
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
 def bert(**options: object) -> BertForSequenceClassification:
     settings = {
-        "vocab_size": VOCABULARY, "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": VOCABULARY, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 6, "max_position_embeddings": 8, "num_labels": 3,
     }  # fmt: skip
     return BertForSequenceClassification(BertConfig(**{**settings, **options}))
@@ -55,20 +55,20 @@ def vit(**options: object) -> ViTForImageClassification:
 
 def resnet(**options: object) -> ResNetForImageClassification:
     settings = {
-        "num_channels": 1, "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic",
+        "num_channels": 1, "embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic",
         "num_labels": 3,
     }  # fmt: skip
     return ResNetForImageClassification(ResNetConfig(**{**settings, **options}))
 
 
 def gpt2(**options: object) -> GPT2LMHeadModel:
-    settings = {"vocab_size": VOCABULARY, "n_positions": 8, "n_embd": 4, "n_layer": 2, "n_head": 2, "n_inner": 6}
+    settings = {"vocab_size": VOCABULARY, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_inner": 6}
     return GPT2LMHeadModel(GPT2Config(**{**settings, **TOKEN_IDS, **options}))
 
 
 def llama(**options: object) -> LlamaForCausalLM:
     settings = {
-        "vocab_size": VOCABULARY, "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": VOCABULARY, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "intermediate_size": 6, "max_position_embeddings": 8,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**settings, **TOKEN_IDS, **options}))

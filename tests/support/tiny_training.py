@@ -67,8 +67,11 @@ def trainer(
     return cls(model=own or model(name), args=arguments(folder, **options), **settings)
 
 
-QUICK = {"probe_examples": 4, "probe_batch_size": 2, "max_hvps": 16}
-"""Options of the cheapest measurement in two batches."""
+QUICK = {"profile": "light", "probe_examples": 4, "max_hvps": 16}
+"""Options of the cheapest measurement."""
+
+
+IN_TWO_BATCHES = {**QUICK, "probe_batch_size": 2}
 
 
 CONFIG = {**QUICK, "measure_strategy": "steps", "measure_steps": 2}
@@ -80,6 +83,3 @@ FEW_STEPS = {"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 
 def sentences(label: Callable[[int], Any] = lambda index: index % 3) -> list[dict[str, Any]]:
     tokens = [row["input_ids"] for row in tiny_models.examples("bert", 16)]
     return [{"input_ids": row, "labels": label(index)} for index, row in enumerate(tokens)]
-
-
-EVERY_STEP = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 4, "max_hvps": 16}

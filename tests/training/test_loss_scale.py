@@ -127,8 +127,9 @@ def test_a_factor_below_one_is_that_of_a_count():
     assert "averages over each micro-batch" in explanation("BertForSequenceClassification", 3.0)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_factor_is_told_once_with_what_it_does(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    config = OptimizabilityConfig(probe_examples=4, max_hvps=16, measure_strategy="no")
+    config = OptimizabilityConfig(**tiny_training.QUICK, measure_strategy="no")
     logging.getLogger("transformers").propagate = True
     options = {"optimizability": config, "gradient_accumulation_steps": 5, "max_steps": 1}
     with caplog.at_level(logging.WARNING):
