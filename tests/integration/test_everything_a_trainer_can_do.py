@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pytest
@@ -62,7 +64,7 @@ class Case(NamedTuple):
 
 def bert(kind: type[PreTrainedModel] | None = None, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = tiny_models.bert(**{"num_hidden_layers": 1, **options})
+    model = tiny_models.bert(**options)
     return model if kind is None else kind(model.config)
 
 
@@ -193,6 +195,13 @@ def make_trainer(folder: Path, case: Case, cls: type[Trainer] | None = None, **m
     return (cls or case.cls)(model=case.make(), args=args, train_dataset=case.rows(), **settings, **more)
 
 
+@cache
+def unmeasured(name: str) -> dict[str, Any]:
+    """What a case leaves behind without measurements, for tests that share it."""
+    with TemporaryDirectory() as folder:
+        return run(make_trainer(Path(folder), CASES[name]))
+
+
 def subclass(case: Case) -> type[Trainer]:
     """The case's Trainer, measuring."""
     return type(f"Measuring{case.cls.__name__}", (OptimizabilityTrainerMixin, case.cls), {})
@@ -229,13 +238,15 @@ def test_training_is_the_same(tmp_path: Path, name: str):
     assert not own.optimizability_report().failures
 
 
+AT_BOTH_ENDS = {"measure_strategy": "no"}
+
+
 def test_two_trainings_in_one_process(tmp_path: Path):
     """What the first leaves behind, the second would find."""
-    case = CASES["warm-up"]
-    plain = run(make_trainer(tmp_path / "plain", case))
     for number in range(2):
-        callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG))
-        assert_equal(run(make_trainer(tmp_path / str(number), case, callbacks=[callback])), plain)
+        callback = OptimizabilityCallback(OptimizabilityConfig(**{**CONFIG, **AT_BOTH_ENDS}))
+        trainer = make_trainer(tmp_path / str(number), CASES["warm-up"], callbacks=[callback])
+        assert_equal(run(trainer), unmeasured("warm-up"))
 
 
 def test_the_data_come_in_the_same_order(tmp_path: Path):
@@ -266,7 +277,7 @@ STAGES = {
     "step": ("hf_optimizability.measurement.optimizer_step", "critical_learning_rate"),
     "noise": ("hf_optimizability.measurement.measure", "noise_scale"),
 }
-IN_THREE_BATCHES = {**CONFIG, "probe_examples": 6, "engine": "double_backward"}
+IN_THREE_BATCHES = {**CONFIG, "probe_examples": 6, "probe_batch_size": 2, "engine": "double_backward"}
 """The noise scale takes that many."""
 
 ERRORS = {
@@ -300,12 +311,11 @@ def break_stage(monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseExceptio
 def test_training_is_the_same_when_a_measurement_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: str
 ):
-    case = CASES["warm-up"]
-    plain = run(make_trainer(tmp_path, case))
+    plain = unmeasured("warm-up")
     break_stage(monkeypatch, stage, ERRORS[error])
-    callback = OptimizabilityCallback(OptimizabilityConfig(**IN_THREE_BATCHES))
-    assert_equal(run(make_trainer(tmp_path, case, callbacks=[callback])), plain)
-    assert not callback.report.measurements and len(callback.report.failures) == 3
+    callback = OptimizabilityCallback(OptimizabilityConfig(**{**IN_THREE_BATCHES, **AT_BOTH_ENDS}))
+    assert_equal(run(make_trainer(tmp_path, CASES["warm-up"], callbacks=[callback])), plain)
+    assert not callback.report.measurements and len(callback.report.failures) == 2
 
 
 class At(TrainerCallback):
@@ -317,6 +327,26 @@ class At(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             self.action()
+
+
+def interrupt(folder: Path, name: str, *callbacks: TrainerCallback) -> dict[str, Any]:
+    """What a training leaves behind that one of the callbacks interrupts at the second step."""
+    trainer = make_trainer(folder, CASES[name], callbacks=list(callbacks))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    return left_behind(trainer)
+
+
+@cache
+def interrupted(name: str) -> dict[str, Any]:
+    """The same without measurements."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with TemporaryDirectory() as folder:
+        return interrupt(Path(folder), name, At(2, stop))
 
 
 @pytest.mark.parametrize(
@@ -336,20 +366,10 @@ def test_ctrl_c_in_a_measurement_leaves_all_as_it_was_after_that_step(
 ):
     """To the last bit as after Ctrl-C at the same step of a training without measurements."""
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    def interrupted(folder: str, *callbacks: TrainerCallback) -> dict[str, Any]:
-        trainer = make_trainer(tmp_path / folder, CASES[name], callbacks=list(callbacks))
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train()
-        assert trainer.state.global_step == 2
-        return left_behind(trainer)
-
-    plain = interrupted("plain", At(2, interrupt))
+    plain = interrupted(name)
     break_now = At(1, lambda: break_stage(monkeypatch, stage, KeyboardInterrupt()))
     callback = OptimizabilityCallback(OptimizabilityConfig(**IN_THREE_BATCHES))
-    assert_equal(interrupted("measured", break_now, callback), plain)
+    assert_equal(interrupt(tmp_path, name, break_now, callback), plain)
     assert [measurement.step for measurement in callback.report.measurements] == [0]
 
 
