@@ -44,7 +44,7 @@ def plots_are_drawn_where_looked_at(request: pytest.FixtureRequest) -> Iterator[
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a training measure loss and gradient alone after its first measurement."""
+    """Let trainings measure loss and gradient alone after the first measurement of their kind."""
     from tests.support.quick_measurements import measure_quickly  # loads the package, which reads the environment
 
     measure_quickly(monkeypatch)

@@ -256,6 +256,7 @@ def places(held: Any) -> Iterator[tuple[Any, Any]]:
             yield from places(held[key])
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_damaged_record_never_raises_and_is_never_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Each entry of a record in turn is lost, and becomes something else, of four kinds in turn."""
     callback = OptimizabilityCallback(OptimizabilityConfig(**{**QUICK, **STEPS, "measure_steps": 1}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements of a training of which the first alone is made whole, for tests of when they are made and what for."""
+"""Measurements of which the first of a kind alone is made whole, for tests of when they are made and what for."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ from hf_optimizability.model_state.measuring import measuring
 from hf_optimizability.training import callback
 
 
+MADE: dict[str, Measurement] = {}
+"""The first measurement of each kind in this process."""
+
+
 def measure_quickly(patch: pytest.MonkeyPatch) -> None:
     """Let callbacks measure loss and gradient alone, once a model of the same parameters was measured alike.
 
-    The rest is that of the first measurement. One that fails is not taken for the first.
+    The rest is that of the first measurement, in whatever test. One that fails is not taken for the first.
     """
-    made: dict[str, Measurement] = {}
 
     def quickly(objective: Any, config: Any, *, optimizer: Any, step: int, epoch: Any, on_products: Any) -> Any:
         batches = [batch.items for batch in objective.local_batches]
-        key = repr((objective.names, objective.sizes, batches, config, type(optimizer)))
-        if key not in made:
-            made[key], objective = measure_objective(objective, config, optimizer=optimizer, on_products=on_products)
+        parameters = [(name, p.shape, p.dtype) for name, p in zip(objective.names, objective.parameters, strict=True)]
+        alike = dataclasses.replace(config, measure_strategy="no", measure_steps=1, report_dir=None)
+        key = repr((type(objective.model), parameters, batches, alike, type(optimizer)))
+        if key not in MADE:
+            MADE[key], objective = measure_objective(objective, config, optimizer=optimizer, on_products=on_products)
         else:
-            on_products(made[key].hvps)
-        first = made[key]
+            on_products(MADE[key].hvps)
+        first = MADE[key]
         objective = objective.checked(first.self_check)
         with measuring(objective.model, seed=config.probe_seed, state=objective.state):
             point = gradient(objective)
