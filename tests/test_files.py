@@ -12,9 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from hf_optimizability import OptimizabilityReport
+from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from hf_optimizability.files import write_atomically
+from tests.support import tiny_training
+from tests.support.blank_plots import leave_plots_undrawn
+from tests.support.processes import PROCESSES
 
 
 ROOT = Path(__file__).parents[1]
@@ -29,16 +33,6 @@ while True:
         write_atomically(Path(sys.argv[1]), content[letter])
 """
 
-MEASURING = """
-import sys
-from pathlib import Path
-from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
-from tests.support import tiny_training
-config = OptimizabilityConfig(measure_strategy="steps", measure_steps=1, probe_examples=8, max_hvps=400,
-                              trace_tolerance=1e-9, eigen_tolerance=1e-9)
-tiny_training.trainer(Path(sys.argv[1]), cls=OptimizabilityTrainer, optimizability=config, max_steps=1000).train()
-"""
-
 
 def start(script: str, argument: Path) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -50,10 +44,10 @@ def start(script: str, argument: Path) -> subprocess.Popen:
     )
 
 
-def wait_for(file: Path, process: subprocess.Popen) -> None:
+def wait_for(file: Path, process: subprocess.Popen | None = None) -> None:
     deadline = time.monotonic() + 120
     while not file.exists():
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process is None or process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline, f"{file} did not appear"
         time.sleep(0.01)
 
@@ -76,12 +70,23 @@ def test_a_kill_while_writing_leaves_a_whole_file(tmp_path: Path):
         assert content in (b"A" * 4_000_000, b"B" * 4_000_000)
 
 
+def measuring(folder: Path) -> None:
+    """Measures without end."""
+    config = OptimizabilityConfig(**{**tiny_training.CONFIG, "measure_steps": 1})
+    leave_plots_undrawn(pytest.MonkeyPatch())
+    torch.set_num_threads(1)
+    tiny_training.trainer(folder, cls=OptimizabilityTrainer, optimizability=config, max_steps=10_000).train()
+
+
 def test_a_kill_while_measuring_leaves_a_report_that_loads(tmp_path: Path):
     report = tmp_path / "optimizability" / "report.json"
-    process = start(MEASURING, tmp_path)
-    wait_for(report, process)
+    process = PROCESSES.Process(target=measuring, args=(tmp_path,))
+    process.start()
+    wait_for(report)
     time.sleep(0.5)
-    kill(process)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     loaded = OptimizabilityReport.load(report)
     assert len(loaded.measurements) >= 1
     assert [measurement.step for measurement in loaded.measurements] == list(range(len(loaded.measurements)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import multiprocessing
 import os
 import re
 import shlex
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from markdown_it import MarkdownIt
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, MobileNetV2Model, PreTrainedModel, ResNetModel, TrainingArguments
 from typer.testing import CliRunner
 
 from hf_optimizability import OptimizabilityConfig, cli
@@ -29,6 +28,7 @@ from hf_optimizability.comparing.candidates import parse_candidates
 from hf_optimizability.report import figures as plots
 from hf_optimizability.tasks.fine_tuning import TASKS, parse_arguments
 from tests.support.example_report import make_report
+from tests.support.processes import PROCESSES
 
 
 ROOT = Path(__file__).parents[2]
@@ -45,18 +45,18 @@ WRITTEN = {"README.md": "out/readme/optimizability/report.md", "docs/compare.md"
 
 QUANTITY = ["Formula", "How to read it", "What it does not say", "Cost", "How to get it", "Source"]
 
+SMALL: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
+    "README.md": (ResNetModel, {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}),
+    "docs/compare.md": (MobileNetV2Model, {"depth_multiplier": 0.1, "min_depth": 4}),
+}
+"""Documents whose snippets load the carried checkpoint, and what is quick in its place."""
+
 SLOW = {
+    "docs/how_to/batch_size.md",  # two measurements of 32 batches; docs/quantities/noise_scale.md has one
     "docs/how_to/learning_rate.md",  # three trainings with the callback; README.md has one
     "docs/how_to/what_to_freeze.md",  # two measurements by block of the carried MobileNetV2, as README.md
 }
 """Documents whose snippets take longest; what they call is called by those of another document."""
-
-# Each document has a process of its own, forked from one that has imported what takes seconds: also this file, which
-# each would otherwise import to find the function that it calls.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["hf_optimizability.training.trainer", "hf_optimizability.tasks.fine_tuning", __name__]
-)
 
 
 class Block(NamedTuple):
@@ -96,6 +96,16 @@ def named(documents: Sequence[Path], *, slow: Collection[str] = ()) -> Any:
     return pytest.mark.parametrize("document", params)
 
 
+def with_a_small_checkpoint(folder: Path, kind: type[PreTrainedModel], options: dict[str, Any]) -> None:
+    """Makes the recipes' folder, with few and random weights in place of the carried checkpoint."""
+    name = "checkpoints/mobilenet_v2_1.0"
+    place, carried = folder / "recipes" / name, ROOT / "recipes" / name
+    place.mkdir(parents=True)
+    (folder / "recipes" / "data").symlink_to(ROOT / "recipes" / "data")
+    (place / "preprocessor_config.json").symlink_to(carried / "preprocessor_config.json")
+    kind(kind.config_class(**options)).half().save_pretrained(place)
+
+
 def run_snippets(document: Path, folder: Path) -> None:
     """Runs them in order, in `folder`; what goes wrong goes into its file `log`."""
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
@@ -116,7 +126,21 @@ def run_snippets(document: Path, folder: Path) -> None:
     [path for path in DOCUMENTS if str(path.relative_to(ROOT)) not in AGAINST_A_HUB and [*snippets(path)]], slow=SLOW
 )
 def test_snippets_run_and_print_what_stands_below_them(document: Path, tmp_path: Path):
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    if small := SMALL.get(str(document.relative_to(ROOT))):
+        with_a_small_checkpoint(tmp_path, *small)
+    run(document, tmp_path)
+
+
+@pytest.mark.slow
+@named([path for path in DOCUMENTS if str(path.relative_to(ROOT)) in SMALL])
+def test_snippets_run_on_the_carried_checkpoint(document: Path, tmp_path: Path):
+    run(document, tmp_path)
+
+
+def run(document: Path, tmp_path: Path) -> None:
+    """Runs the snippets of a document in a process of their own; they pass, and write what they should."""
+    if not (tmp_path / "recipes").exists():
+        (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     make_report(2).save_json(tmp_path / "out/demo/vision/optimizability")  # the demo takes minutes
     process = PROCESSES.Process(target=run_snippets, args=(document, tmp_path))
     process.start()

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tests.support.blank_plots import leave_plots_undrawn
+from tests.support.processes import PROCESSES
 
 
 TIMEOUT = timedelta(seconds=90)
@@ -32,9 +32,7 @@ def on_ranks(function: Callable[..., Any], number: int, folder: Path, *args: Any
         args: For the function.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["hf_optimizability.training.trainer"])  # that takes seconds, and is done once
-    processes = [context.Process(target=_rank, args=(r, number, folder, function, args)) for r in range(number)]
+    processes = [PROCESSES.Process(target=_rank, args=(r, number, folder, function, args)) for r in range(number)]
     for process in processes:
         process.start()
     for process in processes:
