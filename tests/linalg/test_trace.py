@@ -50,18 +50,18 @@ class TestCoverage:
         assert self.LOW <= held[0] <= self.HIGH, held
         assert held.min() >= 0.9, held
 
-    @pytest.mark.parametrize(("name", "tolerance"), cases(0.25))
+    @pytest.mark.parametrize(("name", "tolerance"), cases(0.25, "bert-adaptive"))
     def test_hutchinson(self, name: str, tolerance: float):
         dense = matrix(name)
         self.check(dense, lambda seed: estimate("hutchinson", dense, tolerance=tolerance, max_hvps=24, seed=seed))
 
-    @pytest.mark.parametrize(("name", "tolerance"), cases(0.03))
+    @pytest.mark.parametrize(("name", "tolerance"), cases(0.03, "network-adaptive"))
     def test_deflated(self, name: str, tolerance: float):
         dense = matrix(name)
         options = {"tolerance": tolerance, "max_hvps": 16, "deflation": nearly_dominant(dense, 5)}
         self.check(dense, lambda seed: estimate("hutchinson", dense, seed=seed, **options))
 
-    @pytest.mark.parametrize(("name", "tolerance"), cases(0.1))
+    @pytest.mark.parametrize(("name", "tolerance"), cases(0.1, "decaying-fixed", "bert-adaptive"))
     def test_hutchplusplus(self, name: str, tolerance: float):
         dense = matrix(name)
         self.check(dense, lambda seed: estimate("hutch++", dense, tolerance=tolerance, max_hvps=32, seed=seed))
@@ -73,7 +73,7 @@ class TestHutchinson:
         dense = matrix("network")
         variance = 2 * float((dense**2).sum() - (dense.diagonal() ** 2).sum())
         options = {"tolerance": NEVER, "max_hvps": 16}
-        results = [estimate("hutchinson", dense, seed=seed, **options).total for seed in range(400)]
+        results = [estimate("hutchinson", dense, seed=seed, **options).total for seed in range(300)]
         assert np.var([total.value for total in results]) == pytest.approx(variance / 16, rel=0.2)
         assert np.mean([total.std_error**2 for total in results]) == pytest.approx(variance / 16, rel=0.05)
 
@@ -292,7 +292,7 @@ def test_the_exact_trace_has_the_exact_jackknife():
 
 def test_of_a_mean_over_batches():
     """Of the Hessian itself: what products with each batch's own would tell, to rounding."""
-    model = tiny_models.make("bert", num_hidden_layers=1).eval()
+    model = tiny_models.make("bert").eval()
     batches = tiny_models.cut(tiny_models.examples("bert", 5), 2)
     whole = HessianOperator(Objective(model, batches))
     rows = [[slice(0, whole.size)]]
@@ -325,12 +325,12 @@ def test_the_traces_of_some_parts_from_the_probes_of_all():
     truth = float(matrices[:2].diagonal(dim1=1, dim2=2).sum(dim=1).mean())
     options = {"tolerance": 0.1, "method": "hutchinson", "hvps": 12}
     held = []
-    for seed in range(300):
+    for seed in range(150):
         found = hutchinson(operator, segments, tolerance=1e-9, max_hvps=12, seed=seed)
         first, second = (found.batch_traces.mean_of(places, **options) for places in ([0, 1], [2, 3]))
         assert (first[0].value + second[0].value) / 2 == pytest.approx(found.total.value, rel=1e-12)
         assert first[1].value + first[2].value == pytest.approx(first[0].value, rel=1e-12)
         held.append(first[0].low <= truth <= first[0].high)
-    assert 0.92 <= np.mean(held) <= 0.985
+    assert 0.91 <= np.mean(held) <= 0.99
     exact = exact_trace(operator, segments).batch_traces.mean_of([0, 1], **options)
     assert exact[0].value == pytest.approx(truth, rel=1e-12) and exact[0].std_error == 0

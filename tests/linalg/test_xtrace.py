@@ -26,7 +26,7 @@ from tests.support.known_traces import (
 )
 
 
-@pytest.mark.parametrize(("name", "tolerance"), cases(0.1))
+@pytest.mark.parametrize(("name", "tolerance"), cases(0.1, "bert-adaptive"))
 def test_coverage(name: str, tolerance: float):
     """As often as they say or, where the diagonal matters, more often."""
     dense = matrix(name)

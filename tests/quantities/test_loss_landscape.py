@@ -119,7 +119,7 @@ class TestQuadratic:
         assert len(line.axis.at) == 22
 
 
-@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW])
+@pytest.mark.parametrize("optimizer", [pytest.param(None, marks=pytest.mark.slow), torch.optim.AdamW])
 def test_of_a_network_they_are_what_weights_moved_along_dense_eigenvectors_give(optimizer: Any):
     """Rows of the embeddings that no token looks up are left out where the eigenvectors are found."""
     model = tiny_models.make("bert", vocab_size=40).eval()

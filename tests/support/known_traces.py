@@ -37,7 +37,7 @@ def with_eigenvalues(eigenvalues: np.ndarray) -> Tensor:
 def matrix(name: str) -> Tensor:
     """`network`: outliers at both ends, a bulk near zero; `decaying`: i⁻²; `flat`: 1 to 3; `bert`: a true Hessian."""
     if name == "bert":
-        model = tiny_models.make("bert", num_hidden_layers=1).eval()
+        model = tiny_models.make("bert").eval()
         [batch] = tiny_models.cut(tiny_models.examples("bert", 5), 5)
         return tiny_models.dense_hessian(model, batch)
     bulk = 0.02 + np.random.default_rng(1).normal(size=196) / 50
@@ -102,16 +102,15 @@ def signs(number: int, size: int, seed: int) -> Tensor:
     return torch.randint(0, 2, (number, size), generator=generator).double() * 2 - 1
 
 
-def cases(adaptive: float) -> list[ParameterSet]:
-    """Matrices with a fixed number of probes and with as many as a tolerance takes; half of the pairs are slow."""
-    quick = {("network", adaptive), ("decaying", NEVER), ("bert", adaptive)}
+def cases(adaptive: float, *quick: str) -> list[ParameterSet]:
+    """Matrices with a fixed number of probes and with as many as a tolerance takes; slow but for the quick ones."""
     return [
         pytest.param(
             name,
             tolerance,
-            id=f"{name}-{'fixed' if tolerance == NEVER else 'adaptive'}",
-            marks=[] if (name, tolerance) in quick else [pytest.mark.slow],
+            id=f"{name}-{kind}",
+            marks=[] if f"{name}-{kind}" in quick else [pytest.mark.slow],
         )
         for name in ("network", "decaying", "bert")
-        for tolerance in (NEVER, adaptive)
+        for kind, tolerance in (("fixed", NEVER), ("adaptive", adaptive))
     ]
