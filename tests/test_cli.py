@@ -211,7 +211,7 @@ def test_a_trained_checkpoint_keeps_its_order_of_the_classes(ran: Ran) -> None:
     as_trained = loss()
     exchanged = {name: weights[name].flip(0).contiguous() for name in ("classifier.weight", "classifier.bias")}
     save_file({**weights, **exchanged}, "out/model.safetensors", metadata={"format": "pt"})
-    assert loss() != pytest.approx(as_trained, rel=1e-3)
+    assert loss() != pytest.approx(as_trained, rel=1e-4)
     names = {"label2id": {"GOOD": 0, "BAD": 1}, "id2label": {"0": "GOOD", "1": "BAD"}}
     Path("out/config.json").write_text(json.dumps({**config, **names}))  # says what the outputs are now
     assert loss() == pytest.approx(as_trained, rel=1e-5)
@@ -240,7 +240,8 @@ def test_a_damaged_report_is_told_and_left_alone() -> None:
 
 def test_demo_runs_on_what_comes_along(tmp_path: Path) -> None:
     flags = f"""--image_size 32 --max_steps 1 --max_train_samples 8 --max_eval_samples 4 --probe_examples 2
-        --max_hvps 16 --cache_dir {tmp_path} --disable_tqdm true"""
+        --max_hvps 16 --cache_dir {tmp_path} --disable_tqdm true --random_weights true
+        --config_overrides depth_multiplier=0.1,min_depth=4"""
     report = json.loads(succeed("demo", "--json", *flags.split()))["report"]
     assert report["model"]["id"] == "mobilenet_v2_1.0" and report["data"]["dataset"] == "mnist_5k"
     assert len(report["measurements"]) == 2

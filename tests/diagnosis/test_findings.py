@@ -78,7 +78,7 @@ def trained(folder: Path, own: nn.Module | None = None, *, config: dict[str, Any
         "warmup_steps": 10, "optim": "adamw_torch",
     }  # fmt: skip
     probing: dict[str, Any] = {
-        "profile": "light", "measure_strategy": "no", "max_hvps": 16, "probe_examples": 32, "probe_batch_size": 16,
+        "profile": "light", "measure_strategy": "no", "max_hvps": 16, "probe_examples": 32, "probe_batch_size": 32,
     }  # fmt: skip
     trainer = tiny_training.trainer(
         folder,
@@ -142,7 +142,7 @@ def two_tasks(*, turned: bool = False, loud: float = 1.0) -> RowPartition:
     return rows
 
 
-BY_TASK = {"task_column": "kind", "probe_examples": 32}
+BY_TASK = {"task_column": "kind", "probe_batch_size": 16}
 
 ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]] | ParameterSet] = [
     # The healthy learning rate of SGD is 0.1.
@@ -183,7 +183,7 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]] | ParameterSe
         Perceptron,
         {
             "train_dataset": digits(400, wrong=0.8), "per_device_train_batch_size": 1, "max_steps": 8,
-            "learning_rate": 1e-3, "config": {"probe_examples": 128},
+            "learning_rate": 1e-3, "config": {"probe_examples": 128, "probe_batch_size": 16},
         },
         {"batch_below_noise_scale"},
     ),

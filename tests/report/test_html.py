@@ -17,6 +17,7 @@ from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.figures import plot_blocks, plot_gradient_norm
 from hf_optimizability.report_data.number_format import format_estimate, format_interval, format_number
+from tests.support.blank_plots import leave_plots_undrawn
 from tests.support.browser import DESKTOP, PHONE
 from tests.support.damaged_report import HOSTILE
 from tests.support.example_report import fill_provenance, make_report, with_tasks
@@ -185,7 +186,8 @@ class TestText:
         assert "<script>window.ran=1</script>" in hostile.text
         assert not re.search("[\u202e\u2066\ud800\x1b]", hostile.text)
 
-    def test_a_hostile_report_is_saved_whole(self, tmp_path):
+    def test_a_hostile_report_is_saved_whole(self, tmp_path, monkeypatch):
+        leave_plots_undrawn(monkeypatch)  # names in plots are drawn below
         make_hostile().save(tmp_path)
         assert OptimizabilityReport.load(tmp_path).to_dict() == make_hostile().to_dict()
         assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".html", ".png", ".svg"}
@@ -222,9 +224,14 @@ class TestBrowser:
         ("size", "scheme"),
         [
             pytest.param(PHONE, "dark", id="phone-dark"),
-            pytest.param(DESKTOP, "light", id="desktop-light"),
-            pytest.param(PHONE, "light", id="phone-light", marks=pytest.mark.slow),
-            pytest.param(DESKTOP, "dark", id="desktop-dark", marks=pytest.mark.slow),
+            *(
+                pytest.param(size, scheme, id=f"{name}-{scheme}", marks=pytest.mark.slow)
+                for name, size, scheme in (
+                    ("desktop", DESKTOP, "light"),
+                    ("phone", PHONE, "light"),
+                    ("desktop", DESKTOP, "dark"),
+                )
+            ),
         ],
     )
     def test_fits_is_quiet_and_accessible(self, show, size, scheme):
@@ -241,8 +248,12 @@ class TestBrowser:
 
     @pytest.mark.parametrize(
         "report",
-        [OptimizabilityReport(), make_report(0, failures=2), make_report(1), make_report(20, blocks=30)],
-        ids=["empty", "all failed", "one", "large"],
+        [
+            pytest.param(OptimizabilityReport(), id="empty", marks=pytest.mark.slow),
+            pytest.param(make_report(0, failures=2), id="all failed", marks=pytest.mark.slow),
+            pytest.param(make_report(1), id="one", marks=pytest.mark.slow),
+            pytest.param(make_report(20, blocks=30), id="large"),  # the widest
+        ],
     )
     def test_any_report_fits_a_phone(self, show, report):
         page = show(report.to_html(), size=PHONE)
