@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.empirical_risk import HvpCounter
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
@@ -131,6 +132,25 @@ def test_half_precision_is_refused_but_for_float32_copies():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     expected = exact(model.double(), batch, vectors)
     assert (product - expected).norm() <= 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "exact"])
+def test_the_error_of_differences_is_part_of_the_error_of_a_trace(method: str):
+    """Probes have no variance where the Hessian is diagonal; differences are off all the same."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.ParameterDict({"a": torch.randn(8, dtype=torch.float64), "b": torch.randn(4, dtype=torch.float64)})
+
+        def loss_fn(model: nn.ParameterDict, batch: torch.Tensor) -> torch.Tensor:
+            return (3 * model["a"]).exp().mean() + (3 * model["b"]).exp().sum()
+
+        config = OptimizabilityConfig(engine="central_difference", trace_method=method, max_hvps=64, blocks=["a", "b"])
+        found = measure(model, [torch.ones(1)], config, loss_fn=loss_fn)
+        diagonals = [(9 * (3 * model["a"]).exp() / 8).detach(), (9 * (3 * model["b"]).exp()).detach()]
+        traces = [found.hessian.trace, *(block.trace for block in found.blocks.values())]
+        for trace, diagonal in zip(traces, [torch.cat(diagonals), *diagonals], strict=True):
+            assert trace.low <= float(diagonal.sum()) <= trace.high
+            assert trace.converged and trace.high - trace.low < 1e-4 * trace.value
 
 
 def test_a_product_that_is_not_finite_is_refused():

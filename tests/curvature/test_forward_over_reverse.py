@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,6 +142,35 @@ def test_pairs_of_sum_and_count_are_one_mean():
     parts = ForwardOverReverseHessian(Objective(model, [(inputs, labels)], loss_fn=loss_fn).cut(3))
     vectors = columns(8)
     assert torch.allclose(parts.matmat(vectors), whole.matmat(vectors), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functional.mse_loss,
+        nn.MSELoss,
+        functional.huber_loss,
+        partial(functional.huber_loss, delta=0.3),
+        partial(functional.mse_loss, weight=torch.rand(6, 2, dtype=torch.float64)),
+        partial(functional.huber_loss, weight=torch.rand(6, 2, dtype=torch.float64)),
+    ],
+)
+def test_losses_whose_backward_pass_has_no_forward_mode(loss: Any, reduction: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    inputs, targets = columns(6), torch.randn(6, 2, dtype=torch.float64)
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if loss is nn.MSELoss:
+            return nn.MSELoss(reduction=reduction)(model(batch[0]), batch[1])
+        return loss(model(batch[0]), batch[1], reduction=reduction)
+
+    objective = Objective(model, [(inputs, targets)], loss_fn=loss_fn)
+    exact = HessianOperator(objective)
+    vectors = columns(exact.size)
+    product, expected = ForwardOverReverseHessian(objective).matmat(vectors), exact.matmat(vectors)
+    torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_attention_without_forward_mode_is_refused():

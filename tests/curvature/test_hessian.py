@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from hf_optimizability import OptimizabilityConfig, measure
 from hf_optimizability.curvature.central_difference import CentralDifferenceHessian
 from hf_optimizability.curvature.empirical_risk import EmpiricalRisk, HvpCounter
 from hf_optimizability.curvature.forward_over_reverse import ForwardOverReverseHessian
@@ -149,3 +151,49 @@ def test_products_whose_sum_overflows_are_finite():
     point = torch.nn.ParameterDict({"x": torch.ones(2)})
     objective = Objective(point, [torch.ones(1)], loss_fn=lambda model, batch: 1e38 * (model["x"] ** 2).sum())
     assert HessianOperator(objective).matvec(torch.ones(2)).tolist() == pytest.approx([2e38, 2e38], rel=1e-6)
+
+
+class Phases(torch.nn.Module):
+    """A real parameter that is used as a complex one, behind one that moves it to an odd place in a long vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.pairs = torch.nn.Parameter(torch.randn(4, 2, dtype=torch.float64))
+        self.flat = torch.nn.Parameter(torch.randn(4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spectrum = torch.fft.fft(x * self.first.sum()) * torch.view_as_complex(self.pairs)
+        return torch.fft.ifft(spectrum).real.tanh() + torch.view_as_complex(self.flat.view(2, 2)).abs().sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"engine": "double_backward"}, {"curvature": "gauss_newton"}], ids=str)
+def test_a_real_parameter_may_be_used_as_a_complex_one(options: dict[str, Any]):
+    model, x = Phases(), torch.randn(5, 4, dtype=torch.float64)
+
+    def loss_fn(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    def loss_at(vector: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(names, vector.split(sizes), strict=True))
+        # Times 1, as `view_as_complex` refuses slices of a vector.
+        shaped = {name: 1 * named[name].view(parameter.shape) for name, parameter in model.named_parameters()}
+        return torch.func.functional_call(model, shaped, (x,)).square().mean()
+
+    names, sizes = zip(*((name, p.numel()) for name, p in model.named_parameters()), strict=True)
+    found = measure(model, [x], OptimizabilityConfig(max_hvps=40, eigen_tolerance=1e-6, **options), loss_fn=loss_fn)
+    assert found.engine == "double_backward" and found.fallback is None
+    if "curvature" not in options:
+        vector = torch.cat([p.detach().flatten() for p in model.parameters()])
+        dense = torch.autograd.functional.hessian(loss_at, vector)
+        assert found.hessian.lambda_max.value == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-5)
+
+
+def test_a_product_with_a_complex_view_takes_a_vector_from_anywhere():
+    model = Phases()
+    objective = Objective(model, [torch.ones(2, 4, dtype=torch.float64)], loss_fn=lambda model, x: model(x).mean())
+    long = torch.ones(16, dtype=torch.float64)
+    operator = HessianOperator(objective.block(["first", "pairs"]))
+    expected = operator.matvec(torch.ones(11, dtype=torch.float64))
+    assert torch.equal(operator.matvec(long[5:]), expected)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -61,6 +62,19 @@ class Halved(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         return gradient * 1.5 * (x**2 + x.detach() ** 2)
+
+
+class Cube(torch.autograd.Function):
+    """x³, with all its derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * 3 * ctx.saved_tensors[0] ** 2
 
 
 class Skewed(torch.autograd.Function):
@@ -191,6 +205,34 @@ class TestExactProducts:
         model = Net(lambda hidden: torch.relu(Detached.apply(hidden)))
         with pytest.raises(MeasurementError, match=r"by differences of the gradient.*`Detached`"):
             measure(model, [batch()], PRECISE)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_custom_functions_next_to_kinks_are_told_apart_by_their_second_derivative(self, dtype: torch.dtype):
+        """Along eigenvectors kinks make differences move, which excuses anything; along no vector all of it moves."""
+        for seed in range(4):
+            torch.manual_seed(seed)
+            layers = nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)
+            trunk = nn.Sequential(*layers).to(dtype)
+            data = {"x": torch.randn(64, 4, dtype=dtype), "labels": torch.randint(3, (64,))}
+            config = OptimizabilityConfig(max_hvps=16, probe_seed=seed)
+
+            def loss_fn(model: nn.Module, data: dict[str, Tensor], cube: Any) -> Tensor:
+                return functional.cross_entropy(model[-1](cube.apply(model[:-1](data["x"]))), data["labels"])
+
+            found = measure(trunk, [data], config, loss_fn=partial(loss_fn, cube=Cube))
+            assert found.engine == "double_backward" and found.fallback is None
+            with pytest.raises(MeasurementError, match=r"differentiated wrongly.*`Halved`"):
+                measure(trunk, [data], config, loss_fn=partial(loss_fn, cube=Halved))
+
+    def test_a_second_derivative_that_is_wrong_away_from_both_ends_is_refused(self):
+        """The trace would be wrong: the ends are those of a quadratic, which has nothing to do with it."""
+
+        def loss_fn(model: nn.ParameterDict, data: Tensor) -> Tensor:
+            return 50 * model["a"][0] ** 2 - 50 * model["a"][1] ** 2 + Halved.apply(model["b"]).sum()
+
+        model = nn.ParameterDict({"a": torch.ones(2).double(), "b": torch.linspace(0.5, 1.5, 20).double()})
+        with pytest.raises(MeasurementError, match=r"differentiated wrongly.*`Halved`"):
+            measure(model, [torch.ones(1)], OptimizabilityConfig(max_hvps=64), loss_fn=loss_fn)
 
     def test_beside_a_normalization_of_almost_nothing_are_kept(self):
         """Mask tokens of 0 under a LayerNorm (epsilon 1e-12): the Hessian is 1e13, and another 1e-9 further on."""

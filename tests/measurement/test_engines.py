@@ -92,7 +92,7 @@ def test_an_engine_that_was_asked_for_is_not_replaced():
 
 
 class FailsLater(torch.autograd.Function):
-    """The identity, whose backward pass fails from the third one on."""
+    """The identity, whose backward pass fails from some call on."""
 
     passes = itertools.count()
 
@@ -102,27 +102,67 @@ class FailsLater(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        if next(FailsLater.passes) >= 2:
+        if next(FailsLater.passes) >= 0:
             raise RuntimeError("broken on purpose")
         return gradient
 
 
-@pytest.mark.parametrize(
-    ("options", "advice"),
-    [
-        ({}, "Call `loss.backward()`"),
-        ({"engine": "double_backward"}, "Leave `engine` at 'auto'"),
-        ({"curvature": "gauss_newton"}, "Set `curvature='hessian'`"),
-    ],
-)
-def test_a_backward_pass_that_fails_is_not_blamed_on_the_engine(options: dict[str, Any], advice: str):
-    FailsLater.passes = itertools.count()
+@pytest.mark.parametrize("options", [{}, {"engine": "double_backward"}, {"curvature": "gauss_newton"}], ids=str)
+@pytest.mark.parametrize("works", [0, 2, 14])
+def test_a_backward_pass_that_fails_is_not_blamed_on_the_engine(options: dict[str, Any], works: int):
+    FailsLater.passes = itertools.count(-works)
     model = bert()
     model.dropout = Once()
     model.dropout.function = FailsLater
     with pytest.raises(MeasurementError, match="broken on purpose") as refused:
         measure(model, ROWS, config(**options))
-    assert refused.value.remedy.startswith(advice)
+    assert refused.value.remedy.startswith("Call `loss.backward()` on the same batch several times")
+
+
+class NotTwice(torch.autograd.Function):
+    """The identity, whose backward pass can't be differentiated, and says so in its own way."""
+
+    error: BaseException
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return NotTwice.Slope.apply(gradient)
+
+    class Slope(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            raise NotTwice.error
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), KeyError("no"), AssertionError("no"), ZeroDivisionError("no")], ids=repr
+)
+def test_any_error_of_a_second_backward_pass_leads_to_the_next_engine(error: Exception):
+    NotTwice.error = error
+    model = bert()
+    model.dropout = Once()
+    model.dropout.function = NotTwice
+    found = measure(model, ROWS, config(max_hvps=16))
+    assert found.engine == "central_difference" and type(error).__name__ in found.fallback and "no" in found.fallback
+    with pytest.raises(MeasurementError, match=f"differentiated twice: {type(error).__name__}"):
+        measure(model, ROWS, config(engine="double_backward"))
+
+
+def test_a_keyboard_interrupt_in_a_backward_pass_is_not_kept():
+    NotTwice.error = KeyboardInterrupt()
+    model = bert()
+    model.dropout = Once()
+    model.dropout.function = NotTwice
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, ROWS, config())
 
 
 @cache

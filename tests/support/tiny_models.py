@@ -33,7 +33,7 @@ TWO_LAYERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 2},
     "llama": {"num_hidden_layers": 2},
 }
-"""Options of `make` for two layers. The models have one by default: passes through them take most of the tests' time."""
+"""Options of `make` for two layers. Models have one by default: passes through them take most of the tests' time."""
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
