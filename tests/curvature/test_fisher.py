@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from hf_optimizability.curvature.empirical_risk import HvpCounter
 from hf_optimizability.curvature.fisher import EmpiricalFisherOperator
-from hf_optimizability.objective.objective import Objective, count_items
+from hf_optimizability.objective.batches import count_items
+from hf_optimizability.objective.objective import Objective
 from tests.support import tiny_models
 
 

@@ -146,7 +146,12 @@ BY_TASK = {"task_column": "kind", "probe_batch_size": 16}
 
 ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]] | ParameterSet] = [
     # The healthy learning rate of SGD is 0.1.
-    (Perceptron, {"optim": "sgd", "learning_rate": 3.0, "config": MEASURED_ON_THE_WAY}, {"learning_rate_above_limit"}),
+    pytest.param(
+        Perceptron,
+        {"optim": "sgd", "learning_rate": 3.0, "config": MEASURED_ON_THE_WAY},
+        {"learning_rate_above_limit"},
+        marks=pytest.mark.slow,  # as with the rate of 1e30 below
+    ),
     (Perceptron, {"optim": "sgd", "learning_rate": 1e-3, "max_steps": 40}, {"learning_rate_far_below_limit"}),
     (Perceptron, {"learning_rate": 0.3}, {"training_unstable"}),
     (Perceptron, {"learning_rate": 1e30, "max_steps": 6}, {"learning_rate_above_limit", "measurement_failed"}),
@@ -167,7 +172,12 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]] | ParameterSe
         {"measurement_failed"},
         marks=pytest.mark.slow,  # the same failure as above, at weights that nobody set
     ),
-    (partial(Perceptron, layers=10, activation=nn.Sigmoid), {"max_steps": 10}, {"gradients_vanishing"}),
+    pytest.param(
+        partial(Perceptron, layers=10, activation=nn.Sigmoid),
+        {"max_steps": 10},
+        {"gradients_vanishing"},
+        marks=pytest.mark.slow,  # as where the weights are ill scaled, at weights that nobody set
+    ),
     (
         Perceptron,
         {"train_dataset": digits(60, wrong=0.5), "learning_rate": 0.02, "eval_strategy": "steps", "eval_steps": 20},

@@ -126,8 +126,10 @@ def one_tensor_lost(model: PreTrainedModel, products: Tensor) -> Tensor:
     "spoil",
     [
         lambda model, products: products * (1 + 1e-5),
-        lambda model, products: products.flip(0),
-        lambda model, products: products + 1e-4 * products.norm() / products.numel() ** 0.5,
+        pytest.param(lambda model, products: products.flip(0), marks=pytest.mark.slow),
+        pytest.param(
+            lambda model, products: products + 1e-4 * products.norm() / products.numel() ** 0.5, marks=pytest.mark.slow
+        ),
         one_tensor_lost,
     ],
 )

@@ -131,7 +131,7 @@ def test_seconds_are_those_of_each_kind_of_product(monkeypatch: pytest.MonkeyPat
         ({"eigen_method": "power_iteration"}, 4),
         ({"trace_method": "hutch++"}, 4),
         ({"trace_method": "xtrace"}, 4),
-        ({"curvature": "gauss_newton"}, 80),
+        pytest.param({"curvature": "gauss_newton"}, 80, marks=pytest.mark.slow),
         ({"engine": "central_difference"}, 80),
     ],
 )
