@@ -5,29 +5,55 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
+import shutil
+import stat
 import tempfile
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` next to `path`, flush it to the disk and rename it to `path`.
+    """Write `content` to a temporary file next to `path`, flush it to the disk and rename it to `path`.
+
+    Two writers of one path don't meet: their temporary files have names of their own. A link at `path` is replaced,
+    not followed. A file that was there keeps its permissions; a new one gets the usual ones.
 
     Args:
         path: Where to write. Its folder is created if missing.
         content: The whole content of the file.
 
     Raises:
-        OSError: If the folder can't be created or written.
+        OSError: If the folder can't be created or written. Nothing is left behind, and the old file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if not path.is_symlink():
+            with suppress(FileNotFoundError):
+                shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_regular(path: Path) -> bytes | None:
+    """Return the content of a file; `None` if there is none, or a link, a folder, a device or a pipe instead."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return None
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))  # Windows has no such flag
+    except FileNotFoundError:
+        return None
+    with open(descriptor, "rb") as file:
+        return file.read()
 
 
 def require_writable(folder: Path, argument: str) -> None:
@@ -60,11 +86,15 @@ def back_up(path: Path) -> Path | None:
     Raises:
         ValueError: If it can't be renamed, such as that of another user in `/tmp`.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
     try:
-        return path.rename(next(name for name in names if not name.exists()))
+        target = _reserved(path)
+        try:
+            return path.rename(target)
+        except BaseException:
+            target.unlink()
+            raise
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -72,6 +102,18 @@ def back_up(path: Path) -> Path | None:
             f"{str(path)!r} is there already, the report of an earlier run or of another user, and can't be renamed "
             f"({error.strerror}). Remove it, or pass another folder as `report_dir`."
         ) from error
+
+
+def _reserved(path: Path) -> Path:
+    """Return the first free name for a backup, taken by an empty file: no other process gets it."""
+    for number in count(1):
+        target = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        try:
+            target.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return target
+    raise AssertionError("count() does not end")
 
 
 def finite(value: Any) -> Any:

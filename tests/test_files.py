@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
-from hf_optimizability.files import write_atomically
+from hf_optimizability.files import back_up, read_regular, write_atomically
 from tests.support import tiny_training
 from tests.support.blank_plots import leave_plots_undrawn
 from tests.support.processes import PROCESSES
@@ -62,7 +63,6 @@ def test_a_kill_while_writing_leaves_a_whole_file(tmp_path: Path):
     file = tmp_path / "file"
     for delay in (0.0, 0.003, 0.011, 0.023, 0.037, 0.05):
         process = start(WRITING, file)
-        wait_for(tmp_path / ".file.tmp", process)
         wait_for(file, process)
         time.sleep(delay)
         kill(process)
@@ -76,6 +76,110 @@ def measuring(folder: Path) -> None:
     leave_plots_undrawn(pytest.MonkeyPatch())
     torch.set_num_threads(1)
     tiny_training.trainer(folder, cls=OptimizabilityTrainer, optimizability=config, max_steps=10_000).train()
+
+
+READING = """
+import sys, time
+from pathlib import Path
+from hf_optimizability.files import write_atomically
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    write_atomically(Path(sys.argv[1]), sys.argv[3].encode() * 300_000)
+"""
+
+
+def torn_reads(file: Path, seconds: float) -> tuple[int, int]:
+    """Reads of a file that two processes write, and how many of them found neither's content."""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", READING, str(file), str(seconds), letter],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for letter in "ab"
+    ]
+    while not file.exists():
+        assert all(writer.poll() is None for writer in writers)
+    reads = torn = 0
+    while any(writer.poll() is None for writer in writers):
+        content = file.read_bytes()
+        reads += 1
+        torn += content not in (b"a" * 300_000, b"b" * 300_000)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    return reads, torn
+
+
+def test_two_writers_of_one_file_leave_it_whole(tmp_path: Path):
+    reads, torn = torn_reads(tmp_path / "file", 3)
+    assert reads > 100 and torn == 0
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.slow
+def test_two_writers_of_one_file_leave_it_whole_for_a_minute(tmp_path: Path):
+    reads, torn = torn_reads(tmp_path / "file", 60)
+    assert reads > 2000 and torn == 0
+
+
+def test_links_are_replaced_and_not_followed(tmp_path: Path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    (tmp_path / "file").symlink_to(victim)
+    write_atomically(tmp_path / "file", b"ours")
+    assert victim.read_bytes() == b"mine"
+    assert (tmp_path / "file").read_bytes() == b"ours" and not (tmp_path / "file").is_symlink()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o664])
+def test_permissions_stay(mode: int, tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+    file.chmod(mode)
+    write_atomically(file, b"new")
+    assert file.stat().st_mode & 0o777 == mode
+
+
+def test_a_new_file_has_the_usual_permissions(tmp_path: Path):
+    (tmp_path / "usual").write_bytes(b"")
+    write_atomically(tmp_path / "file", b"")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(file, b"new")
+    assert os.listdir(tmp_path) == ["file"] and file.read_bytes() == b"old"
+
+
+def test_only_regular_files_are_read(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_regular(tmp_path / "file") == b"content"
+    for name in ("link", "pipe", "missing", ""):
+        assert read_regular(tmp_path / name) is None
+
+
+def test_backups_of_several_processes_do_not_meet(tmp_path: Path):
+    """Each of many starts at once either has the report under a name of its own or has none."""
+    report = tmp_path / "report.json"
+    contents = {str(number) for number in range(200)}
+
+    def start(content: str) -> Path | None:
+        write_atomically(report, content.encode())
+        return back_up(report)
+
+    with ThreadPoolExecutor(8) as pool:
+        kept = [path for path in pool.map(start, sorted(contents)) if path is not None]
+    assert len(set(kept)) == len(kept) and not report.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in kept)
+    assert all(path.read_text() in contents for path in kept)
 
 
 def test_a_kill_while_measuring_leaves_a_report_that_loads(tmp_path: Path):
