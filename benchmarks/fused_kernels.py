@@ -260,7 +260,7 @@ def outcome(case: Case) -> tuple[str, str]:
     if found.engine == "double_backward":
         way += f", {found.attention} attention"
     if found.fallback:
-        way += f", since: {first_sentence(found.fallback)}"
+        way += f", since: {first_sentence(str(found.fallback))}"
     off = abs(found.hessian.lambda_max.value / reference(case.plain) - 1)
     resolved = 1e-3 if found.engine == "double_backward" else 1e-2  # differences depend on the CPU's kernels
     return way, f"below {100 * resolved:g} %" if off < resolved else f"{100 * off:.1f} %"

@@ -17,8 +17,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from hf_optimizability.config import OptimizabilityConfig
 from hf_optimizability.diagnosis.findings import Finding
 from hf_optimizability.measurement.results import Measurement, MeasurementFailure
+from hf_optimizability.reasons import WORDS
 from hf_optimizability.report_data.schema import SCHEMA_VERSION
 
 
@@ -36,17 +38,28 @@ MAY_BE_INFINITE = {
 NARROWER: dict[str, dict[str, Any]] = {
     "Axis.at": {"minItems": 2},
     "EigenvalueCheck.which": {"enum": ["lambda_max", "lambda_min"]},
+    "Reason.code": {"enum": sorted(WORDS)},
+    "Reason.error": {"pattern": "^\\w+$"},
 }
 """What a type can't express."""
 
-DERIVED: dict[str, dict[str, Any]] = {"Measurement": {"converged": {"type": "boolean"}}}
+DERIVED: dict[str, dict[str, Any]] = {
+    "Measurement": {"converged": {"type": "boolean"}},
+    "MeasurementFailure": {
+        "reason": {"description": "Its words, for readers; this package reads `why`.", "type": "string"},
+        "remedy": {"description": "What the user can do, likewise.", "type": "string"},
+    },
+}
 """Properties that `to_dict` adds to the fields."""
+
+OPTION = {"published": "option"}
+"""An option of the measurements: a number, a name or a list of names."""
 
 SCALARS: dict[type, dict[str, Any]] = {
     bool: {"type": "boolean"},
     int: {"type": "integer", "minimum": 0},
     float: {"type": "number"},
-    str: {"type": "string"},
+    str: {"type": "string", "published": "name"},
 }
 
 
@@ -89,8 +102,9 @@ def _schema(hint: Any, *, infinite: bool = False) -> dict[str, Any]:
     if is_dataclass(hint):
         return {"$ref": f"#/$defs/{hint.__name__}"}
     if origin in (Union, UnionType):
-        (inner,) = (argument for argument in arguments if argument is not NoneType)
-        return _or_null(_schema(inner, infinite=infinite))
+        inner = [_schema(argument, infinite=infinite) for argument in arguments if argument is not NoneType]
+        (any_of,) = inner if len(inner) == 1 else [{"anyOf": inner}]
+        return _or_null(any_of) if NoneType in arguments else any_of
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin is tuple:
@@ -133,6 +147,9 @@ def schema() -> dict[str, Any]:
         result["properties"][name] = {"type": "array", "items": {"$ref": f"#/$defs/{cls.__name__}"}}
     by_hand = {name: value for name, value in written["$defs"].items() if not name[0].isupper()}
     result["$defs"] = by_hand | definitions(*ROOTS.values())
+    result["properties"]["config"]["properties"] = {
+        field.name: dict(OPTION) for field in fields(OptimizabilityConfig) if field.name != "report_dir"
+    }
     return result
 
 

@@ -259,7 +259,7 @@ def _run(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bo
     report = trainer.optimizability_report()
     _print_report(report, folder, report.summary(), as_json=as_json)
     if training_args.do_train and not report.measurements:
-        raise MeasurementError("The checkpoint is trained, but nothing could be measured.", report.failures[-1].remedy)
+        raise MeasurementError("nothing_measured", because=report.failures[-1].why)
 
 
 def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool, as_json: bool, flags: bool) -> None:

@@ -1,36 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a measurement could not be made, and what to do about it."""
+"""Errors of a measurement that can't be made."""
 
 from __future__ import annotations
 
+from typing import TypeVar
 
-class MeasurementError(RuntimeError):
-    """A measurement that can't be made, with the reason and what to do about it.
+from .reasons import Reason, Value
+
+
+_LONGEST_LINE = 300
+"""Characters of an error's text that are kept."""
+
+Error = TypeVar("Error", bound="ExplainedError")
+
+
+class ExplainedError(Exception):
+    """An error with its reason, by code, and what to do about it.
+
+    Args:
+        code: The reason, one of `hf_optimizability.reasons.WORDS`.
+        error: The error behind it. Its text is part of this one's, not of the `why` that goes into a report.
+        because: The reason behind it.
+        values: What the reason's sentences are completed with.
 
     Attributes:
-        reason: What went wrong.
-        remedy: What the user can do.
+        why: The reason as a report has it.
+
+    Example:
+        >>> print(MeasurementError("rows_unreadable", error=OSError("no such file")).reason)
+        The training set's rows can't be read: OSError: no such file.
     """
 
-    def __init__(self, reason: str, remedy: str):
-        super().__init__(reason, remedy)  # so that it can be sent to another process
-        self.reason = reason
-        self.remedy = remedy
+    def __init__(
+        self,
+        code: str,
+        *,
+        error: BaseException | None = None,
+        because: Reason | None = None,
+        **values: Value,
+    ):
+        kind = None if error is None else type(error).__name__
+        self.why = Reason(code, error=kind, values=values, because=because)
+        self._behind = "" if error is None else f": {kind}: {_first_line(error)}"
+        super().__init__(str(self))
 
     def __str__(self) -> str:
-        return f"{self.reason} {self.remedy}"
+        return f"{self.reason} {self.remedy}".rstrip()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuilt, (type(self), self.why, self._behind)  # to be sent to another process
+
+    @property
+    def reason(self) -> str:
+        """What went wrong, with the text of the error behind it."""
+        return self.why.sentence(self._behind)
+
+    @property
+    def remedy(self) -> str:
+        """What the user can do."""
+        return self.why.remedy
+
+
+class MeasurementError(ExplainedError, RuntimeError):
+    """A measurement that can't be made, with the reason and what to do about it."""
+
+
+class UnmeasurableError(ExplainedError, ValueError):
+    """A model or batches that leave nothing to measure."""
 
 
 class WrongDerivativeError(MeasurementError):
-    """Second derivatives that are not those of the loss: another engine may not need them."""
+    """Second derivatives that are missing, or not those of the loss: another engine may not need them."""
 
 
 class MeasurementInterruptedError(MeasurementError):
     """A measurement that was given up between two passes, because training is about to stop."""
 
-    def __init__(
-        self,
-        reason: str = "The measurement was interrupted, because training is stopping.",
-        remedy: str = "Resume from the checkpoint; the next measurement is made there.",
-    ):
-        super().__init__(reason, remedy)
+    def __init__(self) -> None:
+        super().__init__("interrupted")
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's text: that of torch may take 30."""
+    first = str(error).strip().partition("\n")[0]
+    return first.rstrip(".") if len(first) <= _LONGEST_LINE else f"{first[:_LONGEST_LINE]} …"
+
+
+def _rebuilt(cls: type[Error], why: Reason, behind: str) -> Error:
+    error = cls.__new__(cls)
+    error.why, error._behind = why, behind
+    return error

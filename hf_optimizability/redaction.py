@@ -1,35 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remove from a text what reveals who ran the code and where: secrets, paths, names of user and machine.
-
-Reports are made to be shared. The package itself writes no paths into them, but messages of exceptions, which are
-stored as reasons of failures, may contain any.
-"""
+"""Secrets in texts for the log, and names that look like a secret and are not published."""
 
 from __future__ import annotations
 
-import getpass
+import hashlib
 import os
 import re
-import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+
+from .log_keys import PREFIX as _PREFIX
 
 
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")  # today's have 34
-_SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
-_MIN_SECRET = 16
+_SECRET_VARIABLE = re.compile(
+    r"(?:TOKEN|KEY|KEY_ID|SECRET|PASS|PASSWORD|PASSWD|PASSPHRASE|PAT|CREDENTIALS?|AUTH)$|^DATABASE_URL$|^PGPASSWORD$",
+    re.IGNORECASE,
+)
+_MIN_SECRET = 12
 """Shorter values of variables such as `SORT_KEY` are hardly secrets, and may be words."""
 
-_HOME = re.compile(r"(?<![\w.])(/home/|/Users/|\b[A-Za-z]:\\+Users\\+)[^\s/\\'\"`:,;()<>]+|(?<![\w.])/root\b")
-_PART = r"[^\s/\\'\"`:,;()<>|*?\[\]]+"
-_QUOTED_PATH = re.compile(r"(?P<quote>['\"])(?:~|[A-Za-z]:)?[/\\][^'\"\n]*[/\\](?P<last>[^'\"\n/\\]+)[/\\]*(?P=quote)")
-_PATHS = (
-    re.compile(rf"(?:(?<![\w:/.…~])|(?<=file://))~?(?:/{_PART})+/(?P<last>{_PART})/?"),
-    re.compile(rf"(?<!\w)~/(?P<last>{_PART})/?"),
-    re.compile(rf"(?<![\w\\])(?:[A-Za-z]:|~|\\)(?:\\+{_PART})*\\+(?P<last>{_PART})"),
+_TOKEN = re.compile(
+    r"""
+    (?<![A-Za-z0-9])(?:
+        (?:hf|api_org|hf_oauth|hf_jwt)_[A-Za-z0-9][\w.-]{15,}       # Hugging Face
+      | sk-(?:[a-z]+-)*[A-Za-z0-9_]{20,} | pk_\w{16,}               # OpenAI, Anthropic, Stripe
+      | gh[pousr]_[A-Za-z0-9]{16,} | github_pat_\w{16,} | glpat-[\w-]{16,}
+      | A(?:KI|SI)A[A-Z0-9]{12,} | AIza[\w-]{20,} | ya29\.[\w-]{10,}  # Amazon, Google
+      | xox[abeoprs]-[\w-]{10,} | npm_[A-Za-z0-9]{16,} | pypi-[\w-]{16,} | dop_v1_\w{16,} | SG\.[\w-]{10,}
+      | eyJ[\w-]{8,}\.[\w.-]+                                       # JSON Web Token
+    )
+    | -----BEGIN[ ][A-Z ]+-----.*                                    # a private key
+    | \b(?:Bearer|Basic)\s+[\w.~+/=-]{6,}
+    | (?:pass(?:word|wd|phrase)?|secret|token|api[_-]?key|credentials?|sig(?:nature)?)\s*[=:]\s*\S+
+    """,
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
-_NO_NAMES = {"root", "user", "localhost", "admin"}
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")
+_HOME = re.compile(r"(?<![\w.])(?:/home/|/Users/|\b[A-Za-z]:\\+Users\\+)[^\s/\\'\"`:,;()<>]+|(?<![\w.])/root\b")
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[^\s@]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}|[^\s@]+@[\w.-]+:")
+"""URLs, e-mail addresses, and user@host:place. Metrics such as `recall@10` are none of them."""
+
+_EXTENSION = (
+    "csv|tsv|jsonl?|txt|parquet|arrow|pt|pth|bin|ckpt|safetensors|npy|npz|pkl|zip|gz|tar|h5|py|ipynb|ya?ml|md|log|pem"
+    "|key|png|jpe?g|wav|mp3"
+)
+_PATH = re.compile(
+    rf"""
+    (?:^|[\s=:,;'"(\[<])(?:~|\.{{1,2}}(?=[/\\])|(?=/))[^\s/]*/        # /x, ~/x, ~user/x, ./x, ../x
+    | ^~ | ^/ | \b[A-Za-z]:[\\/] | \\\\\w | \w\\\w+\\               # C:\\x, \\\\server, x\\y\\z
+    | [^/]+/[^/]+/ | /[^/]*\.(?:{_EXTENSION})\b                       # x/y/z, x/y.csv
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_OWN_KEYS = (
+    re.compile(rf"({_PREFIX}task/)(.+)(/[a-z_]+)", re.DOTALL),
+    re.compile(rf"({_PREFIX}(?:train_grad_norm/)?)(.+)()", re.DOTALL),
+)
+"""Keys of our own in the log, which hold a name: before it, the name, after it."""
+
+_PIECE = re.compile(r"[A-Za-z0-9+=]{20,}")
+_HEX = re.compile(r"[0-9a-f]{32,}", re.IGNORECASE)
+_LARGEST_CHANGE = 0.3
+"""Share of neighbours of another kind (small letter, capital, digit) from which on a long word is taken for a token.
+`Wav2Vec2ForSequenceClassification` has 0.19, random letters and digits 0.5."""
 
 
 def redact_secrets(text: str, *, secrets: Iterable[str | None] = ()) -> str:
@@ -43,45 +78,52 @@ def redact_secrets(text: str, *, secrets: Iterable[str | None] = ()) -> str:
         >>> redact_secrets("hf_abcdefghijklmnopqrstuvwxyz012345 was refused for /home/ada/model")
         '<secret> was refused for ~/model'
     """
-    tokens = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _MIN_SECRET]
-    for secret in filter(None, [*secrets, *tokens]):
+    for secret in filter(None, [*secrets, *_environment()]):
         text = text.replace(secret, "<secret>")
-    text = _HUB_TOKEN.sub("<secret>", text)
+    text = _CREDENTIALS.sub("<secret>@", _TOKEN.sub("<secret>", text))
     home = str(Path.home())
     if len(home) > 1:  # a container's may be /
         text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text)
     return _HOME.sub("~", text)
 
 
-def anonymize(text: str) -> str:
-    """Return the text without secrets, names of user and machine, and all but the last part of each path.
+def public_name(name: str) -> str:
+    """Return a name as it is; a hash in its place if it looks like a token, a path, a URL or an address.
 
     Example:
-        >>> anonymize("FileNotFoundError: '/mnt/ada/secret project/train.csv' (see https://pytorch.org/docs/stable)")
-        "FileNotFoundError: '…/train.csv' (see https://pytorch.org/docs/stable)"
+        >>> public_name("bert.encoder.layer.0"), public_name("recall@10"), public_name("org/name")
+        ('bert.encoder.layer.0', 'recall@10', 'org/name')
+        >>> public_name("/home/ada/secret project")
+        'private-2122db86'
     """
-    text = redact_secrets(_QUOTED_PATH.sub(r"\g<quote>…/\g<last>\g<quote>", text))  # may hold spaces
-    for path in _PATHS:
-        text = path.sub(r"…/\g<last>", text)
-    for name, replacement in _names().items():
-        if len(name) > 2 and name.lower() not in _NO_NAMES:
-            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(\.[\w-]+)*(?![\w-])", replacement, text)
-    return text
+    for key in _OWN_KEYS:
+        if found := key.fullmatch(name):
+            return found[1] + _public(found[2]) + found[3]
+    return _public(name)
 
 
-def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return the value with each string in it changed, in nested dicts (but not their keys) and lists."""
-    if isinstance(value, dict):
-        return {key: map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [map_strings(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
+def _public(name: str) -> str:
+    if not _is_private(name):
+        return name
+    return f"private-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
-def _names() -> dict[str, str]:
-    """Return the replacements for the names of this user and this machine."""
-    names = {socket.gethostname(): "<host>", socket.gethostname().partition(".")[0]: "<host>"}
-    try:
-        return {**names, getpass.getuser(): "<user>"}
-    except (ImportError, KeyError, OSError):  # a user id without a name, as in some containers
-        return names
+def _is_private(name: str) -> bool:
+    if any(pattern.search(name) for pattern in (_TOKEN, _ADDRESS, _PATH, _HEX)):
+        return True
+    if any(_change(piece) >= _LARGEST_CHANGE for piece in _PIECE.findall(name)):
+        return True
+    return any(secret in name for secret in _environment())
+
+
+def _change(word: str) -> float:
+    """Return the share of neighbours of another kind; a capital before a small letter begins a word."""
+    kinds = ["0" if char.isdigit() else "A" if char.isupper() else "a" for char in word]
+    return sum(a != b and (a, b) != ("A", "a") for a, b in pairwise(kinds)) / (len(word) - 1)
+
+
+def _environment() -> Iterator[str]:
+    """Yield the values of environment variables that are named like a secret."""
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name) and len(value) >= _MIN_SECRET:
+            yield value

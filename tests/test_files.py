@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
-from hf_optimizability.files import back_up, read_regular, write_atomically
+from hf_optimizability.files import back_up, finite, read_regular, write_atomically
 from tests.support import tiny_training
 from tests.support.blank_plots import leave_plots_undrawn
 from tests.support.processes import PROCESSES
@@ -206,12 +206,16 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch:
 
 
 def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path):
-    report = OptimizabilityReport(dynamics={"x": {"low": float("nan"), "high": [float("inf")]}})
-    path = report.save_json(tmp_path)
-    assert json.loads(path.read_text(), parse_constant=pytest.fail)["dynamics"] == {"x": {"low": None, "high": [None]}}
+    settings = {"eps": float("nan"), "betas": [float("inf"), 0.9]}
+    path = OptimizabilityReport(training={"optimizer_settings": {"eps": float("nan")}}).save_json(tmp_path)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["training"] == {
+        "optimizer_settings": {"eps": None}
+    }
+    assert finite({"x": settings}) == {"x": {"eps": None, "betas": [None, 0.9]}}
 
 
 def test_a_report_of_a_later_version_is_refused(tmp_path: Path):
-    path = OptimizabilityReport(schema_version=99).save_json(tmp_path)
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**OptimizabilityReport().to_dict(), "schema_version": 99}))
     with pytest.raises(ValueError, match=r"schema version 99.*Upgrade hf-optimizability"):
         OptimizabilityReport.load(path)

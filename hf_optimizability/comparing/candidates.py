@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
+from ..config import OptimizabilityConfig
+from ..redaction import public_name
 from ..training.provenance import public_id
 
 
@@ -17,6 +20,18 @@ Flag = str | int | float | bool
 CHECKPOINT = "model_name_or_path"
 
 _CHANGE = re.compile(r"([a-z][a-z0-9_]*)=(.*)", flags=re.DOTALL)
+
+
+RECORDED_FLAGS = (
+    CHECKPOINT, "model_revision", "config_overrides", "dtype", "attn_implementation", "random_weights", "method",
+    "lora_rank", "ignore_mismatched_sizes", "dataset_name", "dataset_config_name", "train_split_name",
+    "validation_split_name", "train_val_split", "label_column_name", "max_train_samples", "max_eval_samples",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "bf16", "fp16", "seed",
+    *(field.name for field in fields(OptimizabilityConfig) if field.name != "report_dir"),
+)  # fmt: skip
+"""Flags that a comparison's files show; of all others they have neither name nor value."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +53,21 @@ class Candidate:
 
     @property
     def public_changes(self) -> dict[str, Flag]:
-        """The changes, with only the last part of local paths."""
-        return {name: public_id(value) if isinstance(value, str) else value for name, value in self.changes.items()}
+        """The changes as they are published."""
+        return public_flags(self.changes)
+
+
+def public_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flags as they are published: those of `RECORDED_FLAGS`, without folders and what looks like a secret.
+
+    Example:
+        >>> public_flags({"model_name_or_path": "/data/mine", "learning_rate": 1e-3, "hub_token": "hf_x"})
+        {'model_name_or_path': 'mine', 'learning_rate': 0.001}
+    """
+    recorded = {name: value for name, value in values.items() if name in RECORDED_FLAGS}
+    return {
+        name: public_name(public_id(value)) if isinstance(value, str) else value for name, value in recorded.items()
+    }
 
 
 def parse_candidates(given: Iterable[str | Mapping[str, Flag]]) -> tuple[Candidate, ...]:
@@ -68,7 +96,7 @@ def parse_candidates(given: Iterable[str | Mapping[str, Flag]]) -> tuple[Candida
             f"There is nothing to compare: {len(changes)} candidates. Name at least two, such as `org/a org/b` or "
             "`learning_rate=1e-3 learning_rate=1e-4`."
         )
-    names = [str(flags.pop("name", "")) or _name(flags) for flags in changes]
+    names = [public_name(str(flags.pop("name", ""))) or _name(flags) for flags in changes]
     for flags in changes:
         for name, value in flags.items():
             if not isinstance(value, (str, int, float, bool)):
@@ -98,10 +126,10 @@ def _from_text(text: str) -> dict[str, Flag]:
 
 
 def _name(changes: Mapping[str, Flag]) -> str:
-    """Return the checkpoint, without its folders, and all other changes."""
-    checkpoint = [public_id(str(changes[CHECKPOINT]))] if CHECKPOINT in changes else []
-    others = [f"{name}={public_id(str(value))}" for name, value in changes.items() if name != CHECKPOINT]
-    return ", ".join([*checkpoint, *others]) or "as is"
+    """Return the checkpoint, without its folders, and all other changes, as they are published."""
+    shown = {name: public_flags({name: value}).get(name, "…") for name, value in changes.items()}
+    parts = [str(value) if name == CHECKPOINT else f"{name}={value}" for name, value in shown.items()]
+    return ", ".join(parts) or "as is"
 
 
 def _number_duplicates(names: Sequence[str]) -> list[str]:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import TrainingArguments
 
 from ..config import OptimizabilityConfig
-from ..training.provenance import public_id
 from .arguments import ComparisonArguments
-from .candidates import CHECKPOINT, Candidate
+from .candidates import CHECKPOINT, Candidate, public_flags
 
 
 if TYPE_CHECKING:
@@ -112,14 +111,11 @@ class ComparisonFlags:
         }
 
     def public_settings(self, candidate: Candidate, parts: Iterable[Any]) -> dict[str, Any]:
-        """Return the shared flags that shape the result, without the places of files, from a candidate's `parts`."""
+        """Return the shared flags that shape the result, from a candidate's `parts`, as they are published."""
         hidden = (*_COMPARISON_FLAGS, CHECKPOINT, *candidate.changes)
         settings = self.settings(candidate, parts)
-        return {
-            name: public_id(value) if isinstance(value, str) else value
-            for name, value in settings.items()
-            if name in self.shared_names and name not in hidden
-        }
+        shared = {name: settings[name] for name in settings if name in self.shared_names and name not in hidden}
+        return public_flags(shared)
 
     def _require_free(self, candidates: Sequence[Candidate]) -> None:
         """Raise if a flag is given that the comparison sets, or a candidate changes one that all must share."""

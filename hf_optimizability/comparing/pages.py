@@ -166,7 +166,7 @@ def _score_rows(comparison: ComparisonData) -> list[dict[str, Any]]:
             "values": [_score(scores.of(name), scale) for name, (_, scale) in SCORED.items()],
             "seconds": format_number(scores.seconds, digits=3),
             "trained": entry.dropped != 0,
-            "note": " ".join(dict.fromkeys(scores.notes.values())),
+            "note": " ".join(dict.fromkeys(map(str, scores.notes.values()))),
         }
         for entry, scores in sorted(scored, key=lambda pair: _decisive(pair[1]), reverse=True)
     ]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..files import finite
 from ..log_keys import PREFIX
+from ..reasons import Reason
 from ..report import OptimizabilityReport
 from ..report_data.provenance import ModelInfo
 from ..scoring.checkpoint import CheckpointScores
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 Quality = Literal["accuracy", "loss"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the layout of `comparison.json`."""
 
 SCREENED_BY = "logme"
@@ -91,7 +92,7 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """Return the run as plain data."""
         scores = None if self.scores is None else self.scores.to_dict()
-        return {**vars(self), "report": self.report.to_dict(), "scores": scores}
+        return {**vars(self), "report": self.report.published().to_dict(), "scores": scores}
 
     def logged(self, key: str) -> float:
         """Return the last number logged as `key`; NaN if there is none."""
@@ -105,11 +106,16 @@ class Failure:
 
     Attributes:
         seed: Seed of the training that failed.
-        reason: What went wrong, and what to do.
+        why: The reason.
     """
 
     seed: int
-    reason: str
+    why: Reason
+
+    @property
+    def reason(self) -> str:
+        """What went wrong, and what to do. The log has the text of the error behind it."""
+        return f"{self.why} {self.why.remedy}".rstrip()
 
 
 @dataclass
@@ -248,14 +254,28 @@ class ComparisonData:
         Raises:
             ValueError: If the data was written by a later version of this package, or is not a comparison.
         """
-        if data.get("schema_version") != SCHEMA_VERSION:
+        if data.get("schema_version") not in range(1, SCHEMA_VERSION + 1):
             raise ValueError(
-                f"It has schema version {data.get('schema_version')!r}, this package reads {SCHEMA_VERSION}. "
+                f"It has schema version {data.get('schema_version')!r}, this package reads up to {SCHEMA_VERSION}. "
                 "Upgrade hf-optimizability to open it, or compare again."
             )
-        entries = [structure(Entry, entry) for entry in data["entries"]]
+        entries = [structure(Entry, _with_reasons(entry)) for entry in data["entries"]]
         rounds = [structure(Round, one) for one in data["rounds"]]
         return cls(setting=structure(Setting, data["setting"]), entries=entries, rounds=rounds)
+
+
+def _with_reasons(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry with reasons by code in place of the texts of version 1, which may hold anything."""
+    failure, scores = entry.get("failure"), entry.get("scores")
+    if failure and "reason" in failure:
+        failure = {"seed": failure["seed"], "why": asdict(Reason.of_earlier_version(failure["reason"]))}
+    if scores:
+        notes = {
+            name: asdict(Reason.of_earlier_version(note)) if isinstance(note, str) else note
+            for name, note in scores["notes"].items()
+        }
+        scores = {**scores, "notes": notes}
+    return {**entry, "failure": failure, "scores": scores}
 
 
 def rank_entries(entries: Sequence[Entry], quality: Quality) -> Ranking | None:

@@ -7,14 +7,22 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from transformers.utils import logging
 
 from ..files import finite, write_atomically
+from ..report_data.schema import parse
 from ..scoring.checkpoint import CheckpointScores
 from ..serialization import structure
 from .results import Failure, Run
+
+
+logger = logging.get_logger(__name__)
+
+Result = TypeVar("Result")
 
 
 def settings_digest(task: str, settings: Mapping[str, Any], *more: float) -> str:
@@ -31,10 +39,9 @@ def cached_scores(file: Path, compute: Callable[[], CheckpointScores], *, retry_
         compute: Computes them.
         retry_failures: Whether to compute them again if one is missing.
     """
-    if file.exists():
-        scores = structure(CheckpointScores, json.loads(file.read_bytes()))
-        if not (scores.notes and retry_failures):
-            return scores
+    cached = _read(file, lambda data: structure(CheckpointScores, data))
+    if cached is not None and not (cached.notes and retry_failures):
+        return cached
     scores = compute()
     write_atomically(file, json.dumps(finite(scores.to_dict()), allow_nan=False).encode())
     return scores
@@ -43,11 +50,13 @@ def cached_scores(file: Path, compute: Callable[[], CheckpointScores], *, retry_
 def cached_step_seconds(folder: Path, measure: Callable[[Path], float]) -> float:
     """Return the time of a step; if it is not known yet, measure it in a temporary folder and write it."""
     file = folder / "step.json"
-    if not file.exists():
-        seconds = measure(folder / "timing")
-        write_atomically(file, json.dumps({"step_seconds": seconds}).encode())
-        shutil.rmtree(folder / "timing", ignore_errors=True)
-    return float(json.loads(file.read_bytes())["step_seconds"])
+    cached = _read(file, lambda data: structure(_StepTime, data))
+    if cached is not None:
+        return cached.step_seconds
+    seconds = measure(folder / "timing")
+    write_atomically(file, json.dumps({"step_seconds": seconds}).encode())
+    shutil.rmtree(folder / "timing", ignore_errors=True)
+    return seconds
 
 
 def cached_run(folder: Path, train: Callable[[], Run | Failure], *, retry_failures: bool) -> Run | Failure:
@@ -59,11 +68,37 @@ def cached_run(folder: Path, train: Callable[[], Run | Failure], *, retry_failur
         retry_failures: Whether to train again if that failed.
     """
     file = folder / "run.json"
-    data = json.loads(file.read_bytes()) if file.exists() else {}
-    if not data or ("failure" in data and retry_failures):
-        result = train()
-        data = {"failure": asdict(result)} if isinstance(result, Failure) else {"run": result.to_dict()}
-        write_atomically(file, json.dumps(finite(data), allow_nan=False).encode())
-        shutil.rmtree(folder / "training", ignore_errors=True)
-        data = json.loads(file.read_bytes())  # with the digits that a later call will find
-    return structure(Failure, data["failure"]) if "failure" in data else structure(Run, data["run"])
+    cached = _read(file, _ended)
+    if cached is not None and not (isinstance(cached, Failure) and retry_failures):
+        return cached
+    result = train()
+    data = {"failure": asdict(result)} if isinstance(result, Failure) else {"run": result.to_dict()}
+    content = json.dumps(finite(data), allow_nan=False).encode()
+    write_atomically(file, content)
+    shutil.rmtree(folder / "training", ignore_errors=True)
+    return _ended(parse(content))  # with the digits that a later call will find
+
+
+@dataclass(frozen=True)
+class _StepTime:
+    step_seconds: float
+
+
+def _ended(data: Any) -> Run | Failure:
+    """Return a run, or its failure, from plain data."""
+    if isinstance(data, Mapping) and "failure" in data:
+        return structure(Failure, data["failure"])
+    if not isinstance(data, Mapping) or "run" not in data:
+        raise ValueError("It holds neither a run nor a failure.")
+    return structure(Run, data["run"])
+
+
+def _read(file: Path, build: Callable[[Any], Result]) -> Result | None:
+    """Return what a file of the cache holds; `None`, and a warning by name, if it is missing or damaged."""
+    if not file.exists():
+        return None
+    try:
+        return build(parse(file.read_bytes()))
+    except (OSError, ValueError) as error:
+        logger.warning(f"{file} can't be read, so that it is made again. {error}")
+        return None

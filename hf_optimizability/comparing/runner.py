@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
+from ..errors import MeasurementError
 from ..files import require_writable
-from ..redaction import anonymize, redact_secrets
+from ..reasons import Reason
+from ..redaction import public_name, redact_secrets
 from ..report import OptimizabilityReport
 from ..scoring.checkpoint import CheckpointScores
 from ..training import provenance
@@ -82,12 +84,13 @@ def compare_reports(reports: Sequence[OptimizabilityReport]) -> Comparison:
     """
     if len(reports) < 2:
         raise ValueError("There is nothing to compare: pass at least two reports.")
-    named = parse_candidates({CHECKPOINT: report.model.id or "a model"} for report in reports)
+    published = [report.published() for report in reports]
+    named = parse_candidates({CHECKPOINT: report.model.id or "a model"} for report in published)
     entries = [
         Entry(candidate.name, runs=[Run(report.training.get("seed"), report)])
-        for candidate, report in zip(named, reports, strict=True)
+        for candidate, report in zip(named, published, strict=True)
     ]
-    first = reports[0]
+    first = published[0]
     setting = Setting(
         task=first.task.task,
         dataset=first.data.dataset or "",
@@ -169,8 +172,7 @@ class ComparisonRunner:
             try:
                 return score_inputs(self._inputs(candidate, {"output_dir": str(folder)}), examples=examples)
             except Exception as error:
-                logger.debug("The scores failed.", exc_info=True)
-                return CheckpointScores(notes={SCREENED_BY: _reason(error)})
+                return CheckpointScores(notes={SCREENED_BY: _why(f"The scores of {candidate.name} failed.", error)})
 
         return cached_scores(folder / f"{key}.json", compute, retry_failures=self._arguments.retry_failures)
 
@@ -192,7 +194,7 @@ class ComparisonRunner:
                 )
                 if isinstance(result, Failure):
                     entry.failure = result
-                    on_run(f"{entry.name} failed with seed {result.seed}: {result.reason} The others continue.")
+                    on_run(f"{entry.name} failed with seed {result.seed}: {result.why} The others continue.")
                 else:
                     runs[entry.name].append(result)
                     on_run(f"{entry.name}, seed {result.seed}, budget {budget:g}: {result.result}")
@@ -213,7 +215,7 @@ class ComparisonRunner:
         try:
             steps = self._steps(candidate, budget)
         except Exception as error:
-            return Failure(seed, _reason(error))
+            return Failure(seed, _why(f"{candidate.name} can't be timed.", error))
         leaf = f"seed-{seed}-measured" if measured else f"seed-{seed}"
         folder = self._folder_of(candidate) / f"steps-{steps}" / leaf
         train = partial(self._train, candidate, folder, seed=seed, steps=steps, measured=measured)
@@ -232,8 +234,7 @@ class ComparisonRunner:
             inputs = self._inputs(candidate, flags)
             return train(inputs, measured=measured, save_seconds=self._arguments.save_seconds)
         except Exception as error:
-            logger.debug("The training failed.", exc_info=True)
-            return Failure(seed, _reason(error))
+            return Failure(seed, _why(f"{candidate.name} failed with seed {seed}.", error))
 
     def _steps(self, candidate: Candidate, budget: float) -> int:
         """Return the steps that a candidate can take within the budget; for seconds, by timing a few once."""
@@ -269,7 +270,7 @@ class ComparisonRunner:
         arguments, first = self._arguments, self._parsed[self._first.name]
         return Setting(
             task=self._flags.task.NAME,
-            dataset=first.data.public_name,
+            dataset=public_name(first.data.public_name),
             budget=TrainingBudget(arguments.unit, arguments.amount),
             seeds=tuple(self._first_seed + index for index in range(arguments.seeds)),
             rank_by=arguments.rank_by,
@@ -280,10 +281,20 @@ class ComparisonRunner:
         )
 
 
-def _reason(error: Exception) -> str:
-    """Return what went wrong, without secrets, paths and names."""
-    reason = str(error) if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__}: {error}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
-        reason = f"Out of memory: {reason.rstrip('.')}. Lower --per_device_train_batch_size, and raise "
-        reason += "--gradient_accumulation_steps by as much."
-    return anonymize(redact_secrets(reason))
+def _why(what: str, error: Exception) -> Reason:
+    """Return why a training failed, as the pages have it; the log gets the text of the error, which may be private."""
+    logger.warning(redact_secrets(f"{what} {type(error).__name__}: {error}"))
+    logger.debug(what, exc_info=True)
+    from ..tasks.checkpoint import LoadingError
+    from .training import DivergedError
+
+    if isinstance(error, MeasurementError):
+        return error.why
+    if isinstance(error, DivergedError):
+        return Reason("training_diverged")
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if memory:
+        return Reason("training_out_of_memory", error=type(error).__name__)
+    if isinstance(error, LoadingError):
+        return Reason("not_loaded", error=type(error.__cause__).__name__)
+    return Reason("training_failed", error=type(error).__name__)

@@ -21,7 +21,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..config import OptimizabilityConfig
 from ..dynamics import compute_dynamics
 from ..log_keys import PREFIX
-from ..redaction import anonymize, map_strings
 from ..report import OptimizabilityReport
 from ..tasks.checkpoint import CheckpointArguments
 from ..tasks.datasets import LabelledDataArguments
@@ -46,6 +45,10 @@ WARM_UP_STEPS = 3
 """How many of them warm up and do not count."""
 
 _SECONDS = f"{PREFIX}train_seconds"
+
+
+class DivergedError(ValueError):
+    """A training whose model has a loss that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def train(inputs: Inputs, *, measured: bool, save_seconds: float) -> Run:
         save_seconds: Seconds between two checkpoints.
 
     Raises:
-        ValueError: If something can't be loaded or does not fit, or the trained model's loss is not finite.
+        ValueError: If something can't be loaded or does not fit.
+        DivergedError: If the trained model's loss is not finite.
         Exception: Whatever the training raises.
     """
     args = inputs.training
@@ -121,10 +125,7 @@ def train(inputs: Inputs, *, measured: bool, save_seconds: float) -> Run:
     peak = _peak_memory(args)
     scores, predict_seconds = score(trainer, trainer.eval_dataset)
     if not np.isfinite(scores.losses).all():
-        raise ValueError(
-            "The loss of the trained model is not finite: the training diverged. Lower the learning rate, or use a "
-            "wider precision."
-        )
+        raise DivergedError("The loss of the trained model is not finite: the training diverged.")
     return Run(
         seed=args.seed,
         report=_report(trainer, inputs.config),
@@ -250,7 +251,7 @@ def _report(trainer: Trainer, config: OptimizabilityConfig) -> OptimizabilityRep
     report.data = replace(report.data, probe=provenance.describe_probe_set([], model))
     report.training = provenance.describe_training(trainer.args, optimizer, state.max_steps)
     gap = {**measure_gap(trainer, config), "step": state.global_step}
-    report.log_history = map_strings([*state.log_history, gap], anonymize)
+    report.log_history = [*state.log_history, gap]
     report.dynamics = compute_dynamics(report.log_history, seed=config.probe_seed)
     report.created = provenance.timestamp()
     return report

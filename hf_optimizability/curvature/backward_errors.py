@@ -12,6 +12,10 @@ _RUNS_BACKWARD = "_engine_run_backward"
 """The function of torch through which every backward pass is run."""
 
 
+class BackwardError(RuntimeError):
+    """An error of a backward pass, of whatever type."""
+
+
 def raised_in_backward(error: BaseException) -> bool:
     """Return whether an error was raised in a backward pass.
 
@@ -38,7 +42,7 @@ def backward_errors_unified() -> Iterator[None]:
     """Raise any error of a backward pass inside as a `RuntimeError`, which autograd raises for a missing derivative.
 
     Raises:
-        RuntimeError: With the type and the message of the error.
+        BackwardError: With the type and the message of the error, which is its cause.
     """
     try:
         yield
@@ -47,4 +51,4 @@ def backward_errors_unified() -> Iterator[None]:
     except Exception as error:
         if not raised_in_backward(error):
             raise
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise BackwardError(f"{type(error).__name__}: {error}") from error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from ..errors import WrongDerivativeError
 from .autograd_graph import iter_autograd_nodes
 from .empirical_risk import EmpiricalRisk
 
@@ -28,7 +29,7 @@ def require_second_derivatives(objective: EmpiricalRisk) -> None:
     are not looked at: where they have no second derivative, differentiating them again raises.
 
     Raises:
-        RuntimeError: If there is such a function; the message has its name and library.
+        WrongDerivativeError: If there is such a function; the message has its library and name.
 
     Example:
         >>> class Square(torch.autograd.Function):
@@ -46,17 +47,15 @@ def require_second_derivatives(objective: EmpiricalRisk) -> None:
         ...         yield Square.apply(self.parameters[0]).sum(), 1
         >>> require_second_derivatives(Loss())  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        RuntimeError: The backward pass of `Square` (from `fused_kernels`) has no derivative: ...
+        hf_optimizability.errors.WrongDerivativeError: The backward pass of `fused_kernels.Square` has no ...
     """
     loss, _ = next(iter(objective.losses()), (None, 0))
     if loss is None:
         return
     fused = _without_derivative(loss, objective.parameters)
     if fused:
-        names = ", ".join(f"`{kind.__qualname__}` (from `{kind.__module__.partition('.')[0]}`)" for kind in fused)
-        raise RuntimeError(
-            f"The backward pass of {names} has no derivative: it computes outside of autograd, as fused kernels do."
-        )
+        names = tuple(f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}" for kind in fused)
+        raise WrongDerivativeError("function_without_derivative", functions=names)
 
 
 def _without_derivative(loss: Tensor, parameters: Collection[Tensor]) -> list[type]:

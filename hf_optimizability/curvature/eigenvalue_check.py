@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..linalg.operator import SymmetricOperator
 from ..linalg.vectors import dot
+from ..reasons import Reason
 
 
 Verdict = Literal["agrees", "moves with the step", "not checked", "disagrees"]
@@ -64,7 +65,7 @@ class EigenvalueCheck:
     differences: tuple[float, ...]
     steps: tuple[float, ...]
     verdict: Verdict
-    reason: str | None = None
+    reason: Reason | None = None
 
     @property
     def error(self) -> float:
@@ -162,10 +163,10 @@ def _verdict(value: float, differences: Sequence[float], scale: float) -> dict[s
     if distance <= _FLOOR * scale:
         return {
             "verdict": "not checked",
-            "reason": "It is so small, compared with the other end, that rounding may be all that a difference shows.",
+            "reason": Reason("rounding_of_small_end"),
         }
     spread = max(differences) - min(differences)
     growing = [abs(b) > _GROWTH * abs(a) for a, b in pairwise(differences)]
     if spread > _SETTLED * distance or (growing and all(growing)):
-        return {"verdict": "moves with the step", "reason": "Kinks (ReLU), routing or rounding lie within the steps."}
+        return {"verdict": "moves with the step", "reason": Reason("kinks_within_steps")}
     return {"verdict": "disagrees"}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
+from ..errors import WrongDerivativeError
 from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.row_partition import RowPartition
 
@@ -57,7 +58,7 @@ class EmpiricalRisk:
     hvp_counter: HvpCounter | None = None
 
     @property
-    def second_derivative_blocker(self) -> str | None:
+    def second_derivative_blocker(self) -> WrongDerivativeError | None:
         """Why the loss has no exact second derivatives (quantized weights, for example); `None` if it has."""
         return None
 

@@ -51,7 +51,7 @@ class ForwardOverReverseHessian(ObjectiveOperator):
         objective: EmpiricalRisk,
     ):
         if objective.second_derivative_blocker is not None:
-            raise RuntimeError(objective.second_derivative_blocker)
+            raise objective.second_derivative_blocker
         super().__init__(objective)
         self._objective = objective
 

@@ -66,7 +66,7 @@ class GaussNewtonOperator(ObjectiveOperator):
         objective: EmpiricalRisk,
     ):
         if objective.second_derivative_blocker is not None:
-            raise RuntimeError(objective.second_derivative_blocker)
+            raise objective.second_derivative_blocker
         super().__init__(objective)
         self._objective = objective
         self._checked = False
@@ -260,7 +260,7 @@ class _Known(NamedTuple):
 
 def _known_part(objective: EmpiricalRisk, segments: Segments, *, max_outputs: int) -> _Known:
     if objective.second_derivative_blocker is not None:
-        raise RuntimeError(objective.second_derivative_blocker)
+        raise objective.second_derivative_blocker
     sums, items = [], []
     diagonal = _flat_zeros(objective.parameters)
     group = objective.group

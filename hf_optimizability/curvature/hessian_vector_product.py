@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import WrongDerivativeError
 from .autograd_graph import iter_autograd_nodes
 from .selective_grad import differentiate
 
@@ -87,4 +88,4 @@ def require_second_derivative(gradients: Sequence[Tensor]) -> None:
     products would come out wrong without a word.
     """
     if any(node.name() == "torch::autograd::Error" for node in iter_autograd_nodes(*gradients)):
-        raise RuntimeError("a custom autograd function is marked `once_differentiable`")
+        raise WrongDerivativeError("once_differentiable")

@@ -652,7 +652,7 @@ def _instability(report: ReportData) -> tuple[str, ...]:
     norms = [entry["grad_norm"] for entry in report.log_history if "grad_norm" in entry]
     if lost := sum(not _is_finite(norm) for norm in norms):
         found.append(f"gradient norms in the log that are not finite: {lost:,} of {len(norms):,}")
-    failed = [failure.step for failure in report.failures if "loss on the probe set is" in failure.reason]
+    failed = [failure.step for failure in report.failures if failure.why.code == "loss_not_finite"]
     if failed:
         found.append(f"loss on the probe set not finite at step {failed[0]:,}")
     if series.get("spikes") and series["largest_setback"] > LARGE_SPIKE:

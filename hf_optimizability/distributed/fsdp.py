@@ -94,11 +94,7 @@ def materialize_parameters(
             yield objective, full_tensor
         return
     if config.curvature != "hessian" or config.engine not in ("auto", "central_difference"):
-        raise MeasurementError(
-            "The whole parameters and the vectors do not fit into memory, and on shards only the Hessian can be "
-            f"computed, by central differences; requested are {config.curvature!r} and {config.engine!r}.",
-            "Leave `curvature` and `engine` at their defaults, lower `max_hvps`, or free memory.",
-        )
+        raise MeasurementError("sharded_matrix", curvature=config.curvature, engine=config.engine)
     with on_shards(objective) as sharded:
         yield sharded, local_tensor
 
@@ -141,21 +137,12 @@ def _row_partition(model: nn.Module, parameters: Sequence[DTensor], group: Proce
     """Return how vectors over the parameters are partitioned over the ranks that hold the shards."""
     half = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4), None)
     if half is not None:
-        raise MeasurementError(
-            f"The whole parameters do not fit into memory, and the shards are in {half}, in which the step of a "
-            "central difference rounds away.",
-            "Train float32 weights in mixed precision (as FSDP2 does through Accelerate), or free memory.",
-        )
+        raise MeasurementError("sharded_half", dtype=str(half))
     slices, offset = [], 0
     for parameter in parameters:
         placements = parameter.placements if isinstance(parameter, DTensor) else ()
         if placements != (Shard(0),) or parameter.device_mesh.size() != group.world_size:
-            raise MeasurementError(
-                "The whole parameters do not fit into memory, and not all of them are sharded over all processes "
-                "along their first dimension alone.",
-                "Free memory, or shard by `fully_shard` over all processes, with neither replicas nor "
-                "`ignored_params` nor `shard_placement_fn`.",
-            )
+            raise MeasurementError("sharded_otherwise")
         length = math.ceil(parameter.shape[0] / group.world_size) * (parameter.numel() // parameter.shape[0])
         start = min(parameter.device_mesh.get_local_rank() * length, parameter.numel())
         slices.append(slice(offset + start, offset + min(start + length, parameter.numel())))
@@ -169,13 +156,7 @@ def _shards(model: nn.Module) -> Iterator[tuple[nn.Module, str, DTensor]]:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if isinstance(parameter, DTensor):
                 if parameter.device.type != parameter.device_mesh.device_type:
-                    raise MeasurementError(
-                        "The parameters are offloaded to the CPU, where they can't be gathered.",
-                        "Train without `cpu_offload`, or do not measure.",
-                    )
+                    raise MeasurementError("parameters_offloaded")
                 if sum(placement.is_shard() for placement in parameter.placements) > 1:
-                    raise MeasurementError(
-                        "The parameters are split by tensor parallelism, which is not supported.",
-                        "Shard by data parallelism alone (FSDP2, also with replicas), or do not measure.",
-                    )
+                    raise MeasurementError("tensor_parallel")
                 yield module, name, parameter

@@ -48,9 +48,7 @@ def require_known_internals(model: nn.Module) -> None:
                 missing |= _missing(parameter, PARAMETER_ATTRIBUTES)
     if missing:
         raise MeasurementError(
-            "The whole parameters do not fit into memory, and measuring on their shards relies on internals of FSDP2 "
-            f"that torch {torch.__version__} does not have: {', '.join(sorted(missing))}.",
-            "Free memory, or use torch 2.13, which is tested.",
+            "sharded_by_another_torch", version=str(torch.__version__), names=tuple(sorted(missing))
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from ..errors import WrongDerivativeError
 from ..linalg.row_partition import RowPartition
 from ..objective.objective import Objective, ProbeBatch
 from .tensors import local_tensor, reshard
@@ -40,12 +41,9 @@ class ShardedObjective(Objective):
         return self._shards
 
     @property
-    def second_derivative_blocker(self) -> str:
+    def second_derivative_blocker(self) -> WrongDerivativeError:
         """The reason why there are no second derivatives."""
-        return (
-            "The whole parameters and the vectors of a measurement do not fit into memory, and FSDP gives only first "
-            "derivatives with respect to the shards."
-        )
+        return WrongDerivativeError("sharded")
 
     @property
     def rows(self) -> RowPartition:

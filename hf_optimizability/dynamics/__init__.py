@@ -8,17 +8,28 @@ Each of the three is an `evaluate.Measurement` in a file of its own that also wo
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
 from ..log_keys import PREFIX
+from . import convergence_speed, generalization_gap, stability
 from .convergence_speed import ConvergenceSpeed, fit_convergence
 from .generalization_gap import GeneralizationGap, compare_losses
 from .stability import Stability, count_setbacks
 
 
-__all__ = ["ConvergenceSpeed", "GeneralizationGap", "Stability", "compute_dynamics"]
+__all__ = ["ConvergenceSpeed", "GeneralizationGap", "Stability", "compute_dynamics", "is_note"]
+
+RUNNING_MEAN = "The train loss is a running mean of the training log, with dropout on."
+NO_BEST_LOSS = "No eval_loss was logged during training, so there is no best one."
+
+_NOTES = (
+    *convergence_speed.NOTES.values(), *stability.NOTES.values(), *generalization_gap.NOTES.values(), RUNNING_MEAN,
+    NO_BEST_LOSS,
+)  # fmt: skip
+_NOTE = "|".join(re.sub(r"\\{\w+\\}", r"\\d+", re.escape(note)) for note in _NOTES)
 
 NOT_METRICS = ("_runtime", "_per_second", "_time")
 """Endings of what the Trainer adds to the metrics of an evaluation."""
@@ -74,6 +85,16 @@ def compute_dynamics(
     }
 
 
+def is_note(text: str) -> bool:
+    """Return whether a text consists of notes that the dynamics give, and of nothing else.
+
+    Example:
+        >>> is_note("Too few points: 1; a comparison needs 2."), is_note("Too few points: /home/ada")
+        (True, False)
+    """
+    return re.fullmatch(f"(?: ?(?:{_NOTE}))*", text) is not None
+
+
 def _of_task(log_history: Sequence[dict[str, Any]], name: str, eval_loss: Curve, seed: int) -> dict[str, Any]:
     """Compute how fast a task's evaluation loss falls, and its gap to the training loss, measured alike."""
     prefix = f"{PREFIX}task/{name}/"
@@ -100,13 +121,13 @@ def _generalization_gap(log_history: Sequence[dict[str, Any]], loss: Curve, eval
     alike = next((entry for entry in reversed(log_history) if f"{PREFIX}train_loss" in entry), None)
     if alike is None:
         if logged["loss_gap"] is not None:
-            logged["note"] += " The train loss is a running mean of the training log, with dropout on."
+            logged["note"] += f" {RUNNING_MEAN}"
         return {**logged, "measured_alike": False, "examples": None, "metric_gaps": {}}
 
     names = ("train_loss", "eval_loss", "train_loss_std_error", "eval_loss_std_error")
     measured = compare_losses([alike["step"]], *([alike.get(PREFIX + name)] for name in names))
     if not eval_loss:
-        measured["note"] += " No eval_loss was logged during training, so there is no best one."
+        measured["note"] += f" {NO_BEST_LOSS}"
     return {
         **measured,
         **{name: logged[name] for name in ("best_eval_loss", "best_step", "rise_since_best")},

@@ -31,7 +31,15 @@ LONGEST = 10.0
 RESAMPLES = 999
 """Shuffled curves to test the drop with, and resampled ones for the interval."""
 
-NO_DROP = "No significant drop: the loss did not fall beyond its scatter."
+NOTES = {
+    "few_points": "Too few points: {points} different steps; a fit needs {needed}.",
+    "no_drop": "No significant drop: the loss did not fall beyond its scatter.",
+    "not_levelled": "Not yet levelled: τ is longer than the run, so a half-life would be extrapolated.",
+    "fell_at_once": "The loss fell before the second point; log more often to resolve the half-life.",
+    "scattered": "The loss fell, but its scatter is too large to tell how fast.",
+    "unbounded": "The curve is too short or too noisy to bound the half-life from above.",
+}
+"""What the note says where a value is missing."""
 
 DESCRIPTION = """
 Convergence speed: half-life of a loss, and steps to 90 % of its drop, from a robust exponential fit to the loss curve.
@@ -122,35 +130,35 @@ def fit_convergence(step: Sequence[float], loss: Sequence[float | None], *, seed
     result: dict[str, Any] = {**dict.fromkeys(VALUES), "points": len(losses), "note": ""}
     distinct = len(np.unique(steps))
     if distinct < MIN_POINTS:
-        return {**result, "note": f"Too few points: {distinct} different steps; a fit needs {MIN_POINTS}."}
+        return {**result, "note": NOTES["few_points"].format(points=distinct, needed=MIN_POINTS)}
     span = float(steps[-1] - steps[0])
     elapsed, losses = _windows((steps - steps[0]) / span), _windows(losses)
     first_gap = float(np.diff(np.unique(elapsed))[0])
     log_taus = np.linspace(math.log(first_gap / 20), math.log(LONGEST), 60)
     rng = np.random.default_rng(seed)
     if not _falls(elapsed, losses, log_taus, rng):
-        return {**result, "note": NO_DROP}
+        return {**result, "note": NOTES["no_drop"]}
     floor, height, log_tau = _fit(elapsed, losses, log_taus)
     tau = math.exp(log_tau)
     final, drop = floor + height * math.exp(-1 / tau), -height * math.expm1(-1 / tau)
     if drop < _soft_scale(losses) / math.sqrt(len(losses)):  # the fit follows the bulk, which need not have fallen
-        return {**result, "note": NO_DROP}
+        return {**result, "note": NOTES["no_drop"]}
 
     result |= {"initial_loss": floor + height, "final_loss": final, "drop": drop}
     result["normalized_area"] = float(trapezoid((losses - final) / drop, elapsed))
     if tau > 1:
-        return {**result, "note": "Not yet levelled: τ is longer than the run, so a half-life would be extrapolated."}
+        return {**result, "note": NOTES["not_levelled"]}
     if tau < first_gap / 5:
-        return {**result, "note": "The loss fell before the second point; log more often to resolve the half-life."}
+        return {**result, "note": NOTES["fell_at_once"]}
 
     low, high = _interval(elapsed, losses, np.array([floor, height, log_tau]), log_taus, rng)
     if low == 0 and high >= LONGEST:
-        return {**result, "note": "The loss fell, but its scatter is too large to tell how fast."}
+        return {**result, "note": NOTES["scattered"]}
     for name, factor in (("half_life", math.log(2) * span), ("steps_to_90", math.log(10) * span)):
         result |= {name: factor * tau, f"{name}_low": factor * low}
         result[f"{name}_high"] = factor * high if high < LONGEST else None
     if high >= LONGEST:
-        result["note"] = "The curve is too short or too noisy to bound the half-life from above."
+        result["note"] = NOTES["unbounded"]
     return result
 
 

@@ -15,6 +15,13 @@ from scipy.stats import norm
 
 FEATURES = ("step", "train_loss", "eval_loss", "train_std_error", "eval_std_error")
 
+NOTES = {
+    "nothing_evaluated": "No losses to compare: nothing was evaluated.",
+    "loss_missing": "The last train loss or eval loss is missing or not finite.",
+    "no_standard_errors": "Without the standard errors of both losses the gap has no error.",
+}
+"""What the note says where a value is missing."""
+
 DESCRIPTION = """
 Generalization gap: eval loss minus train loss with its error, and the rise of the eval loss since its best value.
 """
@@ -106,7 +113,7 @@ def compare_losses(
     """
     result: dict[str, Any] = {**dict.fromkeys(VALUES), "note": ""}
     if not len(step):
-        return {**result, "note": "No losses to compare: nothing was evaluated."}
+        return {**result, "note": NOTES["nothing_evaluated"]}
     rows = np.array([step, train_loss, eval_loss, train_std_error, eval_std_error], dtype=float)
     rows = rows[:, np.argsort(rows[0], kind="stable")]
     steps, _, eval_losses = rows[:3]
@@ -121,11 +128,11 @@ def compare_losses(
     if np.isfinite(evaluated):
         result["rise_since_best"] = evaluated - result["best_eval_loss"]
     if not np.isfinite([train, evaluated]).all():
-        return {**result, "note": "The last train loss or eval loss is missing or not finite."}
+        return {**result, "note": NOTES["loss_missing"]}
 
     gap, std_error = evaluated - train, math.hypot(*std_errors)
     result["loss_gap"] = gap
     if not np.isfinite(std_error):
-        return {**result, "note": "Without the standard errors of both losses the gap has no error."}
+        return {**result, "note": NOTES["no_standard_errors"]}
     low, high = (float(end) for end in gap + std_error * norm.ppf([0.025, 0.975]))
     return {**result, "std_error": std_error, "low": low, "high": high, "significant": not low <= 0 <= high}

@@ -19,6 +19,12 @@ MIN_POINTS_FOR_SPIKES = 16
 SPIKE_SIGMAS = 6
 """Robust standard deviations by which a spike stands out from its neighbours."""
 
+NOTES = {
+    "few_points": "Too few points: {points}; a comparison needs 2.",
+    "few_for_spikes": "Too few points to tell spikes from scatter: {points}; that needs {needed}.",
+}
+"""What the note says where a value is missing."""
+
 DESCRIPTION = """
 Stability: share and size of the set-backs of a loss or metric between consecutive logged values, and number of spikes.
 """
@@ -107,7 +113,7 @@ def count_setbacks(
     counts = {"points": points, "non_finite": len(logged) - points, "comparisons": comparisons}
     result: dict[str, Any] = {"setbacks": 0, **counts, **dict.fromkeys(VALUES), "note": ""}
     if points < 2:
-        return {**result, "note": f"Too few points: {points}; a comparison needs 2."}
+        return {**result, "note": NOTES["few_points"].format(points=points)}
 
     changes = np.diff(values)
     setbacks = changes[changes > 0]
@@ -117,8 +123,7 @@ def count_setbacks(
     sizes = setbacks / np.ptp(values) if len(setbacks) else np.zeros(1)
     result |= {"mean_setback": float(sizes.mean()), "largest_setback": float(sizes.max())}
     if points < MIN_POINTS_FOR_SPIKES:
-        note = f"Too few points to tell spikes from scatter: {points}; that needs {MIN_POINTS_FOR_SPIKES}."
-        return {**result, "note": note}
+        return {**result, "note": NOTES["few_for_spikes"].format(points=points, needed=MIN_POINTS_FOR_SPIKES)}
     return {**result, "spikes": _count_spikes(values)}
 
 

@@ -19,6 +19,7 @@ from ..linalg.spectrum_and_trace import SpectrumAndTrace
 from ..linalg.vectors import dot, norm
 from ..objective.objective import Objective
 from ..objective.padding_rows import without_padding_rows
+from ..reasons import Reason
 from .engines import LARGEST_DIFFERENCE_ERROR, HvpEngine
 
 
@@ -36,29 +37,9 @@ by heart stays below 0.15, over losses from 1e-3 to 3e-7."""
 _OFF = 0.01
 """Relative error of a parameter's part of a product that is worth a name."""
 
-_MAX_NAMED = 4
-
 _SAME_ERROR = 0.95
 """Share of an error that is the same at two steps, from which on it is one of the product. Of kinks and rounding it is
 up to 0.7, of a wrong second derivative next to them 0.99."""
-
-_KINKS = "The loss has kinks (ReLU), so many that differences settle on a value that includes their jumps."
-
-_ROUNDING = "The steps are so small that rounding of the gradient may be all that differences show."
-
-_PADDING = "Along rows of padding tokens (`padding_idx`) the gradient is not the slope; along the others it agrees."
-
-_REMEDY = (
-    "Set `engine='central_difference'`, which needs first derivatives alone. Or take out what has no right second "
-    "derivative: weight normalization (`remove_weight_norm`, `remove_parametrizations`), custom autograd functions "
-    "(straight-through estimators, gradient reversal, approximate attention) whose backward pass is not made of "
-    "differentiable operations; where weights have diverged, rounding does this as well."
-)
-
-_REMEDY_OF_DIFFERENCES = (
-    "Leave `engine` at 'auto', which makes exact products wherever it can; where it can't, replace the operation that "
-    "has no second derivative, and custom autograd functions that are not differentiable."
-)
 
 
 def require_symmetric(
@@ -86,27 +67,19 @@ def require_symmetric(
     asymmetry = abs(dot(u, along_v, group) - dot(v, along_u, group)) / ((norm(u, group) * norm(along_v, group)) or 1.0)
     if engine.name == "central_difference":
         if asymmetry > LARGEST_ASYMMETRY_OF_DIFFERENCES:
-            raise MeasurementError(
-                f"Central differences of the gradient are not symmetric (by {asymmetry:.0e}): kinks (ReLU) or routing "
-                f"lie within their steps, or a backward pass is not that of its loss.{_because(engine)}",
-                _REMEDY_OF_DIFFERENCES,
-            )
+            raise MeasurementError("differences_not_symmetric", asymmetry=asymmetry, because=engine.fallback)
         return
     if not engine.exact or asymmetry <= LARGEST_ASYMMETRY:
         return
     rounding = CANCELLATION * torch.finfo(u.dtype).eps / abs(point.loss) if point.loss else math.inf
     if rounding >= 1:
-        raise MeasurementError(
-            f"The loss on the probe set is {point.loss:.0e}, so near 0 that rounding in {u.dtype} leaves nothing of "
-            "its curvature.",
-            "If all examples are learnt by heart, there is nothing left to learn from them: measure on others. If the "
-            "loss is multiplied by a small number, measure it without.",
-        )
+        raise MeasurementError("loss_near_zero", loss=point.loss, dtype=str(u.dtype))
     if asymmetry > rounding:
         raise WrongDerivativeError(
-            f"The second derivatives are not symmetric (by {asymmetry:.0e}): a backward pass of the model is not the "
-            f"derivative of its forward pass.{_suspects(objective, v, along_v)}",
-            _REMEDY,
+            "not_symmetric",
+            asymmetry=asymmetry,
+            parameters=_off_parameters(objective, v, along_v),
+            operations=tuple(doubtful_operations(objective)),
         )
 
 
@@ -135,11 +108,7 @@ def require_right_derivatives(objective: Objective, engine: HvpEngine, *, seed: 
     off = min(lengths) / (norm(product) or math.inf)
     if off <= AGREEMENT or dot(errors[0], errors[1]) < _SAME_ERROR * max(lengths) ** 2:
         return
-    raise MeasurementError(
-        f"A product of second derivatives and the same by differences of the gradient are {off:.0%} of it apart, by "
-        f"the same vector at two steps: a backward pass is differentiated wrongly.{_named(operations)}",
-        _REMEDY,
-    )
+    raise MeasurementError("wrong_product", off=off, operations=tuple(operations))
 
 
 def _few_examples(objective: Objective) -> Objective | None:
@@ -191,7 +160,10 @@ def check_along_eigenvectors(
         return checks
     if by_differences or not _kinks_explain(objective):
         raise _no_eigenvalue(wrong, objective, engine)
-    return tuple(replace(c, verdict="not checked", reason=_KINKS) if c.verdict == "disagrees" else c for c in checks)
+    return tuple(
+        replace(check, verdict="not checked", reason=Reason("kinks_settle")) if check.verdict == "disagrees" else check
+        for check in checks
+    )
 
 
 def _kinks_explain(objective: Objective) -> bool:
@@ -213,7 +185,7 @@ def _unless_rounded(check: EigenvalueCheck, objective: Objective, point: Gradien
     rounding = precision * max(1.0, CANCELLATION / (abs(point.loss) or 1.0)) * float(norm_of(point.tensors, group))
     if check.verdict != "disagrees" or check.error * abs(check.value) > rounding / (2 * step):
         return check
-    return replace(check, verdict="not checked", reason=_ROUNDING)
+    return replace(check, verdict="not checked", reason=Reason("rounding_of_gradient"))
 
 
 def _unless_padding(
@@ -236,7 +208,7 @@ def _unless_padding(
     value, other = (dot(inner, along, objective.rows.group) for along in (product, by_differences))
     if abs(value - other) > AGREEMENT * abs(value):
         return check
-    return replace(check, verdict="not checked", reason=_PADDING)
+    return replace(check, verdict="not checked", reason=Reason("padding_rows"))
 
 
 def engine_error(engine: HvpEngine, checks: tuple[EigenvalueCheck, ...]) -> float | None:
@@ -259,38 +231,29 @@ def product_error(engine: HvpEngine, checks: tuple[EigenvalueCheck, ...]) -> flo
 
 
 def _no_eigenvalue(check: EigenvalueCheck, objective: Objective, engine: HvpEngine) -> MeasurementError:
-    there = ", ".join(f"{difference:.4g}" for difference in check.differences)
     if engine.name == "central_difference":
         return MeasurementError(
-            f"Central differences give {check.which} as {check.value:.4g}, and along its own vector with half the "
-            f"step as {there}, a change of {check.error:.0%}: that is not an eigenvalue: kinks (ReLU) and routing "
-            f"(mixtures of experts) can fake one.{_because(engine)}",
-            _REMEDY_OF_DIFFERENCES,
+            "no_eigenvalue",
+            which=check.which,
+            value=check.value,
+            there=check.differences,
+            change=check.error,
+            because=engine.fallback,
         )
     return MeasurementError(
-        f"{check.which} is {check.value:.4g} by second derivatives, and {there} by differences of the gradient along "
-        f"its own vector: a backward pass is differentiated wrongly.{_named(doubtful_operations(objective))}",
-        _REMEDY,
+        "wrong_eigenvalue",
+        which=check.which,
+        value=check.value,
+        there=check.differences,
+        operations=tuple(doubtful_operations(objective)),
     )
 
 
-def _because(engine: HvpEngine) -> str:
-    return "" if engine.fallback is None else f" There is no exact product: {engine.fallback}"
-
-
-def _suspects(objective: Objective, vector: Tensor, product: Tensor) -> str:
-    """Name the parameters whose part of a product is off, and the operations that may be why."""
+def _off_parameters(objective: Objective, vector: Tensor, product: Tensor) -> tuple[str, ...]:
+    """Return the names of the parameters whose part of a product is off, worst first; none if all are."""
     differences = CentralDifferenceHessian(objective)
     sizes = [parameter.numel() for parameter in objective.parameters]
     pairs = zip(objective.names, product.split(sizes), differences.matvec(vector).split(sizes), strict=True)
     errors = {name: norm(a - b) / (norm(b) or 1.0) for name, a, b in pairs}
     off = sorted((name for name, error in errors.items() if error > _OFF), key=lambda name: -errors[name])
-    where = ""
-    if 0 < len(off) < len(errors):
-        names = ", ".join(f"`{name}`" for name in off[:_MAX_NAMED])
-        where = f" Off are the derivatives by {names}{' and others' if len(off) > _MAX_NAMED else ''}."
-    return where + _named(doubtful_operations(objective))
-
-
-def _named(operations: list[str]) -> str:
-    return f" In its graph are {', '.join(f'`{name}`' for name in operations)}." if operations else ""
+    return tuple(off) if len(off) < len(errors) else ()

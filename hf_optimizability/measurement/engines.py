@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
-from ..curvature.backward_errors import backward_errors_unified
+from ..curvature.backward_errors import BackwardError, backward_errors_unified
 from ..curvature.central_difference import CentralDifferenceHessian, usual_step
 from ..curvature.custom_functions import require_second_derivatives
 from ..curvature.fisher import EmpiricalFisherOperator
@@ -29,7 +30,8 @@ from ..linalg.probe_vectors import random_rows
 from ..linalg.vectors import norm
 from ..model_state.measuring import eager_attention, math_attention, pretrained
 from ..objective.objective import Objective
-from ..redaction import anonymize, redact_secrets
+from ..reasons import Reason
+from ..redaction import redact_secrets
 
 
 logger = logging.get_logger(__name__)
@@ -38,17 +40,14 @@ LARGEST_DIFFERENCE_ERROR = 0.1
 """Relative error of central differences above which `engine="auto"` refuses them."""
 
 _CAUSES = {
-    "torch.utils.checkpoint: ": "The model checkpoints activations in its own forward pass (`torch.utils.checkpoint`) "
-    "and recomputes others in the backward pass.",
-    "Checkpointing is not compatible with .grad()": "The model checkpoints activations in its own forward pass with "
-    "`use_reentrant=True`, which can be differentiated by `.backward()` alone. Set `use_reentrant=False`.",
-    "use_reentrant=True": "The model checkpoints activations in its own forward pass with `use_reentrant=True`, which "
-    "can be differentiated by `.backward()` alone. Set `use_reentrant=False`.",
+    "torch.utils.checkpoint: ": "checkpointing_recomputes",
+    "Checkpointing is not compatible with .grad()": "checkpointing_reentrant",
+    "use_reentrant=True": "checkpointing_reentrant",
 }
 """What torch's errors mean, by what they contain."""
 
-_LONGEST_REASON = 300
-"""Characters of an error that are kept."""
+_OPERATION = re.compile(r"\baten::(\w+)|^(\w+)\(\): ")
+"""Where torch's errors name an operation."""
 
 Result = TypeVar("Result")
 
@@ -84,7 +83,7 @@ class HvpEngine:
     curvature: str
     attention: str
     cheap: bool = True
-    fallback: str | None = None
+    fallback: Reason | None = None
     error: float | None = None
 
     @property
@@ -140,7 +139,7 @@ def choose_engine(
     blocker = objective.second_derivative_blocker
     for candidate in _candidates(objective, config):
         if candidate.exact and blocker is not None:
-            raise MeasurementError(blocker, "Set `engine='central_difference'`, or leave it at 'auto'.")
+            raise blocker
         try:
             with objective.group.propagate_errors(), backward_errors_unified():
                 engine = _validate_engine(
@@ -161,9 +160,10 @@ def choose_engine(
             refusals.append(error)
             continue
         if engine.fallback is not None:
+            why = _as_error(refusals[0]).reason if refusals else str(engine.fallback)
             logger.warning_once(
                 f"Hessian-vector products are made by {engine.name} under {engine.attention} attention, because of "
-                f"this: {redact_secrets(_explained(refusals[0]) if refusals else engine.fallback)}"
+                f"this: {redact_secrets(why)}"
             )
         return engine, result
     if isinstance(refusals[0], WrongDerivativeError):
@@ -171,10 +171,7 @@ def choose_engine(
     once = candidate.name in ("central_difference", "single_backward")
     fails_once = refusals[-1] if once else _single_backward_error(objective)
     if fails_once is not None:
-        raise MeasurementError(
-            f"The loss can't be differentiated: a single backward pass fails. {_explained(fails_once)}",
-            "Call `loss.backward()` on the same batch several times in eval mode, and fix what it raises.",
-        ) from fails_once
+        raise _as_error(fails_once, "backward_fails") from fails_once
     raise _not_differentiable(candidate, refusals) from refusals[0]
 
 
@@ -194,17 +191,8 @@ def _single_backward_error(objective: Objective) -> RuntimeError | None:
 
 def _not_differentiable(last: HvpEngine, refusals: Sequence[RuntimeError]) -> MeasurementError:
     """Return the error for a loss that can be differentiated once, by the last allowed engine."""
-    differences = (
-        "Leave `engine` at 'auto' or set it to 'central_difference', which need no second derivative where there is "
-        "none; or use"
-    )
-    if last.curvature != "hessian":
-        differences = "Set `curvature='hessian'`, which can be measured without second derivatives; or use"
-    return MeasurementError(
-        f"The loss can't be differentiated twice: {_explained(refusals[0])}",
-        f"{differences} `attn_implementation='eager'`, and replace custom autograd functions by differentiable "
-        "operations.",
-    )
+    hessian = last.curvature == "hessian"
+    return _as_error(refusals[0], "no_second_derivative" if hessian else "no_second_derivative_of_outputs")
 
 
 def _candidates(objective: Objective, config: OptimizabilityConfig) -> list[HvpEngine]:
@@ -241,10 +229,9 @@ def _with_reason(
     if config.engine != "auto" or config.curvature == "empirical_fisher":
         return engine
     if refusals:
-        return replace(engine, fallback=anonymize(_explained(refusals[0])))
-    if engine.name == "central_difference":
-        return replace(engine, fallback=objective.second_derivative_blocker)
-    return engine
+        return replace(engine, fallback=_as_error(refusals[0]).why)
+    blocker = objective.second_derivative_blocker
+    return replace(engine, fallback=blocker.why) if engine.name == "central_difference" and blocker else engine
 
 
 def _validate_engine(
@@ -256,22 +243,25 @@ def _validate_engine(
     exact = not any(isinstance(refusal, WrongDerivativeError) for refusal in refusals)
     error = _difference_error(objective, config, exact=exact)
     if engine.fallback is not None and error > LARGEST_DIFFERENCE_ERROR:
-        raise MeasurementError(
-            f"The loss can't be differentiated twice: {engine.fallback.rstrip('.')}. Central differences of its "
-            f"gradient are off by {error:.0%}, as kinks (ReLU), routing and low precision make them.",
-            "Replace the operation that has no second derivative.",
-        )
+        raise MeasurementError("differences_inaccurate", off=error, because=engine.fallback)
     return replace(engine, error=error)
 
 
-def _explained(error: RuntimeError) -> str:
-    """Return why an engine does not work, in a sentence or two: torch's own text may take 30 lines."""
-    text = error.reason if isinstance(error, MeasurementError) else str(error)
-    for sign, meaning in _CAUSES.items():
-        if sign in text:
-            return meaning
-    first = text.strip().partition("\n")[0]
-    return first if len(first) <= _LONGEST_REASON else f"{first[:_LONGEST_REASON]} …"
+def _as_error(error: RuntimeError, code: str = "operation_without_derivative") -> MeasurementError:
+    """Return why an engine does not work, as an error: itself if it is one, else one with this code.
+
+    Args:
+        error: What the engine's products raised.
+        code: What it means where it is not known.
+    """
+    if isinstance(error, MeasurementError):
+        return error
+    known = next((meaning for sign, meaning in _CAUSES.items() if sign in str(error)), None)
+    if known is not None:
+        return MeasurementError(known)
+    operation = _OPERATION.search(str(error))
+    behind = error.__cause__ if isinstance(error, BackwardError) else error
+    return MeasurementError(code, error=behind, operation="" if operation is None else operation[1] or operation[2])
 
 
 def _difference_error(objective: Objective, config: OptimizabilityConfig, *, exact: bool) -> float:
@@ -296,7 +286,7 @@ def _difference_error(objective: Objective, config: OptimizabilityConfig, *, exa
             CheapSecondDerivatives(),
         ):
             if objective.second_derivative_blocker is not None or not exact:
-                raise RuntimeError("There is no exact product.")
+                raise objective.second_derivative_blocker or RuntimeError("Exact products are wrong.")
             require_second_derivatives(objective)
             reference = HessianOperator(objective).matvec(probe)
     except torch.OutOfMemoryError:

@@ -104,12 +104,7 @@ def _repeat(objective: Objective) -> tuple[np.ndarray, bool, float]:
         draws = any(objective.group.all_gather_interleaved([objective.draws()]))
     if error > MAX_REPEAT_ERROR or (difference > MAX_REPEAT_ERROR and not draws):
         found = error if draws else max(error, difference)
-        raise MeasurementError(
-            f"The loss of the same batch differs by {found:.1e} between two passes in eval mode, although random "
-            "numbers, buffers and attributes were put back before each.",
-            "Look for state or random numbers outside of the model (a global counter, a generator that the loss "
-            "holds); keep them in the model, or make the loss deterministic.",
-        )
+        raise MeasurementError("loss_not_repeatable", difference=found)
     return first, draws and (error == 0 or difference > MAX_REPEAT_ERROR), error
 
 
@@ -130,10 +125,7 @@ def weights_left_alone(objective: Objective) -> Iterator[None]:
     before = [digest(parameter) for parameter in objective.parameters]
     yield
     if not all(torch.equal(digest(p), old) for p, old in zip(objective.parameters, before, strict=True)):
-        raise MeasurementError(
-            "The model changes its own weights in eval mode.",
-            "Switch that off; for RWKV by `model.config.rescale_every = 0`.",
-        )
+        raise MeasurementError("weights_changed")
 
 
 def mean_loss(objective: Objective) -> float:

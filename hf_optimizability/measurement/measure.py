@@ -182,11 +182,7 @@ def _with_checked_mean(objective: Objective, config: OptimizabilityConfig) -> Ob
     check, objective = retry_with_smaller_batches(objective, check_batches)
     # Whole batches were not seen. If halves of the smaller ones have the same mean, these are halves of that kind too.
     if objective.batch_size < size and (check.mean_error is None or check.unit == "pairs"):
-        raise MeasurementError(
-            f"The device ran out of memory in a forward pass of a batch of {size} examples, and smaller batches are "
-            "not known to have the same mean loss.",
-            "Collate fewer examples at a time (`probe_batch_size`), or free memory on the device.",
-        )
+        raise MeasurementError("out_of_memory_unknown_mean", size=size)
     return objective.checked(check)
 
 
@@ -255,15 +251,10 @@ def compute_gradient(objective: Objective) -> Gradient:
     with weights_left_alone(objective):
         point = gradient(objective)
     if not math.isfinite(point.loss):
-        raise MeasurementError(
-            f"The loss on the probe set is {point.loss}.",
-            "Look for a learning rate that is too high, or for inputs and labels that are not finite.",
-        )
+        raise MeasurementError("loss_not_finite", loss=str(point.loss))
     finite = all(torch.isfinite(tensor).all() for tensor in point.tensors)
     if not all(objective.rows.group.all_gather_interleaved([finite])):
-        raise MeasurementError(
-            "The gradient on the probe set is not finite.", "Look for operations whose derivative is infinite."
-        )
+        raise MeasurementError("gradient_not_finite")
     return point
 
 

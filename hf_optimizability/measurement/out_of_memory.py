@@ -62,30 +62,13 @@ def _halved(objective: Objective) -> Objective:
     try:
         return objective.unsharded().cut(size).shard(objective.group)
     except ValueError as error:
-        raise MeasurementError(
-            f"The device ran out of memory while measuring. {error}",
-            "Lower `probe_batch_size`, or free memory on the device.",
-        ) from error
+        raise MeasurementError("out_of_memory_uncut", error=error) from error
 
 
 def _explained(error: Exception) -> MeasurementError:
     """Return the error that says what went wrong, and what to do about it."""
     if out_of_memory(error):
-        return MeasurementError(
-            "The device ran out of memory while measuring, with a single example at a time.",
-            "Free memory on the device, or shorten the examples.",
-        )
+        return MeasurementError("out_of_memory")
     if isinstance(error, FloatingPointError):
-        return MeasurementError(
-            str(error), "Check the loss for overflow (logarithms, divisions); measure in float32 or better."
-        )
-    if raised_in_backward(error):
-        return MeasurementError(
-            f"A backward pass failed in the course of the measurement: {type(error).__name__}: {error}",
-            "Call `loss.backward()` on the same batch several times in eval mode, and fix what it raises. If it fails "
-            "from some call on, look for a counter or a cache in custom autograd functions and hooks.",
-        )
-    return MeasurementError(
-        f"The model can't be measured: {type(error).__name__}: {error}",
-        "Check that it gives a loss and a gradient in eval mode: `model.eval(); model(**batch).loss.backward()`.",
-    )
+        return MeasurementError("not_finite", error=error)
+    return MeasurementError("backward_fails_later" if raised_in_backward(error) else "model_fails", error=error)

@@ -14,6 +14,7 @@ from ..objective.self_check import SelfCheck
 from ..quantities.loss_landscape import Landscape
 from ..quantities.step_size import CriticalLearningRate, QuadraticModel
 from ..quantities.task_conflict import SAME
+from ..reasons import Reason
 from ..serialization import structure
 
 
@@ -199,7 +200,7 @@ class Measurement:
     multitask: MultitaskMeasurement | None
     engine: str
     attention: str
-    fallback: str | None
+    fallback: Reason | None
     central_difference_error: float | None
     dtype: str
     batch_size: int
@@ -236,11 +237,28 @@ class MeasurementFailure:
     Attributes:
         step: Optimizer steps taken before the attempt.
         epoch: Epochs trained before the attempt.
-        reason: What went wrong.
-        remedy: What the user can do.
+        why: The reason.
     """
 
     step: int
     epoch: float | None
-    reason: str
-    remedy: str
+    why: Reason
+
+    @property
+    def reason(self) -> str:
+        """What went wrong. The log has the text of the error behind it."""
+        return str(self.why)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and dicts."""
+        return {**asdict(self), "reason": self.reason, "remedy": self.remedy}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> MeasurementFailure:
+        """Rebuild a failure from `to_dict`; its words are those of this version."""
+        return cls(step=data["step"], epoch=data["epoch"], why=Reason.from_dict(data["why"]))
+
+    @property
+    def remedy(self) -> str:
+        """What the user can do."""
+        return self.why.remedy

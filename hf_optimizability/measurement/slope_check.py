@@ -13,7 +13,6 @@ from ..curvature.displacement import displaced
 from ..curvature.gradient import Gradient, gradient, norm_of
 from ..errors import MeasurementError
 from ..linalg.vectors import dot
-from ..objective.batches import listed
 from ..objective.objective import Objective
 from ..objective.padding_rows import without_padding_rows
 from .mean_check import mean_loss, moved_far
@@ -102,13 +101,8 @@ class _Slopes:
             return ()
         errors = tuple(self._error(signs) for signs in ([1.0] * len(self._signs), self._signs))
         if any(error is not None and error > MAX_SLOPE_ERROR for error in errors):
-            raise MeasurementError(
-                f"The gradient of the loss is not its slope: they differ by {max(e for e in errors if e):.0%} of the "
-                f"gradient's norm, by {self._culprits()}.",
-                "Measure a loss whose backward pass is its derivative: look for parts that are detached, gradient "
-                "reversal, straight-through estimators, losses that run a backward pass of their own (GradCache), and "
-                "hooks that change gradients.",
-            )
+            worst = max(error for error in errors if error)
+            raise MeasurementError("gradient_not_slope", difference=worst, parameters=self._culprits())
         without = [index for index, square in enumerate(self._squares) if not square]
         if without:
             self._require_flat(without)
@@ -145,14 +139,14 @@ class _Slopes:
             return None
         return abs(sum(slopes) / 2 - expected)
 
-    def _culprits(self) -> str:
-        """Return the names of the tensors along which the slope is another one, alone."""
+    def _culprits(self) -> tuple[str, ...]:
+        """Return the names of the tensors along which the slope is another one, alone; none if not one by one."""
         names = []
         for index in sorted(range(len(self._squares)), key=lambda index: -self._squares[index])[:16]:
             error = self._error([float(other == index) for other in range(len(self._squares))])
             if error is not None and error > MAX_SLOPE_ERROR * self._squares[index] / self._square:
                 names.append(self._objective.names[index])
-        return f"{listed(names[:4])}{', …' if len(names) > 4 else ''}" if names else "all parameters together"
+        return tuple(names)
 
     def _require_flat(self, indices: Sequence[int]) -> None:
         """Refuse a gradient of exactly zero where the loss has a slope."""
@@ -162,15 +156,10 @@ class _Slopes:
             if slope == 0:
                 return
             if slope is not None:
-                everywhere = len(indices) == len(self._gradient)
-                names = "everywhere" if everywhere else f"by {listed([self._objective.names[i] for i in indices][:4])}"
-                raise MeasurementError(
-                    f"The gradient is exactly 0 {names}, but the loss depends on the weights there.",
-                    "The loss is detached from them: a `detach`, a `no_grad`, weights merged in eval mode, or a loss "
-                    "that runs a backward pass of its own (GradCache, as in the `Cached…` losses of "
-                    "sentence-transformers). Measure a loss that autograd can follow, for instance the one without "
-                    "the cache.",
-                )
+                if len(indices) == len(self._gradient):
+                    raise MeasurementError("gradient_zero")
+                names = tuple(self._objective.names[index] for index in indices)
+                raise MeasurementError("gradient_zero_in_part", parameters=names)
 
     def _slope_along_signs(self, indices: Sequence[int], generator: torch.Generator) -> float | None:
         """Return the slope along random signs in some tensors, 0 if it has none, `None` if undecided."""

@@ -44,11 +44,7 @@ def without_autocast() -> Iterator[None]:
             yield
         except RuntimeError as error:
             if disabled and "dtype" in str(error) and not isinstance(error, MeasurementError):
-                raise MeasurementError(
-                    "The model needs the `torch.autocast` in its own forward pass, which is disabled while measuring, "
-                    f"in full precision: {str(error).partition(chr(10))[0]}",
-                    "Cast half-precision values to the dtype of the weights, not to a fixed dtype.",
-                ) from error
+                raise MeasurementError("needs_autocast", error=error) from error
             raise
 
 

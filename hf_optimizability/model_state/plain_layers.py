@@ -49,12 +49,7 @@ def _changes(name: str, module: nn.Module) -> dict[str, Any]:
     """Return the attributes with which a layer computes in full precision."""
     library, _, inner = type(module).__module__.partition(".")
     if library in _UNSUPPORTED:
-        raise MeasurementError(
-            f"`{name}` is a layer of {_UNSUPPORTED[library]}, which multiplies in 8-bit floating point: its loss is a "
-            "step function, whose gradient is not its slope.",
-            "Train in FP8 with torchao (accelerate's `fp8_backend: AO`), whose layers are measured in full "
-            "precision, or measure a copy of the model with `nn.Linear` layers.",
-        )
+        raise MeasurementError("fp8_layer", layer=name, library=_UNSUPPORTED[library])
     if library == "torchao" and inner.startswith("float8") and isinstance(module, nn.Linear):
         return {"forward": MethodType(nn.Linear.forward, module)}
     if library == "bitsandbytes" and "support_avx512bf16_for_cpu" in vars(module):

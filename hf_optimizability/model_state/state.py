@@ -188,14 +188,10 @@ class ModelState:
                 hooks.update(copy | added)
 
     def _report_lost(self, lost: list[str], *, failing: bool) -> None:
-        reason = (
-            f"Passes of the model have written to {', '.join(lost[:5])}, which are too large to copy, without torch "
-            "operations in a forward pass that could be intercepted. Their values can't be restored."
-        )
-        if failing:
-            logger.warning(reason)
-        else:
-            raise MeasurementError(reason, "Write to them by torch operations, or only in training mode.")
+        error = MeasurementError("tensors_overwritten", tensors=tuple(lost))
+        if not failing:
+            raise error
+        logger.warning(error.reason)
 
 
 def settle() -> None:

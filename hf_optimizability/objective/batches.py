@@ -34,6 +34,7 @@ def batch_size(batch: Batch, layout: Layout | None = None) -> int:
     show more, a layout knows better.
 
     Example:
+        >>> import torch
         >>> batch_size({"class_weights": torch.ones(3), "x": torch.ones(4, 2), "target": torch.ones(4)})
         4
         >>> batch_size({"query": {"input_ids": torch.ones(3, 5)}}), batch_size({"text": "one"})
@@ -106,6 +107,7 @@ def copy_batch(batch: Batch) -> Batch:
     """Return the batch with its tensors cloned and its containers new, so that a forward pass may write to it.
 
     Example:
+        >>> import torch
         >>> batch = {"x": torch.zeros(1)}
         >>> copy_batch(batch)["x"].add_(1), batch["x"]
         (tensor([1.]), tensor([0.]))
@@ -129,6 +131,7 @@ def cut_batch(batch: Batch, size: int, *, unit: Unit = "items", layout: Layout |
         ValueError: If the values have different lengths, or `unit` is `"batches"`.
 
     Example:
+        >>> import torch
         >>> cut_batch({"x": torch.arange(3), "return_dict": True}, 2)
         [{'x': tensor([0, 1]), 'return_dict': True}, {'x': tensor([2]), 'return_dict': True}]
         >>> cut_batch({"chosen_then_rejected": torch.arange(4)}, 2, unit="pairs")

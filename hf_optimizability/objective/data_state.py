@@ -138,10 +138,7 @@ class DataState:
             except Exception as error:
                 failures.append(error)
         if failures:
-            raise MeasurementError(
-                f"Collator or data set could not be restored after the probe set was drawn: {failures[0]!r}.",
-                "Train without measuring.",
-            ) from failures[0]
+            raise MeasurementError("data_not_restored", error=failures[0]) from failures[0]
 
     def _save(self, place: str, value: Any) -> Iterator[tuple[str, Any]]:
         """Save how to restore one object; yield what it refers to."""
@@ -277,12 +274,7 @@ class DataState:
         stream = self._dataset
         # That of Datasets counts rows, but continues from the present position of its source.
         if not isinstance(stream, Resumable) or type(stream).__module__.startswith("datasets."):
-            raise MeasurementError(
-                f"Reading the probe set would take rows away from training: the position of {place} "
-                f"({type(value).__name__}) can't be restored.",
-                "Pass a data set that opens its source in `__iter__`, as `datasets.IterableDataset` does with files, "
-                "or one with `state_dict` and `load_state_dict`.",
-            )
+            raise MeasurementError("rows_taken_away", place=place, kind=type(value).__name__)
         self._restores.insert(0, partial(stream.load_state_dict, copy.deepcopy(stream.state_dict())))
 
 

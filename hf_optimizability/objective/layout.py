@@ -74,7 +74,7 @@ def possible_layouts(batches: Sequence[Any]) -> tuple[Layout, ...]:
     """
     values = [dict(_values(batch, ())) for batch in batches]
     paths = [path for path in values[0] if all(path in other for other in values)] if values else []
-    lengths = {path: tuple(len(other[path]) for other in values) for path in paths}
+    lengths = {path: tuple(_length(other[path]) for other in values) for path in paths}
     ragged = [path for path in paths if isinstance(values[0][path], list) and len(set(lengths[path])) > 1]
     lengths = {
         path: length
@@ -107,6 +107,10 @@ def _values(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     )
     for key, inner in pairs:
         yield from _values(inner, (*path, key))
+
+
+def _length(value: Any) -> int:
+    return value.size(0) if isinstance(value, Tensor) else len(value)  # a nested tensor has no `len`
 
 
 def _layout(length: tuple[int, ...], lengths: Mapping[Path, tuple[int, ...]], values: Sequence[Any]) -> Layout:

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from transformers.utils.generic import find_labels
 
 from ..curvature.empirical_risk import HvpCounter, ModelRisk
-from ..errors import MeasurementInterruptedError
+from ..errors import MeasurementInterruptedError, UnmeasurableError, WrongDerivativeError
 from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..model_state.measuring import measuring, pretrained, quantization, rng_state, seed_all
 from ..model_state.state import ModelState
@@ -140,15 +140,12 @@ class Objective(ModelRisk):
         return [self.model.get_parameter(name).numel() for name in self.names]
 
     @property
-    def second_derivative_blocker(self) -> str | None:
+    def second_derivative_blocker(self) -> WrongDerivativeError | None:
         """Why quantized weights have no exact second derivatives; `None` for others."""
         method = quantization(self.model)
         if method is None:
             return None
-        return (
-            f"The weights are quantized ({method}), and the backward passes of quantized kernels can't be relied on "
-            "to be differentiated again (bitsandbytes issue 1070). Use central differences."
-        )
+        return WrongDerivativeError("quantized", method=method)
 
     @property
     def local_batches(self) -> list[ProbeBatch]:
@@ -380,10 +377,7 @@ class Objective(ModelRisk):
         with measuring(self.model, seed=self._seed, state=self.state):
             loss, _ = next(self.unsharded().losses(), (None, 0))
         if loss is None:
-            raise ValueError(
-                f"All labels of the probe set are {IGNORED_LABEL}, which the loss ignores. "
-                "Check the labels and the data collator, or raise `probe_examples`."
-            )
+            raise UnmeasurableError("labels_ignored", label=IGNORED_LABEL)
         if loss.numel() != 1:
             raise ValueError(
                 f"The loss has shape {tuple(loss.shape)}; it must be a scalar. Return the mean over the batch, "
@@ -421,10 +415,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not named:
-        raise ValueError(
-            "`model` has no trainable parameter, so there is no gradient to measure. "
-            "Set `requires_grad` on the parameters to train."
-        )
+        raise UnmeasurableError("nothing_trainable")
     return named
 
 

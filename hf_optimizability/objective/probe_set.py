@@ -203,7 +203,7 @@ def _collect_batches(batches: Iterator[Any], examples: int, required: bool) -> l
     """Return as many batches as it takes for that many examples."""
     collected: list[Any] = []
     number = 0
-    with _explained("The training set gave no batches", "Check its items, its collator and its batch sampler."):
+    with _explained("no_batches"):
         while number < examples and len(collected) < examples:
             batch = next(batches, None)
             if batch is None:
@@ -216,14 +216,10 @@ def _collect_batches(batches: Iterator[Any], examples: int, required: bool) -> l
 
 def _rows(stream: Any, state: DataState) -> Iterator[Any]:
     """Yield the rows of a stream, or its batches."""
-    with _explained("The training set can't be read", "Check its first rows."):
+    with _explained("stream_unreadable"):
         rows = iter(stream)
         if rows is iter(stream) and not state.knows(rows):
-            raise MeasurementError(
-                "The training set is a stream that can be read once only: measuring would take its first examples "
-                "away from training.",
-                "Pass one whose `__iter__` starts from the beginning, as `datasets.IterableDataset` does.",
-            )
+            raise MeasurementError("stream_read_once")
         yield from rows
 
 
@@ -237,14 +233,11 @@ def _readable_rows(dataset: Any, indices: Sequence[int]) -> tuple[list[int], lis
         except Exception as error:
             failures.append(error)
     if failures and len(rows) < MIN_EXAMPLES:
-        raise MeasurementError(
-            f"The training set's rows can't be read: {_describe(failures[0])}.",
-            "Check `train_dataset[0]`, or whether its rows can only be indexed by lists.",
-        ) from failures[0]
+        raise MeasurementError("rows_unreadable", error=failures[0]) from failures[0]
     if failures:
         logger.warning_once(
             f"{len(failures)} of {len(indices)} rows drawn for the probe set can't be read and are left out; the "
-            f"first one: {redact_secrets(_describe(failures[0]))}."
+            f"first one: {redact_secrets(f'{type(failures[0]).__name__}: {failures[0]}')}."
         )
     return list(rows), list(rows.values())
 
@@ -261,9 +254,9 @@ def _collated(dataloader: DataLoader, rows: list[Any], size: int) -> list[Any]:
         return batches(size)
     except Exception:
         if training_size >= min(size, len(rows)):
-            with _refused_rows():
+            with _explained("rows_refused"):
                 raise
-    with _refused_rows():
+    with _explained("rows_refused"):
         return batches(training_size)
 
 
@@ -286,32 +279,18 @@ def _require_enough(number: int, examples: int, required: bool) -> None:
             "larger training set, or lower `probe_examples`."
         )
     if number < MIN_EXAMPLES:
-        raise MeasurementError(
-            f"The data set to measure on has only {number} examples, but a probe set needs at least {MIN_EXAMPLES}.",
-            "Pass a larger training set.",
-        )
-
-
-def _refused_rows() -> AbstractContextManager[None]:
-    return _explained(
-        "The collator refused rows drawn at random",
-        "If only some rows may share a batch, pass a batch sampler that says which to the data loader.",
-    )
+        raise MeasurementError("too_few_examples", number=number, least=MIN_EXAMPLES)
 
 
 @contextmanager
-def _explained(what: str, remedy: str) -> Iterator[None]:
+def _explained(code: str) -> Iterator[None]:
     """Turn any error of the user's data set, sampler or collator into a `MeasurementError`."""
     try:
         yield
     except MeasurementError:
         raise
     except Exception as error:
-        raise MeasurementError(f"{what}: {_describe(error)}.", remedy) from error
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+        raise MeasurementError(code, error=error) from error
 
 
 def fingerprint(batches: Iterable[Any]) -> str:

@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import shutil
-from functools import partial
 from pathlib import Path
 
-from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import write_atomically
-from ..redaction import map_strings, redact_secrets
 from ..report import OptimizabilityReport
-from ..report.markdown import ALT_TEXTS, CARD_FOLDER, card_section
+from ..report.markdown import CARD_FOLDER, card_section
 from .hub_client import HubClient, HubError, RepositoryChangedError
 from .model_card import ModelCardError, with_report
 
@@ -23,10 +19,6 @@ __all__ = ["HubError", "ModelCardError", "add_to_model_folder", "card_section", 
 
 ATTEMPTS = 3
 """Attempts at the commit when the repository changes between reading and writing."""
-
-_TEXTS = ("report.json", "report.md", "report.html")
-_FILES = (*_TEXTS, *(f"{plot}.{kind}" for plot in ALT_TEXTS for kind in ("png", "svg")))
-"""Files of a report's folder that are published if they exist; other files in it belong to the user."""
 
 
 def push(
@@ -76,11 +68,8 @@ def push(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"`repo_id` is not the name of a repository, such as 'user/my-model'. {error}") from None
-    # Older reports may still hold secrets or home directories.
-    clean = partial(redact_secrets, secrets=[token, get_token()])
-    report = OptimizabilityReport.from_dict(map_strings(OptimizabilityReport.load(folder).to_dict(), clean))
-    files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
-    files |= {name: clean(content.decode()).encode() for name, content in files.items() if name in _TEXTS}
+    # What else lies in the folder may be of an earlier version, or from elsewhere.
+    report = OptimizabilityReport.load(folder).published()
     client = HubClient(
         repo_id=repo_id,
         unchanged=f"The report in {folder} is unchanged.",
@@ -88,33 +77,30 @@ def push(
         create_pr=create_pr,
         token=token,
     )
-    return _commit(client, report, files, private=private)
+    return _commit(client, report, report.files(), private=private)
 
 
-def add_to_model_folder(
-    report: OptimizabilityReport, folder: Path, *, report_folder: Path, name: str | None = None
-) -> None:
+def add_to_model_folder(report: OptimizabilityReport, folder: Path, *, name: str | None = None) -> None:
     """Put a report next to a model that is about to be pushed: the files, and the section in `README.md`.
+
+    The files are written again, whatever lies there.
 
     Args:
         report: The report.
         folder: Folder of the model and its card.
-        report_folder: Folder of the report; its files are copied unless they are in place already.
         name: Name of the model, if the card has none.
 
     Raises:
         ModelCardError: If the card can't be edited.
         OSError: If a file can't be written.
     """
-    target = folder / CARD_FOLDER
-    names = [file for file in _FILES if (report_folder / file).is_file()]
-    if report_folder.resolve() != target.resolve():
-        target.mkdir(parents=True, exist_ok=True)
-        for file in names:
-            shutil.copyfile(report_folder / file, target / file)
+    report = report.published()
+    files = report.files()
+    for file, content in files.items():
+        write_atomically(folder / CARD_FOLDER / file, content)
     readme = folder / "README.md"
     card = readme.read_bytes().decode() if readme.is_file() else ""
-    write_atomically(readme, with_report(card, report, name=name or folder.resolve().name, files=names).encode())
+    write_atomically(readme, with_report(card, report, name=name or folder.resolve().name, files=files).encode())
 
 
 def _commit(client: HubClient, report: OptimizabilityReport, files: dict[str, bytes], *, private: bool | None) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import finite, write_atomically
 from ..report_data.data import ReportData
+from ..report_data.published import published
 from ..report_data.schema import parse
 
 
@@ -33,35 +34,47 @@ class OptimizabilityReport(ReportData):
         """Return plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
         return {**super().to_dict(), "findings": finite([asdict(finding) for finding in self.findings])}
 
+    def published(self) -> Self:
+        """Return the report as it is written and published: what the schema's marks allow; see docs/security.md."""
+        return type(self).from_dict(published({**super().to_dict(), "findings": []}))
+
     def save_json(self, folder: str | Path) -> Path:
         """Write `report.json` alone; at any moment the file holds either the old report or the new one, whole.
+
+        What is not meant for others is left out; see `published`.
 
         Returns:
             The file's path.
         """
         path = Path(folder) / "report.json"
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
+        write_atomically(path, json.dumps(self.published().to_dict(), indent=1, allow_nan=False).encode())
         return path
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.json`, `report.md`, `report.html` and the plots into `folder`, each file atomically.
 
+        What is not meant for others is left out; see `published`.
+
         Returns:
             The path of `report.md`.
         """
+        folder = Path(folder)
+        for name, content in self.published().files().items():
+            write_atomically(folder / name, content)
+        return folder / "report.md"
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files that show the report, by name."""
         from .figures import plot_all
         from .markdown import to_markdown
 
-        folder = Path(folder)
-        self.save_json(folder)
         plots = plot_all(self)
-        for name, images in plots.items():
-            for kind, image in images.items():
-                write_atomically(folder / f"{name}.{kind}", image)
-        write_atomically(folder / "report.html", self.to_html().encode())
-        path = folder / "report.md"
-        write_atomically(path, to_markdown(self, plots=list(plots)).encode())
-        return path
+        return {
+            "report.json": json.dumps(self.to_dict(), indent=1, allow_nan=False).encode(),
+            **{f"{name}.{kind}": image for name, images in plots.items() for kind, image in images.items()},
+            "report.html": self.to_html().encode(),
+            "report.md": to_markdown(self, plots=list(plots)).encode(),
+        }
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -54,9 +54,12 @@ class ReportData:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
-        measurements = [measurement.to_dict() for measurement in self.measurements]
+        results = {
+            "measurements": [measurement.to_dict() for measurement in self.measurements],
+            "failures": [failure.to_dict() for failure in self.failures],
+        }
         provenance = {"model": self.model.to_dict(), "data": self.data.to_dict()}
-        return finite({**asdict(replace(self, measurements=[])), **provenance, "measurements": measurements})
+        return finite({**asdict(replace(self, measurements=[], failures=[])), **provenance, **results})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:

@@ -6,9 +6,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
+
+from ..reasons import Reason
 
 
 if TYPE_CHECKING:
@@ -116,9 +119,10 @@ def _from_3(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_4(data: dict[str, Any]) -> dict[str, Any]:
-    """Rename fields."""
+    """Rename fields, and put reasons by code in place of free text."""
     measurements = [with_current_names(measurement) for measurement in data["measurements"]]
-    return {**data, "schema_version": 5, "measurements": measurements}
+    failures = [failure_with_reason(failure) for failure in data["failures"]]
+    return {**data, "schema_version": 5, "measurements": measurements, "failures": failures}
 
 
 _RENAMED_IN_5 = {
@@ -139,8 +143,21 @@ def with_current_names(measurement: dict[str, Any]) -> dict[str, Any]:
         tasks = {name: _renamed(task, names) for name, task in multitask["tasks"].items()}
         renamed["multitask"] = {**multitask, "tasks": tasks}
     if "eigenvalue_checks" in renamed:
-        renamed["eigenvalue_checks"] = [_renamed(check, {"end": "which"}) for check in renamed["eigenvalue_checks"]]
-    return renamed
+        checks = [_renamed(check, {"end": "which"}) for check in renamed["eigenvalue_checks"]]
+        renamed["eigenvalue_checks"] = [{**check, "reason": _reason(check["reason"])} for check in checks]
+    return {**renamed, "fallback": _reason(renamed["fallback"])}
+
+
+def failure_with_reason(failure: dict[str, Any]) -> dict[str, Any]:
+    """Return a failure of version 4 or 5 in the layout of version 5."""
+    if "why" in failure:
+        return failure
+    return {"step": failure["step"], "epoch": failure["epoch"], "why": _reason(failure["reason"])}
+
+
+def _reason(found: Any) -> dict[str, Any] | None:
+    """Return a reason of version 5 for one of version 4 or 5."""
+    return asdict(Reason.of_earlier_version(found)) if isinstance(found, str) else found
 
 
 def _renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

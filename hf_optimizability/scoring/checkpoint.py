@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
 from ..errors import MeasurementError
@@ -16,12 +17,16 @@ from ..measurement.engines import HvpEngine, choose_engine
 from ..model_state.measuring import full_precision, measuring
 from ..objective.batches import cut_batch
 from ..objective.objective import LossFunction, Objective
+from ..reasons import Reason
+from ..redaction import redact_secrets
 from .features import head_features
 from .gradients import gradient_scores
 from .linear_probe import linear_probe
 from .logme import logme
 from .score import Score
 
+
+logger = logging.get_logger(__name__)
 
 PART_EXAMPLES = 4
 """Examples in each part whose gradients are compared."""
@@ -46,7 +51,7 @@ class CheckpointScores:
     linear_probe: Score | None = None
     alignment: Score | None = None
     predicted_decrease: Score | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, Reason] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -59,7 +64,7 @@ class CheckpointScores:
         """The scores in a few words, or why there are none."""
         held = {name: self.of(name) for name in NAMES}
         parts = [f"{name} {score.value:.4g} ± {score.std_error:.2g}" for name, score in held.items() if score]
-        return ", ".join(parts) or f"not scored: {'; '.join(dict.fromkeys(self.notes.values()))}"
+        return ", ".join(parts) or f"not scored: {'; '.join(dict.fromkeys(map(str, self.notes.values())))}"
 
     def of(self, name: str) -> Score | None:
         """Return the score of that name."""
@@ -68,7 +73,7 @@ class CheckpointScores:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the scores as plain data."""
-        return {**asdict(self), "notes": dict(self.notes)}
+        return asdict(self)
 
 
 NAMES = tuple(held.name for held in fields(CheckpointScores) if held.name != "notes")
@@ -113,14 +118,14 @@ def score_checkpoint(
     """
     batches = list(batches)
     held: dict[str, Score] = {}
-    notes: dict[str, str] = {}
+    notes: dict[str, Reason] = {}
     started = time.perf_counter()
     try:
         features, labels = head_features(model, batches, seed=seed)
         held["logme"] = logme(features, labels, seed=seed)
         held["linear_probe"] = linear_probe(features, labels, seed=seed)
     except ValueError as error:
-        notes |= dict.fromkeys(("logme", "linear_probe"), str(error))
+        notes |= dict.fromkeys(("logme", "linear_probe"), _why(error))
     held = {name: _priced(score, passes=1, since=started) for name, score in held.items()}
     if gradient_examples:
         started = time.perf_counter()
@@ -129,12 +134,18 @@ def score_checkpoint(
             alignment, decrease = _gradient_scores(objective, seed=seed)
             held["alignment"] = _priced(alignment, passes=2 * _GRADIENT, since=started)
             if decrease is None:
-                notes["predicted_decrease"] = "Along −g the loss curves downward (gᵀHg ≤ 0): there is no best step."
+                notes["predicted_decrease"] = Reason("no_best_step")
             else:
                 held["predicted_decrease"] = _priced(decrease, passes=2 * _GRADIENT + _PRODUCT, since=started)
         except (MeasurementError, FloatingPointError, ValueError) as error:
-            notes |= dict.fromkeys(("alignment", "predicted_decrease"), str(error))
+            notes |= dict.fromkeys(("alignment", "predicted_decrease"), _why(error))
     return CheckpointScores(**held, notes=notes)
+
+
+def _why(error: Exception) -> Reason:
+    """Return why a score can't be computed, as pages have it; the log gets the text of the error."""
+    logger.warning_once(redact_secrets(str(error)))
+    return error.why if isinstance(error, MeasurementError) else Reason("score_failed", error=type(error).__name__)
 
 
 def _priced(score: Score, *, passes: int, since: float) -> Score:

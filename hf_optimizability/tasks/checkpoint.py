@@ -13,6 +13,10 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 
+class LoadingError(ValueError):
+    """A checkpoint or data that can't be loaded; the cause says why."""
+
+
 @dataclass
 class CheckpointArguments:
     """Which checkpoint to fine-tune, with flags named as in Transformers' example scripts."""
@@ -126,17 +130,17 @@ def loading(what: str, remedy: str) -> Iterator[None]:
     """Raise an error that names what could not be loaded, why, and what to do.
 
     Raises:
-        ValueError: In place of any exception raised inside, which is its cause.
+        LoadingError: In place of any exception raised inside, which is its cause.
 
     Example:
-        >>> with loading("The list", "Count from 0."):
+        >>> with loading("The list", "Count."):
         ...     [][1]
         Traceback (most recent call last):
-        ValueError: The list can't be loaded: list index out of range. Count from 0.
+        hf_optimizability.tasks.checkpoint.LoadingError: The list can't be loaded: list index out of range. Count.
     """
     try:
         yield
     except Exception as error:
         hidden = isinstance(error, DatasetGenerationError) and error.__cause__
         reason = shorten(str(hidden or error), 300, placeholder=" …").rstrip(".")
-        raise ValueError(f"{what} can't be loaded: {reason}. {remedy}") from error
+        raise LoadingError(f"{what} can't be loaded: {reason}. {remedy}") from error

@@ -19,7 +19,7 @@ from ..config import OptimizabilityConfig
 from ..distributed.process_group import RankLostError, training_process_group
 from ..distributed.supported import deepspeed_limits, require_supported
 from ..distributed.tensors import class_name
-from ..errors import MeasurementError, MeasurementInterruptedError
+from ..errors import ExplainedError, MeasurementError, MeasurementInterruptedError
 from ..files import back_up, require_writable
 from ..linalg.communicator import ProcessGroup
 from ..measurement.measure import measure_objective, progress_bar
@@ -29,7 +29,7 @@ from ..objective.objective import Objective
 from ..objective.parameter_blocks import block_indices
 from ..objective.probe_set import ProbeSpec, dataset_of, draw_probe_set
 from ..quantities.preconditioner import unwrapped
-from ..redaction import anonymize, map_strings, redact_secrets
+from ..redaction import redact_secrets
 from ..report import OptimizabilityReport
 from . import provenance
 from .clock import Clock
@@ -334,16 +334,12 @@ class OptimizabilityCallback(TrainerCallback):
             run_safely("writing the report", partial(self._write_numbers, run))
 
     def _record_failure(self, run: _Run, error: Exception, step: int, state: TrainerState) -> None:
-        if isinstance(error, MeasurementError):
-            reason, remedy = error.reason, error.remedy
-        else:
-            reason = f"{type(error).__name__}: {error}"
-            remedy = "Try `hf_optimizability.measure` on the same model and batches to see the whole traceback."
-        failure = MeasurementFailure(step=step, epoch=state.epoch, reason=anonymize(reason), remedy=remedy)
-        if failure.reason not in [earlier.reason for earlier in self.report.failures]:  # warn once per reason
-            reason = redact_secrets(reason)
+        explained = error if isinstance(error, ExplainedError) else MeasurementError("unexpected", error=error)
+        failure = MeasurementFailure(step=step, epoch=state.epoch, why=explained.why)
+        if failure.why not in [earlier.why for earlier in self.report.failures]:  # warn once per reason
             continues = "" if isinstance(error, MeasurementInterruptedError) else " Training continues."
-            logger.warning(f"No optimizability measurement at step {step}. {reason} {remedy}{continues}")
+            reason = redact_secrets(str(explained))
+            logger.warning(f"No optimizability measurement at step {step}. {reason}{continues}")
         self.report.failures.append(failure)
         self._record(run, failure, state)
 
@@ -377,7 +373,7 @@ class OptimizabilityCallback(TrainerCallback):
 
         report = self.report
         entries = [{**log_entry(m), "epoch": m.epoch, "step": m.step} for m in report.measurements]
-        report.log_history = map_strings(merged_log(state.log_history, [*entries, *run.gap]), anonymize)
+        report.log_history = merged_log(state.log_history, [*entries, *run.gap])
         multitask = report.measurements[-1].multitask if report.measurements else None
         tasks = [] if multitask is None else list(multitask.tasks)
         report.dynamics = compute_dynamics(report.log_history, tasks=tasks, seed=self.config.probe_seed)

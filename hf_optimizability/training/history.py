@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..files import finite
 from ..log_keys import PREFIX
 from ..measurement.results import Measurement, MeasurementFailure
-from ..report_data.schema import with_current_names
+from ..report_data.schema import failure_with_reason, with_current_names
 from .clock import Clock
 
 
@@ -72,7 +72,7 @@ def record(
         clock: Times the run; its last measurement is this one.
     """
     kind = "measurement" if isinstance(result, Measurement) else "failure"
-    data = result.to_dict() if isinstance(result, Measurement) else vars(result)
+    data = result.to_dict()
     times = {"seconds": clock.measured[-1], "train_seconds": clock.train_seconds}
     stored = {kind: finite(data), "config": config, **times}
     if isinstance(result, Measurement):
@@ -143,7 +143,7 @@ def _read(stored: Any) -> _Record:
         measurement = Measurement.from_dict(with_current_names(stored["measurement"]))
         result = _with_block_order(measurement, stored["blocks"])
     else:
-        result = MeasurementFailure(**stored["failure"])
+        result = MeasurementFailure.from_dict(failure_with_reason(stored["failure"]))
     return _Record(result, dict(stored["config"]), float(stored["seconds"]), float(stored["train_seconds"]))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import MeasurementError, MeasurementInterruptedError
+from ..errors import ExplainedError, MeasurementError, MeasurementInterruptedError
 from ..linalg.communicator import ProcessGroup
 from ..measurement.out_of_memory import out_of_memory
 from ..objective.objective import Objective
@@ -107,21 +107,8 @@ def _check(objective: Objective) -> None:
 
 def _no_loss(error: Exception, batches: list[Any], *, own_loss: bool) -> MeasurementError:
     """Return why there is no loss on the probe set, and what to do about it."""
-    reason = str(error) if isinstance(error, (ValueError, MeasurementError)) else f"{type(error).__name__}: {error}"
     if not any(list(tensors_in(batch)) for batch in batches):
-        return MeasurementError(
-            f"The collator's batches hold no tensors, so no loss can be computed on them ({reason}): its inputs are "
-            "generated during training (completions, in GRPO and other online methods).",
-            "Measure with `hf_optimizability.measure`, on batches as the loss takes them.",
-        )
-    if own_loss:
-        return MeasurementError(
-            f"The model gives no loss that can be measured: {reason}",
-            "If the loss is the Trainer's (`compute_loss`, `compute_loss_func`), pass "
-            "`OptimizabilityCallback(config, trainer=trainer)`, call its `set_trainer`, or put "
-            "`OptimizabilityTrainerMixin` before the Trainer's class.",
-        )
-    return MeasurementError(
-        f"The Trainer's loss can't be computed on the probe set: {reason}",
-        "Check that `trainer.compute_loss(model, batch)` gives a scalar with a gradient in eval mode.",
-    )
+        return MeasurementError("no_tensors", error=error)
+    because = error.why if isinstance(error, ExplainedError) else None
+    code = "no_model_loss" if own_loss else "no_trainer_loss"
+    return MeasurementError(code, error=None if because else error, because=because)

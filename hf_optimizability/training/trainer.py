@@ -143,12 +143,7 @@ class OptimizabilityTrainerMixin(_Base):
         if not (report.created and self.is_world_process_zero()):
             return
         try:
-            add_to_model_folder(
-                report,
-                folder,
-                report_folder=self.optimizability_callback.config.report_folder(self.args.output_dir),
-                name=Path(self.args.hub_model_id or folder.resolve()).name,
-            )
+            add_to_model_folder(report, folder, name=Path(self.args.hub_model_id or folder.resolve()).name)
         except Exception as error:
             reason = redact_secrets(f"{type(error).__name__}: {error}")
             logger.warning(f"The model card has no optimizability report. {reason}")

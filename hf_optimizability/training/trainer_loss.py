@@ -66,12 +66,7 @@ def require_measurable_loss(trainer: Trainer) -> None:
     """
     for kind in type(trainer).__mro__:
         if kind.__name__ in ONLINE_TRAINERS and kind.__module__.partition(".")[0] == "trl":
-            raise MeasurementError(
-                f"{kind.__name__} generates the completions that its loss is over while it trains, so there is no "
-                "loss over the training set to measure.",
-                "Measure the model with `hf_optimizability.measure` on completions of your own, or train without "
-                "measuring.",
-            )
+            raise MeasurementError("completions_generated", trainer=kind.__name__)
 
 
 def items_argument(model: nn.Module, batch: Batch) -> Tensor | None:
@@ -85,9 +80,4 @@ def items_argument(model: nn.Module, batch: Batch) -> Tensor | None:
 def _require_connected(loss: Any) -> None:
     """Raise for a loss whose gradient comes from a hook: differentiated here, it would be 0 everywhere."""
     if isinstance(loss, Tensor) and loss.is_leaf and loss.requires_grad:
-        raise MeasurementError(
-            "The loss is not connected to the model: its backward pass is a hook that recomputes the model's outputs "
-            "in smaller batches (GradCache, as in the `Cached…` losses of sentence-transformers).",
-            "Pass the loss without a gradient cache, for instance `GISTEmbedLoss` for `CachedGISTEmbedLoss`: it "
-            "gives the same number.",
-        )
+        raise MeasurementError("loss_not_connected")

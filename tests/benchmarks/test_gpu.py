@@ -22,7 +22,7 @@ def run(folder, *dtypes: str) -> list[dict]:
 
 
 def out_of_memory(*arguments) -> None:
-    raise MeasurementError("Memory", "is short.") from torch.OutOfMemoryError()
+    raise MeasurementError("out_of_memory") from torch.OutOfMemoryError()
 
 
 def test_every_part_has_figures(tmp_path) -> None:
@@ -65,10 +65,10 @@ def test_what_does_not_fit_is_recorded_and_leaves_the_rest(tmp_path, monkeypatch
 
 def test_other_failures_are_not_taken_for_memory(tmp_path, monkeypatch) -> None:
     def broken(*arguments):
-        raise MeasurementError("The loss is NaN.", "Look into it.")
+        raise MeasurementError("loss_not_finite", loss="nan")
 
     monkeypatch.setattr(gpu, "measure", broken)
-    with pytest.raises(MeasurementError, match="NaN"):
+    with pytest.raises(MeasurementError, match="is nan"):
         run(tmp_path, "float32")
 
 

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 from hf_optimizability import Comparison, OptimizabilityReport
 from hf_optimizability.comparing.pages import charts, pareto_front, verdict
 from hf_optimizability.comparing.results import Entry, Failure, Run
+from hf_optimizability.reasons import Reason
 from hf_optimizability.report.markdown import format_interval
 from hf_optimizability.report_data.provenance import ModelInfo
 from tests.support.browser import DESKTOP, PHONE
@@ -34,7 +35,7 @@ def make_hostile() -> Comparison:
         for run in entry.runs:
             run.report.model = ModelInfo(id=every, class_name=every)
             run.report.training.update(optimizer=every, learning_rate=every)
-    comparison.entries.append(Entry(f"failed {every}", {}, [], Failure(42, every)))
+    comparison.entries.append(Entry(f"failed {every}", {}, [], Failure(42, Reason("training_failed", error=every))))
     flags = dict.fromkeys(HOSTILE, every)
     comparison.setting = dataclasses.replace(
         comparison.setting, task=every, dataset=every, settings=flags, versions=flags
@@ -120,7 +121,7 @@ class TestNumbers:
     def test_a_failure_and_what_was_dropped_are_told(self):
         comparison = make_comparison(TWO, failed=True)
         for text in (read_page(comparison.to_html()).text, comparison.to_markdown().replace("\\", "")):
-            assert "Out of memory: DefaultCPUAllocator. Lower --per_device_train_batch_size." in text
+            assert "Out of memory (OutOfMemoryError). Lower --per_device_train_batch_size" in text
             assert "dropped: dropped after round 1" in text
 
     def test_it_is_the_same_after_a_round_trip(self, tmp_path):

@@ -16,6 +16,7 @@ from transformers import Trainer
 from hf_optimizability import Comparison, OptimizabilityReport, compare
 from hf_optimizability.comparing.results import Run
 from hf_optimizability.comparing.training import Inputs
+from hf_optimizability.reasons import Reason
 from tests.support.example_report import make_report
 from tests.support.tiny_comparison import flags_of, trained
 
@@ -157,7 +158,7 @@ class TestFailures:
 
         monkeypatch.setattr("hf_optimizability.comparing.training.train", train)
         first = compare(rates(0.5, 0.9), **flags)
-        assert first.entries[0].failure.reason == "RuntimeError: the disk is full"
+        assert first.entries[0].failure.why == Reason("training_failed", error="RuntimeError")
         assert first.ranking is None and "There is no ranking" in first.summary()
         broken.clear()
         assert compare(rates(0.5, 0.9), **flags).entries[0].failure is not None
@@ -255,7 +256,7 @@ class TestMistakes:
             (rates(1, 2), {"num_train_epochs": 3}, "--num_train_epochs is set by the comparison"),
             (rates(1, 2), {"budget_steps": None}, "exactly one of --budget_steps"),
             (rates(1, 2), {"lerning_rate": 3}, "Did you mean --learning_rate"),
-            (["lerning_rate=1", "b"], {}, "lerning_rate=1: There is no argument --lerning_rate"),
+            (["lerning_rate=1", "b"], {}, "lerning_rate=…: There is no argument --lerning_rate"),
             (["seed=1", "seed=2"], {}, "data, seeds and budget are the same for all"),
             (["budget_steps=1", "b"], {}, "data, seeds and budget are the same for all"),
             (["optim=none-such", "b"], {}, "optim=none-such: .*none-such"),

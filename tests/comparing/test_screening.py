@@ -11,6 +11,7 @@ from markdown_it import MarkdownIt
 
 from hf_optimizability import Comparison, compare
 from hf_optimizability.comparing.screening import select
+from hf_optimizability.reasons import Reason
 from hf_optimizability.scoring.checkpoint import CheckpointScores
 from hf_optimizability.scoring.score import Score
 from tests.support.example_comparison import make_comparison
@@ -64,7 +65,7 @@ class TestScreening:
         comparison = compare(candidates(0.1, 0.2, 0.3, 0.4), **{**flags, "seeds": 1, "screen_to": 1})
         assert [entry.dropped for entry in comparison.entries] == [None, None, 0, None]
         assert [len(entry.runs) for entry in comparison.entries] == [1, 1, 0, 1]
-        assert comparison.entries[3].scores.notes == {"logme": "RuntimeError: the disk is full"}
+        assert comparison.entries[3].scores.notes == {"logme": Reason("training_failed", error="RuntimeError")}
         assert comparison.setting.screen_to == 1
         names = [entry.name for entry in comparison.entries]
         assert f"Not trained, by their scores: {names[2]}." in comparison.summary()
@@ -74,7 +75,9 @@ class TestScreening:
         tables = MarkdownIt("commonmark").enable("table").parse(comparison.to_markdown())
         assert sum(token.type == "tr_open" for token in tables) == 4 + 4 + 4 + 4 + 5  # the last: the scores
         for text in (page.text, comparison.to_markdown()):
-            assert "the disk is full" in text and "1 best by LogME were selected for training" in text
+            assert (
+                "The training failed (RuntimeError)" in text and "1 best by LogME were selected for training" in text
+            )
 
     def test_what_was_scored_is_not_scored_again(self, flags, made, scored):
         options = {**flags, "seeds": 1, "screen_to": 1}
@@ -97,7 +100,7 @@ class TestScreening:
         options = {**flags, "seeds": 1, "screen_to": 1, "screen_examples": 20, "train_val_split": 0.5}
         comparison = compare(["learning_rate=1e-3", str(inputs / "missing")], **options)
         scores, failure = comparison.entries[1].scores, comparison.entries[1].failure
-        assert scores.notes["logme"] == failure.reason and "can't be loaded" in failure.reason
+        assert scores.notes["logme"] == failure.why and failure.why.code == "not_loaded"
 
     def test_one_that_is_left_is_told(self, flags, made, scored):
         comparison = compare(candidates(0.1, 0.3), **{**flags, "seeds": 1, "screen_to": 1})

@@ -21,6 +21,7 @@ from hf_optimizability.curvature.empirical_risk import HvpCounter
 from hf_optimizability.curvature.gauss_newton import GaussNewtonOperator, gauss_newton_trace, split_trace
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.curvature.layer_decoupled import DecoupledHessian
+from hf_optimizability.errors import WrongDerivativeError
 from hf_optimizability.linalg.statistics import jackknife
 from hf_optimizability.linalg.trace import MIN_PROBES
 from hf_optimizability.model_state.measuring import math_attention
@@ -465,7 +466,7 @@ class TestSplitTrace:
         options = {"tolerance": 0.1, "max_hvps": 8, "seed": 0}
         with pytest.raises(ValueError, match="otherwise than through"):
             split_trace(Objective(tied.model, tied.batches, loss_fn=penalized), [[slice(0, 51)]], **options)
-        monkeypatch.setattr(Objective, "second_derivative_blocker", "The weights are quantized.")
+        monkeypatch.setattr(Objective, "second_derivative_blocker", WrongDerivativeError("quantized", method="GPTQ"))
         with pytest.raises(RuntimeError, match="quantized"):
             split_trace(tied, [[slice(0, 51)]], **options)
 

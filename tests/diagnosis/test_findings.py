@@ -24,6 +24,7 @@ from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, Optimi
 from hf_optimizability.diagnosis.findings import FINDINGS, SEVERITIES, Finding, find
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
+from hf_optimizability.reasons import Reason
 from hf_optimizability.report.markdown import to_markdown
 from tests.support import tiny_training
 from tests.support.example_report import make_dynamics, make_estimate, make_report, with_tasks
@@ -432,7 +433,9 @@ def test_an_empty_report_and_one_amid_training_have_no_verdict_on_the_run():
 
 def test_shown_in_the_summary_and_the_markdown_without_markup_from_outside():
     report = make_report(failures=1)
-    report.failures[0] = dataclasses.replace(report.failures[0], reason="<script>alert(1)</script>")
+    report.failures[0] = dataclasses.replace(
+        report.failures[0], why=Reason("unexpected", error="<script>alert(1)</script>")
+    )
     report.training["loss_scale"] = 3.0
     assert "\nWarning         The loss that was trained is 3.00 times" in report.summary()
     text = to_markdown(report)

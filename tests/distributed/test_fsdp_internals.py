@@ -218,7 +218,7 @@ def an_unknown_torch_is_refused_by_name() -> None:
     require_known_internals(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fsdp_internals, "GROUP_ATTRIBUTES", (*GROUP_ATTRIBUTES, "_renamed"))
-        with pytest.raises(MeasurementError, match=r"does not have: _renamed\. Free memory"):
+        with pytest.raises(MeasurementError, match=r"does not have: `_renamed`\. Free memory"):
             require_known_internals(model)
 
 

@@ -53,7 +53,9 @@ def checks(rank: int) -> dict[str, Any]:
 
     memory = torch.OutOfMemoryError("no memory")
     found["told in a collective"] = raised(lambda: fail_on({1}, memory, between=True))
-    found["told at the end"] = raised(lambda: fail_on({1}, MeasurementError("Reason.", "Remedy."), between=False))
+    found["told at the end"] = raised(
+        lambda: fail_on({1}, MeasurementError("rows_unreadable", error=KeyError("Reason.")), between=False)
+    )
     found["the first one's"] = raised(lambda: fail_on({0, 1}, ValueError(f"of {rank}"), between=True))
     found["can't be sent"] = raised(lambda: fail_on({1}, UnsendableError(), between=True))
 
@@ -130,7 +132,9 @@ def test_sums_and_what_all_hold(found: list[dict[str, Any]]):
 def test_all_raise_what_one_raises(found: list[dict[str, Any]]):
     for result in found:
         assert result["told in a collective"] == "OutOfMemoryError: no memory"
-        assert result["told at the end"] == "MeasurementError: Reason. Remedy."
+        assert result["told at the end"].startswith(
+            "MeasurementError: The training set's rows can't be read: KeyError"
+        )
         assert result["the first one's"] == "ValueError: of 0"
         assert result["can't be sent"] in ("RuntimeError: UnsendableError: stays here", "UnsendableError: stays here")
         assert result["went on"] == 3

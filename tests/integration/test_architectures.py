@@ -272,7 +272,7 @@ def test_trace_is_seen(
     def measure_once(model: PreTrainedModel, batch: Any) -> Any:
         change(model)
         if fails:
-            raise architectures.MeasurementError("No.", "Never mind.")
+            raise architectures.MeasurementError("weights_changed")
         return right(model, batch)
 
     monkeypatch.setattr(architectures, "measure_once", measure_once)

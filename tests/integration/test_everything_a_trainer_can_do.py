@@ -283,7 +283,7 @@ IN_THREE_BATCHES = {**CONFIG, "probe_examples": 6, "probe_batch_size": 2, "engin
 ERRORS = {
     "error": RuntimeError("broken on purpose"),
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "refused": MeasurementError("Refused on purpose.", "Don't."),
+    "refused": MeasurementError("weights_changed"),
 }
 
 

@@ -197,7 +197,7 @@ def test_a_collator_that_refuses_rows_drawn_at_random(tmp_path: Path):
     for report in both(tmp_path, InOrder):
         [failure] = report.failures
         assert not report.measurements and failure.step == 0
-        assert "The collator refused rows drawn at random: KeyError: 'anchor'" in failure.reason
+        assert failure.reason == "The collator refused rows drawn at random (KeyError)."
         assert "batch sampler" in failure.remedy
 
 
@@ -237,7 +237,7 @@ def test_rows_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     [
         (lambda: rows(1), "only 1 examples, but a probe set needs at least 2"),
         (lambda: [{**row, "labels": -100} for row in rows()], "All labels of the probe set are -100"),
-        (lambda: Unreadable(2, 240), "rows can't be read: OSError: broken JPEG"),
+        (lambda: Unreadable(2, 240), "rows can't be read (OSError)"),
     ],
 )
 def test_what_cannot_be_measured_is_a_failure(tmp_path: Path, data: Callable[[], Any], reason: str):

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerState
 
 from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from hf_optimizability.measurement.results import MeasurementFailure
+from hf_optimizability.reasons import Reason
 from hf_optimizability.training.clock import Clock
 from hf_optimizability.training.history import RECORD, RECORDS, record, restore
 from hf_optimizability.training.provenance import describe_config
@@ -295,7 +296,7 @@ def test_a_resumed_clock_knows_what_was_measured_and_what_failed():
     for step in (0, 2):
         with suppress(StoppedError), clock.paused():
             raise StoppedError
-        failure = MeasurementFailure(step=step, epoch=None, reason="Broken.", remedy="Mend it.")
+        failure = MeasurementFailure(step=step, epoch=None, why=Reason("rows_unreadable", error="KeyError"))
         record(state, failure, config={"max_hvps": 16}, clock=clock)
     state.stateful_callbacks = json.loads(json.dumps(state.stateful_callbacks))
     history = restore(state, config={"max_hvps": 16, "measure_steps": 5})

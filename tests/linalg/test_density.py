@@ -192,11 +192,10 @@ class TestFoundEigenvalues:
 
     def test_are_none_when_too_few_for_the_size(self):
         """Five different eigenvalues of six: one is there twice, and nothing says which."""
-        dense = rotated(np.array([1.0, 1.0, 2.0, 4.0, 7.0, 11.0]))
-        run = lanczos_of(dense, steps=6, seed=1)
-        result = density(run.nodes, run.weights, run.residuals, size=6, hvps=6, tolerance=0.1)
+        nodes, weights = np.array([1.0, 2.0, 4.0, 7.0, 11.0]), np.array([[0.3, 0.3, 0.2, 0.15, 0.05]])
+        result = density(nodes, weights, np.zeros(5), size=6, hvps=5, tolerance=0.1)
         assert len(result.weights) == 5
-        assert result.weights == pytest.approx(run.weights[0])
+        assert result.weights == pytest.approx(weights[0])
         assert result.moments[0].std_error > 0.5
 
     def test_are_not_copies_that_only_rounding_tells_apart(self):

@@ -60,7 +60,7 @@ def test_auto_falls_back_to_differences_and_says_why():
     exact = plain()
     measurement = measure(bert_once(), ROWS, config())
     assert measurement.engine == "central_difference"
-    assert "once_differentiable" in measurement.fallback
+    assert "once_differentiable" in str(measurement.fallback)
     assert 0 < measurement.central_difference_error < 0.05
     assert measurement.hessian.lambda_max.value == pytest.approx(exact.hessian.lambda_max.value, rel=0.02)
     errors = measurement.hessian.trace.std_error + exact.hessian.trace.std_error
@@ -151,7 +151,7 @@ def test_any_error_of_a_second_backward_pass_leads_to_the_next_engine(error: Exc
     model.dropout = Once()
     model.dropout.function = NotTwice
     found = measure(model, ROWS, config(max_hvps=16))
-    assert found.engine == "central_difference" and type(error).__name__ in found.fallback and "no" in found.fallback
+    assert found.engine == "central_difference" and found.fallback.error == type(error).__name__
     with pytest.raises(MeasurementError, match=f"differentiated twice: {type(error).__name__}"):
         measure(model, ROWS, config(engine="double_backward"))
 

@@ -91,7 +91,7 @@ def test_eager_is_the_fallback_for_attention_that_cannot_be_differentiated_twice
     measurement = measure(fused, batches, config)
     expected = measure(tiny_models.make("vit"), batches, config)
     assert (measurement.attention, expected.attention) == ("eager", "math")
-    assert "once_differentiable" in measurement.fallback and expected.fallback is None
+    assert "once_differentiable" in str(measurement.fallback) and expected.fallback is None
     assert measurement.hessian.lambda_max.value == pytest.approx(expected.hessian.lambda_max.value, rel=1e-5)
     assert fused.config._attn_implementation == "fused"
     assert {module.config._attn_implementation for module in fused.modules() if "config" in vars(module)} == {"fused"}

@@ -61,7 +61,7 @@ def test_the_curvature_is_that_of_the_plain_model(how: str, activation: nn.Modul
     error = 4 * (found.hessian.trace.std_error + expected.hessian.trace.std_error)
     assert found.hessian.trace.value == pytest.approx(expected.hessian.trace.value, abs=error)
     if how != "autocast":
-        assert "checkpoints activations" in found.fallback and len(found.fallback) < 300
+        assert "checkpoints activations" in str(found.fallback) and len(str(found.fallback)) < 300
 
 
 def test_a_model_that_needs_its_autocast_is_refused_by_name():

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stub of the Hub, and the real client pointed at it within the tests' own process."""
+"""A stub of the Hub, the real client pointed at it within the tests' own process, and reports rendered once."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from huggingface_hub import constants
 from transformers.utils import hub as transformers_hub
 
+from hf_optimizability import OptimizabilityReport
 from hf_optimizability.publishing import hub_client
 from tests.support.hub_stub import WRITER, HubStub, serve
 
@@ -34,3 +36,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
         huggingface_hub.close_session()
         yield stub
         huggingface_hub.close_session()
+
+
+@pytest.fixture(autouse=True, scope="package")
+def rendered_once() -> Iterator[None]:
+    """Every push renders the report anew; here the same one once."""
+    render = OptimizabilityReport.files
+    rendered: dict[str, dict[str, bytes]] = {}
+
+    def files(report: OptimizabilityReport) -> dict[str, bytes]:
+        key = json.dumps(report.to_dict())
+        if key not in rendered:
+            rendered[key] = render(report)
+        return dict(rendered[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OptimizabilityReport, "files", files)
+        yield

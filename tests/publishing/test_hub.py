@@ -14,9 +14,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
 
-from hf_optimizability.publishing import hub as hub_module
 from hf_optimizability.publishing import hub_client
 from hf_optimizability.publishing.hub import HubError, ModelCardError, push
+from hf_optimizability.redaction import public_name
 from hf_optimizability.report import OptimizabilityReport
 from tests.support.example_report import make_report
 from tests.support.hub_stub import READER, WRITER, Fault, HubStub, Repository
@@ -47,12 +47,12 @@ def test_a_new_repository(hub: HubStub, folder: Path):
     assert not repository.private
     assert [commit.summary for commit in repository.commits] == ["initial commit", "Add the optimizability report"]
     assert url == f"{hub.url}/ada/new/commit/{repository.commits[-1].sha}"
-    names = [f"optimizability/{name}" for name in hub_module._FILES if (folder / name).exists()]
+    names = [f"optimizability/{name}" for name in OptimizabilityReport.load(folder).files()]
     assert sorted(repository.files) == sorted([".gitattributes", "README.md", *names])
     left = {path.name for path in folder.iterdir()} - {Path(name).name for name in names}
     assert left == {"notes.txt", "report-1.json"}
     for name in names:
-        assert repository.files[name] == (folder / Path(name).name).read_bytes()
+        assert repository.files[name] == OptimizabilityReport.load(folder).files()[Path(name).name]
     card = ModelCard(repository.files["README.md"].decode())
     assert card.data.tags == ["optimizability"]
     assert card.data.model_name == "new"
@@ -122,12 +122,19 @@ def test_pull_requests(hub: HubStub, folder: Path):
     assert "grace/other" not in hub.repositories
 
 
+def later(folder: Path) -> None:
+    """Change the report."""
+    report = OptimizabilityReport.load(folder)
+    report.training["max_steps"] = 1 + (report.training.get("max_steps") or 0)
+    report.save_json(folder)
+
+
 def test_a_pull_request_that_is_open_is_added_to(hub: HubStub, folder: Path):
     push(folder, "ada/model")
-    (folder / "report.html").write_text("<!doctype html>a later one")
+    later(folder)
     push(folder, "ada/model", create_pr=True)
     branches = hub.repositories["ada/model"].branches
-    (folder / "report.html").write_text("<!doctype html>the latest")
+    later(folder)
     push(folder, "ada/model", revision="refs/pr/1")
     assert (len(branches["main"]), len(branches["refs/pr/1"])) == (2, 4)
     with pytest.raises(HubError, match="no such revision"):
@@ -183,8 +190,8 @@ class TestFaults:
         start = time.monotonic()
         with pytest.raises(HubError, match=r"did not answer in time. Push again"):
             push(folder, "ada/model")
-        assert time.monotonic() - start < 1.5
-        time.sleep(1.5 - (time.monotonic() - start) + 0.2)  # the commit happens all the same
+        assert time.monotonic() - start < 4
+        time.sleep(max(0.0, 1.5 - (time.monotonic() - start)) + 0.2)  # the commit happens all the same
         commits = hub.repositories["ada/model"].commits
         assert push(folder, "ada/model").endswith(commits[-1].sha)
         assert len(commits) == 2
@@ -335,7 +342,7 @@ def test_the_hub_takes_any_name_of_a_data_set(hub: HubStub, folder: Path, datase
     push(folder, "ada/model")
     front_matter = hub.repositories["ada/model"].files["README.md"].decode().split("\n---\n")[0]
     [result] = yaml.safe_load(front_matter)["model-index"][0]["results"]
-    assert result["dataset"]["name"] == (dataset or "unknown")
+    assert result["dataset"]["name"] == (public_name(dataset) or "unknown")
 
 
 TOKEN = "opaque-sentinel-of-a-token"
@@ -396,5 +403,5 @@ def test_tokens_show_up_nowhere(
     hub.writers.add(TOKEN)
     push(folder, "ada/model", token=argument)
     published = b"".join(hub.repositories["ada/model"].files.values())
-    assert b"MiniLM <secret> <secret>" in published.replace(b"-L6-v2", b"")
+    assert b'"id": "private-' in published
     assert TOKEN.encode() not in published and WRITER.encode() not in published

@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 
 from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.publishing.model_card import END, START, ModelCardError, metadata_result, with_report
+from hf_optimizability.reasons import Reason
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.markdown import card_section
 from hf_optimizability.report_data.provenance import DataInfo, ModelInfo, TaskInfo
@@ -271,7 +272,9 @@ class TestHostileNames:
     def test_become_neither_markup_nor_yaml(self, name: str):
         report = make_report(2, failures=1)
         fill_provenance(report, name)
-        report.failures.append(MeasurementFailure(step=1, epoch=None, reason=name, remedy=name))
+        report.failures.append(
+            MeasurementFailure(step=1, epoch=None, why=Reason("rows_taken_away", values={"place": name, "kind": name}))
+        )
         plain = make_report(2, failures=1)
         plain.data = dataclasses.replace(plain.data, dataset="imdb")
         new, usual = with_report("", report, name=name), with_report("", plain, name="mine")

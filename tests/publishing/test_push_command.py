@@ -31,7 +31,7 @@ def test_push_prints_where_the_commit_is(hub: HubStub, folder: str) -> None:
 
 def test_push_as_a_pull_request_for_machines(hub: HubStub, folder: str) -> None:
     CliRunner().invoke(app, ["push", folder, "ada/new"])
-    Path(folder, "report.md").write_text("# Changed\n")
+    make_report(2).save_json(folder)
     result = CliRunner().invoke(app, ["push", folder, "ada/new", "--create-pr", "--json"])
     assert json.loads(result.stdout) == {"url": f"{hub.url}/ada/new/discussions/1"}
 

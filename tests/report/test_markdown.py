@@ -11,6 +11,7 @@ import re
 import pytest
 
 from hf_optimizability.measurement.results import MeasurementFailure
+from hf_optimizability.reasons import Reason
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.markdown import ALT_TEXTS, escape, to_markdown, to_summary
 from hf_optimizability.report.tables import trace_shares
@@ -319,7 +320,11 @@ class TestEscaping:
         report.training[HOSTILE] = report.versions[HOSTILE] = report.config[HOSTILE] = HOSTILE
         report.dynamics["stability"][HOSTILE] = {**report.dynamics["stability"]["loss"], "note": HOSTILE}
         report.dynamics["generalization_gap"]["metric_gaps"] = {HOSTILE: 0.1}
-        report.failures.append(MeasurementFailure(step=1, epoch=None, reason=HOSTILE, remedy=HOSTILE))
+        report.failures.append(
+            MeasurementFailure(
+                step=1, epoch=None, why=Reason("rows_taken_away", values={"place": HOSTILE, "kind": HOSTILE})
+            )
+        )
         report.created = HOSTILE
         return to_markdown(report)
 
@@ -375,13 +380,15 @@ class TestSummary:
         assert "loss: 3 setbacks in 29 comparisons" in text
         assert "eval loss - train loss = 0.081 ± 0.021, more than chance" in text
         assert "3 measurements, 168 HVPs, 21.9 s, all converged" in text
-        assert "1, the last at step 100: The operator aten::_fused_moe has no second derivative. Load" in text
+        assert "1, the last at step 100: The loss can't be differentiated twice (NotImplementedError). Leave" in text
 
     def test_counts_what_did_not_converge(self):
         assert "1 measurement, 56 HVPs, 7.31 s, 1 did not converge (†)" in to_summary(make_report(1, converged=False))
 
     def test_a_long_reason_is_cut_but_the_remedy_stays(self):
-        failure = MeasurementFailure(step=5, epoch=None, reason="out of memory " * 100, remedy="Use fewer examples.")
+        failure = MeasurementFailure(
+            step=5, epoch=None, why=Reason("fp8_layer", values={"layer": "layer" * 100, "library": "x"})
+        )
         line = to_summary(OptimizabilityReport(failures=[failure])).splitlines()[-1]
-        assert len(line) < 250
-        assert line.endswith("… Use fewer examples.")
+        assert len(line) < 450
+        assert "… Train in FP8 with torchao" in line

@@ -76,7 +76,7 @@ class TestSchema:
             make_report(1, converged=False),
             make_report(3, failures=1),
             with_tasks(make_report(2), ["a", "<b>|`x`\n"]),
-            OptimizabilityReport(log_history=[{"loss": float("nan"), "step": 1, "eval_f1": [0.1], "note": "x"}]),
+            OptimizabilityReport(log_history=[{"loss": float("nan"), "step": 1, "eval_f1": 0.5}]),
         ],
         ids=["empty", "all failed", "one", "full", "several tasks", "odd log"],
     )

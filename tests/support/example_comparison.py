@@ -20,6 +20,7 @@ from hf_optimizability.comparing.results import (
     TrainingBudget,
     rank_entries,
 )
+from hf_optimizability.reasons import Reason
 from tests.support.example_report import make_report
 
 
@@ -58,7 +59,7 @@ def make_comparison(qualities: dict[str, float], *, seeds: int = 3, failed: bool
     dropped = Entry(
         "dropped", {"random_weights": "True"}, [make_run(0.3, 42 + seed) for seed in range(seeds)], None, 1
     )
-    failure = Failure(43, "Out of memory: DefaultCPUAllocator. Lower --per_device_train_batch_size.")
+    failure = Failure(43, Reason("training_out_of_memory", error="OutOfMemoryError"))
     setting = Setting(
         task="text-classification",
         dataset="movie_review_sentences",

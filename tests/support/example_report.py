@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_optimizability.dynamics.stability import NOTES
 from hf_optimizability.linalg.density import density
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
@@ -27,6 +28,7 @@ from hf_optimizability.measurement.results import (
 from hf_optimizability.objective.self_check import SelfCheck
 from hf_optimizability.quantities.loss_landscape import Axis, Landscape, LossLine, LossPlane
 from hf_optimizability.quantities.step_size import CriticalLearningRate, QuadraticModel
+from hf_optimizability.reasons import Reason
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report_data.provenance import DataInfo, ModelInfo, ProbeSetInfo, TaskInfo
 
@@ -213,7 +215,13 @@ def make_dynamics() -> dict[str, Any]:
         },
         "stability": {
             "loss": series,
-            "eval_loss": {**series, "setbacks": 0, "comparisons": 2, "mean_setback": None, "note": "few evaluations"},
+            "eval_loss": {
+                **series,
+                "setbacks": 0,
+                "comparisons": 2,
+                "mean_setback": None,
+                "note": NOTES["few_for_spikes"].format(points=3, needed=8),
+            },
         },
         "generalization_gap": {
             "loss_gap": 0.0812,
@@ -241,8 +249,7 @@ def make_report(
     failure = MeasurementFailure(
         step=100,
         epoch=1.0,
-        reason="The operator aten::_fused_moe has no second derivative.",
-        remedy="Load the model with attn_implementation='eager'.",
+        why=Reason("no_second_derivative", error="NotImplementedError"),
     )
     return OptimizabilityReport(
         model=ModelInfo(

@@ -180,7 +180,7 @@ class NotFinite(OptimizabilityTrainer):
 @pytest.mark.parametrize(
     ("cls", "reason", "remedy"),
     [
-        (OnceDifferentiableLoss, "can't be differentiated twice", "attn_implementation='eager'"),
+        (OnceDifferentiableLoss, "can't be differentiated twice", "custom autograd functions"),
         (NotFinite, "The loss on the probe set is inf", "learning rate"),
     ],
 )
