@@ -148,6 +148,7 @@ def check_along_eigenvectors(
         steps=[usual / 2] if by_differences else [share * usual for share in STEPS],
         finer=[] if by_differences else [share * usual for share in FINER],
         tolerance=LARGEST_DIFFERENCE_ERROR if by_differences else AGREEMENT,
+        kinks=lambda: all(objective.group.all_gather_interleaved([has_kinks(objective)])),
     )
     if not by_differences:
         checks = tuple(_unless_rounded(check, objective, point) for check in checks)

@@ -62,7 +62,7 @@ def test_killed_and_resumed_it_has_the_same_page(tmp_path: Path):
     assert held == expected
     assert html == expected_html
     assert [len(entry["runs"]) for entry in held["entries"]] == [2, 2, 2, 0]
-    assert "missing" in held["entries"][3]["failure"]["reason"]
+    assert held["entries"][3]["failure"]["why"]["code"] == "not_loaded"
     assert not list(tmp_path.rglob("checkpoint-*"))
 
 

@@ -185,7 +185,7 @@ class TestExactProducts:
         top = found.eigenvalue_checks[0]
         assert (
             top.verdict == "moves with the step"
-            and len(top.differences) == 3
+            and len(top.differences) == 2
             and top.reason.code == "kinks_within_steps"
         )
 
@@ -361,6 +361,18 @@ class TestVerdicts:
         assert [check.verdict for check in found] == ["agrees", "agrees"]
         assert [check.differences for check in found] == [(5.5, 5.02), (-1.0,)]
         assert found[0].error == pytest.approx(0.004)
+
+    @pytest.mark.parametrize(("kinks", "verdict", "tried"), [(True, "moves with the step", 2), (False, "agrees", 3)])
+    def test_a_third_step_is_not_tried_where_there_are_kinks(self, kinks: bool, verdict: str, tried: int):
+        by_step = {1.0: 7.0, 0.5: 6.0, 0.25: 5.02}
+        [top] = check_eigenvalues(
+            [5.0],
+            self.ENDS[:1],
+            lambda step: DenseOperator(torch.diag(torch.tensor([-1.0, by_step[step]], dtype=torch.float64))),
+            steps=[1.0, 0.5, 0.25],
+            kinks=lambda: kinks,
+        )
+        assert (top.verdict, len(top.differences)) == (verdict, tried)
 
     @pytest.mark.parametrize(
         ("values", "verdicts"),
