@@ -39,7 +39,7 @@ NARROWER: dict[str, dict[str, Any]] = {
     "Axis.at": {"minItems": 2},
     "EigenvalueCheck.which": {"enum": ["lambda_max", "lambda_min"]},
     "Reason.code": {"enum": sorted(WORDS)},
-    "Reason.error": {"pattern": "^\\w+$"},
+    "Reason.error": {"pattern": "^[\\w-]+$"},
 }
 """What a type can't express."""
 
@@ -51,6 +51,12 @@ DERIVED: dict[str, dict[str, Any]] = {
     },
 }
 """Properties that `to_dict` adds to the fields."""
+
+SINGLE_WORDS = {
+    "Estimate.method", "Measurement.attention", "Measurement.curvature", "Measurement.dtype", "Measurement.engine",
+    "OptimizerStability.optimizer", "Reason.error", "Reason.values",
+}  # fmt: skip
+"""Fields whose strings are single words, and published as such."""
 
 OPTION = {"published": "option"}
 """An option of the measurements: a number, a name or a list of names."""
@@ -84,7 +90,10 @@ def _definition(cls: type, hints: Mapping[str, Any]) -> dict[str, Any]:
     for field in fields(cls):
         place = f"{cls.__name__}.{field.name}"
         value = _schema(hints[field.name], infinite=place in MAY_BE_INFINITE) | NARROWER.get(place, {})
-        properties[field.name] = {"description": described[field.name], **value}
+        properties[field.name] = {
+            "description": described[field.name],
+            **(_words(value) if place in SINGLE_WORDS else value),
+        }
     return {
         "description": _plain((cls.__doc__ or "").partition("\n\n")[0]),
         "type": "object",
@@ -113,6 +122,15 @@ def _schema(hint: Any, *, infinite: bool = False) -> dict[str, Any]:
     if origin in (dict, Mapping):
         return {"type": "object", "additionalProperties": _schema(arguments[1], infinite=infinite)}
     return _or_null(SCALARS[hint]) if infinite and hint is float else dict(SCALARS[hint])
+
+
+def _words(schema: Any) -> Any:
+    """Return the schema with the mark of single words in place of that of names."""
+    if isinstance(schema, list):
+        return [_words(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: "word" if key == "published" else _words(value) for key, value in schema.items()}
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:

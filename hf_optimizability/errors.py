@@ -39,7 +39,7 @@ class ExplainedError(Exception):
         because: Reason | None = None,
         **values: Value,
     ):
-        kind = None if error is None else type(error).__name__
+        kind = None if error is None else type_name(error)
         self.why = Reason(code, error=kind, values=values, because=because)
         self._behind = "" if error is None else f": {kind}: {_first_line(error)}"
         super().__init__(str(self))
@@ -78,6 +78,16 @@ class MeasurementInterruptedError(MeasurementError):
 
     def __init__(self) -> None:
         super().__init__("interrupted")
+
+
+def type_name(error: BaseException) -> str:
+    """Return the name of an error's type, for a reason; of a class that was named otherwise at run time, its base's.
+
+    Example:
+        >>> type_name(KeyError()), type_name(type("File x", (OSError,), {})())
+        ('KeyError', 'OSError')
+    """
+    return next(cls.__name__ for cls in type(error).__mro__ if cls.__name__.isidentifier())
 
 
 def _first_line(error: BaseException) -> str:

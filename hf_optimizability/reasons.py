@@ -72,11 +72,21 @@ class Reason:
     def from_dict(cls, data: Mapping[str, Any]) -> Reason:
         """Rebuild from the dict of `dataclasses.asdict`, with lists for tuples as JSON has them.
 
+        Values that none of its sentences uses are dropped.
+
         Raises:
             ValueError: If this version has no words for it, or they need other values.
         """
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in data["values"].items()}
+        words = WORDS[data["code"]] if data["code"] in WORDS else Words("")
+        used = {name for text in (words.text, *words.more) for name in slots(text)}
+        values = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in data["values"].items()
+            if name in used
+        }
         because = None if data["because"] is None else cls.from_dict(data["because"])
+        if not isinstance(data["error"], (str, type(None))):
+            raise ValueError(f"The type of an error is {data['error']!r}.")
         reason = cls(data["code"], error=data["error"], values=values, because=because)
         try:
             str(reason)

@@ -65,9 +65,14 @@ def public_flags(values: Mapping[str, Any]) -> dict[str, Any]:
         {'model_name_or_path': 'mine', 'learning_rate': 0.001}
     """
     recorded = {name: value for name, value in values.items() if name in RECORDED_FLAGS}
-    return {
-        name: public_name(public_id(value)) if isinstance(value, str) else value for name, value in recorded.items()
-    }
+    return {name: _public(value) for name, value in recorded.items() if not isinstance(value, Mapping)}
+
+
+def _public(value: Any) -> Any:
+    """Return a flag's value, or each of a list, as it is published."""
+    if isinstance(value, (list, tuple)):
+        return [_public(item) for item in value]
+    return public_name(public_id(value)) if isinstance(value, str) else value
 
 
 def parse_candidates(given: Iterable[str | Mapping[str, Flag]]) -> tuple[Candidate, ...]:

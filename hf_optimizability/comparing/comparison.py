@@ -23,14 +23,17 @@ class Comparison(ComparisonData):
     def save(self, folder: str | Path) -> Path:
         """Write `comparison.json`, `comparison.md` and `comparison.html` into `folder`, each file atomically.
 
+        What is not meant for others is left out; see `published`.
+
         Returns:
             The path of `comparison.html`.
         """
         folder = Path(folder)
+        shown = self.published()
         content = {
-            "json": json.dumps(self.to_dict(), allow_nan=False),
-            "md": self.to_markdown(),
-            "html": self.to_html(),
+            "json": json.dumps(shown.to_dict(), allow_nan=False),
+            "md": shown.to_markdown(),
+            "html": shown.to_html(),
         }
         for kind, text in content.items():
             write_atomically(folder / f"comparison.{kind}", text.encode())

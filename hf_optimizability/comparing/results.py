@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 from ..files import finite
 from ..log_keys import PREFIX
 from ..reasons import Reason
+from ..redaction import public_name, public_word
 from ..report import OptimizabilityReport
 from ..report_data.provenance import ModelInfo
+from ..report_data.published import published_reason
+from ..scoring.checkpoint import NAMES as SCORE_NAMES
 from ..scoring.checkpoint import CheckpointScores
 from ..serialization import structure
+from .candidates import public_flags
 from .ranking import Ranking, normal_draws, paired_bootstrap, rank
 
 
@@ -58,8 +62,18 @@ class Scores:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
-        """Rebuild scores from `to_dict`."""
-        return cls(np.array(data["losses"], dtype=float), np.array([hit == "1" for hit in data["correct"]]))
+        """Rebuild scores from `to_dict`.
+
+        Raises:
+            ValueError: If they are damaged.
+        """
+        losses, correct = data["losses"], data["correct"]
+        if not isinstance(correct, str) or not correct or set(correct) - {"0", "1"}:
+            raise ValueError("`correct` is not a string of 0 and 1.")
+        numbers = isinstance(losses, list) and all(type(loss) in (int, float, type(None)) for loss in losses)
+        if not numbers or len(losses) != len(correct):
+            raise ValueError("`losses` is not a list of a number for each example.")
+        return cls(np.array(losses, dtype=float), np.array([hit == "1" for hit in correct]))
 
 
 @dataclass(frozen=True)
@@ -143,6 +157,21 @@ class Entry:
     def model(self) -> ModelInfo:
         """The model according to its reports."""
         return self.runs[0].report.model if self.runs else ModelInfo()
+
+    def published(self) -> Entry:
+        """Return the candidate as it is written."""
+        scores = self.scores
+        if scores is not None:
+            notes = {name: published_reason(why) for name, why in scores.notes.items() if name in SCORE_NAMES}
+            scores = replace(scores, notes=notes)
+        return replace(
+            self,
+            name=public_name(self.name),
+            changes=public_flags(self.changes),
+            runs=[replace(run, report=run.report.published()) for run in self.runs],
+            failure=self.failure and replace(self.failure, why=published_reason(self.failure.why)),
+            scores=scores,
+        )
 
 
 @dataclass(frozen=True)
@@ -246,6 +275,25 @@ class ComparisonData:
         ranking = None if self.ranking is None else asdict(self.ranking)
         data = {"schema_version": self.schema_version, "setting": self.setting.to_dict(), "ranking": ranking}
         return finite({**data, "entries": entries, "rounds": rounds})
+
+    def published(self) -> Self:
+        """Return the comparison as it is written: what a report's schema allows, and of flags the recorded ones."""
+        setting = replace(
+            self.setting,
+            task=public_name(self.setting.task),
+            dataset=public_name(self.setting.dataset),
+            settings=public_flags(self.setting.settings),
+            versions={public_word(name): public_word(text) for name, text in self.setting.versions.items()},
+        )
+        rounds = [
+            replace(
+                one,
+                ranking=one.ranking and replace(one.ranking, names=tuple(map(public_name, one.ranking.names))),
+                kept=tuple(map(public_name, one.kept)),
+            )
+            for one in self.rounds
+        ]
+        return type(self)(setting, [entry.published() for entry in self.entries], rounds, self.schema_version)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -50,9 +51,9 @@ def cached_scores(file: Path, compute: Callable[[], CheckpointScores], *, retry_
 def cached_step_seconds(folder: Path, measure: Callable[[Path], float]) -> float:
     """Return the time of a step; if it is not known yet, measure it in a temporary folder and write it."""
     file = folder / "step.json"
-    cached = _read(file, lambda data: structure(_StepTime, data))
+    cached = _read(file, _step_seconds)
     if cached is not None:
-        return cached.step_seconds
+        return cached
     seconds = measure(folder / "timing")
     write_atomically(file, json.dumps({"step_seconds": seconds}).encode())
     shutil.rmtree(folder / "timing", ignore_errors=True)
@@ -82,6 +83,14 @@ def cached_run(folder: Path, train: Callable[[], Run | Failure], *, retry_failur
 @dataclass(frozen=True)
 class _StepTime:
     step_seconds: float
+
+
+def _step_seconds(data: Any) -> float:
+    """Return the time of a step from plain data."""
+    seconds = structure(_StepTime, data).step_seconds
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"A step takes {seconds} seconds.")
+    return seconds
 
 
 def _ended(data: Any) -> Run | Failure:

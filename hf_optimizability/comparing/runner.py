@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from ..errors import MeasurementError
+from ..errors import MeasurementError, type_name
 from ..files import require_writable
 from ..reasons import Reason
 from ..redaction import public_name, redact_secrets
@@ -294,7 +294,7 @@ def _why(what: str, error: Exception) -> Reason:
         return Reason("training_diverged")
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     if memory:
-        return Reason("training_out_of_memory", error=type(error).__name__)
+        return Reason("training_out_of_memory", error=type_name(error))
     if isinstance(error, LoadingError):
-        return Reason("not_loaded", error=type(error.__cause__).__name__)
-    return Reason("training_failed", error=type(error).__name__)
+        return Reason("not_loaded", error=type_name(error.__cause__ or error))
+    return Reason("training_failed", error=type_name(error))

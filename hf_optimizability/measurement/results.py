@@ -256,7 +256,7 @@ class MeasurementFailure:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MeasurementFailure:
         """Rebuild a failure from `to_dict`; its words are those of this version."""
-        return cls(step=data["step"], epoch=data["epoch"], why=Reason.from_dict(data["why"]))
+        return structure(cls, {name: data[name] for name in ("step", "epoch", "why")})
 
     @property
     def remedy(self) -> str:

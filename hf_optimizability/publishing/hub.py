@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files import write_atomically
+from ..redaction import public_name
 from ..report import OptimizabilityReport
 from ..report.markdown import CARD_FOLDER, card_section
 from .hub_client import HubClient, HubError, RepositoryChangedError
@@ -100,7 +101,9 @@ def add_to_model_folder(report: OptimizabilityReport, folder: Path, *, name: str
         write_atomically(folder / CARD_FOLDER / file, content)
     readme = folder / "README.md"
     card = readme.read_bytes().decode() if readme.is_file() else ""
-    write_atomically(readme, with_report(card, report, name=name or folder.resolve().name, files=files).encode())
+    write_atomically(
+        readme, with_report(card, report, name=public_name(name or folder.resolve().name), files=files).encode()
+    )
 
 
 def _commit(client: HubClient, report: OptimizabilityReport, files: dict[str, bytes], *, private: bool | None) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from ..linalg.estimate import Estimate
 
@@ -50,6 +51,7 @@ def format_with_error(value: float | None, error: float | None) -> str:
         small = f"{error:#.2g}" if 1e-4 <= error < 9.95 else f"{error:.1e}"
         return f"{format_number(value, digits=6)} ± {small}"
     if _is_scientific(exponent):
+        exponent = max(exponent, sys.float_info.min_10_exp)  # smaller powers are not exact, and at last 0
         value, error, place = value / 10.0**exponent, error / 10.0**exponent, place - exponent
         return f"({_rounded(value, place)} ± {_rounded(error, place)})e{exponent:+03d}"
     return f"{_rounded(value, place)} ± {_rounded(error, place)}"

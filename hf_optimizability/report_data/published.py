@@ -8,6 +8,8 @@ Numbers pass. A string passes by its mark in the schema, `published`:
 
 - `name`: names of parameters, metrics, labels, tasks, models, data sets, classes. They pass as they are, unless they
   look like a secret, a path, a URL or an address: then a hash takes their place (`public_name`).
+- `word`: the same of one word: versions, types of errors, what a reason's sentences are completed with. In place of a
+  sentence there is a hash, too.
 - `option`: an option of the measurements: a number, a name, or a list of names.
 - `note`: a sentence of the training dynamics; those of `hf_optimizability.dynamics` pass.
 - `number`: nothing but a number passes, such as in the Trainer's log.
@@ -18,9 +20,12 @@ Without a mark no string passes, and without a schema nothing does. Keys are nam
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from ..redaction import public_name
+from ..files import finite
+from ..reasons import Reason
+from ..redaction import public_name, public_word
 from .schema import report_schema
 
 
@@ -35,6 +40,16 @@ def published(data: Mapping[str, Any]) -> dict[str, Any]:
         {'model': {'id': 'org/name'}, 'log_history': [{'loss': 0.5}]}
     """
     return _allowed(data, report_schema())  # type: ignore[no-any-return]
+
+
+def published_reason(why: Reason) -> Reason:
+    """Return a reason as it may be published.
+
+    Example:
+        >>> published_reason(Reason("tensors_overwritten", values={"tensors": ("a", "/home/ada")})).values
+        {'tensors': ('a', 'private-cf2d5242')}
+    """
+    return Reason.from_dict(_allowed(finite(asdict(why)), report_schema()["$defs"]["Reason"]))
 
 
 def _allowed(value: Any, schema: Mapping[str, Any]) -> Any:
@@ -65,6 +80,8 @@ def _string(text: str, schema: Mapping[str, Any]) -> str | None:
     mark = schema.get("published")
     if mark in ("name", "option"):
         return public_name(text)
+    if mark == "word":
+        return public_word(text)
     if text in schema.get("enum", ()) or (mark == "note" and _is_note(text)):
         return text
     return None if "null" in schema.get("type", ()) else ""

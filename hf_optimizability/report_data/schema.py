@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from ..reasons import Reason
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 5
 """Version of the layout of `report.json`; raised when a reader of the old layout would misread the new one."""
+
+MAX_DEPTH = 40
+"""Lists and objects within each other; a report has ten. Far deeper ones exhaust Python's stack."""
 
 _RENEW = "Restore the file, or create the report again."
 
@@ -67,6 +72,8 @@ def upgraded(data: Any) -> dict[str, Any]:
     """
     if not isinstance(data, dict):
         raise ValueError(f"It holds {_shown(data)}, not a report. Pass the `report.json` that a report was saved to.")
+    if _is_deep(data):
+        raise ValueError(f"It is nested too deep for a report. {_RENEW}")
     version = data.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"`schema_version` is {_shown(version)}, not a number from 1 to {SCHEMA_VERSION}. {_RENEW}")
@@ -82,10 +89,36 @@ def upgraded(data: Any) -> dict[str, Any]:
         raise ValueError(
             f"It is damaged: not in the layout of schema version {version} ({type(error).__name__}: {error}). {_RENEW}"
         ) from None
-    problem = _problem(data) or next(_unequal(data), None)
+    problem = _problem(data) or next(_unfit(data), None)
     if problem:
         raise ValueError(f"It is damaged: {problem}. {_RENEW}")
     return data
+
+
+def require_valid_measurement(measurement: dict[str, Any]) -> None:
+    """Check a measurement of this version alone, as `upgraded` checks those of a report.
+
+    Raises:
+        ValueError: If it is damaged; the message says where.
+    """
+    from jsonschema import Draft202012Validator
+
+    whole = {"$ref": "#/$defs/Measurement", "$defs": report_schema()["$defs"]}
+    error = next(Draft202012Validator(whole).iter_errors(measurement), None)
+    problem = _explained(error) if error else next(_unfit({"measurements": [measurement]}), None)
+    if problem:
+        raise ValueError(problem)
+
+
+def _is_deep(data: Any) -> bool:
+    """Return whether lists and objects are nested deeper than in any report."""
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _from_1(data: dict[str, Any]) -> dict[str, Any]:
@@ -196,8 +229,8 @@ def _explained(error: ValidationError) -> str:
     return f"{path} has {len(value)} entries, not {expected}"
 
 
-def _unequal(data: dict[str, Any]) -> Iterator[str]:
-    """Yield lists that belong together but differ in length, which a schema can't express."""
+def _unfit(data: dict[str, Any]) -> Iterator[str]:
+    """Yield what belongs together but does not fit, which a schema can't express: lengths, tasks and blocks."""
     for index, measurement in enumerate(data["measurements"]):
         hessian = measurement["hessian"]
         density = hessian.get("density") or {}
@@ -210,6 +243,21 @@ def _unequal(data: dict[str, Any]) -> Iterator[str]:
                 yield f"report.measurements[{index}].hessian has `{first}` and `{second}` of different lengths"
         if not all(_fit(slice_) for slice_ in (measurement["landscape"] or {}).values() if slice_ is not None):
             yield f"report.measurements[{index}].landscape has axes and `losses` of different lengths"
+        if measurement["multitask"] is not None:
+            yield from (
+                f"report.measurements[{index}].multitask {problem}"
+                for problem in _unfit_tasks(measurement["multitask"], measurement["blocks"].keys())
+            )
+
+
+def _unfit_tasks(multitask: dict[str, Any], blocks: Set[str]) -> Iterator[str]:
+    """Yield pairs of tasks without a conflict, or the reverse, and tasks and conflicts with other blocks."""
+    tasks, conflicts = multitask["tasks"], multitask["conflicts"]
+    pairs = Counter(frozenset((one["first"], one["second"])) for one in conflicts)
+    if pairs != Counter(map(frozenset, combinations(tasks, 2))):
+        yield "has `conflicts` that are not one for each pair of its `tasks`"
+    if any(one["blocks"].keys() != blocks for one in (*tasks.values(), *conflicts)):
+        yield "has other blocks than the measurement"
 
 
 def _fit(landscape: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
-from ..errors import MeasurementError
+from ..errors import MeasurementError, type_name
 from ..measurement.engines import HvpEngine, choose_engine
 from ..model_state.measuring import full_precision, measuring
 from ..objective.batches import cut_batch
@@ -145,7 +145,7 @@ def score_checkpoint(
 def _why(error: Exception) -> Reason:
     """Return why a score can't be computed, as pages have it; the log gets the text of the error."""
     logger.warning_once(redact_secrets(str(error)))
-    return error.why if isinstance(error, MeasurementError) else Reason("score_failed", error=type(error).__name__)
+    return error.why if isinstance(error, MeasurementError) else Reason("score_failed", error=type_name(error))
 
 
 def _priced(score: Score, *, passes: int, since: float) -> Score:

@@ -9,7 +9,8 @@ back before training begins. A Trainer restores what bears the name of a callbac
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +20,7 @@ from transformers.utils import logging
 from ..files import finite
 from ..log_keys import PREFIX
 from ..measurement.results import Measurement, MeasurementFailure
-from ..report_data.schema import failure_with_reason, with_current_names
+from ..report_data.schema import failure_with_reason, require_valid_measurement, with_current_names
 from .clock import Clock
 
 
@@ -131,8 +132,9 @@ def _stored_records(state: TrainerState) -> Iterator[_Record]:
         try:
             yield _read(entry[RECORD])
         except (LookupError, TypeError, AttributeError, ValueError) as error:
+            step = entry.get("step") if isinstance(entry, Mapping) else None
             logger.warning(
-                f"The measurement at step {entry.get('step')} in the checkpoint can't be read "
+                f"The measurement at step {step} in the checkpoint can't be read "
                 f"({type(error).__name__}: {error}). It stays in `trainer_state.json` but not in the report."
             )
 
@@ -140,11 +142,16 @@ def _stored_records(state: TrainerState) -> Iterator[_Record]:
 def _read(stored: Any) -> _Record:
     result: Measurement | MeasurementFailure
     if "measurement" in stored:
-        measurement = Measurement.from_dict(with_current_names(stored["measurement"]))
+        data = with_current_names(stored["measurement"])
+        require_valid_measurement(data)
+        measurement = Measurement.from_dict(data)
         result = _with_block_order(measurement, stored["blocks"])
     else:
         result = MeasurementFailure.from_dict(failure_with_reason(stored["failure"]))
-    return _Record(result, dict(stored["config"]), float(stored["seconds"]), float(stored["train_seconds"]))
+    times = stored["seconds"], stored["train_seconds"]
+    if not all(isinstance(time, (int, float)) and 0 <= time < math.inf for time in times):
+        raise ValueError(f"its times are {times}")
+    return _Record(result, dict(stored["config"]), *map(float, times))
 
 
 def _with_block_order(measurement: Measurement, blocks: list[str]) -> Measurement:

@@ -47,6 +47,8 @@ def rendered_once() -> Iterator[None]:
     def files(report: OptimizabilityReport) -> dict[str, bytes]:
         key = json.dumps(report.to_dict())
         if key not in rendered:
+            if len(rendered) > 20:
+                rendered.clear()
             rendered[key] = render(report)
         return dict(rendered[key])
 

@@ -50,6 +50,8 @@ def damaged(draw: st.DrawFn, report: dict[str, Any], *, most: int = 3) -> dict[s
     data = copy.deepcopy(report)
     for _ in range(draw(st.integers(1, most))):
         everywhere = list(places(data))
+        if not everywhere:
+            break
         # Half of the time near the top: most of the places are points of some long list.
         deep = draw(st.booleans())
         container, key = everywhere[draw(st.integers(0, len(everywhere) - 1))] if deep else _near(draw, data)

@@ -67,7 +67,7 @@ def make_comparison(qualities: dict[str, float], *, seeds: int = 3, failed: bool
         seeds=tuple(42 + seed for seed in range(seeds)),
         rank_by="accuracy",
         examples=EXAMPLES,
-        settings={"learning_rate": 1e-3, "text_column_name": ["sentence"]},
+        settings={"learning_rate": 1e-3, "blocks": ["encoder", "head"]},
         versions={"hf-optimizability": "0.1.0", "torch": "2.13.0"},
     )
     everything = [*copy.deepcopy(entries), Entry("dropped", {}, dropped.runs)]
