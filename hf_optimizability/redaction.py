@@ -101,10 +101,10 @@ def public_word(text: str) -> str:
     """Return one word as it is, as `public_name` does; a hash in place of more than one, which may be a sentence.
 
     Example:
-        >>> public_word("NllLossBackward0"), public_word("could not convert: Ada")
-        ('NllLossBackward0', 'private-fb8c1586')
+        >>> public_word("gauss-newton + hutchinson"), public_word("could not convert: Ada")
+        ('gauss-newton + hutchinson', 'private-fb8c1586')
     """
-    return _hashed(text) if len(text.split()) > 1 else public_name(text)
+    return _hashed(text) if len(text.replace(" + ", "+").split()) > 1 else public_name(text)
 
 
 def public_name(name: str) -> str:
