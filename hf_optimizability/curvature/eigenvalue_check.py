@@ -81,7 +81,7 @@ def check_eigenvalues(
     steps: Sequence[float],
     finer: Sequence[float] = (),
     tolerance: float = AGREEMENT,
-    kinks: Callable[[], bool] = lambda: False,
+    has_kinks_alone: Callable[[], bool] = lambda: False,
 ) -> tuple[EigenvalueCheck, ...]:
     """Check eigenvalues along their vectors, at as few steps as it takes.
 
@@ -94,8 +94,8 @@ def check_eigenvalues(
         steps: The steps to try, one after the other.
         finer: More steps to try for those that differences contradict without agreeing with each other.
         tolerance: Relative difference up to which they agree.
-        kinks: Whether the loss has kinks; asked where differences move between the first two steps. They do not settle
-            at a third one then, and it is not tried.
+        has_kinks_alone: Whether the loss has kinks, and nothing else that may set differences apart from an eigenvalue
+            that is right. Asked where two steps disagree: a third one would decide nothing then, and is not tried.
 
     Returns:
         A check for each value.
@@ -118,7 +118,7 @@ def check_eigenvalues(
         waiting = [
             index for index in waiting if abs(found[index][-1] - values[index]) > tolerance * abs(values[index])
         ]
-        if not waiting or (len(found[waiting[0]]) == 2 and _all_move(found, values, waiting) and kinks()):
+        if not waiting or (len(found[waiting[0]]) == 2 and has_kinks_alone()):
             break
     checks = [
         EigenvalueCheck(
@@ -133,14 +133,6 @@ def check_eigenvalues(
     return tuple(
         _at_finer_steps(check, vector, differences, finer, tolerance) if _contradicts_itself(check) else check
         for check, vector in zip(checks, vectors, strict=False)
-    )
-
-
-def _all_move(found: Sequence[Sequence[float]], values: Sequence[float], waiting: Sequence[int]) -> bool:
-    """Return whether all differences that disagree also move between their two steps."""
-    return all(
-        abs(found[index][0] - found[index][1]) > _SETTLED * min(abs(one - values[index]) for one in found[index])
-        for index in waiting
     )
 
 

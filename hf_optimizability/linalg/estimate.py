@@ -25,7 +25,8 @@ class Estimate:
         std_error: Standard error over the probe vectors; `None` where the estimate is not an average.
         residual: `‖Hq − θq‖` of an eigenvalue estimate θ: some eigenvalue lies within this distance of `value` (Golub
             & Van Loan, Matrix Computations, section 8.1); `None` for other quantities. Convergence is relative to the
-            eigenvalue itself, not to ‖H‖; otherwise any vector would pass for an eigenvalue near 0.
+            eigenvalue itself, not to ‖H‖; otherwise any vector would pass for an eigenvalue near 0. The error of products
+            by differences is added.
         data_std_error: Standard error over the data, without that over the probe vectors: how far the value would
             move with another probe set of the same size. `None` where it is unknown.
 
@@ -98,6 +99,28 @@ class Estimate:
             high=self.value + math.hypot(self.high - self.value, added),
             std_error=std_error,
             converged=std_error <= tolerance * abs(self.value),
+        )
+
+    def with_product_error(self, relative: float, *, tolerance: float) -> Estimate:
+        """Return an eigenvalue whose residual bound includes the error of its product, relative to its norm.
+
+        Args:
+            relative: The error of a product, relative to its norm.
+            tolerance: Relative residual of a converged eigenvalue.
+
+        Example:
+            >>> Estimate(10.0, 10.0, 10.0, "lanczos", 8, True, residual=0.0).with_product_error(0.1, tolerance=0.01)
+            ... # doctest: +ELLIPSIS
+            Estimate(value=10.0, low=9.0, high=11.0, method='lanczos', hvps=8, converged=False, ..., residual=1.0, ...)
+        """
+        added = relative * abs(self.value)
+        residual = (self.residual or 0.0) + added
+        return replace(
+            self,
+            low=self.low - added,
+            high=self.high + added,
+            residual=residual,
+            converged=self.converged and residual <= tolerance * abs(self.value),
         )
 
     @classmethod

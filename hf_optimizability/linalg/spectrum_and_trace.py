@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -194,8 +195,10 @@ class SpectrumAndTrace:
     parts: BatchTraces | None = field(default=None, compare=False, repr=False)
     extremal: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
-    def with_product_error(self, relative: float, segments: Segments, *, tolerance: float) -> SpectrumAndTrace:
-        """Return the same with traces whose errors include that of the products, `‖δ‖ = relative · ‖Av‖` of each.
+    def with_product_error(
+        self, relative: float, segments: Segments, *, eigen_tolerance: float, trace_tolerance: float
+    ) -> SpectrumAndTrace:
+        """Return the same with errors that include that of the products, `‖δ‖ = relative · ‖Av‖` of each.
 
         A sample vᵀAv is off by `relative · ‖A‖_F` where δ has a random direction, and by `relative · tr A`, in all
         samples alike, where it has that of Av. Of a segment the first is in proportion to the root of its rows.
@@ -203,7 +206,8 @@ class SpectrumAndTrace:
         Args:
             relative: The error of a product, relative to its norm.
             segments: Slices of the rows, as the traces were estimated with.
-            tolerance: Relative standard error of a converged trace.
+            eigen_tolerance: Relative residual of a converged eigenvalue.
+            trace_tolerance: Relative standard error of a converged trace.
         """
         found = self.estimates
         rows = [sum(part.stop - part.start for part in segment) for segment in segments]
@@ -212,12 +216,23 @@ class SpectrumAndTrace:
 
         def widened(trace: Estimate, share: float) -> Estimate:
             error = relative * math.hypot(trace.value, math.sqrt(share * squared))
-            return trace.with_arithmetic_error(error, tolerance=tolerance)
+            return trace.with_arithmetic_error(error, tolerance=trace_tolerance)
+
+        def ends(estimates: Iterable[Estimate]) -> tuple[Estimate, ...]:
+            return tuple(end.with_product_error(relative, tolerance=eigen_tolerance) for end in estimates)
 
         shares = [number / sum(rows) for number in rows]
         return replace(
             self,
-            estimates=replace(found, trace=widened(found.trace, 1.0)),
+            estimates=replace(
+                found,
+                lambda_max=found.lambda_max.with_product_error(relative, tolerance=eigen_tolerance),
+                lambda_min=found.lambda_min
+                and found.lambda_min.with_product_error(relative, tolerance=eigen_tolerance),
+                top=ends(found.top),
+                bottom=ends(found.bottom),
+                trace=widened(found.trace, 1.0),
+            ),
             segments=tuple(map(widened, self.segments, shares)),
         )
 

@@ -135,7 +135,12 @@ def estimate_curvature(
         checks = check_along_eigenvectors(spectrum, objective, point, engine)
         error = product_error(engine, checks)
         if error is not None:
-            spectrum = spectrum.with_product_error(error, segments, tolerance=config.budget.trace_tolerance)
+            spectrum = spectrum.with_product_error(
+                error,
+                segments,
+                eigen_tolerance=config.budget.eigen_tolerance,
+                trace_tolerance=config.budget.trace_tolerance,
+            )
         task_maxima = {}
         if allocation.tasks:
             task_maxima = eigenvalues_by_task(objective, engine, config, max_hvps=allocation.tasks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -141,6 +142,7 @@ def check_along_eigenvectors(
     ends = [found.estimates.lambda_max, found.estimates.lambda_min]
     by_differences = engine.name == "central_difference"
     usual = usual_step(objective.parameters)
+    kinks_explain = cache(lambda: _kinks_explain(objective))
     checks = check_eigenvalues(
         [end.value for end in ends[: len(found.extremal)] if end is not None],
         found.extremal,
@@ -148,7 +150,7 @@ def check_along_eigenvectors(
         steps=[usual / 2] if by_differences else [share * usual for share in STEPS],
         finer=[] if by_differences else [share * usual for share in FINER],
         tolerance=LARGEST_DIFFERENCE_ERROR if by_differences else AGREEMENT,
-        kinks=lambda: all(objective.group.all_gather_interleaved([has_kinks(objective)])),
+        has_kinks_alone=kinks_explain,
     )
     if not by_differences:
         checks = tuple(_unless_rounded(check, objective, point) for check in checks)
@@ -159,7 +161,7 @@ def check_along_eigenvectors(
     wrong = next((check for check in checks if check.verdict == "disagrees"), None)
     if wrong is None:
         return checks
-    if by_differences or not _kinks_explain(objective):
+    if by_differences or not kinks_explain():
         raise _no_eigenvalue(wrong, objective, engine)
     return tuple(
         replace(check, verdict="not checked", reason=Reason("kinks_settle")) if check.verdict == "disagrees" else check

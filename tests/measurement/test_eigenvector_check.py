@@ -330,6 +330,17 @@ class TestDifferences:
         assert found.central_difference_error >= along > 0
         assert [check.verdict for check in found.eigenvalue_checks] == ["agrees", "agrees"]
 
+    @pytest.mark.parametrize("seed", range(3))
+    def test_their_error_is_part_of_the_intervals_of_both_ends(self, seed: int):
+        torch.manual_seed(seed)
+        model = Net(torch.sin)
+        truth = dense(model, **batch())
+        budget = {"max_hvps": 60, "eigen_tolerance": 1e-6}  # what is left is the error of the differences
+        found = measure(model, [batch()], OptimizabilityConfig(engine="central_difference", **budget)).hessian
+        for end, value in ((found.lambda_max, float(truth[-1])), (found.lambda_min, float(truth[0]))):
+            assert end.low <= value <= end.high
+            assert end.high - end.low < 0.1 * abs(end.value) and not end.converged
+
     def test_take_over_where_second_derivatives_are_not_symmetric(self):
         model = Net(lambda hidden: Skewed.apply(hidden))
         found = measure(model, [batch()], PRECISE)
@@ -363,14 +374,16 @@ class TestVerdicts:
         assert found[0].error == pytest.approx(0.004)
 
     @pytest.mark.parametrize(("kinks", "verdict", "tried"), [(True, "moves with the step", 2), (False, "agrees", 3)])
-    def test_a_third_step_is_not_tried_where_there_are_kinks(self, kinks: bool, verdict: str, tried: int):
+    def test_a_third_step_is_not_tried_where_kinks_alone_explain_the_first_two(
+        self, kinks: bool, verdict: str, tried: int
+    ):
         by_step = {1.0: 7.0, 0.5: 6.0, 0.25: 5.02}
         [top] = check_eigenvalues(
             [5.0],
             self.ENDS[:1],
             lambda step: DenseOperator(torch.diag(torch.tensor([-1.0, by_step[step]], dtype=torch.float64))),
             steps=[1.0, 0.5, 0.25],
-            kinks=lambda: kinks,
+            has_kinks_alone=lambda: kinks,
         )
         assert (top.verdict, len(top.differences)) == (verdict, tried)
 
