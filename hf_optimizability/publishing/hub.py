@@ -100,7 +100,7 @@ def add_to_model_folder(report: OptimizabilityReport, folder: Path, *, name: str
     for file, content in files.items():
         write_atomically(folder / CARD_FOLDER / file, content)
     readme = folder / "README.md"
-    card = readme.read_bytes().decode() if readme.is_file() else ""
+    card = _decoded(readme.read_bytes(), f"in {folder}") if readme.is_file() else ""
     write_atomically(
         readme, with_report(card, report, name=public_name(name or folder.resolve().name), files=files).encode()
     )
@@ -112,12 +112,7 @@ def _commit(client: HubClient, report: OptimizabilityReport, files: dict[str, by
     while True:
         attempts += 1
         head = client.head(private=private)
-        try:
-            card = client.read_card(head).decode()
-        except UnicodeDecodeError:
-            raise ModelCardError(
-                f"README.md of {client.repo_id} is not UTF-8, as the Hub wants it. Save it as UTF-8."
-            ) from None
+        card = _decoded(client.read_card(head), f"of {client.repo_id}")
         card = with_report(card, report, name=client.repo_id.split("/")[-1], files=files)
         contents = {f"{CARD_FOLDER}/{name}": content for name, content in files.items()} | {"README.md": card.encode()}
         try:
@@ -125,3 +120,10 @@ def _commit(client: HubClient, report: OptimizabilityReport, files: dict[str, by
         except RepositoryChangedError:
             if attempts == ATTEMPTS:
                 raise
+
+
+def _decoded(card: bytes, where: str) -> str:
+    try:
+        return card.decode()
+    except UnicodeDecodeError:
+        raise ModelCardError(f"README.md {where} is not UTF-8, as the Hub wants it. Save it as UTF-8.") from None

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
-from hf_optimizability.publishing.hub import HubError, push
+from hf_optimizability.publishing.hub import HubError, ModelCardError, add_to_model_folder, push
 from hf_optimizability.publishing.model_card import START
 from tests.support import tiny_training
 from tests.support.hub_stub import READER, Fault, HubStub
@@ -151,6 +151,13 @@ def test_a_card_that_fails_does_not_stop_the_push(
     elsewhere.push_to_hub()
     assert "model.safetensors" in published(hub) and START.encode() not in published(hub)["README.md"]
     assert [warning[:60] for warning in warnings] == ["The model card has no optimizability report. FileExistsError"]
+
+
+def test_a_card_in_another_encoding_stays_as_it_is(tmp_path: Path):
+    (tmp_path / "README.md").write_bytes("# Café\n".encode("latin-1"))
+    with pytest.raises(ModelCardError, match=rf"^README\.md in {tmp_path} is not UTF-8"):
+        add_to_model_folder(OptimizabilityReport(), tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == "# Café\n".encode("latin-1")
 
 
 def test_only_the_main_process_writes(

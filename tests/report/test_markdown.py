@@ -147,6 +147,12 @@ class TestMarkdown:
             "How it was measured",
         ]
 
+    def test_words_are_aligned_left_and_numbers_right(self):
+        lines = to_markdown(make_report(failures=1)).splitlines()
+        alignment = {line.split(" |")[0]: lines[lines.index(line) + 1] for line in lines if line.startswith("| ")}
+        assert alignment["| Step"] == "|:--|:--|:--|"
+        assert alignment["| Block"] == "|:--|--:|--:|--:|--:|--:|"
+
     def test_summary_table_compares_first_and_last(self):
         report = make_report()
         first, last = report.measurements[0].hessian, report.measurements[-1].hessian
