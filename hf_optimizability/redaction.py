@@ -44,15 +44,15 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[^\s@]+@[\w-]+(?:\.[\w-]+)*\.
 """URLs, e-mail addresses, and user@host:place. Metrics such as `recall@10` are none of them."""
 
 _EXTENSION = (
-    "csv|tsv|jsonl?|txt|parquet|arrow|pt|pth|bin|ckpt|safetensors|npy|npz|pkl|zip|gz|tar|h5|py|ipynb|ya?ml|md|log|pem"
-    "|key|png|jpe?g|wav|mp3"
+    "csv|tsv|jsonl?|txt|parquet|arrow|pt|pth|bin|ckpt|safetensors|gguf|onnx|npy|npz|pkl|zip|gz|tgz|bz2|xz|zst|tar|h5|py"
+    "|sh|ipynb|ya?ml|toml|ini|env|md|html?|pdf|docx?|xlsx?|log|db|sqlite|pem|key|png|jpe?g|wav|flac|mp[34]"
 )
 _PATH = re.compile(
     rf"""
     (?<![A-Za-z0-9])(?:~|\.{{1,2}}(?=[/\\]))[^\s/\\]*[/\\]             # ~/x, ~user/x, ./x, ../x
     | (?:^|[\s=:,;'"(\[<])/[^\s/]*/                                 # /x/
-    | // | ^~ | ^/ | (?<![A-Za-z0-9])[A-Za-z]:[\\/] | \\\\\w | \w\\+\w    # C:\\x, \\\\server, x\\y
-    | [^/]+/[^/]+/ | /[^/]*\.(?:{_EXTENSION})\b                       # x/y/z, x/y.csv
+    | // | ^~ | (?:^|_)/ | (?<![A-Za-z0-9])[A-Za-z]:[\\/] | \\\\\w | \w\\+\w    # C:\\x, \\\\server, x\\y
+    | [^/]+/[^/]+/ | /[^/]*\.(?:{_EXTENSION})(?![A-Za-z0-9])          # x/y/z, x/y.csv
     """,
     re.VERBOSE | re.IGNORECASE,
 )

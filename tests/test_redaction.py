@@ -15,6 +15,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import TrainerCallback
@@ -23,6 +25,8 @@ from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.redaction import public_name, redact_secrets
 from hf_optimizability.training.provenance import describe_model
 from tests.support import tiny_models, tiny_training
+from tests.support.planted_secrets import LOOK_LIKE_SECRETS as LOOK_LIKE_ONE
+from tests.support.planted_secrets import Secret, secrets
 from tests.support.tiny_training import CONFIG
 
 
@@ -74,7 +78,7 @@ LOOK_LIKE_SECRETS = [
     "/home/ada", "/mnt/secret/x.csv", "path=/home/ada/secret/x.csv", "~/x", "~bob/x", "../../secret/ada/x.csv",
     "./mine", "secret/ada/x.csv", "data/x.csv", r"C:\Users\Ada Lovelace\x", r"\\corp-server\secret\x", "C:/data",
     "'/mnt/it's secret/x.csv'", "[/mnt/secret/x.csv]", "/secret_project_dir", "file:///srv/data/x.csv",
-    "b'/mnt/secret/x.csv'", "/mnt/secret/a:/mnt/secret/b",
+    "b'/mnt/secret/x.csv'", "/mnt/secret/a:/mnt/secret/b", "eval_/secret_loss", "eval_data/x.csv_loss", "a/x.xlsx",
 ]  # fmt: skip
 
 
@@ -99,6 +103,56 @@ def test_names_that_look_like_secrets_are_hashed(name: str):
 )  # fmt: skip
 def test_names_stay(name: str):
     assert public_name(name) == name
+
+
+RANDOM = settings(deadline=None, derandomize=True, database=None, max_examples=300, phases=[Phase.generate])
+
+AROUND = (
+    ("", ""), ("eval_", "_loss"), ("encoder.", ".weight"), ("optimizability/", ""), ("optimizability/task/", "/loss"),
+    ("optimizability/train_grad_norm/", ""),
+)  # fmt: skip
+"""What stands around a name in a key."""
+
+
+@RANDOM
+@given(secrets(LOOK_LIKE_ONE), st.sampled_from(AROUND))
+def test_random_secrets_are_hashed_alone_and_within_keys(secret: Secret, around: tuple[str, str]):
+    name = public_name(secret.text.join(around))
+    assert not [part for part in secret.parts if part in name]
+    assert re.fullmatch(r"(optimizability/(task/|train_grad_norm/)?)?private-[0-9a-f]{8}(/loss)?", name)
+
+
+@pytest.mark.parametrize("key", ["optimizability/task/{}/loss", "optimizability/train_grad_norm/{}"])
+@pytest.mark.parametrize("name", ["~/x", "/home/ada", "data/x.csv", "ada@corp.com", "https://ada:pw@host/x"])
+def test_the_name_in_a_key_of_our_own_is_hashed_and_the_key_is_kept(key: str, name: str):
+    assert public_name(key.format(name)) == key.format(public_name(name)) != key.format(name)
+
+
+WORD = st.sampled_from([
+    "encoder", "decoder", "layer", "layers", "blocks", "attention", "self", "query", "key", "value", "dense", "output",
+    "LayerNorm", "embeddings", "word_embeddings", "mlp", "gate_up_proj", "down_proj", "rotary_emb", "lora_A", "score",
+    "default", "classifier", "conv1", "bn2", "downsample", "weight", "bias", "token_type_embeddings", "experts",
+    "secrets", "password", "tokenizer", "signature", "passage_encoder", "pathology", "home",
+])  # fmt: skip
+PARAMETERS = st.lists(st.one_of(WORD, st.integers(0, 127).map(str)), min_size=1, max_size=10).map(".".join)
+METRICS = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(["", "eval_", "train_", "test_", "rewards/", "eval_rewards/", "epoch/"]),
+    st.lists(WORD, min_size=1, max_size=3, unique=True).map("_".join),
+    st.sampled_from(["", "@10", "@0.5", "_loss", "_f1", "-macro", " (mean)", " %"]),
+)
+LABELS = st.sampled_from([
+    "LABEL_0", "entailment", "not spam", "B-PER", "I-ORG", "5 stars", "n/a", "yes/no", "C++", "C#", "A", "0", "+1",
+    "größer", "正面", "😀", "tench, Tinca tinca", "Sci/Tech", "O", "[CLS]", "<unk>", "#", "50 %", "a|b", "US$",
+    "www", "e.g.", "AT&T", "Ph.D.", "R&B / soul",
+])  # fmt: skip
+
+
+@RANDOM
+@given(st.one_of(PARAMETERS, METRICS, LABELS))
+def test_ordinary_names_stay(name: str):
+    assert public_name(name) == name
+    assert public_name(f"optimizability/task/{name}/loss") == f"optimizability/task/{name}/loss"
 
 
 def test_a_secret_that_is_passed():

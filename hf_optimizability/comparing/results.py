@@ -300,7 +300,8 @@ class ComparisonData:
         """Rebuild a comparison from `to_dict`.
 
         Raises:
-            ValueError: If the data was written by a later version of this package, or is not a comparison.
+            ValueError: If the data was written by a later version of this package, or is not a comparison, or its
+                trainings can't be compared example by example.
         """
         if data.get("schema_version") not in range(1, SCHEMA_VERSION + 1):
             raise ValueError(
@@ -309,6 +310,7 @@ class ComparisonData:
             )
         entries = [structure(Entry, _with_reasons(entry)) for entry in data["entries"]]
         rounds = [structure(Round, one) for one in data["rounds"]]
+        _score_table(_ranked(entries), "loss")
         return cls(setting=structure(Setting, data["setting"]), entries=entries, rounds=rounds)
 
 
@@ -334,14 +336,17 @@ def rank_entries(entries: Sequence[Entry], quality: Quality) -> Ranking | None:
 
     Returns:
         The ranking; `None` if there are fewer than two to rank.
+
+    Raises:
+        ValueError: If trainings are scored on different numbers of examples, or candidates have different numbers of
+            trainings.
     """
-    ranked = [entry for entry in entries if entry.failure is None and entry.dropped is None and entry.runs]
+    ranked = _ranked(entries)
     if len(ranked) < 2:
         return None
     names = [entry.name for entry in ranked]
-    scores = [[run.scores.of(quality) for run in entry.runs if run.scores is not None] for entry in ranked]
-    if all(scores):
-        table = np.array(scores)
+    table = _score_table(ranked, quality)
+    if table is not None:
         draws = paired_bootstrap(table)
         means = table.mean(axis=(1, 2)).tolist()
         if quality == "loss":
@@ -352,3 +357,23 @@ def rank_entries(entries: Sequence[Entry], quality: Quality) -> Ranking | None:
     if quality != "loss" or not np.isfinite([*losses, *errors]).all():
         return None
     return rank(names, losses, normal_draws(losses, errors), greater_is_better=False)
+
+
+def _ranked(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the candidates that got the whole budget."""
+    return [entry for entry in entries if entry.failure is None and entry.dropped is None and entry.runs]
+
+
+def _score_table(ranked: Sequence[Entry], quality: Quality) -> NDArray[np.float64] | None:
+    """Return the scores by candidate, training and example; `None` if a candidate has none."""
+    scores = [[run.scores.of(quality) for run in entry.runs if run.scores is not None] for entry in ranked]
+    if not all(scores):
+        return None
+    if len({len(examples) for runs in scores for examples in runs}) > 1:
+        raise ValueError(
+            "Its trainings are scored on different numbers of examples. If the data has changed in between, compare "
+            "again in another folder."
+        )
+    if len({len(runs) for runs in scores}) > 1:
+        raise ValueError("Its candidates have different numbers of trainings.")
+    return np.array(scores)

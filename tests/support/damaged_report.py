@@ -57,7 +57,7 @@ def damaged(draw: st.DrawFn, report: dict[str, Any], *, most: int = 3) -> dict[s
         container, key = everywhere[draw(st.integers(0, len(everywhere) - 1))] if deep else _near(draw, data)
         how = draw(st.sampled_from(["replace", "replace", "lose", "rename", "double"]))
         if how == "replace":
-            container[key] = draw(VALUES)
+            container[key] = copy.deepcopy(draw(VALUES))  # which the next change may be made within
         elif how == "lose":
             del container[key]
         elif isinstance(container, dict):
