@@ -9,10 +9,14 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+
+_WRITING_SECONDS = 60
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -42,6 +46,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of writers of `path` that were killed, also those of earlier versions.
+
+    Files younger than a minute stay: their writers may be at work.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.lstat().st_mtime > _WRITING_SECONDS:
+                leftover.unlink()
 
 
 def read_regular(path: Path) -> bytes | None:

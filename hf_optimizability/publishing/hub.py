@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..files import write_atomically
+from ..files import remove_leftovers, write_atomically
 from ..redaction import public_name
 from ..report import OptimizabilityReport
 from ..report.markdown import CARD_FOLDER, card_section
@@ -98,6 +98,7 @@ def add_to_model_folder(report: OptimizabilityReport, folder: Path, *, name: str
     report = report.published()
     files = report.files()
     for file, content in files.items():
+        remove_leftovers(folder / CARD_FOLDER / file)  # all of the folder is about to be pushed
         write_atomically(folder / CARD_FOLDER / file, content)
     readme = folder / "README.md"
     card = _decoded(readme.read_bytes(), f"in {folder}") if readme.is_file() else ""

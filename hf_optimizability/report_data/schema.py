@@ -226,6 +226,8 @@ def _explained(error: ValidationError) -> str:
         return f"{path} is {_shown(value)}, not one of {expected}"
     if error.validator == "minimum":
         return f"{path} is {value}, less than {expected}"
+    if error.validator == "pattern":
+        return f"{path} is {_shown(value)}, not of the form {expected}"
     return f"{path} has {len(value)} entries, not {expected}"
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, Optimi
 from hf_optimizability.publishing.hub import HubError, ModelCardError, add_to_model_folder, push
 from hf_optimizability.publishing.model_card import START
 from tests.support import tiny_training
+from tests.support.example_report import make_report
 from tests.support.hub_stub import READER, Fault, HubStub
 from tests.support.tiny_training import CONFIG
 from tests.support.training_outcome import assert_equal, run
@@ -151,6 +153,21 @@ def test_a_card_that_fails_does_not_stop_the_push(
     elsewhere.push_to_hub()
     assert "model.safetensors" in published(hub) and START.encode() not in published(hub)["README.md"]
     assert [warning[:60] for warning in warnings] == ["The model card has no optimizability report. FileExistsError"]
+
+
+def test_what_killed_writers_left_is_not_pushed(tmp_path: Path):
+    """`push_to_hub` uploads the folder as `create_model_card` leaves it."""
+    folder = tmp_path / "optimizability"
+    folder.mkdir()
+    old = {".report.json.tmp", ".report.json.0123456789abcdef.tmp", ".loss.png.0123456789abcdef.tmp"}
+    kept = {".report.html.0123456789abcdef.tmp", ".mine.tmp", "report.json.tmp"}
+    for name in old | kept:
+        (folder / name).write_text("torn")
+    for name in old | kept - {".report.html.0123456789abcdef.tmp"}:
+        os.utime(folder / name, (0, 0))
+    add_to_model_folder(make_report(1), tmp_path)
+    names = {path.name for path in folder.iterdir()}
+    assert not names & old and names >= kept | {"report.json", "report.html", "loss.png"}
 
 
 def test_a_card_in_another_encoding_stays_as_it_is(tmp_path: Path):

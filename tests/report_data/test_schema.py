@@ -131,6 +131,9 @@ def changed(**values: Any) -> dict[str, Any]:
     return {**copy.deepcopy(REPORT), **values}
 
 
+WITH_A_SENTENCE = {**REPORT["failures"][0], "why": {**REPORT["failures"][0]["why"], "error": "no file"}}
+
+
 def renamed_back(measurement: Any) -> Any:
     """The measurement with the names of version 4."""
     old = {
@@ -287,6 +290,10 @@ class TestDamaged:
             (to_json(changed(more=1)), r"report\.more is not known"),
             (to_json(changed(log_history=[{"loss": 1.0}])), r"report\.log_history\[0\] lacks 'step'"),
             (to_json(changed(log_history=[{"step": -1}])), r"report\.log_history\[0\]\.step is -1, less than 0"),
+            (
+                to_json(changed(failures=[WITH_A_SENTENCE])),
+                r"report\.failures\[0\]\.why\.error is 'no file', not of the form",
+            ),
             (to_json(changed(created=HOSTILE[0] * 10)), None),
             (b'{"schema_version": 3, "created": NaN}', r"the number NaN is not finite"),
             (b'{"schema_version": 3, "created": 1e999}', r"the number 1e999 is not finite"),
