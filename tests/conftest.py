@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -21,15 +22,20 @@ os.environ["TRACKIO_DIR"] = os.path.join(tempfile.gettempdir(), f"trackio-of-tes
 LOOKED_AT = {"report", "report_data", "test_docs.py", "test_quantities_table.py"}
 """Where under this folder the plots of reports are looked at."""
 
+EXEMPT: set[str] = set()
+"""Modules that are exempt from garbage collection."""
+
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
-def pytest_collection_finish() -> None:
+def pytest_runtest_setup() -> None:
     """Exempts what was imported from garbage collection: each Trainer collects, which takes longer than its steps."""
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > len(EXEMPT) + 20:
+        EXEMPT.update(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

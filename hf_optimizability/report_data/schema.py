@@ -18,6 +18,7 @@ from ..reasons import Reason
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
+    from jsonschema.protocols import Validator
 
 SCHEMA_VERSION = 5
 """Version of the layout of `report.json`; raised when a reader of the old layout would misread the new one."""
@@ -101,10 +102,7 @@ def require_valid_measurement(measurement: dict[str, Any]) -> None:
     Raises:
         ValueError: If it is damaged; the message says where.
     """
-    from jsonschema import Draft202012Validator
-
-    whole = {"$ref": "#/$defs/Measurement", "$defs": report_schema()["$defs"]}
-    error = next(Draft202012Validator(whole).iter_errors(measurement), None)
+    error = next(_validators()["measurement"].iter_errors(measurement), None)
     problem = _explained(error) if error else next(_unfit({"measurements": [measurement]}), None)
     if problem:
         raise ValueError(problem)
@@ -203,10 +201,27 @@ _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_from_1, 
 
 def _problem(data: dict[str, Any]) -> str | None:
     """Return the first violation of the schema."""
-    from jsonschema import Draft202012Validator
-
-    error = next(Draft202012Validator(report_schema()).iter_errors(data), None)
+    error = next(_validators()["report"].iter_errors(data), None)
     return None if error is None else _explained(error)
+
+
+@cache
+def _validators() -> dict[str, Validator]:
+    """Return what checks a report, and a measurement alone.
+
+    jsonschema makes a validator for each of the thousands of numbers in lists; here a list is checked as one.
+    """
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
+
+    def items(validator: Validator, each: dict[str, Any], value: Any, schema: dict[str, Any]) -> Iterator[Any]:
+        are_numbers = each == {"type": "number"} and isinstance(value, list) and {int, float} >= set(map(type, value))
+        return iter(()) if are_numbers else Draft202012Validator.VALIDATORS["items"](validator, each, value, schema)
+
+    validator = extend(Draft202012Validator, {"items": items})
+    whole = report_schema()
+    one = {"$ref": "#/$defs/Measurement", "$defs": whole["$defs"]}
+    return {"report": validator(whole), "measurement": validator(one)}
 
 
 def _explained(error: ValidationError) -> str:
