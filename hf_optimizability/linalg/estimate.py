@@ -25,8 +25,8 @@ class Estimate:
         std_error: Standard error over the probe vectors; `None` where the estimate is not an average.
         residual: `‖Hq − θq‖` of an eigenvalue estimate θ: some eigenvalue lies within this distance of `value` (Golub
             & Van Loan, Matrix Computations, section 8.1); `None` for other quantities. Convergence is relative to the
-            eigenvalue itself, not to ‖H‖; otherwise any vector would pass for an eigenvalue near 0. The error of products
-            by differences is added.
+            eigenvalue itself, not to ‖H‖; otherwise any vector would pass for an eigenvalue near 0. The error of
+            products by differences is added.
         data_std_error: Standard error over the data, without that over the probe vectors: how far the value would
             move with another probe set of the same size. `None` where it is unknown.
 
