@@ -40,7 +40,9 @@ _TOKEN = re.compile(
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")
 _HOME = re.compile(r"(?<![\w.])(?:/home/|/Users/|\b[A-Za-z]:\\+Users\\+)[^\s/\\'\"`:,;()<>]+|(?<![\w.])/root\b")
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[^\s@]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}|[^\s@]+@[\w.-]+:")
+_ADDRESS = re.compile(
+    r"(?<![A-Za-z0-9+.-])[0-9+.-]*[A-Za-z][A-Za-z0-9+.-]*://|[^\s@]@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}|[^\s@]@[\w.-]+:"
+)
 """URLs, e-mail addresses, and user@host:place. Metrics such as `recall@10` are none of them."""
 
 _EXTENSION = (
