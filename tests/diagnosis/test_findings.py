@@ -207,10 +207,11 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]] | ParameterSe
         {"batch_above_noise_scale", "not_converged", "saddle"},
     ),
     (Perceptron, {"train_dataset": two_tasks(turned=True), "max_steps": 30, "config": BY_TASK}, {"tasks_conflict"}),
-    (
+    pytest.param(
         Perceptron,
         {"train_dataset": two_tasks(loud=8), "max_steps": 4, "learning_rate": 1e-6, "config": BY_TASK},
         {"one_task_dominates"},
+        marks=pytest.mark.slow,  # as where tasks conflict, from the same numbers
     ),
 ]  # fmt: skip
 

@@ -50,6 +50,7 @@ TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-10}
 
 
 LIKE_OTHERS = [
+    ("bert", torch.float64, 2, "power_iteration"),
     ("bert", torch.float64, 2, "landscape"),
     ("bert", torch.float64, 2, "forward_over_reverse"),
     ("bert", torch.float32, 2, "all"),

@@ -252,13 +252,15 @@ CHANGES: dict[str, list[Callable[[PreTrainedModel], Any]]] = {
     "configurations": [change_configuration],
     "random numbers": [lambda model: torch.rand(1), lambda model: np.random.rand(), lambda model: random.random()],
 }
+OFTEN = [(change_parameter, False), (change_gradient, True), (change_attribute, False), (change_mode, False)]
+"""The others are near enough to these to be left to `make test-slow`."""
 
 
 @pytest.mark.parametrize(
     ("kind", "change", "fails"),
     [
         # What is compared is the same where a measurement fails.
-        pytest.param(kind, change, fails, marks=[pytest.mark.slow] if fails and kind != "gradients" else [])
+        pytest.param(kind, change, fails, marks=[] if (change, fails) in OFTEN else pytest.mark.slow)
         for kind, changes in CHANGES.items()
         for change in changes
         for fails in (False, True)

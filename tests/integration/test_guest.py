@@ -50,7 +50,6 @@ def quickly(monkeypatch: pytest.MonkeyPatch, measured: Measurement) -> None:
     """Measure once for all tests, and draw no plots: they are about what others see of it."""
 
     def measure_objective(objective: Any, *args: Any, step: int, epoch: float | None, **kwargs: Any) -> Any:
-        time.sleep(0.05)
         return dataclasses.replace(measured, step=step, epoch=epoch), objective
 
     monkeypatch.setattr(callback, "measure_objective", measure_objective)
@@ -207,15 +206,15 @@ def test_times_of_the_subclass_are_those_of_training(tmp_path: Path, tokens: str
     measure_objective = callback.measure_objective
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(0.2)
         return measure_objective(*args, **kwargs)
 
     monkeypatch.setattr(callback, "measure_objective", slowly)
     trainer = make(tmp_path, "mixin", include_num_input_tokens_seen=tokens)
     started = time.perf_counter()
     metrics = trainer.train().metrics
-    assert trainer.optimizability_callback.borrowed_seconds > 2.0  # four measurements
-    assert 0 < metrics["train_runtime"] < time.perf_counter() - started - 2.0
+    assert trainer.optimizability_callback.borrowed_seconds > 0.8  # four measurements
+    assert 0 < metrics["train_runtime"] < time.perf_counter() - started - 0.8
     assert metrics["train_samples_per_second"] == pytest.approx(24 / metrics["train_runtime"], rel=1e-2)
     assert metrics["train_steps_per_second"] == pytest.approx(6 / metrics["train_runtime"], rel=1e-2)
     times = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]

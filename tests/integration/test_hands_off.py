@@ -191,7 +191,7 @@ def test_training_is_the_same_where_the_data_keep_state(tmp_path: Path, kind: st
     assert len(callback.report.measurements) == 2 and not callback.report.failures
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])  # DPO gathers more metrics
 def test_trl_chooses_the_same_checkpoint_by_the_same_metrics(tmp_path: Path, kind: str):
     """Its trainers gather metrics in `compute_loss` and clear them in `log`."""
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer

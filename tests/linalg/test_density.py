@@ -327,7 +327,7 @@ class TestNegativeMass:
     @pytest.mark.parametrize(
         "spectrum", [indefinite, positive, outliers_at_both_ends, half_zero], ids=lambda f: f.__name__
     )
-    @pytest.mark.parametrize(("starts", "steps"), [(1, 12), (4, 6), (4, 12)])
+    @pytest.mark.parametrize(("starts", "steps"), [(1, 12), (4, 6), pytest.param(4, 12, marks=pytest.mark.slow)])
     def test_interval_holds_the_truth(self, spectrum, starts: int, steps: int):
         eigenvalues = spectrum()
         dense = rotated(eigenvalues)

@@ -143,7 +143,14 @@ class NotTwice(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("no"), KeyError("no"), AssertionError("no"), ZeroDivisionError("no")], ids=repr
+    "error",
+    [
+        ValueError("no"),
+        KeyError("no"),
+        pytest.param(AssertionError("no"), marks=pytest.mark.slow),
+        pytest.param(ZeroDivisionError("no"), marks=pytest.mark.slow),
+    ],
+    ids=repr,
 )
 def test_any_error_of_a_second_backward_pass_leads_to_the_next_engine(error: Exception):
     NotTwice.error = error

@@ -66,9 +66,9 @@ def test_no_profile_takes_more_products(profile: str):
     [
         {"block_eigenvalues": True},
         {"engine": "central_difference"},
-        {"engine": "forward_over_reverse"},
+        pytest.param({"engine": "forward_over_reverse"}, marks=pytest.mark.slow),  # budgeted as by double_backward
         {"curvature": "gauss_newton"},
-        {"curvature": "empirical_fisher", "profile": "full"},
+        pytest.param({"curvature": "empirical_fisher", "profile": "full"}, marks=pytest.mark.slow),
         {"eigen_method": "power_iteration"},
         {"trace_method": "hutch++"},
         {"trace_method": "xtrace"},
@@ -125,9 +125,9 @@ def test_seconds_are_those_of_each_kind_of_product(monkeypatch: pytest.MonkeyPat
     ("options", "examples"),
     [
         ({}, 4),
-        pytest.param({}, 80, marks=pytest.mark.slow),  # as with blocks
-        pytest.param({"block_eigenvalues": True}, 4, marks=pytest.mark.slow),  # as without
-        ({"block_eigenvalues": True}, 80),
+        pytest.param({}, 80, marks=pytest.mark.slow),
+        ({"block_eigenvalues": True}, 4),
+        pytest.param({"block_eigenvalues": True}, 80, marks=pytest.mark.slow),
         ({"eigen_method": "power_iteration"}, 4),
         ({"trace_method": "hutch++"}, 4),
         ({"trace_method": "xtrace"}, 4),

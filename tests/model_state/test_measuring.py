@@ -167,8 +167,17 @@ def test_every_flag_is_left_as_it_was(
     assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("ending", [None, RuntimeError, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("wrapped", [True, False], ids=["torch.compile(model)", "model.compile()"])
+@pytest.mark.parametrize(
+    ("wrapped", "ending"),
+    [
+        # Each way to compile, and each of two ends; all pairs by `make test-slow`.
+        pytest.param(wrapped, ending, marks=[] if wrapped == (ending is None) else pytest.mark.slow)
+        for wrapped in (True, False)
+        for ending in (None, RuntimeError)
+    ]
+    + [pytest.param(wrapped, KeyboardInterrupt, marks=pytest.mark.slow) for wrapped in (True, False)],
+    ids=lambda value: ("model.compile()", "torch.compile(model)")[value] if isinstance(value, bool) else None,
+)
 def test_a_compiled_model_is_measured_as_it_is_and_not_compiled_anew(
     monkeypatch: pytest.MonkeyPatch, wrapped: bool, ending: type[BaseException] | None
 ):

@@ -69,7 +69,7 @@ def test_signal_and_noise_are_unbiased_with_uneven_parts():
 
 
 @pytest.mark.parametrize("decay", [0, 1], ids="decay {}".format)
-@pytest.mark.parametrize("size", [50, 1000], ids="size {}".format)
+@pytest.mark.parametrize("size", [50, pytest.param(1000, marks=pytest.mark.slow)], ids="size {}".format)
 @pytest.mark.parametrize("share", [0.3, 1, 3, 10], ids="share {}".format)
 def test_intervals_hold_the_truth_as_often_as_they_say(share: float, size: int, decay: float):
     """`share`: the noise scale as a multiple of the number of items."""

@@ -331,7 +331,7 @@ class TestDamaged:
         with pytest.raises(FileNotFoundError):
             OptimizabilityReport.load(tmp_path)
 
-    @settings(QUIET, max_examples=150)
+    @settings(QUIET, max_examples=50)
     @given(damaged(WITH_EVERYTHING))
     def test_a_damaged_report_is_a_clear_error_or_a_harmless_page(self, tmp_path_factory, undrawn, data):
         check_damaged(tmp_path_factory.getbasetemp() / "damaged.json", data)

@@ -47,7 +47,7 @@ def bert(**options: object) -> BertForSequenceClassification:
 
 def vit(**options: object) -> ViTForImageClassification:
     settings = {
-        "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 4, "num_hidden_layers": 2,
+        "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 4, "num_hidden_layers": 1,
         "num_attention_heads": 2, "intermediate_size": 6, "num_labels": 3,
     }  # fmt: skip
     return ViTForImageClassification(ViTConfig(**{**settings, **options}))
