@@ -62,6 +62,12 @@ CHANGED: dict[str, str] = {
     "entries.*.runs.1.report.log_history.*.optimizability/*_loss*": _ONE_GAP,
     "**.self_check.repeat_error": "added: what rounding leaves between two passes of a batch",
     "**.self_check.count*": "added: by which values examples are counted, where their lengths differ",
+    "**.population": "added: the training set that examples were drawn from",
+    "**measurements.*.fallback": "a reason by code, in place of a text",
+    "**eigenvalue_checks.*.reason": "a reason by code, in place of a text",
+    "**failures.*.why": "a reason by code, in place of a text",
+    "**failures.*.reason": "reworded: a text",
+    "**failures.*.remedy": "reworded: a text",
     "**findings.*.advice": "reworded: a text",
     "**findings.*.source": "reworded: a text",
 }
@@ -88,8 +94,8 @@ CHANGED_IN: dict[str, dict[str, str]] = dict.fromkeys(
     ("regression", "exact_trace", "fallback", "two_tasks", "trainer_tasks", "lora"), _SPECTRUM
 )
 CHANGED_IN["central_difference"] = dict.fromkeys(
-    ("**measurements.*.hessian.trace", "**measurements.*.blocks.*.trace"),
-    "the error of central differences is part of that of a trace",
+    ("**measurements.*.hessian", "**measurements.*.blocks.*.trace"),
+    "the error of central differences is part of that of traces and eigenvalues",
 )
 """The same of some cases alone."""
 

@@ -108,7 +108,7 @@ def text(number: int, *, tokens: int = 48) -> tuple[PreTrainedModel, list[Batch]
     """MiniLM-L6 with a new head for two classes, and batches of sentences from movie reviews."""
     tokenizer = AutoTokenizer.from_pretrained(TEXT_CHECKPOINT)
     model = AutoModelForSequenceClassification.from_pretrained(TEXT_CHECKPOINT, num_labels=2, dtype="float32")
-    rows = _rows(TEXT_DATA, number)
+    rows = text_rows(number)
     columns = tokenizer(
         rows["sentence"], padding="max_length", truncation=True, max_length=tokens, return_tensors="pt"
     )
@@ -126,6 +126,11 @@ def vision(number: int, *, pixels: int = 64) -> tuple[PreTrainedModel, list[Batc
     rows = _rows(VISION_DATA, number)
     images = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
     return model, _cut({"pixel_values": images, "labels": torch.tensor(rows["label"])})
+
+
+def text_rows(number: int) -> dict[str, list[Any]]:
+    """Sentences and their labels, for that many batches, drawn at random."""
+    return _rows(TEXT_DATA, number)
 
 
 def _text() -> tuple[PreTrainedModel, list[Batch]]:

@@ -183,6 +183,12 @@ WORDS: Mapping[str, Words] = {
         "The collator refused rows drawn at random{error}.",
         "If only some rows may share a batch, pass a batch sampler that says which to the data loader.",
     ),
+    "losses_not_apart": Words(
+        "The losses of single examples are not known: the loss is not made of torch's `cross_entropy`, `mse_loss`, "
+        "`binary_cross_entropy_with_logits`, `huber_loss` or `smooth_l1_loss` without class weights, or depends on "
+        "more than one example.",
+        "Pass `batches` in place of `dataset`.",
+    ),
     "too_few_examples": Words(
         "The data set to measure on has only {number} examples, but a probe set needs at least {least}.",
         "Pass a larger training set.",

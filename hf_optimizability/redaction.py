@@ -163,5 +163,5 @@ def _environment() -> Iterator[str]:
 
 @cache
 def _is_secret_variable(name: str) -> bool:
-    """Return whether a variable holds a secret by its name, told once: all names of a report are looked at."""
+    """Return whether a variable holds a secret, by its name; cached, as every name of a report asks for all."""
     return _SECRET_VARIABLE.search(name) is not None

@@ -55,7 +55,7 @@ class BlockDiagonalHessian(ObjectiveOperator):
         self._objective = objective
         self._blocks = blocks
 
-    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], float]]:
         """Yield the products of each part; all blocks and all vectors share its forward and first backward pass."""
         parameters = self._objective.parameters
         pieces = [self._split(vector, parameters) for vector in vectors]

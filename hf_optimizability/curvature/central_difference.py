@@ -90,16 +90,16 @@ class CentralDifferenceHessian(ObjectiveOperator):
 
     def matmat_per_batch(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
-    ) -> tuple[Tensor, np.ndarray, list[int]]:
+    ) -> tuple[Tensor, np.ndarray, list[float]]:
         """Return `A V`; a difference is of the whole gradient, so that there is one batch for all ranks."""
         return SymmetricOperator.matmat_per_batch(self, vectors, segments)
 
-    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], float]]:
         products = (self._product(vector) for vector in vectors)
         first, items = next(products)
         yield chain([first], (product for product, _ in products)), items
 
-    def _product(self, vector: Tensor) -> tuple[list[Tensor], int]:
+    def _product(self, vector: Tensor) -> tuple[list[Tensor], float]:
         """Return the product, summed over the items, and their number."""
         parameters = self._objective.parameters
         length = norm(vector, self.rows.group) or 1.0

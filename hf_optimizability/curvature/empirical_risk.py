@@ -12,7 +12,7 @@ from ..linalg.communicator import SINGLE_PROCESS, ProcessGroup
 from ..linalg.row_partition import RowPartition
 
 
-FunctionalLoss = Callable[[Sequence[Tensor]], tuple[Tensor, int]]
+FunctionalLoss = Callable[[Sequence[Tensor]], tuple[Tensor, float]]
 """The sum of a batch's losses and its number of items, as a function of the variables."""
 
 
@@ -72,11 +72,11 @@ class EmpiricalRisk:
         """How vectors over the variables lie: each process holds them whole, unless it has shards of them."""
         return RowPartition.whole(sum(parameter.numel() for parameter in self.parameters))
 
-    def losses(self) -> Iterable[tuple[Tensor, int]]:
+    def losses(self) -> Iterable[tuple[Tensor, float]]:
         """Yield each batch's sum of losses, with its graph, and the number of items it sums over."""
         raise NotImplementedError
 
-    def outputs_and_losses(self) -> Iterable[tuple[Sequence[Tensor], Tensor, int]]:
+    def outputs_and_losses(self) -> Iterable[tuple[Sequence[Tensor], Tensor, float]]:
         """Yield each batch's outputs of the model, its sum of losses and its number of items, in one graph."""
         raise NotImplementedError
 

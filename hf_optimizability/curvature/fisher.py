@@ -50,7 +50,7 @@ class EmpiricalFisherOperator(ObjectiveOperator):
         super().__init__(objective)
         self._examples = objective.cut(1)
 
-    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], float]]:
         for pieces, _, items in batch_gradients(self._examples):
             gradient = torch.cat([piece.flatten() for piece in pieces]).to(vectors.dtype)
             yield ([dot(gradient, vector) * piece for piece in pieces] for vector in vectors), items

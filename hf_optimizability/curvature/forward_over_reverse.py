@@ -55,12 +55,12 @@ class ForwardOverReverseHessian(ObjectiveOperator):
         super().__init__(objective)
         self._objective = objective
 
-    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], float]]:
         point = tuple(parameter.detach() for parameter in self._objective.parameters)
         rows = zip(vectors.split(self._sizes, dim=1), point, strict=True)
         tangents = tuple(piece.reshape(len(vectors), *p.shape).to(p) for piece, p in rows)
         for function in self._objective.functional_losses():
-            items = 0
+            items: float = 0
 
             def loss(*parameters: Tensor, function: FunctionalLoss = function) -> Tensor:
                 nonlocal items

@@ -31,6 +31,9 @@ MAX_SPLIT_OUTPUTS = 16
 (MobileNetV2) to 2.3 (MiniLM-L6) for each output, so at 16 that of 9 to 18 products; probes of the decoupled Hessian
 take 20 (MiniLM-L6) to 62 products (MobileNetV2) for a trace to 10 %."""
 
+_ROUNDING = 1e-9
+"""Relative error of a sum of shares of items."""
+
 _SAME_MATRIX = 0.05
 """Relative difference of two products above which they are not of one matrix, whatever rounding does to them."""
 
@@ -71,7 +74,7 @@ class GaussNewtonOperator(ObjectiveOperator):
         self._objective = objective
         self._checked = False
 
-    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], float]]:
         parameters = self._objective.parameters
         columns = [self._split(vector, parameters) for vector in vectors]
         for outputs, loss, items in self._objective.outputs_and_losses():
@@ -244,7 +247,7 @@ class _WithSlopesHeld(EmpiricalRisk):
     def parameters(self) -> Sequence[Tensor]:
         return self._objective.parameters
 
-    def losses(self) -> Iterator[tuple[Tensor, int]]:
+    def losses(self) -> Iterator[tuple[Tensor, float]]:
         for outputs, loss, items in self._objective.outputs_and_losses():
             slopes = torch.autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True)
             yield torch.stack([(s * z).sum() for s, z in zip(slopes, outputs, strict=True)]).sum(), items
@@ -254,7 +257,7 @@ class _Known(NamedTuple):
     """Of the Gauss-Newton matrix, traces of shape (parts, segments), items of each part, and the whole diagonal."""
 
     traces: np.ndarray
-    items: list[int]
+    items: list[float]
     diagonal: Tensor
 
 
@@ -274,7 +277,7 @@ def _known_part(objective: EmpiricalRisk, segments: Segments, *, max_outputs: in
     return _Known(np.array(sums) / np.array(items)[:, None], items, diagonal.div_(sum(items)))
 
 
-def _diagonal_by_part(objective: EmpiricalRisk, *, max_outputs: int) -> Iterator[tuple[Tensor, int]]:
+def _diagonal_by_part(objective: EmpiricalRisk, *, max_outputs: int) -> Iterator[tuple[Tensor, float]]:
     """Yield the diagonal of JᵀH_ℓJ, summed over each part's items, and their number."""
     parameters = objective.parameters
     examples = iter(objective.cut(1).outputs_and_losses())
@@ -284,8 +287,8 @@ def _diagonal_by_part(objective: EmpiricalRisk, *, max_outputs: int) -> Iterator
         if not math.isfinite(whole):
             raise FloatingPointError("The loss of a batch is not finite, so that it has no curvature.")
         diagonal, probe = _flat_zeros(parameters), _Probe(parameters)
-        counted, apart = 0, 0.0
-        while counted < items and (example := next(examples, None)) is not None:
+        counted, apart = 0.0, 0.0
+        while counted < items * (1 - _ROUNDING) and (example := next(examples, None)) is not None:
             single, single_loss, count = example
             _require_few_outputs(single, max_outputs)
             if first:
@@ -294,7 +297,9 @@ def _diagonal_by_part(objective: EmpiricalRisk, *, max_outputs: int) -> Iterator
             _add_diagonal(single, single_loss, parameters, diagonal, probe)
             counted, apart = counted + count, apart + float(single_loss.detach())
         # Rounding differs with the shapes; a loss near 0 is a difference of logits.
-        if counted != items or not math.isclose(whole, apart, rel_tol=1e-3, abs_tol=1e-5 * items):
+        if not math.isclose(counted, items, rel_tol=_ROUNDING) or not math.isclose(
+            whole, apart, rel_tol=1e-3, abs_tol=1e-5 * items
+        ):
             raise _coupled(
                 f"a batch has {items} items and {whole:.6g} as the sum of their losses, its examples one by one have "
                 f"{counted} and {apart:.6g}"

@@ -25,7 +25,7 @@ class Gradient:
     """
 
     loss: float
-    items: int
+    items: float
     tensors: tuple[Tensor, ...]
 
 
@@ -40,7 +40,7 @@ class BatchGradient(NamedTuple):
 
     tensors: tuple[Tensor, ...]
     loss: Tensor
-    items: int
+    items: float
 
 
 def batch_gradients(objective: EmpiricalRisk) -> Iterator[BatchGradient]:
@@ -70,10 +70,10 @@ def gradient(objective: EmpiricalRisk) -> Gradient:
     return Gradient(sum(loss_sums) / items, items, tuple(total / items for total in totals))
 
 
-def gradient_sum(objective: EmpiricalRisk) -> tuple[list[Tensor], float, int]:
+def gradient_sum(objective: EmpiricalRisk) -> tuple[list[Tensor], float, float]:
     """Return the gradient of the sum of the losses, shaped like the parameters; that sum; and the number of items."""
     totals = [torch.zeros_like(parameter) for parameter in objective.parameters]
-    loss_sum, items = 0.0, 0
+    loss_sum, items = 0.0, 0.0
     for batch in batch_gradients(objective):
         for total, piece in zip(totals, batch.tensors, strict=True):
             total += piece

@@ -44,7 +44,7 @@ class ObjectiveOperator(SymmetricOperator):
         parameters = objective.parameters
         self.group = objective.group
         self._counter = objective.hvp_counter
-        self._items: int | None = None  # of all ranks, once a product has shown them
+        self._items: float | None = None  # of all ranks, once a product has shown them
         self._sizes = [parameter.numel() for parameter in parameters]
         self.size = sum(self._sizes)
         self.device = parameters[0].device
@@ -53,13 +53,13 @@ class ObjectiveOperator(SymmetricOperator):
         self.dtype = torch.float64 if double else torch.float32
 
     @abstractmethod
-    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], float]]:
         """Yield each part's products with the rows of `vectors`, shaped like the parameters, and its items."""
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """Return `A V` for the columns of V, of shape (n, k)."""
         total: Tensor | None = None
-        items = 0
+        items = 0.0
         for products, count in self._parts(vectors.T):
             total = self._add(products, total, number=vectors.shape[1])
             items += count
@@ -67,7 +67,7 @@ class ObjectiveOperator(SymmetricOperator):
 
     def matmat_per_batch(
         self, vectors: Tensor, segments: Sequence[Sequence[slice]]
-    ) -> tuple[Tensor, np.ndarray, list[int]]:
+    ) -> tuple[Tensor, np.ndarray, list[float]]:
         """Return `A V` and each batch's forms; see `SymmetricOperator`. Several batches take memory for one more."""
         total: Tensor | None = None
         forms, items = [], []
@@ -81,7 +81,7 @@ class ObjectiveOperator(SymmetricOperator):
         product = self._mean(total, sum(items))
         return product, np.array(self.group.all_gather_interleaved(forms)), self.group.all_gather_interleaved(items)
 
-    def _mean(self, total: Tensor, items: int) -> Tensor:
+    def _mean(self, total: Tensor, items: float) -> Tensor:
         """Return `A V` from the sum over this rank's items."""
         if self._items is None:
             self._items = sum(self.group.all_gather_interleaved([items]))
@@ -153,7 +153,7 @@ class HessianOperator(ObjectiveOperator):
         self._one_part = False  # until the first product has shown it
         self._kept: _Kept | None = None
 
-    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], int]]:
+    def _parts(self, vectors: Tensor) -> Iterator[tuple[Iterable[Sequence[Tensor]], float]]:
         """Yield the products of each part; all vectors share its forward and first backward pass."""
         parameters = self._objective.parameters
         pieces = [self._split(vector, parameters) for vector in vectors]
@@ -170,7 +170,7 @@ class HessianOperator(ObjectiveOperator):
             number += 1
         self._one_part = number == 1
 
-    def _losses(self) -> Iterable[tuple[Tensor, int]]:
+    def _losses(self) -> Iterable[tuple[Tensor, float]]:
         """Yield what is differentiated twice, as `EmpiricalRisk.losses` does."""
         return self._objective.losses()
 
@@ -180,7 +180,7 @@ class _Kept(NamedTuple):
 
     point: list[tuple[int, int]]
     gradients: Sequence[Tensor]
-    items: int
+    items: float
 
 
 def _require_finite(products: Tensor, group: ProcessGroup) -> None:

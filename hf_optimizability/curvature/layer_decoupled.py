@@ -60,7 +60,7 @@ class DecoupledHessian(HessianOperator):
         shared = set(self.group.all_gather_interleaved(list(shared)))
         self._decoupled = [index for index in range(len(parameters)) if index not in shared]
 
-    def _losses(self) -> Iterator[tuple[Tensor, int]]:
+    def _losses(self) -> Iterator[tuple[Tensor, float]]:
         parameters = self._objective.parameters
         mode = _Decouple([parameters[index] for index in self._decoupled])
         parts = iter(self._objective.losses())

@@ -59,19 +59,19 @@ class ShardedObjective(Objective):
         objective._cut = False
         return objective
 
-    def losses(self) -> Iterator[tuple[Tensor, int]]:
+    def losses(self) -> Iterator[tuple[Tensor, float]]:
         """Yield each batch's sum of losses, differentiable w.r.t. the shards unless uncut, and its number of items."""
         for batch in self._local:
             if batch.items:
                 yield self._sum_over_ranks(batch) if self._cut else self._value(batch)
 
-    def _value(self, batch: ProbeBatch) -> tuple[Tensor, int]:
+    def _value(self, batch: ProbeBatch) -> tuple[Tensor, float]:
         """Return the sum of losses of a batch that this rank passes as a whole."""
         loss, items = self._pass(batch)
         reshard(self.model)  # unsharded copies would not follow when the shards are displaced
         return loss, items
 
-    def _sum_over_ranks(self, batch: ProbeBatch) -> tuple[Tensor, int]:
+    def _sum_over_ranks(self, batch: ProbeBatch) -> tuple[Tensor, float]:
         """Return the sum of losses of a batch that is split over the ranks."""
         loss, items = self._share(batch)
         gradients = self._backward(loss) if torch.is_grad_enabled() else []
@@ -80,7 +80,7 @@ class ShardedObjective(Objective):
         total = sums[0].to(loss)
         return (_PrecomputedGradient.apply(total, gradients, *self._shards) if gradients else total), int(sums[1])
 
-    def _share(self, batch: ProbeBatch) -> tuple[Tensor, int]:
+    def _share(self, batch: ProbeBatch) -> tuple[Tensor, float]:
         """Return the loss of this rank's examples of a batch; if none of them counts, 0 times that of others."""
         pieces = self._pieces_for_ranks(batch)
         rank = self.rows.group.rank

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ class BatchTraces:
     """
 
     def __init__(self, segments: Segments, exact: Array | None = None):
-        self.items: list[int] = []
+        self.items: list[float] = []
         self._segments = segments
         self._exact = exact
         self._forms: list[Array] = []  # vᵀA_b v of each probe, of shape (batches, segments)
@@ -116,13 +116,24 @@ class BatchTraces:
         errors: Array = np.sqrt(np.maximum(spread - noise, 0))
         return errors
 
+    def errors_by(self, std_error: Callable[[Array], float]) -> Array:
+        """Return what a function says of the batches' traces, then of those of each segment.
+
+        Args:
+            std_error: The standard error of a mean over batches, from their values. The noise of the probes that is
+                not common to all batches is in it as well, so that it is rather too large.
+        """
+        means = self._exact if not self._forms else self._all_forms().mean(axis=0)
+        assert means is not None
+        return np.array([std_error(column) for column in (means.sum(axis=1), *means.T)])
+
     def _all_forms(self) -> Array:
         """Return a sample of each batch's traces from each probe, of shape (probes, batches, segments)."""
         forms = np.array(self._forms)
         return forms if self._exact is None else self._exact + forms
 
 
-def exact_estimates(traces: Array, items: Sequence[int], *, hvps: int) -> tuple[Estimate, tuple[Estimate, ...]]:
+def exact_estimates(traces: Array, items: Sequence[float], *, hvps: int) -> tuple[Estimate, tuple[Estimate, ...]]:
     """Return the trace and the segments' traces from those of the batches, which are known without error.
 
     Args:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..serialization import LowerBound
-from .statistics import NORMAL_QUANTILE
+from .statistics import NORMAL_QUANTILE, student_quantile
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,29 @@ class Estimate:
             high=self.value + math.hypot(self.high - self.value, added),
             std_error=std_error,
             converged=std_error <= tolerance * abs(self.value),
+        )
+
+    def with_data_error(self, error: float, *, freedom: float, tolerance: float) -> Estimate:
+        """Return the estimate with one interval for both errors, over the probes and over the data.
+
+        Args:
+            error: Standard error over the data.
+            freedom: Its degrees of freedom; those of both together are Satterthwaite's (1946).
+            tolerance: Relative standard error of a converged estimate.
+
+        Example:
+            >>> Estimate(5.0, 5.0, 5.0, "exact", 3, True, std_error=0.0).with_data_error(1.0, freedom=4, tolerance=0.1)
+            ... # doctest: +ELLIPSIS
+            Estimate(value=5.0, low=2.22..., high=7.77..., method='exact', hvps=3, converged=False, std_error=0.0, ...)
+        """
+        total = math.hypot(self.std_error or 0.0, error)
+        margin = student_quantile(freedom * (total / error) ** 4) * total if error else NORMAL_QUANTILE * total
+        return replace(
+            self,
+            low=self.value - max(margin, self.value - self.low),
+            high=self.value + max(margin, self.high - self.value),
+            data_std_error=error,
+            converged=total <= tolerance * abs(self.value),
         )
 
     def with_product_error(self, relative: float, *, tolerance: float) -> Estimate:

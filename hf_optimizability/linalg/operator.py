@@ -20,7 +20,7 @@ from .vectors import Segments, quadratic_forms
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-BatchProducts = tuple[Tensor, NDArray[np.float64], list[int]]
+BatchProducts = tuple[Tensor, NDArray[np.float64], list[float]]
 """The result of `SymmetricOperator.matmat_per_batch`."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -34,6 +35,7 @@ from .eigenvector_check import check_along_eigenvectors, product_error, require_
 from .engines import HvpEngine
 from .multitask import TaskCurvature, eigenvalues_by_task, means_by_task, traces_by_task
 from .optimizer_step import OptimizerStep
+from .two_sided import about_the_whole_set
 
 
 _GRAPH, _PRODUCT = 1.5, 2.0
@@ -54,7 +56,7 @@ class DirectionalCurvature:
     quadratic: QuadraticModel
     along_update: float | None
     per_batch: np.ndarray
-    items: list[int]
+    items: list[float]
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def estimate_curvature(
     preconditions = step is not None and step.preconditions(objective)
     allocation = allocate_hvps(config, engine, preconditions=preconditions)
     by_task = config.task_column is not None and engine.separates_tasks
-    with drop_unused_embedding_rows(objective) as unused:
+    population = objective.population  # its other examples look up other rows
+    with nullcontext(0) if population else drop_unused_embedding_rows(objective) as unused:
         segments = block_segments(objective, blocks.values())
         spectrum = _estimate_spectrum(
             engine, objective, config, segments, max_hvps=allocation.spectrum, unused=unused, deflate=not by_task
@@ -139,6 +142,14 @@ def estimate_curvature(
                 error,
                 segments,
                 eigen_tolerance=config.budget.eigen_tolerance,
+                trace_tolerance=config.budget.trace_tolerance,
+            )
+        if population is not None:
+            spectrum = about_the_whole_set(
+                spectrum,
+                objective,
+                population,
+                engine.operator(objective),
                 trace_tolerance=config.budget.trace_tolerance,
             )
         task_maxima = {}

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..config import OptimizabilityConfig
@@ -22,6 +23,7 @@ from ..distributed.tensors import is_sharded
 from ..errors import MeasurementError
 from ..objective.objective import Batch, LossFunction, Objective
 from ..objective.parameter_blocks import block_indices
+from ..objective.pool import Pool
 from ..objective.self_check import SelfCheck
 from ..objective.task_labels import assign_tasks, require_several
 from ..quantities.loss_landscape import Landscape
@@ -34,21 +36,29 @@ from .mean_check import check_mean, weights_left_alone
 from .multitask import measure_tasks
 from .optimizer_step import OptimizerStep, eigenvector_plane, measure_stability, update_line
 from .out_of_memory import out_of_memory, retry_with_smaller_batches
+from .pool_pass import draw_from_pool
+from .population_estimates import about_population
 from .results import BlockMeasurement, Measurement
 from .session import measurement_session
 from .slope_check import slope_errors
 
 
+POOL_EXAMPLES = 2560
+"""Examples of a data set that forward passes look at, by default."""
+
+
 def measure(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None = None,
     config: OptimizabilityConfig | None = None,
     *,
+    dataset: DataLoader | None = None,
+    pool_examples: int = POOL_EXAMPLES,
     loss_fn: LossFunction | None = None,
     optimizer: Optimizer | None = None,
     progress: bool = False,
 ) -> Measurement:
-    """Measure gradient and curvature of a model's loss over given batches, without a Trainer.
+    """Measure gradient and curvature of a model's loss, over given batches or over a data set, without a Trainer.
 
     Args:
         model: Any module; its parameters with `requires_grad` are what is differentiated by. Measured in eval mode,
@@ -57,6 +67,10 @@ def measure(
             call this together, with the same batches, and share the work. With `config.task_column` each also has that
             key, with the task of each example or one for all; batches that mix tasks are cut. A model whose `forward`
             does not name the key gets its batches without it; a `loss_fn` gets them as they are.
+        dataset: In place of `batches`, a loader over the whole training set. Examples are drawn from it by their
+            curvature, and intervals are about the loss over all of it. Its sampler is not used.
+        pool_examples: With `dataset`, how many of its examples to look at by forward passes, from which those to
+            measure on are drawn; all, if it has no more. Of a larger data set they are a random part.
         config: Precision and budget; when to measure does not matter here.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
@@ -81,9 +95,51 @@ def measure(
         1.0
     """
     config = config or OptimizabilityConfig()
+    pool = None
+    if dataset is not None:
+        pool = pool_of(model, dataset, pool_examples, config)
+        batches = pool.first(config.budget.probe_examples) if batches is None else None
+    if batches is None:
+        raise ValueError(
+            "Pass either `batches`, to measure on them, or `dataset`, to measure the loss over all of it."
+        )
     objective, optimizer = build_objective(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
     with progress_bar(config, disable=not progress) as bar:
+        if pool is not None:
+            objective = _drawn(objective, pool, config)
         return measure_objective(objective, config, optimizer=optimizer, on_products=bar.update)[0]
+
+
+def pool_of(model: nn.Module, dataset: DataLoader, examples: int, config: OptimizabilityConfig) -> Pool:
+    """Return the pool of a data set.
+
+    Raises:
+        ValueError: If it can't be sampled: rows that can't be drawn by index, tasks, or sharded parameters.
+    """
+    if config.task_column is not None or is_sharded(model):
+        raise ValueError(
+            "`dataset` is for one loss on whole parameters; with `task_column`, or under FSDP2, pass `batches`."
+        )
+    if examples < config.budget.probe_examples:
+        raise ValueError(
+            f"`pool_examples` is {examples}, but {config.budget.probe_examples} examples are to be measured on "
+            "(`probe_examples`). Raise it, or lower that."
+        )
+    return Pool(dataset, examples=examples, batch_size=config.probe_batch_size, seed=config.probe_seed)
+
+
+def _drawn(objective: Objective, pool: Pool, config: OptimizabilityConfig) -> Objective:
+    """Return the mean loss over a pool, estimated from examples drawn from it."""
+    objective = _with_checked_mean(objective, config)
+    with measurement_session(objective, config) as (inside, _):
+        batches, population = draw_from_pool(
+            inside,
+            pool,
+            examples=config.budget.probe_examples,
+            batch_size=config.probe_batch_size,
+            seed=config.probe_seed,
+        )
+    return objective.sampled(batches, population)
 
 
 def build_objective(
@@ -212,7 +268,9 @@ def _measure_once(objective: Objective, config: OptimizabilityConfig, optimizer:
                 line = update_line(objective, point, update, directions.along_update, stability)
         plane = eigenvector_plane(objective, curvature.spectrum) if config.landscape else None
         blocks = _measure_blocks(objective, indices, point, curvature)
-        noise = noise_scale(objective, mean_gradient=point.tensors) if objective.parts >= MIN_PARTS else None
+        noise = None  # of a sample by size: its batches are not drawn as in training
+        if objective.parts >= MIN_PARTS and objective.population is None:
+            noise = noise_scale(objective, mean_gradient=point.tensors)
         multitask = measure_tasks(objective, indices, curvature.tasks) if config.task_column is not None else None
         return Measurement(
             step=0,
@@ -220,7 +278,7 @@ def _measure_once(objective: Objective, config: OptimizabilityConfig, optimizer:
             hvps=0,
             seconds=0.0,
             loss=point.loss,
-            num_items=point.items,
+            num_items=round(point.items),
             grad_norm=math.hypot(*(block.grad_norm for block in blocks.values())),
             hessian=curvature.spectrum.estimates,
             blocks=blocks,
@@ -239,6 +297,7 @@ def _measure_once(objective: Objective, config: OptimizabilityConfig, optimizer:
             batch_size=objective.batch_size,
             unused_embedding_parameters=curvature.unused_parameters,
             self_check=check,
+            population=None if objective.population is None else about_population(objective, point),
         )
 
 

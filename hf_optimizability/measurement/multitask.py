@@ -43,7 +43,7 @@ def task_batches(objective: Objective) -> dict[str, list[int]]:
     return {name: [place for place, own in enumerate(tasks) if own == name] for name in sorted(set(tasks))}
 
 
-def means_by_task(objective: Objective, values: np.ndarray, items: Sequence[int]) -> dict[str, float]:
+def means_by_task(objective: Objective, values: np.ndarray, items: Sequence[float]) -> dict[str, float]:
     """Return the mean over each task's batches, weighted by items, of numbers of shape (batches,)."""
     return {
         name: float(np.average(values[places], weights=np.array(items)[places]))

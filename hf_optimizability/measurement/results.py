@@ -150,6 +150,31 @@ class MultitaskMeasurement:
 
 
 @dataclass(frozen=True)
+class PopulationMeasurement:
+    """What is known of the training set that the measured examples were drawn from.
+
+    Attributes:
+        examples: Examples in the training set.
+        pool_examples: Those of them that forward passes looked at.
+        sampled_examples: Those measured.
+        certain_examples: Of these, those that any draw would hold, as they are a large part of the curvature.
+        loss: Mean loss.
+        grad_norm: 2-norm of the gradient of the mean loss, without what the draw adds to it.
+        loss_quantiles: Loss of an example below which 5, 25, 50, 75 and 95 % of the pool lie.
+        hardest: Places in the data set of the examples with the largest losses, the largest first.
+    """
+
+    examples: int
+    pool_examples: int
+    sampled_examples: int
+    certain_examples: int
+    loss: Estimate
+    grad_norm: Estimate
+    loss_quantiles: tuple[float, ...]
+    hardest: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Measurement:
     """The local geometry of the loss at one point of training.
 
@@ -183,6 +208,7 @@ class Measurement:
         seconds: Wall-clock time spent.
         self_check: Results of the self-check of the loss; `None` in older reports.
         eigenvalue_checks: Checks of λ_max and λ_min by differences of the gradient along their eigenvectors.
+        population: The training set that the examples were drawn from; `None` where the batches were given.
     """
 
     step: int
@@ -209,6 +235,7 @@ class Measurement:
     seconds: float
     self_check: SelfCheck | None = None
     eigenvalue_checks: tuple[EigenvalueCheck, ...] = ()
+    population: PopulationMeasurement | None = None
 
     @property
     def converged(self) -> bool:

@@ -32,7 +32,9 @@ from .batches import (
     cut_batch,
     listed,
 )
+from .example_losses import ExampleLosses
 from .layout import Layout, possible_layouts
+from .population import Drawn, Population
 from .self_check import SelfCheck
 
 
@@ -48,12 +50,14 @@ class ProbeBatch:
         items: What its mean loss is over, unless the loss function says.
         index: The place of the batch among those drawn, which seeds whatever the model draws in a pass.
         task: The task of its examples, where there are several.
+        drawn: How its examples were drawn; `None` where all that there are are measured.
     """
 
     inputs: Batch
     items: int
     index: int
     task: str | None = None
+    drawn: Drawn | None = None
 
 
 class Objective(ModelRisk):
@@ -78,6 +82,7 @@ class Objective(ModelRisk):
         state: What comes back after a measurement.
         unit: What the mean losses of the batches are over.
         self_check: The outcome of the self-check, once there is one.
+        population: What the batches are a sample of; `None` where they are all there is.
         layouts: Where the examples may lie, the likeliest first, if the batches' values have different lengths.
         layout: Where they are thought to lie.
 
@@ -109,6 +114,7 @@ class Objective(ModelRisk):
         self.state = ModelState(model, others=preserved)
         self.unit: Unit = "items"
         self.self_check: SelfCheck | None = None
+        self.population: Population | None = None
         self.group = SINGLE_PROCESS
         moved = [send_to_device(batch, self.parameters[0].device) for batch in batches]
         self.layouts = possible_layouts(moved)
@@ -195,6 +201,21 @@ class Objective(ModelRisk):
         objective.hvp_counter = counter
         return objective
 
+    def probe_batch(self, batch: Batch, index: int) -> ProbeBatch:
+        """Return a batch on the model's device, with its number of items."""
+        moved = send_to_device(batch, self.parameters[0].device)
+        return ProbeBatch(moved, self.count(moved) or 0, index)
+
+    def sampled(self, batches: Sequence[ProbeBatch], population: Population) -> Objective:
+        """Return the mean loss over a population, estimated from batches drawn from it; for one process."""
+        objective = self._with(list(batches))
+        objective.population = population
+        return objective
+
+    def without_weights(self) -> Objective:
+        """Return the mean loss over the batches as they are, whatever they are a sample of."""
+        return self._with([replace(batch, drawn=None) for batch in self._all])
+
     def over(self, batches: Sequence[ProbeBatch]) -> Objective:
         """Return the objective over other local batches."""
         objective = copy(self)
@@ -271,23 +292,23 @@ class Objective(ModelRisk):
         """
         return self.over(self.pieces(self._local[0], 1)[:1])
 
-    def losses(self) -> Iterator[tuple[Tensor, int]]:
+    def losses(self) -> Iterator[tuple[Tensor, float]]:
         """Yield each batch's sum of losses, with its graph, and the number of items it sums over."""
         for batch in _counted(self._local):
             yield self._pass(batch)
 
-    def functional_losses(self) -> Iterator[Callable[[Sequence[Tensor]], tuple[Tensor, int]]]:
+    def functional_losses(self) -> Iterator[Callable[[Sequence[Tensor]], tuple[Tensor, float]]]:
         """Yield, for each batch, what `losses` gives as a function of tensors in place of the parameters."""
         module = _Functional(self.model, self._pass)
         names = [f"model.{name}" for name in self.names]
 
-        def loss_at(batch: ProbeBatch, tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
+        def loss_at(batch: ProbeBatch, tensors: Sequence[Tensor]) -> tuple[Tensor, float]:
             return functional_call(module, dict(zip(names, tensors, strict=True)), (batch,))
 
         for batch in _counted(self._local):
             yield partial(loss_at, batch)
 
-    def outputs_and_losses(self) -> Iterator[tuple[list[Tensor], Tensor, int]]:
+    def outputs_and_losses(self) -> Iterator[tuple[list[Tensor], Tensor, float]]:
         """Yield the model's outputs (its logits) on each batch, and what `losses` gives, in one graph.
 
         Raises:
@@ -353,10 +374,28 @@ class Objective(ModelRisk):
         """
         unit = unit or self.unit
         pieces = cut_batch(batch.inputs, size, unit=unit, layout=self.layout)
-        return [replace(batch, inputs=piece, items=self.count(piece, unit) or 0) for piece in pieces]
+        counted = [replace(batch, inputs=piece, items=self.count(piece, unit) or 0) for piece in pieces]
+        if batch.drawn is None:
+            return counted
+        drawn = batch.drawn.split([self.examples(piece) for piece in pieces])
+        return [replace(piece, drawn=part) for piece, part in zip(counted, drawn, strict=True)]
 
-    def _pass(self, batch: ProbeBatch) -> tuple[Tensor, int]:
+    def _pass(self, batch: ProbeBatch) -> tuple[Tensor, float]:
         """Return the sum of a batch's losses, from the state that the measurement began with, and its items."""
+        if batch.drawn is None:
+            return self._plain_pass(batch)
+        weights = torch.from_numpy(1 / batch.drawn.probabilities)
+        with ExampleLosses(self.examples(batch.inputs), weights):
+            loss, _ = self._plain_pass(batch)
+        return loss, batch.drawn.share
+
+    def example_losses(self, batch: ProbeBatch) -> tuple[Tensor, ExampleLosses]:
+        """Return the sum of a batch's losses, and the pass that keeps those of its examples apart."""
+        with ExampleLosses(self.examples(batch.inputs)) as apart:
+            loss, _ = self._plain_pass(batch)
+        return loss, apart
+
+    def _plain_pass(self, batch: ProbeBatch) -> tuple[Tensor, int]:
         if self._should_stop is not None and self._should_stop():
             raise MeasurementInterruptedError
         if self.state.is_borrowed:
@@ -393,12 +432,12 @@ class Objective(ModelRisk):
 class _Functional(nn.Module):
     """A loss as a module, so that `functional_call` can put other tensors in place of the model's parameters."""
 
-    def __init__(self, model: nn.Module, loss_of: Callable[[ProbeBatch], tuple[Tensor, int]]):
+    def __init__(self, model: nn.Module, loss_of: Callable[[ProbeBatch], tuple[Tensor, float]]):
         super().__init__()
         self.model = model
         self._loss_of = loss_of
 
-    def forward(self, batch: ProbeBatch) -> tuple[Tensor, int]:
+    def forward(self, batch: ProbeBatch) -> tuple[Tensor, float]:
         return self._loss_of(batch)
 
 

@@ -117,14 +117,14 @@ def draw_probe_set(dataloader: DataLoader, spec: ProbeSpec, *, rows: Dataset | N
     with spec.group.propagate_errors():
         found = []
         if spec.group.rank == 0:
-            with preserved_rng(spec.seed), _preserved(dataloader) as state:
+            with preserved_rng(spec.seed), preserved_loader(dataloader) as state:
                 found = _sample(dataloader, spec, rows, state)
     found = spec.group.all_gather_interleaved(found)
     batches = [batch for batch, _ in found]
     return ProbeSet(batches, None if spec.task_column is None else [task for _, task in found])
 
 
-def _preserved(dataloader: Any) -> AbstractContextManager[DataState]:
+def preserved_loader(dataloader: Any) -> AbstractContextManager[DataState]:
     """Return a context that restores the state of everything that is read through a data loader."""
     dataset = dataset_of(dataloader)
     stream = num_examples(dataset) is None
@@ -183,7 +183,7 @@ def _whole_batches(
         sampler = sampler.batch_sampler if isinstance(sampler, BatchSamplerShard) else sampler
         if type(sampler) is BatchSampler or by_task:
             return None
-        return (collate(_copied([dataset[index] for index in indices])) for indices in sampler)
+        return (collate(copied_row([dataset[index] for index in indices])) for indices in sampler)
     if by_task:
         raise ValueError(
             "The items of the training set are whole batches; `task_column` needs rows. Leave it unset, or collate "
@@ -246,7 +246,7 @@ def _collated(dataloader: DataLoader, rows: list[Any], size: int) -> list[Any]:
     """Return the rows in batches of `size`, or of training's size if the collator refuses others."""
 
     def batches(size: int) -> list[Any]:
-        return [dataloader.collate_fn(_copied(rows[start : start + size])) for start in range(0, len(rows), size)]
+        return [dataloader.collate_fn(copied_row(rows[start : start + size])) for start in range(0, len(rows), size)]
 
     sampler = dataloader.batch_sampler
     training_size = sampler.batch_size if isinstance(sampler, BatchSampler) else dataloader.batch_size or size
@@ -260,12 +260,12 @@ def _collated(dataloader: DataLoader, rows: list[Any], size: int) -> list[Any]:
         return batches(training_size)
 
 
-def _copied(value: Any) -> Any:
-    """Return copies of rows, with their containers and arrays: a collator may modify its inputs."""
+def copied_row(value: Any) -> Any:
+    """Return copies of a row or of rows, with their containers and arrays: a collator may modify its inputs."""
     if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: copied_row(item) for key, item in value.items()}
     if type(value) is list:
-        return [_copied(item) for item in value]
+        return [copied_row(item) for item in value]
     if isinstance(value, Tensor) and value.layout is torch.strided:
         return value.clone()
     return value.copy() if isinstance(value, np.ndarray) else value

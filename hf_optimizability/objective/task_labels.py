@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..model_state.measuring import pretrained
 from ..quantities.noise_scale import MIN_PARTS
-from .objective import Batch
+from .batches import Batch
 
 
 MAX_TASKS = 16

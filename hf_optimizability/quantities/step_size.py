@@ -191,7 +191,7 @@ def loss_along(objective: EmpiricalRisk, *updates: Tensor) -> Iterator[Callable[
                 for step, piece in zip(steps, along, strict=True):
                     moved = moved - step * piece.reshape(origin.shape).to(origin.device)
                 parameter.data.copy_(moved)
-            total, items = 0.0, 0
+            total, items = 0.0, 0.0
             for part, count in objective.losses():
                 total += float(part)
                 items += count

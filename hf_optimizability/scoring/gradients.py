@@ -40,7 +40,7 @@ def gradient_scores(objective: EmpiricalRisk, matrix: ObjectiveOperator) -> tupl
         FloatingPointError: If a part's gradient is 0 or not finite.
     """
     mean, units = torch.zeros(2, matrix.size, dtype=matrix.dtype, device=matrix.device)
-    counts = []
+    counts: list[float] = []
     for part, count in _part_gradients(objective):
         mean += count * part
         units += _unit(part)
@@ -52,12 +52,12 @@ def gradient_scores(objective: EmpiricalRisk, matrix: ObjectiveOperator) -> tupl
     along = product[:, 0]
     rows = [(dot(part, mean), dot(part, along), dot(_unit(part), units)) for part, _ in _part_gradients(objective)]
     slopes, bends, to_units = np.array(rows).T
-    alignment = mean_cosine(to_units, dot(units, units), examples=sum(counts))
+    alignment = mean_cosine(to_units, dot(units, units), examples=round(sum(counts)))
     curvature = forms[:, 0, 0]
     return alignment, decrease_with_error(slopes, curvature, bends, counts)
 
 
-def _part_gradients(objective: EmpiricalRisk) -> Iterator[tuple[Tensor, int]]:
+def _part_gradients(objective: EmpiricalRisk) -> Iterator[tuple[Tensor, float]]:
     """Yield each part's mean gradient as one vector, and its number of items."""
     for batch in batch_gradients(objective):
         yield flatten(batch.tensors) / batch.items, batch.items

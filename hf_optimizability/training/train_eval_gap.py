@@ -134,7 +134,7 @@ def _mean_loss(
     return numbers
 
 
-def _passes(objective: Objective) -> list[tuple[float, int, float]]:
+def _passes(objective: Objective) -> list[tuple[float, float, float]]:
     """Return each batch's sum of losses, its number of items, and of correctly classified ones (or NaN)."""
     if not _is_classified(objective):
         return [(float(loss), count, math.nan) for loss, count in objective.losses()]

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool: the examples of a training set that a sample is drawn from, and each of which is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from ..errors import MeasurementError
+from ..model_state.measuring import preserved_rng, seed_all
+from .batches import Batch
+from .probe_set import copied_row, dataset_of, num_examples, preserved_loader, probe_indices
+
+
+class Pool:
+    """Rows of a data set, collated when they are asked for and not held.
+
+    What augmentation draws for a row depends on the seed and the row alone.
+
+    Args:
+        loader: Its data set and its collator are used; its sampler is not.
+        examples: How many rows to take, at random if the data set has more.
+        batch_size: Rows to collate at a time when all are looked at.
+        seed: Seed of the choice of rows, and of augmentation.
+
+    Attributes:
+        indices: Their places in the data set, ascending.
+        total: How many examples the data set has.
+
+    Raises:
+        ValueError: If the loader has no data set with a length.
+
+    Example:
+        >>> pool = Pool(DataLoader([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}]), examples=2, batch_size=2, seed=0)
+        >>> with pool.reading():
+        ...     [pool.collate(chunk)["x"].tolist() for chunk in pool.chunks()], pool.total
+        ([[1.0, 3.0]], 3)
+    """
+
+    def __init__(self, loader: DataLoader, *, examples: int, batch_size: int, seed: int):
+        total = num_examples(dataset_of(loader))
+        if total is None:
+            raise ValueError(
+                "`dataset` has no rows that can be drawn by index. Pass a `DataLoader` over a data set with a length, "
+                "or a few batches of the stream as `batches`."
+            )
+        self.total = total
+        self.indices = np.array(probe_indices(total, examples, seed=seed), dtype=np.int64)
+        self._loader, self._batch_size, self._seed = loader, batch_size, seed
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.indices)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Hold around whatever reads rows: random states, data set and collator come back as they were."""
+        with preserved_rng(self._seed), preserved_loader(self._loader):
+            yield
+
+    def chunks(self) -> Iterator[NDArray[np.int64]]:
+        """Yield the positions of the pool's examples, a batch at a time."""
+        for start in range(0, len(self), self._batch_size):
+            yield np.arange(start, min(start + self._batch_size, len(self)))
+
+    def first(self, examples: int) -> list[Batch]:
+        """Return the first examples, collated."""
+        found, number = [], 0
+        with self.reading():
+            for chunk in self.chunks():
+                if number < examples:
+                    found.append(self.collate(chunk))
+                    number += len(chunk)
+        return found
+
+    def collate(self, positions: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """Return the examples at these positions of the pool as one batch; inside `reading`.
+
+        Raises:
+            MeasurementError: If a row can't be read, or the collator refuses them.
+        """
+        rows = [self._row(int(self.indices[position])) for position in positions]
+        seed_all(self._seed)
+        try:
+            return self._loader.collate_fn(rows)
+        except Exception as error:
+            raise MeasurementError("rows_refused", error=error) from error
+
+    def _row(self, index: int) -> Any:
+        seed_all(self._seed + index)
+        try:
+            return copied_row(self._loader.dataset[index])
+        except Exception as error:
+            raise MeasurementError("rows_unreadable", error=error) from error

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of a whole data set from examples drawn of it, against the dense Hessian of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability.curvature.gradient import gradient
+from hf_optimizability.curvature.hessian import HessianOperator
+from hf_optimizability.measurement.measure import measurement_session
+from hf_optimizability.measurement.pool_pass import curvature_along, draw_from_pool
+from hf_optimizability.objective.objective import Objective
+from hf_optimizability.objective.pool import Pool
+
+
+NUMBER, CONFIG = 160, OptimizabilityConfig(profile="light", probe_examples=48, probe_batch_size=8, max_hvps=40)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": nn.functional.cross_entropy(self.layers(x), labels)}
+
+
+@cache
+def problem() -> tuple[Net, dict[str, Tensor]]:
+    """A net half trained on examples some of which are far from the others."""
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(NUMBER, 4, dtype=torch.float64)
+    x[:6] *= 6
+    labels = torch.randint(3, (NUMBER,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(x, labels)["loss"].backward()
+        optimizer.step()
+    return model.eval(), {"x": x, "labels": labels}
+
+
+def loader() -> DataLoader:
+    _, columns = problem()
+    return DataLoader([{key: column[i] for key, column in columns.items()} for i in range(NUMBER)], batch_size=8)
+
+
+def found(seed: int, **options: object) -> Measurement:
+    return measure(problem()[0], None, replace(CONFIG, probe_seed=seed, **options), dataset=loader())
+
+
+@cache
+def truth() -> dict[str, float]:
+    model, columns = problem()
+    operator = HessianOperator(Objective(model, [columns]))
+    dense = operator.matmat(torch.eye(operator.size, dtype=torch.float64))
+    values = torch.linalg.eigvalsh((dense + dense.T) / 2)
+    point = gradient(Objective(model, [columns]))
+    norm = float(torch.cat([tensor.flatten() for tensor in point.tensors]).norm())
+    return {
+        "loss": point.loss,
+        "grad_norm": norm,
+        "trace": float(dense.trace()),
+        "lambda_max": float(values[-1]),
+        "lambda_min": float(values[0]),
+    }
+
+
+def intervals(measurement: Measurement) -> dict[str, tuple[float, float, float]]:
+    assert measurement.population is not None and measurement.hessian.lambda_min is not None
+    numbers = {
+        "loss": measurement.population.loss,
+        "grad_norm": measurement.population.grad_norm,
+        "trace": measurement.hessian.trace,
+        "lambda_max": measurement.hessian.lambda_max,
+        "lambda_min": measurement.hessian.lambda_min,
+    }
+    return {name: (number.low, number.value, number.high) for name, number in numbers.items()}
+
+
+def test_intervals_hold_the_values_of_all_examples():
+    draws = [intervals(found(seed)) for seed in range(20)]
+    for name, true in truth().items():
+        rounding = 1e-6 * abs(true)
+        held = sum(draw[name][0] - rounding <= true <= draw[name][2] + rounding for draw in draws)
+        assert held >= 17, (name, held)
+    middle = np.median([abs(draw["lambda_max"][1] / truth()["lambda_max"] - 1) for draw in draws])
+    assert middle < 0.1
+
+
+def test_of_all_examples_nothing_is_left_to_chance():
+    measurement = found(0, probe_examples=NUMBER, trace_tolerance=1e-6, eigen_tolerance=1e-6, max_hvps=400)
+    population = measurement.population
+    assert population is not None and population.certain_examples == population.sampled_examples == NUMBER
+    for name, (low, value, high) in intervals(measurement).items():
+        assert value == pytest.approx(truth()[name], rel=0.01), name
+        if name != "trace":
+            assert high - low <= 0.01 * abs(value), name
+    assert measurement.hessian.trace.data_std_error == 0
+
+
+def test_a_weighted_sample_is_unbiased():
+    """The mean over many draws of loss and gradient is that of all examples."""
+    model, columns = problem()
+    objective = Objective(model, [columns])
+    gradients, losses = [], []
+    with measurement_session(objective, CONFIG) as (inside, _):
+        for seed in range(60):
+            pool = Pool(loader(), examples=NUMBER, batch_size=40, seed=seed)
+            drawn = draw_from_pool(inside, pool, examples=40, batch_size=8, seed=seed)
+            point = gradient(inside.sampled(*drawn))
+            losses.append(point.loss)
+            gradients.append(torch.cat([tensor.flatten() for tensor in point.tensors]))
+    whole = gradient(objective)
+    assert np.mean(losses) == pytest.approx(whole.loss, abs=4 * np.std(losses) / 60**0.5)
+    true = torch.cat([tensor.flatten() for tensor in whole.tensors])
+    errors = (torch.stack(gradients).mean(0) - true) / (torch.stack(gradients).std(0) / 60**0.5)
+    assert errors.abs().max() < 5
+
+
+def test_curvature_along_a_vector_is_that_of_each_example():
+    """Against the Gauss-Newton form of each example, from its Jacobian."""
+    model, columns = problem()
+    objective = Objective(model, [columns])
+    vector = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    vector /= vector.norm()
+    with measurement_session(objective, CONFIG) as (inside, _):
+        pool = Pool(loader(), examples=NUMBER, batch_size=40, seed=0)
+        _, population = draw_from_pool(inside, pool, examples=40, batch_size=8, seed=0)
+        [(found, whole)] = curvature_along(inside, population, [vector], [1.0])
+    pieces = vector.split([p.numel() for p in model.parameters()])
+    names = [name for name, _ in model.named_parameters()]
+    tangents = {name: piece.view_as(p) for name, piece, p in zip(names, pieces, model.parameters(), strict=True)}
+    values = dict(model.named_parameters())
+
+    def logits(parameters: dict[str, Tensor]) -> Tensor:
+        layers = {name.removeprefix("layers."): value for name, value in parameters.items()}
+        return torch.func.functional_call(model.layers, layers, (columns["x"],))
+
+    outputs, moves = torch.func.jvp(logits, (values,), (tangents,))
+    probabilities = outputs.softmax(1)
+    expected = (probabilities * moves**2).sum(1) - (probabilities * moves).sum(1) ** 2
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=0.02, abs=1e-9)
+    operator = HessianOperator(objective)
+    assert whole.sum() / NUMBER == pytest.approx(float(vector @ operator.matvec(vector)), rel=1e-3)
+
+
+def test_a_part_of_the_set_as_pool_has_an_error_of_its_own():
+    held = dict.fromkeys(truth(), 0)
+    for seed in range(12):
+        measurement = measure(problem()[0], None, replace(CONFIG, probe_seed=seed), dataset=loader(), pool_examples=80)
+        assert measurement.population is not None
+        assert measurement.population.pool_examples == 80 and measurement.population.examples == NUMBER
+        for name, (low, _, high) in intervals(measurement).items():
+            held[name] += low <= truth()[name] <= high
+    assert min(held.values()) >= 9, held
+
+
+def test_the_same_seed_has_the_same_numbers():
+    assert intervals(found(3)) == intervals(found(3)) != intervals(found(4))
+
+
+def test_losses_that_depend_on_several_examples_are_refused():
+    model, _ = problem()
+
+    def coupled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model.layers(batch["x"])
+        return nn.functional.cross_entropy(logits - logits.mean(0), batch["labels"])
+
+    with pytest.raises(MeasurementError, match="losses of single examples"):
+        measure(model, None, CONFIG, dataset=loader(), loss_fn=coupled)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_either_batches_or_a_data_set(both: bool):
+    model, columns = problem()
+    with pytest.raises(ValueError, match="either `batches`"):
+        measure(model, [columns] if both else None, dataset=loader() if both else None)
