@@ -37,6 +37,7 @@ MAY_BE_INFINITE = {
 
 NARROWER: dict[str, dict[str, Any]] = {
     "Axis.at": {"minItems": 2},
+    "EigenvalueCheck.differences": {"minItems": 1},
     "EigenvalueCheck.which": {"enum": ["lambda_max", "lambda_min"]},
     "Reason.code": {"enum": sorted(WORDS)},
     "Reason.error": {"pattern": "^[\\w-]+$"},

@@ -79,6 +79,7 @@ LOOK_LIKE_SECRETS = [
     "./mine", "secret/ada/x.csv", "data/x.csv", r"C:\Users\Ada Lovelace\x", r"\\corp-server\secret\x", "C:/data",
     "'/mnt/it's secret/x.csv'", "[/mnt/secret/x.csv]", "/secret_project_dir", "file:///srv/data/x.csv",
     "b'/mnt/secret/x.csv'", "/mnt/secret/a:/mnt/secret/b", "eval_/secret_loss", "eval_data/x.csv_loss", "a/x.xlsx",
+    "nTfd0bUAlyB6VckfmB-l7VjxwG9oCw_k8F-_-", "org/mF-7QmVEW3xvnA-jVS_gXWB5Mk-_h9ob-eKdwc", "a" * 1_000_000,
 ]  # fmt: skip
 
 
@@ -96,7 +97,8 @@ def test_names_that_look_like_secrets_are_hashed(name: str):
         "optimizability/train_grad_norm/layer.0", "eval_accuracy", "rewards/margins", "AdamW",
         "2026-01-02T03:04:05+00:00", "2.13.0+cpu", "5f2a9c01d3e7b684", "text-classification",
         "Ünïcode naïve", "a b", "", "A", "+", "n/a",
-        "cosine_with_restarts",
+        "cosine_with_restarts", "hf_model.encoder.layer.0.attention.weight", "eval_hf_text_encoder_accuracy",
+        "Qwen/Qwen3-MoE-15B-A2B", "meta-hunyuan_v1_moe/HunYuanMoEV1-2-7b-hf",
         "MobileNetV2ForImageClassification", "sentence-transformers/all-MiniLM-L6-v2", "bart-large-cnn-samsum",
         "precision_at_recall_0.95", "conv_stem.first_conv.normalization", "hidden_layers.0.w13_weight",
     ],

@@ -575,7 +575,7 @@ def _largest_stable_rate(report: ReportData) -> _StableRate | None:
 
     `None` for models with BatchNorm: their sharpness in eval mode is not that of training.
     """
-    settings = report.training.get("optimizer_settings") or {}
+    settings = _optimizer_numbers(report)
     measured = [
         m
         for m in report.measurements
@@ -584,7 +584,8 @@ def _largest_stable_rate(report: ReportData) -> _StableRate | None:
     measured = [measurement for measurement in measured if measurement.step > 0] or measured
     if not measured or report.model.batch_norm is not False:
         return None
-    beta = (settings.get("betas") or [settings.get("beta1") or 0.0])[0]
+    betas = (report.training.get("optimizer_settings") or {}).get("betas")
+    beta = (betas or [settings.get("beta1") or 0.0])[0]
     averaged = {"momentum": beta, "dampening": beta}
     names = ("momentum", "dampening", "nesterov")
     buffered = {name: settings[name] for name in names if settings.get("momentum") and name in settings}
@@ -603,9 +604,15 @@ def _largest_stable_rate(report: ReportData) -> _StableRate | None:
 
 def _peak_rate(report: ReportData) -> float | None:
     """Return the largest learning rate of the schedule."""
-    rate = (report.training.get("optimizer_settings") or {}).get("lr")
+    rate = _optimizer_numbers(report).get("lr")
     sizes = [m.optimizer_stability.learning_rate for m in report.measurements if m.optimizer_stability is not None]
     return max([rate, *sizes]) if rate else None
+
+
+def _optimizer_numbers(report: ReportData) -> dict[str, float]:
+    """Return the optimizer's settings that are single numbers."""
+    settings = report.training.get("optimizer_settings") or {}
+    return {name: value for name, value in settings.items() if isinstance(value, (int, float))}
 
 
 def _still_falling(report: ReportData) -> str | None:

@@ -259,9 +259,15 @@ def _as_error(error: RuntimeError, code: str = "operation_without_derivative") -
     known = next((meaning for sign, meaning in _CAUSES.items() if sign in str(error)), None)
     if known is not None:
         return MeasurementError(known)
-    operation = _OPERATION.search(str(error))
     behind = error.__cause__ if isinstance(error, BackwardError) else error
-    return MeasurementError(code, error=behind, operation="" if operation is None else operation[1] or operation[2])
+    return MeasurementError(code, error=behind, operation=_operation_named_by(error))
+
+
+def _operation_named_by(error: RuntimeError) -> str:
+    """Return the operation of torch that an error names; nothing where other words have its form."""
+    found = _OPERATION.search(str(error))
+    name = "" if found is None else found[1] or found[2]
+    return name if hasattr(torch.ops.aten, name) else ""
 
 
 def _difference_error(objective: Objective, config: OptimizabilityConfig, *, exact: bool) -> float:

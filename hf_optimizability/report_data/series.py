@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import NoneType
 
 from ..linalg.density import Density
 from ..measurement.results import Measurement
@@ -24,8 +25,11 @@ def measured_steps(report: ReportData) -> list[int]:
 
 
 def logged(report: ReportData, key: str) -> tuple[list[int], list[float]]:
-    """Return steps and values of one key of the Trainer's log; `None`, for a number that JSON can't hold, is NaN."""
-    entries = [entry for entry in report.log_history if key in entry]
+    """Return steps and values of one key of the Trainer's log; `None`, for a number that JSON can't hold, is NaN.
+
+    Anything else than a number is left out: a Trainer logs what it is given.
+    """
+    entries = [entry for entry in report.log_history if isinstance(entry.get(key, ""), (int, float, NoneType))]
     return [entry["step"] for entry in entries], [math.nan if entry[key] is None else entry[key] for entry in entries]
 
 

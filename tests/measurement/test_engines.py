@@ -199,3 +199,44 @@ def test_half_precision_weights_are_measured_in_float32():
     assert measurement.dtype == "float32"
     assert measurement.hessian.lambda_max.value == pytest.approx(same.hessian.lambda_max.value, rel=1e-4)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def with_words() -> nn.Module:
+    model = bert()
+    model.dropout = Once()
+    model.dropout.function = SaysWords
+    return model
+
+
+class SaysWords(torch.autograd.Function):
+    """Its backward pass can't be differentiated, and says why in words of its own, in the form of torch's."""
+
+    words = ""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if gradient.requires_grad:
+            raise RuntimeError(SaysWords.words)
+        return gradient
+
+
+@pytest.mark.parametrize(
+    ("words", "operation"),
+    [
+        ("derivative for aten::mm is not implemented", "mm"),
+        ("cdist(): no derivative", "cdist"),
+        ("derivative for aten::sentinel is not implemented", ""),
+        ("sentinel(): no such patient", ""),
+    ],
+)
+def test_a_report_names_operations_of_torch_alone(words: str, operation: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SaysWords, "words", words)
+    with pytest.raises(MeasurementError) as raised:
+        measure(with_words(), ROWS, config(engine="double_backward"))
+    why = raised.value.why
+    assert why.values["operation"] == operation and why.error == "RuntimeError"
+    assert measure(with_words(), ROWS, config(max_hvps=16)).fallback.values["operation"] == operation

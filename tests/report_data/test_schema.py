@@ -16,6 +16,7 @@ import pytest
 import report_schema as report_schema_script
 from hypothesis import HealthCheck, assume, given, settings
 
+from hf_optimizability.curvature.eigenvalue_check import EigenvalueCheck
 from hf_optimizability.diagnosis.findings import SEVERITIES
 from hf_optimizability.measurement.results import Measurement
 from hf_optimizability.report import SCHEMA_VERSION, OptimizabilityReport
@@ -79,6 +80,11 @@ def a_block_is_missing_in_conflicts(data: Any) -> None:
     data["measurements"][0]["multitask"]["conflicts"][0]["blocks"].popitem()
 
 
+def no_difference_was_tried(data: Any) -> None:
+    check = EigenvalueCheck("lambda_max", 2.0, (), (), "agrees")
+    data["measurements"][-1]["eigenvalue_checks"] = [dataclasses.asdict(check)]
+
+
 def no_blocks(data: Any) -> None:
     data["measurements"][0]["blocks"] = {}
 
@@ -116,7 +122,7 @@ def all_numbers_are(value: Any) -> Any:
 DAMAGE = (
     betas_are_a_number, learning_rate_is_a_string, settings_are_lists, a_task_is_missing_in_conflicts,
     a_task_is_only_in_conflicts, a_block_is_missing_in_a_task, a_block_is_missing_in_conflicts, no_blocks, no_tasks,
-    options_are_nested, an_entry_of_the_log_is_nested,
+    options_are_nested, an_entry_of_the_log_is_nested, no_difference_was_tried,
     blocks_differ_between_measurements, tasks_differ_between_measurements,
     *map(all_numbers_are, (0, -1, 1e300, -1e300, 5e-324, 10**18, None)),
 )  # fmt: skip
@@ -342,6 +348,18 @@ class TestDamaged:
     @given(damaged(WITH_EVERYTHING))
     def test_many_damaged_reports(self, tmp_path_factory, undrawn, data):
         check_damaged(tmp_path_factory.getbasetemp() / "damaged.json", data)
+
+    def test_what_a_training_may_record_otherwise_renders(self, tmp_path, undrawn):
+        """A rate for each of several parts, and a log with words in it."""
+        data = copy.deepcopy(REPORT)
+        assert data["measurements"][-1]["optimizer_stability"] and data["training"]["optimizer_settings"]["betas"]
+        rates = {"lr": [1e-3, 1e-4], "momentum": [0.9, 0.9], "beta1": [0.9], "dampening": [], "nesterov": None}
+        for optimizer in ("AdamW", "SGD"):
+            data["training"] |= {"optimizer": optimizer, "optimizer_settings": rates}
+            for key in ("learning_rate", "eval_accuracy", "optimizability/eval_loss"):
+                data["log_history"].append({"step": 40, key: "1e-3"})
+            check_damaged(tmp_path / "report.json", data)
+            OptimizabilityReport.from_dict(data)
 
     @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
     def test_what_loads_renders(self, tmp_path, undrawn, damage):
