@@ -15,7 +15,7 @@ from .log_keys import PREFIX as _PREFIX
 
 
 _SECRET_VARIABLE = re.compile(
-    r"(?:TOKEN|KEY|KEY_ID|SECRET|PASS|PASSWORD|PASSWD|PASSPHRASE|PAT|CREDENTIALS?|AUTH)$|^DATABASE_URL$|^PGPASSWORD$",
+    r"(?:TOKEN|KEY|KEY_ID|SECRET|PASS|PASSWORD|PASSWD|PASSPHRASE|PAT|CREDENTIALS?|AUTH|_PWD)$|^DATABASE_URL$|^PGPASSWORD$",
     re.IGNORECASE,
 )
 _MIN_SECRET = 12
@@ -53,7 +53,7 @@ _PATH = re.compile(
     rf"""
     (?<![A-Za-z0-9])(?:~|\.{{1,2}}(?=[/\\]))[^\s/\\]*[/\\]             # ~/x, ~user/x, ./x, ../x
     | (?:^|[\s=:,;'"(\[<])/[^\s/]*/                                 # /x/
-    | // | ^~ | (?:^|_)/ | (?<![A-Za-z0-9])[A-Za-z]:[\\/] | \\\\\w | \w\\+\w    # C:\\x, \\\\server, x\\y
+    | // | ^~ | (?:^|[._])/ | (?<![A-Za-z0-9])[A-Za-z]:[\\/] | \\\\\w | \w\\+\w    # C:\\x, \\\\server, x\\y
     | [^/]+/[^/]+/ | /[^/]*\.(?:{_EXTENSION})(?![A-Za-z0-9])          # x/y/z, x/y.csv
     """,
     re.VERBOSE | re.IGNORECASE,

@@ -157,6 +157,15 @@ def test_ordinary_names_stay(name: str):
     assert public_name(f"optimizability/task/{name}/loss") == f"optimizability/task/{name}/loss"
 
 
+@pytest.mark.parametrize("variable", ["HF_TOKEN", "GITHUB_PAT", "DB_PASS", "MYSQL_PWD", "S3_KEY_ID", "DATABASE_URL"])
+def test_a_secret_of_the_environment(variable: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(variable, "three plain words")
+    monkeypatch.setenv("PWD", "some other words")
+    assert redact_secrets("got three plain words") == "got <secret>"
+    assert public_name("x three plain words") != "x three plain words"
+    assert public_name("some other words") == "some other words"
+
+
 def test_a_secret_that_is_passed():
     assert redact_secrets("an opaque one, None", secrets=["opaque", None, ""]) == "an <secret> one, None"
 

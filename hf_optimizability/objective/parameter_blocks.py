@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -100,10 +101,13 @@ def match_blocks(names: Sequence[str], patterns: Sequence[str], *, strict: bool 
 
 
 def _bare(name: str) -> str:
-    """Return a parameter's name without the prefixes of wrappers, and with dots for the slashes of Keras."""
+    """Return a parameter's name without the prefixes of wrappers, and with dots for the slashes of Keras.
+
+    The slashes that begin a path stay, so that a report does not take it for a name.
+    """
     for wrapper in _WRAPPERS:
         name = name.removeprefix(wrapper)
-    return name.replace("/", ".")
+    return re.sub(r"(?<=\w)/(?=\w)", ".", name)
 
 
 def _container(path: Sequence[str]) -> tuple[str, ...] | None:

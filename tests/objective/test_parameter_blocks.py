@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_optimizability.objective.parameter_blocks import name_blocks
+from hf_optimizability.redaction import public_name
 from tests.support import tiny_models, tiny_training
 
 
@@ -84,6 +85,15 @@ def test_names(make, blocks: list[str]):
     found = name_blocks(names)
     assert sorted(index for indices in found.values() for index in indices) == list(range(len(names)))
     assert list(found) == blocks
+
+
+def test_slashes_are_dots_in_names_but_not_in_paths():
+    """Keras joins names by slashes; a module that is called by a path has to look like one, or a report shows it."""
+    names = ["model/dense/kernel", "model/dense/bias", "tasks./data/ada/x.weight", "tasks.~/y.weight", "z.org/name.w"]
+    blocks = name_blocks(names)
+    assert list(blocks) == ["model.dense", "tasks./data.ada.x", "tasks.~/y", "z.org.name"]
+    hashed = [name for name in blocks if public_name(name) != name]
+    assert hashed == ["tasks./data.ada.x", "tasks.~/y"]
 
 
 def test_two_towers_are_told_apart():

@@ -42,6 +42,9 @@ REPORT: dict[str, Any] = json.loads(json.dumps(make_report(2, blocks=3, failures
 WITH_EVERYTHING: dict[str, Any] = json.loads(
     json.dumps(with_tasks(make_report(2, blocks=3, failures=1), ["a", "b", "c"]).to_dict())
 )
+for one in WITH_EVERYTHING["measurements"]:
+    for points in ("grid", "density"):
+        del one["hessian"]["density"][points][12:]  # 336 of them would take most of the damage and of the time
 ORACLE = jsonschema.Draft202012Validator(report_schema())
 QUIET = settings(
     deadline=None,
@@ -383,7 +386,8 @@ def check_damaged(file: Path, data: Any) -> None:
     assert "<script" not in to_markdown(report) and "<script" not in card_section(report)
     report.summary().encode()
     assert all(finding.sentence for finding in report.findings)
-    assert json.loads(report.published().files()["report.json"]) == report.published().to_dict()
+    published = report.published()
+    assert json.loads(published.files()["report.json"]) == published.to_dict()
     assert OptimizabilityReport.from_dict(json.loads(json.dumps(report.to_dict()))).to_dict() == report.to_dict()
 
 
