@@ -347,6 +347,7 @@ class TestDamaged:
         check_damaged(tmp_path_factory.getbasetemp() / "damaged.json", data)
 
     @pytest.mark.slow
+    @pytest.mark.timeout(1200)
     @settings(QUIET, max_examples=3000)
     @given(damaged(WITH_EVERYTHING))
     def test_many_damaged_reports(self, tmp_path_factory, undrawn, data):
