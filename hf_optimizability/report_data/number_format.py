@@ -74,7 +74,7 @@ def format_interval(value: float | None, low: float | None, high: float | None) 
         return format_number(value, digits=3)
     if high is None or not math.isfinite(high):
         return f"{format_number(value, digits=3)} (at least {format_number(low, digits=3)})"
-    place = _exponent((high - low) / 4, 2) - 1
+    place = _exponent(high / 4 - low / 4, 2) - 1
     return f"{_rounded(value, place)} ({_rounded(low, place)} to {_rounded(high, place)})"
 
 
@@ -113,4 +113,7 @@ def _is_scientific(exponent: int) -> bool:
 
 def _rounded(value: float, place: int) -> str:
     """Return `value` rounded to a multiple of 10**place."""
-    return f"{round(value, -place) + 0.0:,.{max(0, -place)}f}"  # + 0.0 turns -0.0 into 0.0
+    try:
+        return f"{round(value, -place) + 0.0:,.{max(0, -place)}f}"  # + 0.0 turns -0.0 into 0.0
+    except OverflowError:  # up, beyond the largest number
+        return f"{value:.1e}"

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import random
 import re
+import sys
 
 import pytest
 
@@ -116,6 +117,12 @@ class TestNumbers:
     )
     def test_intervals(self, value, low, high, expected):
         assert format_interval(value, low, high) == expected
+
+    def test_the_largest_numbers(self):
+        most = sys.float_info.max
+        assert format_interval(0.0, -most, most) == "0 (-1.8e+308 to 1.8e+308)"
+        assert format_interval(most, 0.0, most).startswith("1.8e+308 (0 to")
+        assert format_with_error(most, most) == "(1.8 ± 1.8)e+308"
 
     def test_percent(self):
         assert [format_percent(x) for x in (0.996, 0.999, -0.0031, None)] == ["100 %", "100 %", "-0.31 %", "–"]
