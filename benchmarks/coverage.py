@@ -176,8 +176,8 @@ def draw(model: nn.Module, columns: Batch, pool_examples: int, seed: int) -> dic
     """Return the intervals of one draw."""
     rows = [{key: column[i] for key, column in columns.items()} for i in range(len(columns["labels"]))]
     started = time.perf_counter()
-    loader, config = DataLoader(rows, batch_size=BATCH_SIZE), OptimizabilityConfig(probe_seed=seed)
-    found = measure(model, None, config, dataset=loader, pool_examples=pool_examples)
+    config = OptimizabilityConfig(probe_seed=seed, pool_examples=pool_examples)
+    found = measure(model, dataset=DataLoader(rows, batch_size=BATCH_SIZE), config=config)
     seconds = time.perf_counter() - started
     numbers = {name: get(found) for name, get in QUANTITIES.items()}
     blocks = {name: block.trace for name, block in found.blocks.items() if block.trace is not None}

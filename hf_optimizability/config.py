@@ -106,6 +106,9 @@ class OptimizabilityConfig:
         overhead_budget: Share of the training time that measurements may take if measure_strategy='auto'.
         measure_steps: Optimizer steps between two measurements if measure_strategy='steps'.
         probe_examples: Examples of the training set to measure on, drawn once. Set by the profile.
+        pool_examples: Examples of the training set to look at by forward passes at each measurement, from which those
+            to measure on are drawn by their curvature, so that intervals are about the training loss. By default they
+            are drawn once, at random.
         probe_batch_size: Probe examples per forward pass. Lower it if a measurement runs out of memory.
         engine: How Hessian-vector products are computed. 'auto' is double_backward, or central_difference if the loss
             has no second derivative or the weights are quantized.
@@ -163,6 +166,14 @@ class OptimizabilityConfig:
     probe_examples: int | None = field(
         default=None,
         metadata={"help": "Examples of the training set to measure on, drawn once. Set by the profile."},
+    )
+    pool_examples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples of the training set to look at by forward passes at each measurement, from which those "
+            "to measure on are drawn by their curvature, so that intervals are about the training loss. By default "
+            "they are drawn once, at random."
+        },
     )
     probe_batch_size: int = field(
         default=16,
@@ -259,6 +270,7 @@ class OptimizabilityConfig:
         for name, minimum in {
             "measure_steps": 1,
             "probe_examples": 2,
+            "pool_examples": 2,
             "probe_batch_size": 1,
             "num_eigenvalues": 1,
             "max_hvps": MIN_HVPS,
@@ -271,6 +283,13 @@ class OptimizabilityConfig:
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"`{name}` is {value}; it must lie between 0 and 1, for example 0.05 for 5 %.")
         self._require_options_that_fit()
+        if self.pool_examples is not None and self.pool_examples < self.budget.probe_examples:
+            raise ValueError(
+                f"`pool_examples` is {self.pool_examples}, but {self.budget.probe_examples} examples are to be "
+                "measured on (`probe_examples`). Raise it, or lower that."
+            )
+        if self.pool_examples is not None and self.task_column is not None:
+            raise ValueError("`pool_examples` is for one loss; with `task_column`, leave it unset.")
         if self.report_dir is not None:
             self.report_dir = os.path.expanduser(self.report_dir)  # as `TrainingArguments` does with `output_dir`
         if self.blocks is not None and not self.blocks:

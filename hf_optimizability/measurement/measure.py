@@ -53,7 +53,6 @@ def measure(
     config: OptimizabilityConfig | None = None,
     *,
     dataset: DataLoader | None = None,
-    pool_examples: int = POOL_EXAMPLES,
     loss_fn: LossFunction | None = None,
     optimizer: Optimizer | None = None,
     progress: bool = False,
@@ -68,9 +67,8 @@ def measure(
             key, with the task of each example or one for all; batches that mix tasks are cut. A model whose `forward`
             does not name the key gets its batches without it; a `loss_fn` gets them as they are.
         dataset: In place of `batches`, a loader over the whole training set. Examples are drawn from it by their
-            curvature, and intervals are about the loss over all of it. Its sampler is not used.
-        pool_examples: With `dataset`, how many of its examples to look at by forward passes, from which those to
-            measure on are drawn; all, if it has no more. Of a larger data set they are a random part.
+            curvature, out of `config.pool_examples` (2,560 by default) that forward passes look at, and intervals are
+            about the loss over all of it. Its sampler is not used.
         config: Precision and budget; when to measure does not matter here.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
@@ -95,22 +93,21 @@ def measure(
         1.0
     """
     config = config or OptimizabilityConfig()
-    pool = None
-    if dataset is not None:
-        pool = pool_of(model, dataset, pool_examples, config)
-        batches = pool.first(config.budget.probe_examples) if batches is None else None
-    if batches is None:
+    pool = None if dataset is None else pool_of(model, dataset, config)
+    if (batches is None) == (pool is None):
         raise ValueError(
             "Pass either `batches`, to measure on them, or `dataset`, to measure the loss over all of it."
         )
-    objective, optimizer = build_objective(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
+    if pool is not None:
+        batches = pool.random_batches(config.budget.probe_examples)
+    objective, optimizer = build_objective(model, batches or (), config, loss_fn=loss_fn, optimizer=optimizer)
     with progress_bar(config, disable=not progress) as bar:
         if pool is not None:
-            objective = _drawn(objective, pool, config)
+            return measure_from_pool(objective, pool, config, optimizer=optimizer, on_products=bar.update)[0]
         return measure_objective(objective, config, optimizer=optimizer, on_products=bar.update)[0]
 
 
-def pool_of(model: nn.Module, dataset: DataLoader, examples: int, config: OptimizabilityConfig) -> Pool:
+def pool_of(model: nn.Module, dataset: DataLoader, config: OptimizabilityConfig) -> Pool:
     """Return the pool of a data set.
 
     Raises:
@@ -120,26 +117,8 @@ def pool_of(model: nn.Module, dataset: DataLoader, examples: int, config: Optimi
         raise ValueError(
             "`dataset` is for one loss on whole parameters; with `task_column`, or under FSDP2, pass `batches`."
         )
-    if examples < config.budget.probe_examples:
-        raise ValueError(
-            f"`pool_examples` is {examples}, but {config.budget.probe_examples} examples are to be measured on "
-            "(`probe_examples`). Raise it, or lower that."
-        )
+    examples = config.pool_examples or max(POOL_EXAMPLES, config.budget.probe_examples)
     return Pool(dataset, examples=examples, batch_size=config.probe_batch_size, seed=config.probe_seed)
-
-
-def _drawn(objective: Objective, pool: Pool, config: OptimizabilityConfig) -> Objective:
-    """Return the mean loss over a pool, estimated from examples drawn from it."""
-    objective = _with_checked_mean(objective, config)
-    with measurement_session(objective, config) as (inside, _):
-        batches, population = draw_from_pool(
-            inside,
-            pool,
-            examples=config.budget.probe_examples,
-            batch_size=config.probe_batch_size,
-            seed=config.probe_seed,
-        )
-    return objective.sampled(batches, population)
 
 
 def build_objective(
@@ -221,6 +200,60 @@ def measure_objective(
     measurement = replace(measurement, step=step, epoch=epoch, hvps=counter.total, seconds=seconds)
     assert measurement.self_check is not None
     return measurement, objective.counting(None).checked(measurement.self_check)
+
+
+def measure_from_pool(
+    objective: Objective,
+    pool: Pool,
+    config: OptimizabilityConfig,
+    *,
+    optimizer: Optimizer | None = None,
+    step: int = 0,
+    epoch: float | None = None,
+    on_products: Callable[[int], object] | None = None,
+) -> tuple[Measurement, Objective]:
+    """Measure the loss over a whole data set, on examples that are drawn from a pool of it by their curvature.
+
+    Args:
+        objective: The loss on a few random batches, which say what the mean is over and how noisy gradients are.
+        pool: Examples of the data set, or all.
+        config: As for `measure_objective`.
+        optimizer: As there.
+        step: As there.
+        epoch: As there.
+        on_products: As there.
+
+    Returns:
+        The measurement, and the objective with its self-check.
+
+    Raises:
+        MeasurementError: As there; or if the losses of single examples are not known, or rows can't be read.
+    """
+    started = time.perf_counter()
+    if objective.self_check is None:
+        objective = _with_checked_mean(objective, config)
+    with measurement_session(objective, config) as (inside, _):
+        noise = noise_scale(inside).noise_scale if inside.parts >= MIN_PARTS else None
+        batches, population = draw_from_pool(
+            inside,
+            pool,
+            examples=config.budget.probe_examples,
+            batch_size=config.probe_batch_size,
+            seed=config.probe_seed,
+        )
+    measurement, _ = measure_objective(
+        objective.sampled(batches, population),
+        config,
+        optimizer=optimizer,
+        step=step,
+        epoch=epoch,
+        on_products=on_products,
+    )
+    check = measurement.self_check
+    assert check is not None
+    seconds = time.perf_counter() - started
+    measurement = replace(measurement, loss=population.mean_loss, noise_scale=noise, seconds=seconds)
+    return measurement, objective.checked(check)
 
 
 def _with_checked_mean(objective: Objective, config: OptimizabilityConfig) -> Objective:

@@ -173,6 +173,14 @@ class PopulationMeasurement:
     loss_quantiles: tuple[float, ...]
     hardest: tuple[int, ...]
 
+    def __str__(self) -> str:
+        """Return how the measured examples were drawn, in a sentence."""
+        looked_at = "all" if self.pool_examples == self.examples else f"{self.pool_examples:,} of them"
+        return (
+            f"{self.sampled_examples:,} of {self.examples:,} examples, drawn by their curvature after forward passes "
+            f"over {looked_at}; loss, trace, λ_max and λ_min, with their intervals, are those of the training loss"
+        )
+
 
 @dataclass(frozen=True)
 class Measurement:

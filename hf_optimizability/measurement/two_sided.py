@@ -123,7 +123,15 @@ def between(end: Estimate, along: Along, *, largest: bool) -> Estimate:
     outer = end.value + sign * ((end.residual or 0.0) + NORMAL_QUANTILE * along.sample_std_error)
     low, high = min(inner, outer), max(inner, outer)
     value = min(max((along.whole + end.value) / 2, low), high)
-    return replace(end, value=value, low=low, high=high, data_std_error=along.sample_std_error)
+    return replace(
+        end,
+        value=value,
+        low=low,
+        high=high,
+        std_error=(high - low) / (2 * NORMAL_QUANTILE),
+        residual=None,
+        data_std_error=along.sample_std_error,
+    )
 
 
 def _traces(spectrum: SpectrumAndTrace, population: Population, design: Design, *, tolerance: float) -> list[Estimate]:

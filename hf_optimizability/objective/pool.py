@@ -68,15 +68,12 @@ class Pool:
         for start in range(0, len(self), self._batch_size):
             yield np.arange(start, min(start + self._batch_size, len(self)))
 
-    def first(self, examples: int) -> list[Batch]:
-        """Return the first examples, collated."""
-        found, number = [], 0
+    def random_batches(self, examples: int) -> list[Batch]:
+        """Return batches of random examples, as many examples as that."""
+        chosen = probe_indices(len(self), examples, seed=self._seed, ascending=False)
+        parts = [chosen[start : start + self._batch_size] for start in range(0, len(chosen), self._batch_size)]
         with self.reading():
-            for chunk in self.chunks():
-                if number < examples:
-                    found.append(self.collate(chunk))
-                    number += len(chunk)
-        return found
+            return [self.collate(part) for part in parts]
 
     def collate(self, positions: Sequence[int] | NDArray[np.int64]) -> Batch:
         """Return the examples at these positions of the pool as one batch; inside `reading`.

@@ -46,10 +46,10 @@ def num_examples(dataset: Dataset | None) -> int | None:
     return len(dataset) if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) else None
 
 
-def probe_indices(total: int, examples: int, *, seed: int) -> list[int]:
-    """Return `examples` different indices below `total`, ascending, the same ones for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(total, generator=generator)[:examples].sort().values.tolist()
+def probe_indices(total: int, examples: int, *, seed: int, ascending: bool = True) -> list[int]:
+    """Return `examples` different indices below `total`, ascending or at random, the same ones for the same seed."""
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:examples]
+    return (chosen.sort().values if ascending else chosen).tolist()
 
 
 @dataclass(frozen=True)

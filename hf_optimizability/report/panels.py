@@ -195,7 +195,8 @@ def _quantity_series(quantities: Sequence[Quantity], measurements: Sequence[Meas
         if quantity.form == "interval" and len(estimates) == len(measured):
             series.append(Intervals(f"{quantity.label}, 95 % interval", steps, estimates, color, marker))
         elif len(estimates) == len(measured):
-            error = "residual" if quantity.logged_error == "residual" else "standard error"
+            bounded = quantity.logged_error == "residual" and estimates[-1].residual is not None
+            error = "residual" if bounded else "standard error"
             series.append(ErrorBars(f"{quantity.label} ± {error}", steps, estimates, color, marker))
         else:
             numbers = [number for _, value in measured if (number := number_of(value)) is not None]

@@ -334,6 +334,7 @@ def _method(last: Measurement, report: ReportData) -> dict[str, str | None]:
     share = f", {format_percent(overhead)} of the training time" if overhead else ""
     return {
         "Mean over": f"{last.num_items:,} {unit}",
+        "Sample": None if last.population is None else str(last.population),
         "Self-check": None if check is None else str(check),
         "Mode": "eval: dropout off; BatchNorm, if any, with its running statistics (its eval-mode Hessian)",
         "Matrix": last.curvature,

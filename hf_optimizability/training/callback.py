@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -22,11 +22,12 @@ from ..distributed.tensors import class_name
 from ..errors import ExplainedError, MeasurementError, MeasurementInterruptedError
 from ..files import back_up, require_writable
 from ..linalg.communicator import ProcessGroup
-from ..measurement.measure import measure_objective, progress_bar
+from ..measurement.measure import measure_from_pool, measure_objective, progress_bar
 from ..measurement.results import Measurement, MeasurementFailure, TaskMeasurement
 from ..model_state.measuring import pretrained
 from ..objective.objective import Objective
 from ..objective.parameter_blocks import block_indices
+from ..objective.pool import Pool
 from ..objective.probe_set import ProbeSpec, dataset_of, draw_probe_set
 from ..quantities.preconditioner import unwrapped
 from ..redaction import redact_secrets
@@ -63,6 +64,7 @@ class _Run:
         stops: Requests to stop.
         trackers: Where the numbers are logged.
         loss: The loss on the probe set; `None` if no probe set could be drawn.
+        pool: The examples to draw from at each measurement; `None` if the probe set is measured on.
         gap: Log entries of the generalization gap.
         ended: Whether training has ended.
     """
@@ -76,6 +78,7 @@ class _Run:
     stops: StopRequests
     trackers: TrackerLog
     loss: ProbeObjective | None = None
+    pool: Pool | None = None
     gap: list[dict[str, Any]] = field(default_factory=list)
     ended: bool = False
 
@@ -270,6 +273,7 @@ class OptimizabilityCallback(TrainerCallback):
                 should_stop=run.stops.pending,
             )
             objective = run.loss.current()  # raises no ValueError
+            run.pool = self._new_pool(run, loader)
         except (ValueError, RankLostError):
             raise
         except Exception as error:
@@ -278,6 +282,20 @@ class OptimizabilityCallback(TrainerCallback):
             return
         if trainer is not None:
             run_safely("checking the scale of the loss", partial(self._find_loss_scale, run, trainer, objective))
+
+    def _new_pool(self, run: _Run, loader: DataLoader) -> Pool | None:
+        """Return the examples to draw from at each measurement, if that is asked for and possible."""
+        size = self.config.pool_examples
+        if size is None:
+            return None
+        if run.group.world_size > 1 or type(loader.batch_sampler) is not BatchSampler:
+            logger.warning_once(
+                "`pool_examples` has no effect: several processes, or a sampler of whole batches. Measured is on "
+                "examples drawn once, at random."
+            )
+            return None
+        seed, batch_size = self.config.probe_seed, self.config.probe_batch_size
+        return Pool(loader, examples=size, batch_size=batch_size, seed=seed)
 
     def _find_loss_scale(self, run: _Run, trainer: Trainer, objective: Objective) -> None:
         """Record by what factor the Trainer's loss differs from the mean, and warn once."""
@@ -313,13 +331,8 @@ class OptimizabilityCallback(TrainerCallback):
             with run.clock.paused(), progress_bar(self.config, disable=hidden) as bar:
                 if run.is_stopping(control):
                     raise MeasurementInterruptedError
-                measurement, run.loss.objective = measure_objective(
-                    run.loss.current(),
-                    self.config,
-                    optimizer=run.optimizer,
-                    step=step,
-                    epoch=state.epoch,
-                    on_products=bar.update,
+                measurement, run.loss.objective = self._measured(
+                    run, run.loss.current(), step=step, epoch=state.epoch, on_products=bar.update
                 )
         except RankLostError:
             raise
@@ -332,6 +345,36 @@ class OptimizabilityCallback(TrainerCallback):
             run.trackers.send(log_entry(measurement), state)
         if state.is_world_process_zero:
             run_safely("writing the report", partial(self._write_numbers, run))
+
+    def _measured(
+        self,
+        run: _Run,
+        objective: Objective,
+        *,
+        step: int,
+        epoch: float | None,
+        on_products: Callable[[int], object],
+    ) -> tuple[Measurement, Objective]:
+        """Measure on examples drawn from the pool; where that can't be, on the probe set, from then on."""
+        if run.pool is not None:
+            try:
+                return measure_from_pool(
+                    objective,
+                    run.pool,
+                    self.config,
+                    optimizer=run.optimizer,
+                    step=step,
+                    epoch=epoch,
+                    on_products=on_products,
+                )
+            except MeasurementError as error:
+                if error.why.code not in ("losses_not_apart", "rows_unreadable", "rows_refused"):
+                    raise
+                logger.warning_once(f"`pool_examples` has no effect. {error.why} Measured is on random examples.")
+                run.pool = None
+        return measure_objective(
+            objective, self.config, optimizer=run.optimizer, step=step, epoch=epoch, on_products=on_products
+        )
 
     def _record_failure(self, run: _Run, error: Exception, step: int, state: TrainerState) -> None:
         explained = error if isinstance(error, ExplainedError) else MeasurementError("unexpected", error=error)

@@ -19,8 +19,9 @@ def log_entry(measurement: Measurement) -> dict[str, float]:
         if quantity.logged:
             numbers[quantity.name] = number_of(value)
         if quantity.logged_error and isinstance(value, Estimate):
-            error = value.std_error if quantity.logged_error == "std_error" else value.residual
-            numbers[f"{quantity.name}_{quantity.logged_error}"] = error
+            bounded = quantity.logged_error == "residual" and value.residual is not None
+            kind = "residual" if bounded else "std_error"
+            numbers[f"{quantity.name}_{kind}"] = value.residual if bounded else value.std_error
     if measurement.multitask is not None:
         numbers |= _task_entry(measurement.multitask)
     numbers |= {"hvps": measurement.hvps, "seconds": measurement.seconds}

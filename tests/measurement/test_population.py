@@ -156,7 +156,7 @@ def test_curvature_along_a_vector_is_that_of_each_example():
 def test_a_part_of_the_set_as_pool_has_an_error_of_its_own():
     held = dict.fromkeys(truth(), 0)
     for seed in range(12):
-        measurement = measure(problem()[0], None, replace(CONFIG, probe_seed=seed), dataset=loader(), pool_examples=80)
+        measurement = found(seed, pool_examples=80)
         assert measurement.population is not None
         assert measurement.population.pool_examples == 80 and measurement.population.examples == NUMBER
         for name, (low, _, high) in intervals(measurement).items():
