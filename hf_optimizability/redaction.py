@@ -59,7 +59,7 @@ _PATH = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _LONGEST_NAME = 1000
-"""Whatever is longer is no name. The patterns take time that grows with the square of the length."""
+"""Anything longer is not a name. The patterns take time that grows with the square of the length."""
 
 _OWN_KEYS = (
     re.compile(rf"({_PREFIX}task/)(.+)(/[a-z_]+)", re.DOTALL),
