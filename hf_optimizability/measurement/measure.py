@@ -100,7 +100,8 @@ def measure(
         )
     if pool is not None:
         batches = pool.random_batches(config.budget.probe_examples)
-    objective, optimizer = build_objective(model, batches or (), config, loss_fn=loss_fn, optimizer=optimizer)
+    assert batches is not None
+    objective, optimizer = build_objective(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
     with progress_bar(config, disable=not progress) as bar:
         if pool is not None:
             return measure_from_pool(objective, pool, config, optimizer=optimizer, on_products=bar.update)[0]

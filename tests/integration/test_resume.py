@@ -277,6 +277,7 @@ def test_a_damaged_record_never_raises_and_is_never_changed(tmp_path: Path, capl
             "converged",
             "self_check",
             "eigenvalue_checks",
+            "population",
         )
         if damage is ...:
             del container[key]
