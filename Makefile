@@ -11,6 +11,9 @@ CHECKED := hf_optimizability recipes tests benchmarks docs
 # network many times slower where another process wants the core.
 export OMP_WAIT_POLICY := PASSIVE
 
+# One more than there are cores: some tests wait, for a process or a Hub that hangs.
+WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-text demo-vision docs schema test test-slow golden quality style clean
 
@@ -33,10 +36,10 @@ schema: $(STAMP)  ## Write the schema of report.json from the result dataclasses
 	$(BIN)/python benchmarks/report_schema.py
 
 test: $(STAMP)  ## Run the tests, without those that take minutes.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(STAMP) $(VENV)/deepspeed  ## Run the tests that take minutes.
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist worksteal
 
 golden: $(STAMP)  ## Compare the results of tiny runs, to the last bit, with those of BASE=<commit>; of ONLY=<cases>.
 	@test -n "$(BASE)" || { echo "Name the commit to compare with: make golden BASE=main"; exit 2; }

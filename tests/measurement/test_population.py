@@ -86,24 +86,25 @@ def intervals(measurement: Measurement) -> dict[str, tuple[float, float, float]]
     return {name: (number.low, number.value, number.high) for name, number in numbers.items()}
 
 
-def test_intervals_hold_the_values_of_all_examples():
-    draws = [intervals(found(seed)) for seed in range(20)]
+@pytest.mark.parametrize(("number", "least"), [(6, 4), pytest.param(60, 52, marks=pytest.mark.slow)])
+def test_intervals_hold_the_values_of_all_examples(number: int, least: int):
+    draws = [intervals(found(seed)) for seed in range(number)]
     for name, true in truth().items():
         rounding = 1e-6 * abs(true)
         held = sum(draw[name][0] - rounding <= true <= draw[name][2] + rounding for draw in draws)
-        assert held >= 17, (name, held)
+        assert held >= least, (name, held)
     middle = np.median([abs(draw["lambda_max"][1] / truth()["lambda_max"] - 1) for draw in draws])
     assert middle < 0.1
 
 
 def test_of_all_examples_nothing_is_left_to_chance():
-    measurement = found(0, probe_examples=NUMBER, trace_tolerance=1e-6, eigen_tolerance=1e-6, max_hvps=400)
+    options = {"trace_method": "exact", "eigen_tolerance": 1e-6, "max_hvps": 80}
+    measurement = found(0, probe_examples=NUMBER, **options)
     population = measurement.population
     assert population is not None and population.certain_examples == population.sampled_examples == NUMBER
     for name, (low, value, high) in intervals(measurement).items():
         assert value == pytest.approx(truth()[name], rel=0.01), name
-        if name != "trace":
-            assert high - low <= 0.01 * abs(value), name
+        assert high - low <= 0.01 * abs(value), name
     assert measurement.hessian.trace.data_std_error == 0
 
 
@@ -113,16 +114,16 @@ def test_a_weighted_sample_is_unbiased():
     objective = Objective(model, [columns])
     gradients, losses = [], []
     with measurement_session(objective, CONFIG) as (inside, _):
-        for seed in range(60):
+        for seed in range(40):
             pool = Pool(loader(), examples=NUMBER, batch_size=40, seed=seed)
             drawn = draw_from_pool(inside, pool, examples=40, batch_size=8, seed=seed)
             point = gradient(inside.sampled(*drawn))
             losses.append(point.loss)
             gradients.append(torch.cat([tensor.flatten() for tensor in point.tensors]))
     whole = gradient(objective)
-    assert np.mean(losses) == pytest.approx(whole.loss, abs=4 * np.std(losses) / 60**0.5)
+    assert np.mean(losses) == pytest.approx(whole.loss, abs=4 * np.std(losses) / 40**0.5)
     true = torch.cat([tensor.flatten() for tensor in whole.tensors])
-    errors = (torch.stack(gradients).mean(0) - true) / (torch.stack(gradients).std(0) / 60**0.5)
+    errors = (torch.stack(gradients).mean(0) - true) / (torch.stack(gradients).std(0) / 40**0.5)
     assert errors.abs().max() < 5
 
 
@@ -153,15 +154,16 @@ def test_curvature_along_a_vector_is_that_of_each_example():
     assert whole.sum() / NUMBER == pytest.approx(float(vector @ operator.matvec(vector)), rel=1e-3)
 
 
-def test_a_part_of_the_set_as_pool_has_an_error_of_its_own():
+@pytest.mark.parametrize(("number", "least"), [(4, 2), pytest.param(40, 33, marks=pytest.mark.slow)])
+def test_a_part_of_the_set_as_pool_has_an_error_of_its_own(number: int, least: int):
     held = dict.fromkeys(truth(), 0)
-    for seed in range(12):
+    for seed in range(number):
         measurement = found(seed, pool_examples=80)
         assert measurement.population is not None
         assert measurement.population.pool_examples == 80 and measurement.population.examples == NUMBER
         for name, (low, _, high) in intervals(measurement).items():
             held[name] += low <= truth()[name] <= high
-    assert min(held.values()) >= 9, held
+    assert min(held.values()) >= least, held
 
 
 def test_the_same_seed_has_the_same_numbers():
