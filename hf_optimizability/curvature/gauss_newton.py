@@ -170,7 +170,7 @@ def gauss_newton_trace(
         >>> total.value
         972.0
     """
-    known = _known_part(objective, segments, max_outputs=max_outputs)
+    known = _gauss_newton_part(objective, segments, max_outputs=max_outputs)
     return exact_estimates(known.traces, known.items, hvps=0)
 
 
@@ -221,7 +221,7 @@ def split_trace(
         >>> split_trace(Cubic(), [[slice(0, 1)]], tolerance=0.1, max_hvps=8, seed=0).total.value
         30.0
     """
-    known = _known_part(objective, segments, max_outputs=MAX_SPLIT_OUTPUTS)
+    known = _gauss_newton_part(objective, segments, max_outputs=MAX_SPLIT_OUTPUTS)
     rest = DecoupledHessian(_WithSlopesHeld(objective))
     probes = HutchinsonAccumulator(
         rest,
@@ -253,7 +253,7 @@ class _WithSlopesHeld(EmpiricalRisk):
             yield torch.stack([(s * z).sum() for s, z in zip(slopes, outputs, strict=True)]).sum(), items
 
 
-class _Known(NamedTuple):
+class _GaussNewtonPart(NamedTuple):
     """Of the Gauss-Newton matrix, traces of shape (parts, segments), items of each part, and the whole diagonal."""
 
     traces: np.ndarray
@@ -261,7 +261,7 @@ class _Known(NamedTuple):
     diagonal: Tensor
 
 
-def _known_part(objective: EmpiricalRisk, segments: Segments, *, max_outputs: int) -> _Known:
+def _gauss_newton_part(objective: EmpiricalRisk, segments: Segments, *, max_outputs: int) -> _GaussNewtonPart:
     if objective.second_derivative_blocker is not None:
         raise objective.second_derivative_blocker
     sums, items = [], []
@@ -274,7 +274,7 @@ def _known_part(objective: EmpiricalRisk, segments: Segments, *, max_outputs: in
             diagonal += part
     group.all_reduce_(diagonal)
     sums, items = group.all_gather_interleaved(sums), group.all_gather_interleaved(items)
-    return _Known(np.array(sums) / np.array(items)[:, None], items, diagonal.div_(sum(items)))
+    return _GaussNewtonPart(np.array(sums) / np.array(items)[:, None], items, diagonal.div_(sum(items)))
 
 
 def _diagonal_by_part(objective: EmpiricalRisk, *, max_outputs: int) -> Iterator[tuple[Tensor, float]]:

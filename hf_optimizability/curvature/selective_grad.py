@@ -13,7 +13,7 @@ from torch import Tensor
 Mask = tuple[bool, bool, bool]
 """Which of the gradients by x, w and b are asked for."""
 
-Blank = tuple[torch.Size | None, torch.Size | None]
+ZeroShapes = tuple[torch.Size | None, torch.Size | None]
 """The shapes of the zeros in place of those by w and b, for those that are not wanted."""
 
 
@@ -57,8 +57,8 @@ def differentiate(
         >>> slope[0], differentiate(slope.sum(), [w])[0][0]
         (tensor([0., 0.], grad_fn=<SelectBackward0>), tensor([4., 4.]))
     """
-    global _asked
-    before, _asked = _asked, _Asked(frozenset(map(id, variables)), values=not graph_only)
+    global _request
+    before, _request = _request, _Request(frozenset(map(id, variables)), values=not graph_only)
     try:
         return torch.autograd.grad(
             outputs,
@@ -69,17 +69,17 @@ def differentiate(
             materialize_grads=True,
         )
     finally:
-        _asked = before
+        _request = before
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
     """What a backward pass is made for: the variables' ids, and whether the values of their gradients are wanted."""
 
     variables: frozenset[int]
     values: bool
 
 
-_asked: _Asked | None = None  # for all threads: autograd has one of its own for each GPU
+_request: _Request | None = None  # for all threads: autograd has one of its own for each GPU
 
 
 def is_variable(tensor: Tensor | None) -> bool:
@@ -89,10 +89,10 @@ def is_variable(tensor: Tensor | None) -> bool:
 
 def is_requested(tensor: Tensor | None) -> bool:
     """Return whether the current backward pass needs the gradient w.r.t. this tensor."""
-    return _asked is None or id(tensor) in _asked.variables or not is_variable(tensor)
+    return _request is None or id(tensor) in _request.variables or not is_variable(tensor)
 
 
-def blank(tensor: Tensor | None) -> torch.Size | None:
+def zero_shape(tensor: Tensor | None) -> torch.Size | None:
     """Return the shape of a zero placeholder for a gradient whose value is not needed, or `None`."""
-    only_graph = _asked is not None and not _asked.values
+    only_graph = _request is not None and not _request.values
     return tensor.shape if only_graph and tensor is not None and is_variable(tensor) else None

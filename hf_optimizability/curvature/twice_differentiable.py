@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .ctc_loss import ctc_loss
 from .layer_norm import layer_norm
-from .selective_grad import Blank, Mask, apply, apply_many, blank, is_requested, is_variable
+from .selective_grad import Mask, ZeroShapes, apply, apply_many, is_requested, is_variable, zero_shape
 
 
 aten = torch.ops.aten
@@ -184,7 +184,7 @@ class _Apply(torch.autograd.Function):
         x, w, b = ctx.saved_tensors
         by_x, by_w, by_b = ctx.needs_input_grad[1:]
         mask = by_x, by_w and is_requested(w), by_b and is_requested(b)
-        return None, *apply_many(_Adjoints, ctx.bilinear, gy, x, w, mask, (blank(w), blank(b)))
+        return None, *apply_many(_Adjoints, ctx.bilinear, gy, x, w, mask, (zero_shape(w), zero_shape(b)))
 
 
 class _Adjoints(torch.autograd.Function):
@@ -192,15 +192,15 @@ class _Adjoints(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, bilinear: _Bilinear, gy: Tensor, x: Tensor, w: Tensor, mask: Mask, blank: Blank
+        ctx: Any, bilinear: _Bilinear, gy: Tensor, x: Tensor, w: Tensor, mask: Mask, zero_shapes: ZeroShapes
     ) -> tuple[Tensor | None, ...]:
         ctx.bilinear = bilinear
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gy, x, w)
-        (by_x, by_w, by_b), (blank_w, blank_b) = mask, blank
-        gx, gw, gb = bilinear.adjoints(gy, x, w, (by_x, by_w and not blank_w, by_b and not blank_b))
+        (by_x, by_w, by_b), (zero_w, zero_b) = mask, zero_shapes
+        gx, gw, gb = bilinear.adjoints(gy, x, w, (by_x, by_w and not zero_w, by_b and not zero_b))
         zero = gy.new_zeros(())
-        return gx, zero.expand(blank_w) if blank_w else gw, zero.expand(blank_b) if blank_b else gb
+        return gx, zero.expand(zero_w) if zero_w else gw, zero.expand(zero_b) if zero_b else gb
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> tuple[Tensor | None, ...]:

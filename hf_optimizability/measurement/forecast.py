@@ -149,7 +149,7 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
         gradient_seconds = time.perf_counter() - started
         preconditions = False
         if optimizer is not None:
-            read = read_preconditioner(optimizer, trained, gradients=point.tensors, held=read_tensor)
+            read = read_preconditioner(optimizer, trained, gradients=point.tensors, read_tensor=read_tensor)
             preconditions = not read.is_identity
         engine, costs = choose_engine(objective, config, lambda engine: _time_products(engine, objective, config))
         copied = sum(_size(tensor) for tensor in _tensors(objective.model) if id(tensor) not in before)

@@ -62,7 +62,9 @@ class OptimizerStep:
         if optimizer is None or (isinstance(objective, ShardedObjective) and isinstance(optimizer, Adafactor)):
             return None
         try:
-            preconditioner = read_preconditioner(optimizer, parameters, gradients=gradient.tensors, held=read_tensor)
+            preconditioner = read_preconditioner(
+                optimizer, parameters, gradients=gradient.tensors, read_tensor=read_tensor
+            )
         except ValueError as error:
             logger.warning_once(f"How far the optimizer may step is not measured. {error}")
             return None
@@ -70,7 +72,9 @@ class OptimizerStep:
 
     def update(self) -> Tensor:
         """Return the update for a learning rate of 1, of shape (n,). It is not kept: it is as long as the weights."""
-        return optimizer_update(self._optimizer, self._parameters, self._gradient.tensors, held=self._read_tensor)
+        return optimizer_update(
+            self._optimizer, self._parameters, self._gradient.tensors, read_tensor=self._read_tensor
+        )
 
     def preconditions(self, objective: Objective) -> bool:
         """Return whether P differs from the identity on any rank."""

@@ -13,7 +13,7 @@ from ..linalg.spectrum_and_trace import HessianEstimates
 from ..objective.self_check import SelfCheck
 from ..quantities.loss_landscape import Landscape
 from ..quantities.step_size import CriticalLearningRate, QuadraticModel
-from ..quantities.task_conflict import SAME
+from ..quantities.task_conflict import WITH_ITSELF
 from ..reasons import Reason
 from ..serialization import structure
 
@@ -144,7 +144,7 @@ class MultitaskMeasurement:
     def cosine(self, first: str, second: str, block: str | None = None) -> Estimate | None:
         """Return the cosine between two tasks' gradients, whole or of a block; 1 for a task with itself."""
         if first == second:
-            return SAME
+            return WITH_ITSELF
         conflict = next(pair for pair in self.conflicts if {pair.first, pair.second} == {first, second})
         return conflict.cosine if block is None else conflict.blocks[block]
 

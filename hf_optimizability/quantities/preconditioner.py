@@ -57,7 +57,7 @@ def read_preconditioner(
     parameters: Sequence[Tensor],
     *,
     gradients: Sequence[Tensor] | None = None,
-    held: TensorReader = lambda tensor: tensor,
+    read_tensor: TensorReader = lambda tensor: tensor,
 ) -> Preconditioner:
     """Read the diagonal preconditioner P from an optimizer's state, and leaves the optimizer as it is.
 
@@ -71,8 +71,8 @@ def read_preconditioner(
         parameters: The parameters to read for, in the order wanted. n entries in all.
         gradients: Gradients shaped like `parameters`; needed before the first step only. Memory: one parameter's state
             at a time.
-        held: Of a tensor of the optimizer that lies over ranks, what is measured of it: the whole, or what is here
-            (not with Adafactor, whose state is not entry by entry). Gradients are shaped like this.
+        read_tensor: Of a tensor of the optimizer that lies over ranks, what is measured of it: the whole, or what is
+            here (not with Adafactor, whose state is not entry by entry). Gradients are shaped like this.
 
     Returns:
         The preconditioner, in float32 (float64 if a parameter is); memory: one n-vector.
@@ -98,7 +98,7 @@ def read_preconditioner(
     pieces = []
     for index, (parameter, group, rate) in enumerate(zip(parameters, groups, relative, strict=True)):
         if group is None:
-            pieces.append(torch.full_like(held(parameter.detach()), math.inf, dtype=torch.float32))
+            pieces.append(torch.full_like(read_tensor(parameter.detach()), math.inf, dtype=torch.float32))
             continue
         state = optimizer.state.get(parameter, {})
         if not state and not isinstance(optimizer, SGD):
@@ -107,8 +107,10 @@ def read_preconditioner(
                     f"{type(optimizer).__name__} has no state yet for the parameter at position {index}. "
                     "Pass `gradients`, or read it after the first step."
                 )
-            state = _lone_step(optimizer, held(parameter.detach()), {}, gradients[index], group)[1]
-        pieces.append(_denominator(optimizer, held(parameter.detach()), group, _held(state, held)) / rate)
+            state = _lone_step(optimizer, read_tensor(parameter.detach()), {}, gradients[index], group)[1]
+        pieces.append(
+            _denominator(optimizer, read_tensor(parameter.detach()), group, _read_state(state, read_tensor)) / rate
+        )
     return Preconditioner(_joined(pieces, parameters), type(optimizer).__name__, present, limits.pop())
 
 
@@ -117,7 +119,7 @@ def optimizer_update(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     *,
-    held: TensorReader = lambda tensor: tensor,
+    read_tensor: TensorReader = lambda tensor: tensor,
 ) -> Tensor:
     """Return the direction u of the optimizer's next step θ ← θ − ηu, if it met these gradients.
 
@@ -129,7 +131,7 @@ def optimizer_update(
         optimizer: SGD, Adam, AdamW or Adafactor, bare or inside accelerate's wrapper.
         parameters: The parameters, n entries in all.
         gradients: Shaped like `parameters`.
-        held: As for `read_preconditioner`.
+        read_tensor: As for `read_preconditioner`.
 
     Returns:
         u, of shape (n,), for η the largest learning rate among the parameters' groups; where that is 0 (as at the
@@ -151,7 +153,7 @@ def optimizer_update(
     reference = present or 1.0
     pieces = []
     for parameter, gradient, group, rate in zip(parameters, gradients, groups, relative, strict=True):
-        before, state = held(parameter.detach()), _held(optimizer.state.get(parameter, {}), held)
+        before, state = read_tensor(parameter.detach()), _read_state(optimizer.state.get(parameter, {}), read_tensor)
         if group is None:
             pieces.append(torch.zeros_like(before))
             continue
@@ -241,7 +243,7 @@ def _lone_step(
         {
             "defaults": dict(optimizer.defaults),
             "param_groups": [{**group, "params": [copy], "foreach": False, "fused": False}],
-            "state": defaultdict(dict, {copy: _held(state, lambda tensor: tensor.to(torch.float64, copy=True))}),
+            "state": defaultdict(dict, {copy: _read_state(state, lambda tensor: tensor.to(torch.float64, copy=True))}),
         }
     )
     with _nothing_kept(optimizer, group):
@@ -260,9 +262,9 @@ def _nothing_kept(optimizer: Optimizer, group: Group) -> Iterator[None]:
         before.restore()
 
 
-def _held(state: dict[str, Any], held: TensorReader) -> dict[str, Any]:
+def _read_state(state: dict[str, Any], read_tensor: TensorReader) -> dict[str, Any]:
     """Return a parameter's state with other tensors in place of its own."""
-    return {name: held(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {name: read_tensor(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def _joined(pieces: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:

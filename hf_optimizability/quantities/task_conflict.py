@@ -23,7 +23,7 @@ from ..linalg.vectors import dot
 from .noise_scale import MIN_PARTS, NoiseScale, noise_from_products
 
 
-SAME = Estimate(1.0, 1.0, 1.0, method="definition", hvps=0, converged=True, std_error=0.0)
+WITH_ITSELF = Estimate(1.0, 1.0, 1.0, method="definition", hvps=0, converged=True, std_error=0.0)
 """The cosine of a task with itself."""
 
 
@@ -159,7 +159,7 @@ class TaskGram:
             where a task has fewer than 3 parts.
         """
         if first == second:
-            return SAME
+            return WITH_ITSELF
 
         def product_and_norms(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             products = gram.sum(axis=-1) if block is None else gram[..., block]
@@ -206,7 +206,7 @@ class TaskGram:
         grams = self.without.sum(axis=-1)
         value = self.value.sum(axis=-1)
         smallest = min(np.diagonal(gram).min() for gram in (value, *grams))
-        if not self._told(range(len(value))) or not smallest > 0:  # NaN neither
+        if not self._has_scatter(range(len(value))) or not smallest > 0:  # NaN neither
             return None
         found, without = of(value), np.stack([of(gram) for gram in grams])
         by_task = np.diagonal(self._covariances(without), axis1=1, axis2=2)
@@ -228,7 +228,7 @@ class TaskGram:
     ) -> Estimate | None:
         """Return numerator over denominator, and the c in [low, high] for which `|x − c y|` is within its error."""
         x, y = (float(term) for term in terms(self.value))
-        if not self._told(tasks) or not y > 0:
+        if not self._has_scatter(tasks) or not y > 0:
             return None
         by_task, value = self._covariances(np.stack(terms(self.without), axis=1)), x / y
         variances = np.maximum(np.array([1, -value]) @ by_task @ np.array([1, -value]), 0)  # of x − c y at x/y
@@ -243,7 +243,7 @@ class TaskGram:
         value, least, most = np.clip([value, *ends], low, high).tolist()
         return Estimate(value, least, most, method="jackknife", hvps=0, converged=curve > 0, std_error=std_error)
 
-    def _told(self, tasks: Collection[int]) -> bool:
+    def _has_scatter(self, tasks: Collection[int]) -> bool:
         """Return whether these tasks have parts enough to estimate their scatter."""
         return all(self._parts[task] >= MIN_PARTS for task in tasks)
 
