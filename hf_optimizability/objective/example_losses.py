@@ -24,7 +24,6 @@ class LossCall:
     Attributes:
         outputs: What the loss is a function of, of shape (items, classes) or (items,).
         losses: The losses of the items before they were reduced, of shape (items,).
-        reduced: What the model got: their mean or sum.
         count: What the sum of the losses is divided by; 1 for a sum.
         loss: `loss(z)` gives the losses at other outputs, of shape (items,).
         curvature: `curvature(z, v)` gives vᵀ(∂²ℓ/∂z²)v of each item, of shape (items,).
@@ -32,7 +31,6 @@ class LossCall:
 
     outputs: Tensor
     losses: Tensor
-    reduced: Tensor
     count: float
     loss: Callable[[Tensor], Tensor]
     curvature: Callable[[Tensor, Tensor], Tensor]
@@ -91,7 +89,7 @@ class ExampleLosses(TorchFunctionMode):
             losses = by_example.reshape(losses.shape)
         reduced = losses.sum() / (items.count or 1.0)
         self.calls.append(
-            LossCall(items.outputs, items.losses.flatten(), reduced, items.count or 1.0, items.loss, items.curvature)
+            LossCall(items.outputs, items.losses.flatten(), items.count or 1.0, items.loss, items.curvature)
         )
         return losses if items.count is None else reduced
 

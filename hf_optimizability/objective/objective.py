@@ -212,10 +212,6 @@ class Objective(ModelRisk):
         objective.population = population
         return objective
 
-    def without_weights(self) -> Objective:
-        """Return the mean loss over the batches as they are, whatever they are a sample of."""
-        return self._with([replace(batch, drawn=None) for batch in self._all])
-
     def over(self, batches: Sequence[ProbeBatch]) -> Objective:
         """Return the objective over other local batches."""
         objective = copy(self)

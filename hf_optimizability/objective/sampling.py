@@ -117,22 +117,3 @@ def design_std_error(values: Array, probabilities: Array) -> float:
     slope = (weight * value).sum() / (weight * chance).sum()
     correction = len(value) / max(len(value) - 1, 1)
     return math.sqrt(correction * float(((1 / chance - 1) * (value - slope * chance) ** 2).sum()))
-
-
-def sample_std_error(values: Array, probabilities: Array) -> float:
-    """Return the standard error of the sum over a pool, `Σ yᵢ/πᵢ`, from the sample that it was estimated from.
-
-    Args:
-        values: The value of each example of the sample.
-        probabilities: Its inclusion probability.
-
-    Example:
-        >>> round(sample_std_error(np.array([3.0, 1.0]), np.full(2, 0.5)), 3)  # N √((1 − f)/n) s = 4 √(0.5/2) √2
-        2.828
-    """
-    drawn = probabilities < 1
-    value, chance = values[drawn] / probabilities[drawn], probabilities[drawn]
-    if len(value) < 2:
-        return 0.0 if not len(value) else math.nan
-    centre = np.average(value, weights=1 - chance)
-    return math.sqrt(len(value) / (len(value) - 1) * float(((1 - chance) * (value - centre) ** 2).sum()))
