@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -196,7 +196,7 @@ class SpectrumAndTrace:
     extremal: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
     def with_product_error(
-        self, relative: float, segments: Segments, *, eigen_tolerance: float, trace_tolerance: float
+        self, relative: float, rows: Sequence[float], *, eigen_tolerance: float, trace_tolerance: float
     ) -> SpectrumAndTrace:
         """Return the same with errors that include that of the products, `‖δ‖ = relative · ‖Av‖` of each.
 
@@ -205,12 +205,11 @@ class SpectrumAndTrace:
 
         Args:
             relative: The error of a product, relative to its norm.
-            segments: Slices of the rows, as the traces were estimated with.
+            rows: The number of rows of each segment, on all ranks.
             eigen_tolerance: Relative residual of a converged eigenvalue.
             trace_tolerance: Relative standard error of a converged trace.
         """
         found = self.estimates
-        rows = [sum(part.stop - part.start for part in segment) for segment in segments]
         pairs = zip(found.ritz_values, found.ritz_weights, strict=True)
         squared = sum(rows) * math.fsum(weight * value**2 for value, weight in pairs) or found.lambda_max.value**2
 

@@ -140,7 +140,7 @@ def estimate_curvature(
         if error is not None:
             spectrum = spectrum.with_product_error(
                 error,
-                segments,
+                _rows_on_all_ranks(objective, segments),
                 eigen_tolerance=config.budget.eigen_tolerance,
                 trace_tolerance=config.budget.trace_tolerance,
             )
@@ -260,6 +260,13 @@ def _preconditioned_sharpness(
     operator = PreconditionedOperator(engine.operator(objective), step.preconditioner.diagonal)
     tolerance = config.budget.eigen_tolerance
     return lanczos(operator, tolerance=tolerance, max_hvps=max_hvps, seed=config.probe_seed).lambda_max
+
+
+def _rows_on_all_ranks(objective: Objective, segments: Segments) -> list[float]:
+    """Return the number of rows of each segment, wherever they are."""
+    here = [sum(part.stop - part.start for part in segment) for segment in segments]
+    rows: list[float] = objective.rows.group.all_reduce_(torch.tensor(here, dtype=torch.float64)).tolist()
+    return rows
 
 
 def block_segments(objective: Objective, blocks: Iterable[list[int]]) -> list[list[slice]]:
