@@ -25,6 +25,7 @@ def out_of_memory(*arguments) -> None:
     raise MeasurementError("out_of_memory") from torch.OutOfMemoryError()
 
 
+@pytest.mark.slow
 def test_every_part_has_figures(tmp_path) -> None:
     half, full = run(tmp_path, "bfloat16", "float32")
     for model in (half, full):

@@ -363,6 +363,7 @@ def test_tables_hold_numbers_and_failures() -> None:
     assert markdown(results).endswith("- any, tied weights: off by 3.0%\n")
 
 
+@pytest.mark.slow
 def test_a_profile_tells_where_the_time_goes(monkeypatch) -> None:
     torch.manual_seed(0)
     workload = Workload("text", make("bert").eval(), cut(examples("bert", 2), 2))

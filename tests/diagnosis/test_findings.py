@@ -190,13 +190,14 @@ ILL: list[tuple[Callable[[], nn.Module], dict[str, Any], set[str]] | ParameterSe
         {"learning_rate": 0.05, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 5},
         {"evaluation_unstable"},
     ),
-    (
+    pytest.param(
         Perceptron,
         {
             "train_dataset": digits(400, wrong=0.8), "per_device_train_batch_size": 1, "max_steps": 8,
             "learning_rate": 1e-3, "config": {"probe_examples": 128, "probe_batch_size": 16},
         },
         {"batch_below_noise_scale"},
+        marks=pytest.mark.slow,  # the other side of the rule for batches above it
     ),
     (
         Perceptron,

@@ -96,6 +96,7 @@ def test_other_kinds_of_input_and_loss_are_measured(kind: str, class_name: str):
     assert row.error < 1e-6 and row.float32_error < 1e-3
 
 
+@pytest.mark.slow  # of the benchmark's own script
 def test_wrong_numbers_of_a_measurement_are_seen(monkeypatch: pytest.MonkeyPatch):
     right = architectures.measure_once
     spoilt = {"grad_norm": 2.0}
@@ -122,6 +123,7 @@ def one_tensor_lost(model: PreTrainedModel, products: Tensor) -> Tensor:
     return products
 
 
+@pytest.mark.slow  # of the benchmark's own script
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -140,12 +142,14 @@ def test_wrong_product_is_seen(monkeypatch: pytest.MonkeyPatch, spoil: Callable[
     assert row.outcome == "wrong", row
 
 
+@pytest.mark.slow  # of the benchmark's own script
 def test_wrong_product_in_float32_is_seen(monkeypatch: pytest.MonkeyPatch):
     right = architectures.our_products
     monkeypatch.setitem(architectures.LIBRARIES, architectures.OURS, lambda *all: 1.01 * right(*all))
     assert architectures.examine(BERT).reason == "deviates by 1e-02 in float32"
 
 
+@pytest.mark.slow  # of the benchmark's own script
 def test_wrong_matrix_for_the_trace_is_seen(monkeypatch: pytest.MonkeyPatch):
     class Spoilt(architectures.DecoupledHessian):  # type: ignore[name-defined, misc]
         def matmat(self, vectors: Tensor) -> Tensor:
@@ -155,6 +159,7 @@ def test_wrong_matrix_for_the_trace_is_seen(monkeypatch: pytest.MonkeyPatch):
     assert architectures.examine(BERT).reason == "deviates by 1e-05 in float64"
 
 
+@pytest.mark.slow  # of the benchmark's own script
 def test_differences_are_not_counted_as_exact(monkeypatch: pytest.MonkeyPatch):
     right = architectures.measure_once
     fallen_back = {"engine": "central_difference", "fallback": "no second derivative"}
@@ -163,6 +168,7 @@ def test_differences_are_not_counted_as_exact(monkeypatch: pytest.MonkeyPatch):
     assert (row.outcome, row.reason) == ("differences", "no second derivative")
 
 
+@pytest.mark.slow  # of the benchmark's own script
 def test_wrong_differences_are_seen(monkeypatch: pytest.MonkeyPatch):
     right, products = architectures.measure_once, architectures.difference_products
     fallen_back = {"engine": "central_difference"}
@@ -171,6 +177,7 @@ def test_wrong_differences_are_seen(monkeypatch: pytest.MonkeyPatch):
     assert architectures.examine(BERT).reason == "by central differences, and off by 1e-01"
 
 
+@pytest.mark.slow  # of the benchmark's own script
 def test_wrong_eigenvalue_by_differences_is_seen(monkeypatch: pytest.MonkeyPatch):
     right = architectures.measure_once
 
@@ -187,11 +194,13 @@ def test_wrong_eigenvalue_by_differences_is_seen(monkeypatch: pytest.MonkeyPatch
 YOSO = architectures.Case("masked LM", "yoso", "YosoForMaskedLM")
 
 
+@pytest.mark.slow  # of the benchmark's own script
 def test_model_without_a_second_derivative_is_measured_by_differences():
     row = architectures.examine(YOSO)
     assert row.outcome == "differences" and "not symmetric" in row.reason
 
 
+@pytest.mark.slow  # of the benchmark's own script
 def test_model_without_a_hessian_is_told_apart(monkeypatch: pytest.MonkeyPatch):
     measured = architectures.measure_once(*_tiny(BERT))
     monkeypatch.setattr(architectures, "measure_once", lambda *batch: measured)
@@ -283,6 +292,7 @@ def test_trace_is_seen(
     assert kind in row.reason.lower().split("changed: ")[1].split(", ")
 
 
+@pytest.mark.slow  # of the benchmark's own script
 @pytest.mark.parametrize(
     ("disaster", "outcome", "reason"),
     [

@@ -290,6 +290,7 @@ def test_the_exact_trace_has_the_exact_jackknife():
     assert [e.data_std_error for e in (result.total, *result.segments)] == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_of_a_mean_over_batches():
     """Of the Hessian itself: what products with each batch's own would tell, to rounding."""
     model = tiny_models.make("bert").eval()

@@ -34,6 +34,7 @@ def test_a_linear_model_has_the_hessian_of_its_closed_form():
     assert measured.hessian.trace.value == pytest.approx(float(expected.sum()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_recipe_measures_before_and_after(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     data = str(Path(keras_model.__file__).parent / "data/mnist_5k")
     flags = ["--dataset_name", data, "--max_train_samples", "256", "--epochs", "1"]

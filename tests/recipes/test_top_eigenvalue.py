@@ -48,6 +48,7 @@ def scipys_top_eigenvalue(checkpoint: Path, settings: dict[str, object], tmp_pat
     return float(eigsh(operator, k=1, which="LA", tol=1e-8, return_eigenvectors=False)[0])
 
 
+@pytest.mark.slow
 def test_it_is_that_of_the_full_training_set(run_recipe: Callable[..., Path], tmp_path: Path):
     settings = json.loads((ROOT / "recipes/demo/top_eigenvalue.json").read_text())
     del settings["output_dir"]

@@ -92,6 +92,7 @@ class TestAll:
     def test_draws_what_there_is_data_for(self, report, names):
         assert list(plot_all(report)) == names
 
+    @pytest.mark.slow
     def test_large_reports_make_small_files_of_150_dpi(self):
         for name, images in plot_all(make_report(20, blocks=30)).items():
             image = Image.open(io.BytesIO(images["png"]))
