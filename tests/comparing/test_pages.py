@@ -163,7 +163,7 @@ class TestBrowser:
     @pytest.mark.parametrize(
         ("size", "scheme"),
         [
-            pytest.param(PHONE, "light", id="phone, light"),
+            pytest.param(PHONE, "light", id="phone, light", marks=pytest.mark.slow),
             pytest.param(DESKTOP, "dark", id="desktop, dark"),
             pytest.param(PHONE, "dark", id="phone, dark", marks=pytest.mark.slow),
             pytest.param(DESKTOP, "light", id="desktop, light", marks=pytest.mark.slow),

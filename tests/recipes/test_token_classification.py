@@ -74,6 +74,7 @@ def test_scores_are_those_of_scikit_learn_and_pass_over_ignored_labels():
     )
 
 
+@pytest.mark.slow
 def test_a_run_measures_the_loss_on_the_tagged_words_alone(
     checkpoint: str, train_file: str, run_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ):
