@@ -238,6 +238,7 @@ def test_a_damaged_report_is_told_and_left_alone() -> None:
     assert (Path("folder/report.md").read_text(), Path("folder/report.json").read_text()) == (text, damaged)
 
 
+@pytest.mark.slow  # the recipes that it runs have tests of their own
 def test_demo_runs_on_what_comes_along(tmp_path: Path) -> None:
     flags = f"""--image_size 32 --max_steps 1 --max_train_samples 8 --max_eval_samples 4 --probe_examples 2
         --max_hvps 16 --cache_dir {tmp_path} --disable_tqdm true --random_weights true

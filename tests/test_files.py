@@ -182,6 +182,7 @@ def test_backups_of_several_processes_do_not_meet(tmp_path: Path):
     assert all(path.read_text() in contents for path in kept)
 
 
+@pytest.mark.slow
 def test_a_kill_while_measuring_leaves_a_report_that_loads(tmp_path: Path):
     report = tmp_path / "optimizability" / "report.json"
     process = PROCESSES.Process(target=measuring, args=(tmp_path,))

@@ -72,6 +72,8 @@ def tokens(document: Path) -> list[Any]:
 
 
 def blocks(document: Path, *languages: str) -> list[Block]:
+    if not any(f"```{language}\n" in document.read_text(encoding="utf-8") for language in languages):
+        return []  # parsing all pages takes a second
     fences = [token for token in tokens(document) if token.type == "fence"]
     found = [Block(fence.info, fence.content, fence.map[0] + 1) for fence in fences]
     return [block for block in found if block.language in languages]

@@ -15,7 +15,8 @@ from hf_optimizability import OptimizabilityReport
 from tests.support.tiny_texts import SENTENCES, save_checkpoint
 
 
-@pytest.mark.parametrize("second", ["intensity", pytest.param("negated", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("second", ["intensity", "negated"])
 def test_a_run_tells_both_tasks(tmp_path: Path, run_recipe: Callable[..., Path], second: str):
     checkpoint, folder = save_checkpoint(tmp_path / "tiny-bert"), tmp_path / "data"
     config = AutoConfig.from_pretrained(checkpoint)
