@@ -62,6 +62,8 @@ CHANGED: dict[str, str] = {
     "entries.*.runs.1.report.log_history.*.optimizability/*_loss*": _ONE_GAP,
     "**.self_check.repeat_error": "added: what rounding leaves between two passes of a batch",
     "**.self_check.count*": "added: by which values examples are counted, where their lengths differ",
+    "**config.pool_examples": "added: an option",
+    "setting.settings.*": "of flags, those in one table are recorded alone",
     "**.population": "added: the training set that examples were drawn from",
     "**measurements.*.fallback": "a reason by code, in place of a text",
     "**eigenvalue_checks.*.reason": "a reason by code, in place of a text",

@@ -66,6 +66,8 @@ _OWN_KEYS = (
     re.compile(rf"({_PREFIX}(?:train_grad_norm/)?)(.+)()", re.DOTALL),
 )
 """Keys of our own in the log, which hold a name: before it, the name, after it."""
+_PAIR_KEY = re.compile(rf"({_PREFIX}task_cosine/)([^/]+)/([^/]+)")
+"""Those that hold two names."""
 
 _HEX = re.compile(r"[0-9a-f]{32,}", re.IGNORECASE)
 _SHORTEST_TOKEN = 20
@@ -127,6 +129,8 @@ def public_name(name: str) -> str:
         >>> public_name("/home/ada/secret project")
         'private-2122db86'
     """
+    if pair := _PAIR_KEY.fullmatch(name):
+        return f"{pair[1]}{_public(pair[2])}/{_public(pair[3])}"
     for key in _OWN_KEYS:
         if found := key.fullmatch(name):
             return found[1] + _public(found[2]) + found[3]

@@ -313,3 +313,10 @@ def test_no_file_is_run():
             assert unsafe(path.read_text()) == [], path
     for call in ("pickle.loads(file.read())", "torch.load(path)", "yaml.load(x)", "f(trust_remote_code=True)"):
         assert unsafe(call) == [call]
+
+
+def test_both_names_of_a_pair_of_tasks_are_looked_at():
+    assert public_name("optimizability/task_cosine/0/1") == "optimizability/task_cosine/0/1"
+    token = "hf_" + "Ab3" * 12
+    hashed = public_name(f"optimizability/task_cosine/positive/{token}")
+    assert hashed.startswith("optimizability/task_cosine/positive/private-") and token not in hashed
