@@ -21,9 +21,11 @@ from ..distributed.process_group import training_process_group
 from ..distributed.supported import require_supported
 from ..distributed.tensors import is_sharded
 from ..errors import MeasurementError
+from ..linalg.estimate import Estimate
 from ..objective.objective import Batch, LossFunction, Objective
 from ..objective.parameter_blocks import block_indices
 from ..objective.pool import Pool
+from ..objective.population import Population
 from ..objective.self_check import SelfCheck
 from ..objective.task_labels import assign_tasks, require_several
 from ..quantities.loss_landscape import Landscape
@@ -103,9 +105,7 @@ def measure(
     assert batches is not None
     objective, optimizer = build_objective(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
     with progress_bar(config, disable=not progress) as bar:
-        if pool is not None:
-            return measure_from_pool(objective, pool, config, optimizer=optimizer, on_products=bar.update)[0]
-        return measure_objective(objective, config, optimizer=optimizer, on_products=bar.update)[0]
+        return measure_objective(objective, config, pool=pool, optimizer=optimizer, on_products=bar.update)[0]
 
 
 def pool_of(model: nn.Module, dataset: DataLoader, config: OptimizabilityConfig) -> Pool:
@@ -165,12 +165,13 @@ def measure_objective(
     objective: Objective,
     config: OptimizabilityConfig,
     *,
+    pool: Pool | None = None,
     optimizer: Optimizer | None = None,
     step: int = 0,
     epoch: float | None = None,
     on_products: Callable[[int], object] | None = None,
 ) -> tuple[Measurement, Objective]:
-    """Measure an objective at the present parameters.
+    """Measure an objective at the present parameters, or the loss over a data set of which it has random batches.
 
     Where memory does not suffice the batches are cut into halves. That changes what is measured by rounding alone; the
     noise scale and the errors over the data are then from more, smaller batches.
@@ -178,6 +179,7 @@ def measure_objective(
     Args:
         objective: What to measure.
         config: Precision and budget.
+        pool: Examples of the data set, or all, to draw those to measure on from; by default the objective's own.
         optimizer: The optimizer in use, to measure how far it may step.
         step: Recorded in the measurement.
         epoch: Recorded in the measurement.
@@ -194,45 +196,29 @@ def measure_objective(
     objective = objective.counting(counter)
     if objective.self_check is None:
         objective = _with_checked_mean(objective, config)
-    measurement, objective = retry_with_smaller_batches(
-        objective, lambda objective: _measure_once(objective, config, optimizer)
-    )
+    if pool is None:
+        measurement, objective = retry_with_smaller_batches(
+            objective, lambda objective: _measure_once(objective, config, optimizer)
+        )
+    else:
+        drawn, population, noise = _drawn(objective, pool, config)
+        measurement, _ = retry_with_smaller_batches(
+            drawn, lambda objective: _measure_once(objective, config, optimizer)
+        )
+        measurement = replace(measurement, loss=population.mean_loss, noise_scale=noise)
     seconds = time.perf_counter() - started
     measurement = replace(measurement, step=step, epoch=epoch, hvps=counter.total, seconds=seconds)
     assert measurement.self_check is not None
     return measurement, objective.counting(None).checked(measurement.self_check)
 
 
-def measure_from_pool(
-    objective: Objective,
-    pool: Pool,
-    config: OptimizabilityConfig,
-    *,
-    optimizer: Optimizer | None = None,
-    step: int = 0,
-    epoch: float | None = None,
-    on_products: Callable[[int], object] | None = None,
-) -> tuple[Measurement, Objective]:
-    """Measure the loss over a whole data set, on examples that are drawn from a pool of it by their curvature.
+def _drawn(
+    objective: Objective, pool: Pool, config: OptimizabilityConfig
+) -> tuple[Objective, Population, Estimate | None]:
+    """Return the loss over a pool, on examples drawn from it; what they are drawn from; and the noise scale.
 
-    Args:
-        objective: The loss on a few random batches, which say what the mean is over and how noisy gradients are.
-        pool: Examples of the data set, or all.
-        config: As for `measure_objective`.
-        optimizer: As there.
-        step: As there.
-        epoch: As there.
-        on_products: As there.
-
-    Returns:
-        The measurement, and the objective with its self-check.
-
-    Raises:
-        MeasurementError: As there; or if the losses of single examples are not known, or rows can't be read.
+    The noise scale is that of the objective's own batches, which are random, as in training.
     """
-    started = time.perf_counter()
-    if objective.self_check is None:
-        objective = _with_checked_mean(objective, config)
     with measurement_session(objective, config) as (inside, _):
         noise = noise_scale(inside).noise_scale if inside.parts >= MIN_PARTS else None
         batches, population = draw_from_pool(
@@ -242,19 +228,7 @@ def measure_from_pool(
             batch_size=config.probe_batch_size,
             seed=config.probe_seed,
         )
-    measurement, _ = measure_objective(
-        objective.sampled(batches, population),
-        config,
-        optimizer=optimizer,
-        step=step,
-        epoch=epoch,
-        on_products=on_products,
-    )
-    check = measurement.self_check
-    assert check is not None
-    seconds = time.perf_counter() - started
-    measurement = replace(measurement, loss=population.mean_loss, noise_scale=noise, seconds=seconds)
-    return measurement, objective.checked(check)
+    return objective.sampled(batches, population), population, noise
 
 
 def _with_checked_mean(objective: Objective, config: OptimizabilityConfig) -> Objective:

@@ -22,7 +22,7 @@ from ..distributed.tensors import class_name
 from ..errors import ExplainedError, MeasurementError, MeasurementInterruptedError
 from ..files import back_up, require_writable
 from ..linalg.communicator import ProcessGroup
-from ..measurement.measure import measure_from_pool, measure_objective, progress_bar
+from ..measurement.measure import measure_objective, progress_bar
 from ..measurement.results import Measurement, MeasurementFailure, TaskMeasurement
 from ..model_state.measuring import pretrained
 from ..objective.objective import Objective
@@ -356,25 +356,23 @@ class OptimizabilityCallback(TrainerCallback):
         on_products: Callable[[int], object],
     ) -> tuple[Measurement, Objective]:
         """Measure on examples drawn from the pool; where that can't be, on the probe set, from then on."""
-        if run.pool is not None:
-            try:
-                return measure_from_pool(
-                    objective,
-                    run.pool,
-                    self.config,
-                    optimizer=run.optimizer,
-                    step=step,
-                    epoch=epoch,
-                    on_products=on_products,
-                )
-            except MeasurementError as error:
-                if error.why.code not in ("losses_not_apart", "rows_unreadable", "rows_refused"):
-                    raise
-                logger.warning_once(f"`pool_examples` has no effect. {error.why} Measured is on random examples.")
-                run.pool = None
-        return measure_objective(
-            objective, self.config, optimizer=run.optimizer, step=step, epoch=epoch, on_products=on_products
+        measured = partial(
+            measure_objective,
+            objective,
+            self.config,
+            optimizer=run.optimizer,
+            step=step,
+            epoch=epoch,
+            on_products=on_products,
         )
+        try:
+            return measured(pool=run.pool)
+        except MeasurementError as error:
+            if run.pool is None or error.why.code not in ("losses_not_apart", "rows_unreadable", "rows_refused"):
+                raise
+            logger.warning_once(f"`pool_examples` has no effect. {error.why} Measured is on random examples.")
+            run.pool = None
+            return measured()
 
     def _record_failure(self, run: _Run, error: Exception, step: int, state: TrainerState) -> None:
         explained = error if isinstance(error, ExplainedError) else MeasurementError("unexpected", error=error)
