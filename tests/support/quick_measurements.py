@@ -26,7 +26,10 @@ def measure_quickly(patch: pytest.MonkeyPatch) -> None:
     The rest is that of the first measurement, in whatever test. One that fails is not taken for the first.
     """
 
-    def quickly(objective: Any, config: Any, *, optimizer: Any, step: int, epoch: Any, on_products: Any) -> Any:
+    def quickly(
+        objective: Any, config: Any, *, pool: Any, optimizer: Any, step: int, epoch: Any, on_products: Any
+    ) -> Any:
+        assert pool is None, "measured quickly, a pool would not be gone through"
         batches = [batch.items for batch in objective.local_batches]
         parameters = [(name, p.shape, p.dtype) for name, p in zip(objective.names, objective.parameters, strict=True)]
         alike = dataclasses.replace(config, measure_strategy="no", measure_steps=1, report_dir=None)
