@@ -63,6 +63,8 @@ CHANGED: dict[str, str] = {
     "**.self_check.repeat_error": "added: what rounding leaves between two passes of a batch",
     "**.self_check.count*": "added: by which values examples are counted, where their lengths differ",
     "**config.pool_examples": "added: an option",
+    "**config.batch_sharpness": "added: an option",
+    "**measurements.*.batch_sharpness": "added: measured on request alone",
     "setting.settings.*": "of flags, those in one table are recorded alone",
     "**.population": "added: the training set that examples were drawn from",
     "**measurements.*.fallback": "a reason by code, in place of a text",

@@ -125,6 +125,8 @@ class OptimizabilityConfig:
         max_hvps: Maximum number of Hessian-vector products of one measurement. Set by the profile.
         landscape: Evaluate the loss along the optimizer's update and over the plane of the top two eigenvectors as
             well: 144 forward passes over the probe set, a gradient, and a product on top of max_hvps.
+        batch_sharpness: Measure the curvature of 30 batches of one optimizer step along their own gradients as well: a
+            gradient and a product of each, with Adam two, on top of max_hvps.
         blocks: Glob patterns of parameter names; each makes one block of the report, the others go to 'other'. By
             default: embeddings, each layer, head.
         task_column: Column, or key in a batch, with the task of each example, a string or a whole number. Gradient and
@@ -234,6 +236,13 @@ class OptimizabilityConfig:
             "well: 144 forward passes over the probe set, a gradient, and a product on top of max_hvps."
         },
     )
+    batch_sharpness: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure the curvature of 30 batches of one optimizer step along their own gradients as well: a "
+            "gradient and a product of each, with Adam two, on top of max_hvps."
+        },
+    )
     blocks: list[str] | None = field(
         default=None,
         metadata={
@@ -309,6 +318,11 @@ class OptimizabilityConfig:
         if self.block_eigenvalues and self.engine in ("forward_over_reverse", "central_difference"):
             raise ValueError(
                 f"`block_eigenvalues` need double_backward, but `engine` is {self.engine!r}. Leave one of them unset."
+            )
+        if self.batch_sharpness and (self.curvature != "hessian" or self.task_column is not None):
+            raise ValueError(
+                "`batch_sharpness` is that of the Hessian of one loss. With another `curvature`, or with "
+                "`task_column`, leave it unset."
             )
         if self.eigen_method == "power_iteration" and self.num_eigenvalues > 1:
             raise ValueError(

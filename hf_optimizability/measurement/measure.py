@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
 from ..curvature.empirical_risk import HvpCounter
@@ -27,10 +28,13 @@ from ..objective.parameter_blocks import block_indices
 from ..objective.pool import Pool
 from ..objective.population import Population
 from ..objective.self_check import SelfCheck
+from ..objective.step_batches import StepBatches
 from ..objective.task_labels import assign_tasks, require_several
+from ..quantities.batch_sharpness import MIN_BATCHES
 from ..quantities.loss_landscape import Landscape
 from ..quantities.noise_scale import MIN_PARTS, noise_scale
 from ..quantities.preconditioner import unwrapped as unwrapped_optimizer
+from .batch_sharpness_pass import measure_batch_sharpness
 from .curvature_pass import CurvatureEstimates, DirectionalCurvature, estimate_curvature, measure_directions
 from .eigenvector_check import engine_error
 from .engines import HvpEngine, choose_engine
@@ -44,6 +48,8 @@ from .results import BlockMeasurement, Measurement
 from .session import measurement_session
 from .slope_check import slope_errors
 
+
+logger = logging.get_logger(__name__)
 
 POOL_EXAMPLES = 2560
 """Examples of a data set that forward passes look at, by default."""
@@ -103,9 +109,12 @@ def measure(
     if pool is not None:
         batches = pool.random_batches(config.budget.probe_examples)
     assert batches is not None
+    steps = step_batches(dataset, config) if dataset is not None and config.batch_sharpness else None
     objective, optimizer = build_objective(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
     with progress_bar(config, disable=not progress) as bar:
-        return measure_objective(objective, config, pool=pool, optimizer=optimizer, on_products=bar.update)[0]
+        return measure_objective(
+            objective, config, pool=pool, steps=steps, optimizer=optimizer, on_products=bar.update
+        )[0]
 
 
 def pool_of(model: nn.Module, dataset: DataLoader, config: OptimizabilityConfig) -> Pool:
@@ -120,6 +129,18 @@ def pool_of(model: nn.Module, dataset: DataLoader, config: OptimizabilityConfig)
         )
     examples = config.pool_examples or max(POOL_EXAMPLES, config.budget.probe_examples)
     return Pool(dataset, examples=examples, batch_size=config.probe_batch_size, seed=config.probe_seed)
+
+
+def step_batches(loader: DataLoader, config: OptimizabilityConfig, *, parts: int = 1) -> StepBatches | None:
+    """Return batches of one optimizer step each, of so many batches of the loader; say so if there are none."""
+    try:
+        steps = StepBatches(loader, parts=parts, seed=config.probe_seed)
+        if len(steps) < MIN_BATCHES:
+            raise ValueError(f"The training set has {len(steps)} batches of {steps.examples} examples.")
+    except ValueError as error:
+        logger.warning_once(f"Batch sharpness is not measured. {error}")
+        return None
+    return steps
 
 
 def build_objective(
@@ -166,6 +187,7 @@ def measure_objective(
     config: OptimizabilityConfig,
     *,
     pool: Pool | None = None,
+    steps: StepBatches | None = None,
     optimizer: Optimizer | None = None,
     step: int = 0,
     epoch: float | None = None,
@@ -180,6 +202,7 @@ def measure_objective(
         objective: What to measure.
         config: Precision and budget.
         pool: Examples of the data set, or all, to draw those to measure on from; by default the objective's own.
+        steps: Batches of one optimizer step each, for batch sharpness.
         optimizer: The optimizer in use, to measure how far it may step.
         step: Recorded in the measurement.
         epoch: Recorded in the measurement.
@@ -198,12 +221,12 @@ def measure_objective(
         objective = _with_checked_mean(objective, config)
     if pool is None:
         measurement, objective = retry_with_smaller_batches(
-            objective, lambda objective: _measure_once(objective, config, optimizer)
+            objective, lambda objective: _measure_once(objective, config, optimizer, steps)
         )
     else:
         drawn, population, noise = _drawn(objective, pool, config)
         measurement, _ = retry_with_smaller_batches(
-            drawn, lambda objective: _measure_once(objective, config, optimizer)
+            drawn, lambda objective: _measure_once(objective, config, optimizer, steps)
         )
         measurement = replace(measurement, loss=population.mean_loss, noise_scale=noise)
     seconds = time.perf_counter() - started
@@ -250,7 +273,9 @@ def _with_checked_mean(objective: Objective, config: OptimizabilityConfig) -> Ob
     return objective.checked(check)
 
 
-def _measure_once(objective: Objective, config: OptimizabilityConfig, optimizer: Optimizer | None) -> Measurement:
+def _measure_once(
+    objective: Objective, config: OptimizabilityConfig, optimizer: Optimizer | None, steps: StepBatches | None
+) -> Measurement:
     """Return a measurement whose step and cost are still to be filled in."""
     trained = objective.parameters  # whole or float32 ones may take their place
     with measurement_session(objective, config) as (objective, read_tensor):
@@ -268,6 +293,9 @@ def _measure_once(objective: Objective, config: OptimizabilityConfig, optimizer:
             curvature = estimate_curvature(
                 engine, objective, config, point=point, directions=directions, step=step, blocks=indices
             )
+            batches = None
+            if steps is not None:
+                batches = measure_batch_sharpness(objective, engine, steps, step, size=config.probe_batch_size)
         stability = line = None
         if step is not None and curvature.sharpness is not None:
             update = step.update()
@@ -306,6 +334,7 @@ def _measure_once(objective: Objective, config: OptimizabilityConfig, optimizer:
             unused_embedding_parameters=curvature.unused_parameters,
             self_check=check,
             population=None if objective.population is None else about_population(objective, point),
+            batch_sharpness=batches,
         )
 
 

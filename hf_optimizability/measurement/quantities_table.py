@@ -245,6 +245,15 @@ QUANTITIES: tuple[Quantity, ...] = (
         form="number",
     ),
     Quantity(
+        name="batch_sharpness",
+        get=lambda m: _of(m.batch_sharpness, lambda batches: batches.as_stepped),
+        label="Batch sharpness",
+        reading="Curvature of batches of one step along their own gradients, as the optimizer scales them. Plain SGD "
+        "holds it near 2/η.",
+        section="step",
+        form="interval",
+    ),
+    Quantity(
         name="critical_learning_rate",
         get=lambda m: _of(m.optimizer_stability, lambda stability: stability.critical),
         label="Critical learning rate",

@@ -11,6 +11,7 @@ from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..linalg.estimate import Estimate
 from ..linalg.spectrum_and_trace import HessianEstimates
 from ..objective.self_check import SelfCheck
+from ..quantities.batch_sharpness import BatchSharpness
 from ..quantities.loss_landscape import Landscape
 from ..quantities.step_size import CriticalLearningRate, QuadraticModel
 from ..quantities.task_conflict import WITH_ITSELF
@@ -217,6 +218,8 @@ class Measurement:
         self_check: Results of the self-check of the loss; `None` in older reports.
         eigenvalue_checks: Checks of λ_max and λ_min by differences of the gradient along their eigenvectors.
         population: The training set that the examples were drawn from; `None` where the batches were given.
+        batch_sharpness: Curvature of batches of one optimizer step along their own gradients, as trained; `None`
+            unless `batch_sharpness` asks for it.
     """
 
     step: int
@@ -244,6 +247,7 @@ class Measurement:
     self_check: SelfCheck | None = None
     eigenvalue_checks: tuple[EigenvalueCheck, ...] = ()
     population: PopulationMeasurement | None = None
+    batch_sharpness: BatchSharpness | None = None
 
     @property
     def converged(self) -> bool:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -108,6 +108,24 @@ def measuring(model: nn.Module, *, seed: int, state: ModelState | None = None) -
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def batch_statistics(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let normalization layers of a borrowed model use the statistics of the batch, as in training.
+
+    Args:
+        layers: `ModelState.normalizing`. What a pass writes to their buffers is wound back before the next.
+    """
+    settle()
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        settle()
+        for layer in layers:
+            layer.training = False
 
 
 def math_attention() -> AbstractContextManager[None]:

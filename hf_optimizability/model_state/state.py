@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers.utils import logging
 
 from ..errors import MeasurementError
@@ -44,6 +45,7 @@ class ModelState:
     Attributes:
         hooks_set_aside: Names of the parameters whose gradient hooks are removed while the model is borrowed.
         module_hooks: Names of the modules with hooks of the user's own, which run.
+        normalizing: Normalization layers that are in training mode while the model is trained.
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -58,6 +60,7 @@ class ModelState:
     def __init__(self, model: nn.Module, *, others: Sequence[object] = ()):
         self.hooks_set_aside: tuple[str, ...] = ()
         self.module_hooks: tuple[str, ...] = ()
+        self.normalizing: tuple[nn.Module, ...] = ()
         self._model = model
         self._others = tuple(others)
         self._entry: Snapshot | None = None
@@ -89,7 +92,7 @@ class ModelState:
                 _borrowed.append(self)
                 stack.callback(_borrowed.remove, self)
                 with self._watched_writes():
-                    _to_eval(self._model)
+                    self.normalizing = _to_eval(self._model)
                 yield
             failing = False
         finally:
@@ -213,13 +216,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _to_eval(model: nn.Module) -> None:
+def _to_eval(model: nn.Module) -> tuple[nn.Module, ...]:
     """Switch a model to eval mode without the side effects that `eval()` has in some models.
 
     `train()` drops caches of eval mode and unmerges weights (loralib). `eval()` may merge them again, so that the
     gradients of the factors would vanish; so modules are only marked.
+
+    Returns:
+        The normalization layers that `train()` put into training mode.
     """
     model.train()
+    normalizing = tuple(module for module in model.modules() if isinstance(module, _NormBase) and module.training)
 
     def mark(module: nn.Module) -> None:
         if "train" in vars(module) or "eval" in vars(module):  # replaced to keep the module in one mode
@@ -230,6 +237,7 @@ def _to_eval(model: nn.Module) -> None:
             mark(child)
 
     mark(model)
+    return normalizing
 
 
 def _gradient_hooks(parameter: Tensor) -> list[dict[int, Callable[..., Any]]]:

@@ -75,14 +75,18 @@ class Pool:
         with self.reading():
             return [self.collate(part) for part in parts]
 
-    def collate(self, positions: Sequence[int] | NDArray[np.int64]) -> Batch:
+    def collate(self, positions: Sequence[int] | NDArray[np.int64], *, draw: int = 0) -> Batch:
         """Return the examples at these positions of the pool as one batch; inside `reading`.
+
+        Args:
+            positions: Their places in the pool.
+            draw: Which of the collator's random draws (masks) to take.
 
         Raises:
             MeasurementError: If a row can't be read, or the collator refuses them.
         """
         rows = [self._row(int(self.indices[position])) for position in positions]
-        seed_all(self._seed)
+        seed_all(self._seed + draw)
         try:
             return self._loader.collate_fn(rows)
         except Exception as error:

@@ -18,17 +18,18 @@ from transformers.utils import logging
 from ..config import OptimizabilityConfig
 from ..distributed.process_group import RankLostError, training_process_group
 from ..distributed.supported import deepspeed_limits, require_supported
-from ..distributed.tensors import class_name
+from ..distributed.tensors import class_name, is_sharded
 from ..errors import ExplainedError, MeasurementError, MeasurementInterruptedError
 from ..files import back_up, require_writable
 from ..linalg.communicator import ProcessGroup
-from ..measurement.measure import measure_objective, progress_bar
+from ..measurement.measure import measure_objective, progress_bar, step_batches
 from ..measurement.results import Measurement, MeasurementFailure, TaskMeasurement
 from ..model_state.measuring import pretrained
 from ..objective.objective import Objective
 from ..objective.parameter_blocks import block_indices
 from ..objective.pool import Pool
 from ..objective.probe_set import ProbeSpec, dataset_of, draw_probe_set
+from ..objective.step_batches import StepBatches
 from ..quantities.preconditioner import unwrapped
 from ..redaction import redact_secrets
 from ..report import OptimizabilityReport
@@ -60,11 +61,13 @@ class _Run:
         group: Processes that train together.
         folder: Where the report goes.
         clock: Times training and measurements.
+        accumulation: Batches of the loader in one step of the optimizer.
         schedule: When to measure.
         stops: Requests to stop.
         trackers: Where the numbers are logged.
         loss: The loss on the probe set; `None` if no probe set could be drawn.
         pool: The examples to draw from at each measurement; `None` if the probe set is measured on.
+        steps: Batches of one optimizer step each; `None` if batch sharpness is not measured.
         gap: Log entries of the generalization gap.
         ended: Whether training has ended.
     """
@@ -74,11 +77,13 @@ class _Run:
     group: ProcessGroup
     folder: Path
     clock: Clock
+    accumulation: int
     schedule: Schedule
     stops: StopRequests
     trackers: TrackerLog
     loss: ProbeObjective | None = None
     pool: Pool | None = None
+    steps: StepBatches | None = None
     gap: list[dict[str, Any]] = field(default_factory=list)
     ended: bool = False
 
@@ -159,6 +164,7 @@ class OptimizabilityCallback(TrainerCallback):
             group=group,
             folder=self.config.report_folder(args.output_dir),
             clock=clock,
+            accumulation=args.gradient_accumulation_steps,
             schedule=Schedule(self.config, group=group, clock=clock),
             stops=StopRequests(args),
             trackers=TrackerLog(self._trainer),
@@ -274,6 +280,7 @@ class OptimizabilityCallback(TrainerCallback):
             )
             objective = run.loss.current()  # raises no ValueError
             run.pool = self._new_pool(run, loader)
+            run.steps = self._new_steps(run, loader)
         except (ValueError, RankLostError):
             raise
         except Exception as error:
@@ -296,6 +303,15 @@ class OptimizabilityCallback(TrainerCallback):
             return None
         seed, batch_size = self.config.probe_seed, self.config.probe_batch_size
         return Pool(loader, examples=size, batch_size=batch_size, seed=seed)
+
+    def _new_steps(self, run: _Run, loader: DataLoader) -> StepBatches | None:
+        """Return batches of one optimizer step each, if batch sharpness is asked for and possible."""
+        if not self.config.batch_sharpness:
+            return None
+        if run.group.world_size > 1 or is_sharded(run.model):
+            logger.warning_once("Batch sharpness is not measured where several processes train together.")
+            return None
+        return step_batches(loader, self.config, parts=run.accumulation)
 
     def _find_loss_scale(self, run: _Run, trainer: Trainer, objective: Objective) -> None:
         """Record by what factor the Trainer's loss differs from the mean, and warn once."""
@@ -364,6 +380,7 @@ class OptimizabilityCallback(TrainerCallback):
             step=step,
             epoch=epoch,
             on_products=on_products,
+            steps=run.steps,
         )
         try:
             return measured(pool=run.pool)

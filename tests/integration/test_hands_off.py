@@ -240,3 +240,17 @@ def test_training_is_the_same_with_examples_drawn_at_each_measurement(tmp_path: 
     report = trainer.optimizability_report()
     assert len(report.measurements) == 4 and not report.failures
     assert [measurement.population is not None for measurement in report.measurements] == [known] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("bert", "adamw_torch"), pytest.param("mobilenet", "sgd", marks=pytest.mark.slow)]
+)
+def test_training_is_the_same_with_batch_sharpness(tmp_path: Path, name: str, optimizer: str):
+    options = {"optim": optimizer, "gradient_accumulation_steps": 2}
+    plain = run(tiny_training.trainer(tmp_path, name, **options))
+    callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG, batch_sharpness=True))
+    assert_equal(run(tiny_training.trainer(tmp_path, name, callbacks=[callback], **options)), plain)
+    found = [measurement.batch_sharpness for measurement in callback.report.measurements]
+    assert len(found) == 4 and all(found) and not callback.report.failures
+    assert [(batches.batches, batches.items) for batches in found] == [(3, 8)] * 4  # of 24 examples
+    assert [batches.preconditioned is not None for batches in found] == [optimizer == "adamw_torch"] * 4

@@ -278,6 +278,7 @@ def test_a_damaged_record_never_raises_and_is_never_changed(tmp_path: Path, capl
             "self_check",
             "eigenvalue_checks",
             "population",
+            "batch_sharpness",
         )
         if damage is ...:
             del container[key]

@@ -35,7 +35,7 @@ VERSION_1 = OLDER[0]
 WITH_TASKS = Path(__file__).parent / "versions" / "version_4_tasks.json"
 PUBLISHED = sorted(Path(__file__).parents[2].glob("model_cards/*/optimizability/report.json"))
 
-CHECKS: dict[str, Any] = {"self_check": None, "eigenvalue_checks": [], "population": None}
+CHECKS: dict[str, Any] = {"self_check": None, "eigenvalue_checks": [], "population": None, "batch_sharpness": None}
 """Fields that came later."""
 
 REPORT: dict[str, Any] = json.loads(json.dumps(make_report(2, blocks=3, failures=1).to_dict()))
@@ -260,6 +260,7 @@ class TestOlderVersions:
             for name, value in {"repeat_error": None, "counted_by": [], "count_in_doubt": False}.items():
                 old["self_check"].setdefault(name, value)  # came later
             old.setdefault("population", None)
+            old.setdefault("batch_sharpness", None)
             assert renamed_back(measurement) == old
 
     @pytest.mark.parametrize("file", [WITH_TASKS, *PUBLISHED], ids=lambda file: file.parents[1].name)

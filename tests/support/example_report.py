@@ -26,6 +26,7 @@ from hf_optimizability.measurement.results import (
     TaskMeasurement,
 )
 from hf_optimizability.objective.self_check import SelfCheck
+from hf_optimizability.quantities.batch_sharpness import BatchSharpness
 from hf_optimizability.quantities.loss_landscape import Axis, Landscape, LossLine, LossPlane
 from hf_optimizability.quantities.step_size import CriticalLearningRate, QuadraticModel
 from hf_optimizability.reasons import Reason
@@ -161,6 +162,12 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
         hvps=56,
         seconds=7.31,
         self_check=SelfCheck(False, "items", True, 1.2e-7, (2e-5, None), ("layer.0.weight",), ("layer.0", "layer.1")),
+        batch_sharpness=BatchSharpness(
+            sharpness=Estimate(24.5, 18.2, 33.1, "jackknife", 30, converged=False, std_error=3.1, data_std_error=3.1),
+            preconditioned=Estimate(8.1e5, 6.2e5, 1.1e6, "jackknife", 30, True, std_error=7e4, data_std_error=7e4),
+            items=32.0,
+            batches=30,
+        ),
     )
 
 

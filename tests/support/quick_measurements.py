@@ -27,9 +27,9 @@ def measure_quickly(patch: pytest.MonkeyPatch) -> None:
     """
 
     def quickly(
-        objective: Any, config: Any, *, pool: Any, optimizer: Any, step: int, epoch: Any, on_products: Any
+        objective: Any, config: Any, *, pool: Any, steps: Any, optimizer: Any, step: int, epoch: Any, on_products: Any
     ) -> Any:
-        assert pool is None, "measured quickly, a pool would not be gone through"
+        assert pool is steps is None, "measured quickly, neither would be gone through"
         batches = [batch.items for batch in objective.local_batches]
         parameters = [(name, p.shape, p.dtype) for name, p in zip(objective.names, objective.parameters, strict=True)]
         alike = dataclasses.replace(config, measure_strategy="no", measure_steps=1, report_dir=None)
