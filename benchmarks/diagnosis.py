@@ -29,8 +29,8 @@ from workloads import CACHE, VISION_CHECKPOINT, VISION_DATA
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from hf_optimizability.files import write_atomically
+from hf_optimizability.number_format import format_estimate, format_number, format_with_error
 from hf_optimizability.report.figures import BLUE, GREEN, VERMILLION
-from hf_optimizability.report_data.number_format import format_estimate, format_number, format_with_error
 from hf_optimizability.tasks import image_classification as task
 from hf_optimizability.tasks.fine_tuning import load, parse_arguments
 

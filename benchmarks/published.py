@@ -16,16 +16,16 @@ from typing import Any
 
 from hf_optimizability.files import write_atomically
 from hf_optimizability.measurement.results import Measurement
-from hf_optimizability.publishing.model_card import with_report
-from hf_optimizability.report import OptimizabilityReport
-from hf_optimizability.report.markdown import CARD_FOLDER, escape
-from hf_optimizability.report_data.number_format import (
+from hf_optimizability.number_format import (
     MISSING,
     format_estimate,
     format_interval,
     format_number,
     format_percent,
 )
+from hf_optimizability.publishing.model_card import with_report
+from hf_optimizability.report import OptimizabilityReport
+from hf_optimizability.report.markdown import CARD_FOLDER, escape
 
 
 ROOT = Path(__file__).parent.parent

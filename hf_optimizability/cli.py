@@ -22,7 +22,6 @@ from . import __version__
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
-    from .measurement.results import Measurement
     from .report import OptimizabilityReport
     from .tasks.fine_tuning import Task
 
@@ -294,7 +293,7 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
     if folder is not None:
         back_up(folder / "report.json")
         report.save(folder)
-    _print_report(report, folder, _table(measurement), as_json=as_json)
+    _print_report(report, folder, _table(report), as_json=as_json)
 
 
 def _compare(task_name: str | None, args: Sequence[str], *, as_json: bool, flags: bool) -> None:
@@ -401,21 +400,16 @@ def _print_report(report: OptimizabilityReport, folder: Path | None, text: str, 
         typer.echo(f"\n{text}" + ("" if folder is None else f"\n\nReport: {folder / 'report.md'}"))
 
 
-def _table(measurement: Measurement) -> str:
-    """Format value, error, convergence and products of a measurement."""
-    from .linalg.estimate import Estimate
-    from .measurement.quantities_table import QUANTITIES, number_of
-    from .report_data.number_format import format_number, format_with_error
+def _table(report: OptimizabilityReport) -> str:
+    """Format the numbers of the only measurement of a report, with their intervals."""
+    from .number_format import format_number
+    from .report.tables import card_rows, subject
 
-    lines = [f"{'':<22}{'value ± error':<26}{'converged':<11}{'products':>8}"]
-    for quantity in QUANTITIES:
-        value = quantity.get(measurement)
-        if quantity.card and isinstance(value, Estimate):
-            converged = "yes" if value.converged else "no"
-            number = format_with_error(value.value, value.error)
-            lines.append(f"{quantity.label:<22}{number:<26}{converged:<11}{value.hvps:>8}")
-        elif quantity.card and value is not None:
-            lines.append(f"{quantity.label:<22}{format_number(number_of(value))}")
+    [measurement] = report.measurements
+    lines = [f"Of {subject(report)}; in parentheses: 95 % intervals.", ""]
+    lines += [f"{row.label:<22}{row.cells[0]}" for row in card_rows([measurement])]
+    if not measurement.converged:
+        lines += ["", "† Not converged: the interval is wider than asked for. Raise max_hvps."]
     cost = f"{measurement.hvps} products in {format_number(measurement.seconds, digits=3)} s ({measurement.engine})"
     return "\n".join([*lines, "", f"{measurement.num_items} items, {cost}"])
 

@@ -10,19 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from ..linalg.statistics import standard_error
-from ..report.charts import Chart, Series, make_bars, make_chart, make_line, rounded
-from ..report.html import render_page
-from ..report.markdown import markdown_environment
-from ..report_data.number_format import (
+from ..linalg.statistics import NORMAL_QUANTILE, standard_error, student_quantile
+from ..number_format import (
     MISSING,
     format_estimate,
     format_interval,
     format_number,
     format_percent,
-    format_with_error,
     one_line,
 )
+from ..report.charts import Chart, Series, make_chart, make_intervals, make_line, rounded
+from ..report.html import render_page
+from ..report.markdown import markdown_environment
 from ..report_data.series import Points, logged, measured_steps
 from ..scoring.checkpoint import CheckpointScores
 from ..scoring.score import Score
@@ -103,8 +102,8 @@ def charts(comparison: ComparisonData) -> list[Chart]:
         _curves(ranked, "loss", "training loss", "loss"),
         _curves(ranked, "eval_loss", "evaluation loss", "eval_loss"),
         _curves(ranked, "eval_accuracy", "evaluation accuracy", "eval_accuracy"),
-        _measured(ranked, "lambda_max", "λ_max ± residual"),
-        _measured(ranked, "trace", "Hessian trace ± standard error"),
+        _measured(ranked, "lambda_max", "λ_max"),
+        _measured(ranked, "trace", "Hessian trace"),
     ]
     return [chart for chart in every if chart["series"]]
 
@@ -173,7 +172,11 @@ def _score_rows(comparison: ComparisonData) -> list[dict[str, Any]]:
 
 
 def _score(score: Score | None, scale: float) -> str:
-    return MISSING if score is None else format_with_error(scale * score.value, scale * score.std_error)
+    return MISSING if score is None else _around(scale * score.value, NORMAL_QUANTILE * scale * score.std_error)
+
+
+def _around(value: float, margin: float) -> str:
+    return format_interval(value, value - margin, value + margin)
 
 
 def _decisive(scores: CheckpointScores) -> float:
@@ -221,8 +224,8 @@ def _interval(quality: str, ranking: Ranking | None, name: str) -> str:
     if ranking is None:
         return MISSING
     at, scale = ranking.names.index(name), SCALE[quality]
-    text = format_interval(*(scale * number[at] for number in (ranking.values, ranking.low, ranking.high)))
-    return f"{text} %" if quality == "accuracy" else text
+    numbers = (scale * number[at] for number in (ranking.values, ranking.low, ranking.high))
+    return format_interval(*numbers, unit=" %" if quality == "accuracy" else "")
 
 
 def _pairs(ranking: Ranking, quality: str) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -237,7 +240,7 @@ def _pairs(ranking: Ranking, quality: str) -> list[tuple[str, list[tuple[str, st
 
 
 def _dynamics_row(entry: Entry) -> dict[str, Any]:
-    """Return how a candidate trained: means over its seeds, with their standard errors."""
+    """Return how a candidate trained: means over its seeds, with their 95 % intervals."""
     runs = entry.runs
 
     def over_seeds(number: Callable[[Run], float | None]) -> str:
@@ -246,7 +249,7 @@ def _dynamics_row(entry: Entry) -> dict[str, Any]:
             return MISSING
         error = float(standard_error(np.array(known))) if len(known) > 1 else 0.0
         mean = float(np.mean(known))
-        text = format_with_error(mean, error) if error else format_number(mean, digits=3)
+        text = _around(mean, student_quantile(len(known) - 1) * error) if error else format_number(mean, digits=3)
         return text if len(known) == len(runs) else f"{text} ({len(known)} of {len(runs)} seeds)"
 
     measured = next((run.report.measurements[-1] for run in runs if run.report.measurements), None)
@@ -400,6 +403,6 @@ def _measured(ranked: Sequence[Entry], name: str, y: str) -> Chart:
         if report is not None:
             estimates = [getattr(measurement.hessian, name) for measurement in report.measurements]
             style = {**_style(index, len(ranked)), "width": 2}
-            series.append(make_bars(one_line(entry.name), measured_steps(report), estimates, **style))
+            series.append(make_intervals(one_line(entry.name), measured_steps(report), estimates, **style))
     positive = all(value > 0 for one in series if one is not None for value in one["y"] if value is not None)
     return make_chart(name, "optimizer step", y, series, log=positive)

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..linalg.estimate import Estimate
 from ..linalg.statistics import NORMAL_QUANTILE
 from ..measurement.results import Measurement, MultitaskMeasurement
-from ..objective.parameter_blocks import EMBEDDINGS, HEAD
-from ..quantities.step_size import stability_limit
-from ..report_data.number_format import (
+from ..number_format import (
     format_estimate,
     format_interval,
     format_number,
     format_percent,
-    format_with_error,
 )
+from ..objective.parameter_blocks import EMBEDDINGS, HEAD
+from ..quantities.step_size import stability_limit
 from ..report_data.series import batch_items
 
 
@@ -312,8 +311,8 @@ def overfitting(report: ReportData) -> Finding | None:
         severity="warning",
         sentence="The model overfits: its loss on new data has risen again.",
         evidence=(
-            f"eval loss up by {format_with_error(rise, error)} since its best at step {gap['best_step']:,}",
-            f"eval loss − train loss at the end: {format_with_error(gap['loss_gap'], error)}",
+            f"eval loss up by {_around(rise, error)} since its best at step {gap['best_step']:,}",
+            f"eval loss − train loss at the end: {_gap(gap)}",
         ),
         advice="Keep the best checkpoint (`load_best_model_at_end`), stop there (`EarlyStoppingCallback`), or "
         "regularize: fewer epochs, weight decay, dropout, more data. Look for wrong labels.",
@@ -337,7 +336,7 @@ def underfitting(report: ReportData) -> Finding | None:
         name="underfitting",
         severity="warning",
         sentence="The model has learnt next to nothing: its loss is about where it started.",
-        evidence=(unchanged, f"eval loss − train loss: {format_with_error(gap['loss_gap'], gap['std_error'])}"),
+        evidence=(unchanged, f"eval loss − train loss: {_gap(gap)}"),
         advice="Check that the labels belong to the inputs and that nothing needed is frozen; then try a higher "
         "learning rate, more steps, or a larger model.",
         source="less than a tenth of the starting loss is gone, with no gap to new data; Goodfellow et al. 2016, "
@@ -348,11 +347,11 @@ def underfitting(report: ReportData) -> Finding | None:
 def evaluation_unstable(report: ReportData) -> Finding | None:
     """Report an evaluation loss that rises and falls again by more than its error."""
     gap = report.dynamics.get("generalization_gap") or {}
-    error = gap.get("std_error")
+    error = gap.get("std_error") or 0.0
     points = [
         (entry["step"], entry["eval_loss"]) for entry in report.log_history if _is_finite(entry.get("eval_loss"))
     ]
-    swings = [] if not error else _swings([loss for _, loss in points], least=SWING_STD_ERRORS * error)
+    swings = [] if error == 0 else _swings([loss for _, loss in points], least=SWING_STD_ERRORS * error)
     if not swings:
         return None
     size, at = max(swings)
@@ -361,7 +360,7 @@ def evaluation_unstable(report: ReportData) -> Finding | None:
         severity="warning",
         sentence="The evaluation loss goes up and down by more than its error.",
         evidence=(
-            f"largest swing: {format_with_error(size, error)}, up to {format_number(points[at][1])} at step "
+            f"largest swing: {_around(size, error)}, up to {format_number(points[at][1])} at step "
             f"{points[at][0]:,} and down again",
             f"swings of that kind: {len(swings)} in {len(points)} evaluations",
         ),
@@ -541,6 +540,15 @@ def _interval(estimate: Estimate) -> str:
     return format_interval(estimate.value, estimate.low, estimate.high)
 
 
+def _around(value: float, std_error: float) -> str:
+    margin = NORMAL_QUANTILE * std_error
+    return format_interval(value, value - margin, value + margin)
+
+
+def _gap(gap: Mapping[str, Any]) -> str:
+    return format_interval(gap["loss_gap"], gap["low"], gap["high"])
+
+
 def _last_measurement(report: ReportData) -> Measurement | None:
     return report.measurements[-1] if report.measurements else None
 
@@ -622,7 +630,7 @@ def _still_falling(report: ReportData) -> str | None:
         return None
     low, steps = speed.get("steps_to_90_low"), report.measurements[-1].step
     if low is not None and low > steps:
-        interval = format_interval(speed["steps_to_90"], low, speed["steps_to_90_high"])
+        interval = format_interval(speed["steps_to_90"], low, speed["steps_to_90_high"], nonnegative=True)
         return f"90 % of the loss's drop after {interval} steps, trained for {steps:,}"
     if str(speed.get("note")).startswith("Not yet levelled"):
         area = format_number(speed["normalized_area"], digits=3)
@@ -764,7 +772,9 @@ def _noise_interval(report: ReportData) -> tuple[float, float] | None:
 def _batch_evidence(report: ReportData, batch: float) -> tuple[str, ...]:
     scales = [
         f"noise scale at step {measurement.step:,}: "
-        + format_interval(measurement.noise_scale.value, measurement.noise_scale.low, measurement.noise_scale.high)
+        + format_interval(
+            measurement.noise_scale.value, measurement.noise_scale.low, measurement.noise_scale.high, nonnegative=True
+        )
         for measurement in report.measurements[-MAX_NAMED:]
         if measurement.noise_scale is not None
     ]
@@ -772,7 +782,7 @@ def _batch_evidence(report: ReportData, batch: float) -> tuple[str, ...]:
 
 
 def _error(estimate: Estimate) -> float:
-    """Return the error behind ±; infinite if it is unknown."""
+    """Return the standard error or the residual bound; infinite if it is unknown."""
     return math.inf if math.isnan(estimate.error) else estimate.error
 
 

@@ -47,7 +47,7 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        """The number to print after ±: the standard error, or the residual bound of an eigenvalue."""
+        """The standard error, or the residual bound of an eigenvalue: a part of the interval."""
         error = self.std_error if self.residual is None else self.residual
         return math.nan if error is None else error
 

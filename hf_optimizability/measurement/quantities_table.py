@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 Value = Estimate | CriticalLearningRate | float | None
 
-Form = Literal["number", "error", "estimate", "interval", "share"]
-"""How a value is printed: 0.69; ± 0.1; 361 ± 43; 35 (20 to 62); 42 % (36 % to 50 %)."""
+Form = Literal["number", "interval", "share"]
+"""How a value is printed: 0.69; 360 (270 to 450), or the former where it has no interval; 42 % (36 to 50 %)."""
 
 Section = Literal["loss", "gradient", "curvature", "spectrum", "step"]
 """The table of the report that holds the quantity's row."""
@@ -34,8 +34,11 @@ class Quantity:
         get: Read the value; `None` if it was not measured, NaN if it does not exist.
         label: Head of its row.
         reading: How to read it, in a sentence.
-        section: Table of the report that holds its row.
+        section: Table of the report that holds its row; `None` for a part of another quantity's error.
         form: How its value is printed.
+        nonnegative: Whether it can't be below 0.
+        scope: What it is about where the measured examples were drawn from a pool: these examples alone, the training
+            loss, or the training's batches.
         always: Whether the row stays, with a dash, where it was not measured.
         logged: Whether the value goes to the log and the trackers.
         logged_error: Error of an estimate that is logged as well, as `<name>_<error>`.
@@ -52,8 +55,10 @@ class Quantity:
     get: Callable[[Measurement], Value]
     label: str
     reading: str
-    section: Section
-    form: Form = "estimate"
+    section: Section | None
+    form: Form = "interval"
+    nonnegative: bool = False
+    scope: Literal["examples", "loss", "batches"] = "examples"
     always: bool = False
     logged: bool = True
     logged_error: Literal["std_error", "residual"] | None = None
@@ -84,12 +89,14 @@ class TaskQuantity:
         get: Read the value; `None` if it was not measured.
         label: Head of its column.
         form: How its value is printed.
+        nonnegative: Whether it can't be below 0.
         log_key: Key in the log, behind `optimizability/task/<task>/`; `None` if it is not logged.
     """
 
     get: Callable[[TaskMeasurement], Value]
     label: str
-    form: Form = "estimate"
+    form: Form = "interval"
+    nonnegative: bool = False
     log_key: str | None = None
 
 
@@ -113,21 +120,23 @@ def _quadratic_return(landscape: Landscape) -> float | None:
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         name="loss",
-        get=lambda m: m.loss,
+        get=lambda m: m.loss if m.population is None else m.population.loss,
         label="Loss",
-        reading="Mean over the probe set, in eval mode.",
+        reading="In eval mode.",
         section="loss",
-        form="number",
+        scope="loss",
+        summary="Loss",
         card=True,
         tile=True,
     ),
     Quantity(
         name="grad_norm",
-        get=lambda m: m.grad_norm,
+        get=lambda m: m.grad_norm if m.population is None else m.population.grad_norm,
         label="Gradient norm ‖g‖",
         reading="How steep the loss is. Room to improve is a large gradient over small curvature.",
         section="gradient",
-        form="number",
+        nonnegative=True,
+        scope="loss",
         card=True,
         tile=True,
         summary="Gradient norm",
@@ -138,6 +147,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         label="Hessian trace",
         reading="Sum of the eigenvalues: total curvature. Large curvature does not mean room to improve.",
         section="curvature",
+        scope="loss",
         logged_error="std_error",
         card=True,
         metric="Hessian trace",
@@ -148,10 +158,9 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         name="hessian_trace_data_std_error",
         get=lambda m: m.hessian.trace.data_std_error,
-        label="… its error over the data",
+        label="Standard error of the trace over the data",
         reading="How far another probe set of this size would move the trace (jackknife over batches).",
-        section="curvature",
-        form="error",
+        section=None,
     ),
     Quantity(
         name="hessian_lambda_max",
@@ -159,6 +168,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         label="λ_max",
         reading="Largest eigenvalue, the sharpest direction. A large value limits the learning rate.",
         section="curvature",
+        scope="loss",
         logged_error="residual",
         card=True,
         metric="Largest eigenvalue of the Hessian",
@@ -170,9 +180,10 @@ QUANTITIES: tuple[Quantity, ...] = (
         name="hessian_lambda_min",
         get=lambda m: m.hessian.lambda_min,
         label="λ_min",
-        reading="Smallest eigenvalue. Below zero by more than its error: the loss curves downward in some direction, "
+        reading="Smallest eigenvalue. Below zero with its whole interval: the loss curves downward in some direction, "
         "so this is not a minimum.",
         section="curvature",
+        scope="loss",
         always=True,
         logged_error="residual",
         card=True,
@@ -187,6 +198,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         label="‖H‖_F",
         reading="Root of the sum of the squared eigenvalues: the size of the curvature, whatever its sign.",
         section="spectrum",
+        nonnegative=True,
     ),
     Quantity(
         name="hessian_effective_rank",
@@ -195,6 +207,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         reading="(tr H)²/‖H‖_F²: the number of equal eigenvalues with this trace and this norm. Much smaller than n: "
         "few directions hold the curvature.",
         section="spectrum",
+        nonnegative=True,
     ),
     Quantity(
         name="hessian_negative_mass",
@@ -203,14 +216,17 @@ QUANTITIES: tuple[Quantity, ...] = (
         reading="Share of all directions that curve downward.",
         section="spectrum",
         form="share",
+        nonnegative=True,
     ),
     Quantity(
         name="gradient_noise_scale",
         get=lambda m: m.noise_scale,
         label="Gradient noise scale",
-        reading="Items in a batch whose gradient is as much noise as signal; larger batches than this gain little.",
+        reading="Items in a batch whose gradient is as much noise as signal; larger batches than this gain little. "
+        "Its interval is over batches drawn like these.",
         section="gradient",
-        form="interval",
+        nonnegative=True,
+        scope="batches",
         always=True,
         card=True,
         metric="Gradient noise scale",
@@ -249,17 +265,17 @@ QUANTITIES: tuple[Quantity, ...] = (
         get=lambda m: _of(m.batch_sharpness, lambda batches: batches.as_stepped),
         label="Batch sharpness",
         reading="Curvature of batches of one step along their own gradients, as the optimizer scales them. Plain SGD "
-        "holds it near 2/η.",
+        "holds it near 2/η. Its interval is over such batches.",
         section="step",
-        form="interval",
+        scope="batches",
     ),
     Quantity(
         name="critical_learning_rate",
         get=lambda m: _of(m.optimizer_stability, lambda stability: stability.critical),
         label="Critical learning rate",
-        reading="Where the loss first rises along the next update.",
+        reading="Where the loss first rises along the next update: its bracket.",
         section="step",
-        form="interval",
+        nonnegative=True,
         tile=True,
     ),
     Quantity(
@@ -301,12 +317,10 @@ TASK_QUANTITIES: tuple[TaskQuantity, ...] = (
     TaskQuantity(get=lambda task: task.weight, label="w", form="number"),
     TaskQuantity(get=lambda task: task.loss, label="Loss", log_key="loss"),
     TaskQuantity(get=lambda task: task.grad_norm, label="‖g‖", form="number", log_key="grad_norm"),
-    TaskQuantity(get=lambda task: task.signal_norm, label="… without noise", form="interval"),
-    TaskQuantity(
-        get=lambda task: task.share, label="Share of the joint gradient", form="interval", log_key="grad_share"
-    ),
+    TaskQuantity(get=lambda task: task.signal_norm, label="… without noise", nonnegative=True),
+    TaskQuantity(get=lambda task: task.share, label="Share of the joint gradient", log_key="grad_share"),
     TaskQuantity(get=lambda task: task.trace, label="Trace", log_key="hessian_trace"),
     TaskQuantity(get=lambda task: task.lambda_max, label="λ_max", log_key="hessian_lambda_max"),
-    TaskQuantity(get=lambda task: task.noise_scale, label="Noise scale", form="interval"),
+    TaskQuantity(get=lambda task: task.noise_scale, label="Noise scale", nonnegative=True),
 )
 """In the order in which they are shown."""

@@ -40,8 +40,8 @@ from huggingface_hub.utils import (
     httpx,  # the library that this version of the client is built on: httpx or httpx2, whose errors it raises
 )
 
+from ..number_format import one_line
 from ..redaction import redact_secrets
-from ..report_data.number_format import one_line
 
 
 TIMEOUT = 60.0

@@ -19,9 +19,9 @@ import yaml
 
 from ..linalg.estimate import Estimate
 from ..measurement.quantities_table import QUANTITIES
+from ..number_format import one_line
 from ..report import OptimizabilityReport
 from ..report.markdown import card_section, escape
-from ..report_data.number_format import one_line
 
 
 START = "<!-- optimizability:start -->"

@@ -9,12 +9,13 @@ from dataclasses import fields
 from typing import Any
 
 from ..linalg.estimate import Estimate
+from ..number_format import one_line
 from ..quantities.step_size import CriticalLearningRate
 from ..report_data.data import ReportData
-from ..report_data.number_format import one_line
 from ..report_data.series import Points, landscapes
 from . import panels
-from .panels import ErrorBars, Intervals, Line, Panel, along_eigenvectors, along_update
+from .panels import Line, Panel, along_eigenvectors, along_update
+from .tables import formatted
 
 
 Chart = dict[str, Any]
@@ -28,7 +29,8 @@ def charts(report: ReportData) -> list[Chart]:
 
     Returns:
         Plots with `id`, `x` and `y` (titles of the axes), `log` (whether y is logarithmic) and `series`: points `x`
-        and `y`, `None` for a gap; bounds `low` and `high` of the error bars, `None` for an unknown one; and the style.
+        and `y`, `None` for a gap; bounds `low` and `high` of the error bars, `None` for an unknown one, and `text`,
+        the value with them; and the style.
 
     Example:
         >>> [chart["id"] for chart in charts(ReportData(log_history=[{"loss": 1.0, "step": 1}]))]
@@ -67,11 +69,8 @@ def _series(series: panels.Series) -> Series | None:
         if series.ramp is not None:
             del style["color"]
         return make_line(series.label, series.points, **style)
-    if isinstance(series, ErrorBars):
-        return make_bars(series.label, series.steps, series.estimates, color=series.color, marker=series.marker)
-    if isinstance(series, Intervals):
-        return _intervals(series.label, series.steps, series.values, color=series.color, marker=series.marker)
-    return _bars(series.label, series.steps, series.values, series.errors, color=series.color)
+    style = {"nonnegative": series.nonnegative, "color": series.color, "marker": series.marker}
+    return make_intervals(series.label, series.steps, series.values, **style)
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Line)}
@@ -95,30 +94,15 @@ def make_line(label: str, points: Points, **style: Any) -> Series | None:
     return {**series, "thinned": len(pairs)} if len(thinned) < len(pairs) else series
 
 
-def make_bars(label: str, at: Sequence[int], estimates: Sequence[Estimate | None], **style: Any) -> Series | None:
-    """Return estimates ± their errors; hollow where they did not converge."""
-    measured = [(step, estimate) for step, estimate in zip(at, estimates, strict=True) if estimate is not None]
-    values = [estimate.value for _, estimate in measured]
-    bars = _bars(label, [step for step, _ in measured], values, [estimate.error for _, estimate in measured], **style)
-    return bars and {**bars, "wide": False, "hollow": [not estimate.converged for _, estimate in measured]}
-
-
-def _bars(
-    label: str, at: Sequence[int], values: Sequence[float], errors: Sequence[float], **style: Any
-) -> Series | None:
-    """Return wide error bars, `values` ± `errors`, without markers."""
-    if not at:
-        return None
-    low = [rounded(value - error) for value, error in zip(values, errors, strict=True)]
-    high = [rounded(value + error) for value, error in zip(values, errors, strict=True)]
-    points = {"x": list(at), "y": [rounded(value) for value in values], "low": low, "high": high}
-    return {"label": label, **points, "wide": True, **style}
-
-
-def _intervals(
-    label: str, at: Sequence[int], values: Sequence[Estimate | CriticalLearningRate], **style: Any
+def make_intervals(
+    label: str,
+    at: Sequence[int],
+    values: Sequence[Estimate | CriticalLearningRate],
+    *,
+    nonnegative: bool = False,
+    **style: Any,
 ) -> Series:
-    """Return values with their intervals; an unknown bound lies outside the plot."""
+    """Return values with their intervals, hollow if not converged; an unknown bound lies outside the plot."""
     return {
         "label": label,
         "x": list(at),
@@ -127,6 +111,7 @@ def _intervals(
         "high": [rounded(value.high) for value in values],
         "open": [not math.isfinite(value.high) for value in values],
         "hollow": [not value.converged for value in values],
+        "text": [formatted(value, nonnegative=nonnegative) for value in values],
         **style,
     }
 

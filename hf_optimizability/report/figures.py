@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
 from ..linalg.estimate import Estimate
+from ..number_format import format_estimate, format_number, one_line
 from ..quantities.loss_landscape import LossPlane
 from ..quantities.step_size import CriticalLearningRate
 from ..report_data.data import ReportData
-from ..report_data.number_format import format_estimate, format_number, one_line
 from ..report_data.series import Points, block_names, landscapes, measured_steps
 from . import panels
-from .panels import ErrorBars, Intervals, Line, Panel
+from .panels import Line, Panel
 
 
 BLUE, VERMILLION, GREEN, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#000000", "#888888"  # after Okabe and Ito
@@ -273,13 +273,8 @@ def _draw(axes: Axes, series: panels.Series, **style: Any) -> None:
         style |= {} if series.marker is None else {"marker": MARKERS[series.marker]}
         style |= {"fillstyle": "none"} if series.marker == "diamond" else {}
         _line(axes, *_sorted(series.points), color=color, linewidth=1.2, label=series.label, **style)
-    elif isinstance(series, ErrorBars):
-        _error_bars(axes, series.steps, series.estimates, color, MARKERS[series.marker], series.label)
-    elif isinstance(series, Intervals):
-        _intervals(axes, series.steps, series.values, color, series.label)
     else:
-        bars = (series.steps, series.values, series.errors)
-        axes.errorbar(*bars, fmt="none", ecolor=color, alpha=0.25, elinewidth=7, label=series.label)
+        _intervals(axes, series.steps, series.values, color, MARKERS[series.marker], series.label)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -333,31 +328,24 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> N
         axes.plot(x, y, **{"color": BLACK, "markersize": 5, **style})
 
 
-def _error_bars(
-    axes: Axes, steps: Sequence[int], estimates: Sequence[Estimate | None], color: str, marker: str, label: str
-) -> None:
-    """Add estimates with their errors; those that did not converge are hollow."""
-    points = [(step, estimate) for step, estimate in zip(steps, estimates, strict=True) if estimate is not None]
-    if not points:
-        return
-    x, y = [step for step, _ in points], [estimate.value for _, estimate in points]
-    errors = [estimate.error for _, estimate in points]
-    axes.errorbar(x, y, errors, color=color, marker=marker, markersize=5, linewidth=0.9, capsize=3, label=label)
-    _hollow(axes, [(step, estimate.value) for step, estimate in points if not estimate.converged], color, marker)
-
-
 def _intervals(
-    axes: Axes, steps: Sequence[int], values: Sequence[Estimate | CriticalLearningRate], color: str, label: str
+    axes: Axes,
+    steps: Sequence[int],
+    values: Sequence[Estimate | CriticalLearningRate],
+    color: str,
+    marker: str,
+    label: str,
 ) -> None:
-    """Add values with their intervals; an arrow to the top marks an unknown upper bound."""
+    """Add values with their intervals, hollow if not converged; an arrow to the top marks an unknown upper bound."""
+    if not values:
+        return
     known = [value.value if math.isfinite(value.value) else value.low for value in values]
-    below = [middle - max(value.low, 0) for middle, value in zip(known, values, strict=True)]
-    above = [
-        value.high - middle if math.isfinite(value.high) else 0 for middle, value in zip(known, values, strict=True)
+    ends = [
+        (middle - value.low if math.isfinite(value.low) else 0, value.high - middle if value.high < math.inf else 0)
+        for middle, value in zip(known, values, strict=True)
     ]
-    axes.errorbar(
-        steps, known, [below, above], color=color, marker="o", markersize=5, linewidth=0.9, capsize=3, label=label
-    )
+    style: dict[str, Any] = {"marker": marker, "markersize": 5, "linewidth": 0.9, "capsize": 3}
+    axes.errorbar(steps, known, np.clip(ends, 0, None).T, color=color, label=label, **style)
     for step, middle, value in zip(steps, known, values, strict=True):
         if value.high == math.inf:
             arrow = {"arrowstyle": "->", "color": color, "shrinkA": 0, "shrinkB": 0}
@@ -365,7 +353,7 @@ def _intervals(
                 "", (step, 1), (step, middle), xycoords=("data", "axes fraction"), textcoords="data", arrowprops=arrow
             )
     wide = [(s, middle) for s, middle, value in zip(steps, known, values, strict=True) if not value.converged]
-    _hollow(axes, wide, color, "o")
+    _hollow(axes, wide, color, marker)
 
 
 def _hollow(axes: Axes, points: Sequence[tuple[int, float]], color: str, marker: str) -> None:

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -17,9 +18,9 @@ from markupsafe import Markup, escape
 
 from ..diagnosis.findings import find
 from ..measurement.results import Measurement
+from ..number_format import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
 from ..quantities.loss_landscape import LossPlane
 from ..report_data.data import ReportData
-from ..report_data.number_format import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
 from ..report_data.series import landscapes
 from .charts import Chart, charts
 from .templating import SHADES, environment, format_plain, measurement_values, title_of
@@ -29,6 +30,9 @@ SECTIONS = (
     "summary", "convergence", "stability", "generalization", "gradient", "curvature", "tasks", "findings",
     "blocks", "method",
 )  # fmt: skip
+
+
+_INTERVAL = re.compile(r"\([^()]*\d to -?\d[^()]*\)")
 
 
 def to_html(report: ReportData) -> str:
@@ -91,7 +95,7 @@ def render_page(template: str, drawn: Sequence[Chart], *, title: str, **values: 
 def _page_environment() -> Environment:
     """Return the environment of the templates, with HTML's escaping."""
     page = environment(_text)
-    page.filters.update(hash=_hash, split_error=_split_error)
+    page.filters.update(hash=_hash, split_interval=_split_interval)
     return page
 
 
@@ -100,18 +104,18 @@ def _text(value: Any) -> Markup:
     plain = format_plain(value)
     if plain is not None:
         return plain
-    text = one_line(str(value)).replace(" ± ", " ±\xa0")
+    text = _INTERVAL.sub(lambda found: found[0].replace(" ", "\xa0"), one_line(str(value)))
     for sign in ("%", NOT_CONVERGED):  # no line begins with them
         text = text.replace(f" {sign}", f"\xa0{sign}")
     return escape(text)
 
 
-def _split_error(value: Any) -> tuple[Any, str]:
-    """Split a formatted number from its error or interval."""
-    if not isinstance(value, str) or value.startswith("("):
+def _split_interval(value: Any) -> tuple[Any, str]:
+    """Split a formatted number from its interval."""
+    if not isinstance(value, str):
         return value, ""
-    starts = [at for at in (value.find(" ±"), value.find(" (")) if at > 0]
-    return (value[: min(starts)], value[min(starts) :].strip()) if starts else (value, "")
+    number, opening, rest = value.partition(" (")
+    return number, opening.strip() + rest
 
 
 @cache
@@ -164,7 +168,7 @@ def _relative_gradient(measurement: Measurement, name: str) -> Cell:
 
 def _trace(measurement: Measurement, name: str) -> Cell:
     trace = measurement.blocks[name].trace
-    return trace.value, format_estimate(trace)
+    return math.nan if trace.low <= 0 <= trace.high else trace.value, format_estimate(trace)
 
 
 def _rank_on_log_scale(values: Sequence[float]) -> list[int]:

@@ -15,10 +15,10 @@ from markupsafe import Markup
 from ..diagnosis.findings import find
 from ..measurement.quantities_table import QUANTITIES
 from ..measurement.results import Measurement
+from ..number_format import NOT_CONVERGED, format_number, one_line
 from ..report_data.data import ReportData
-from ..report_data.number_format import NOT_CONVERGED, format_interval, format_number, format_with_error, one_line
 from .panels import JOINT_PLOTS
-from .tables import card_rows, quantity_cells
+from .tables import card_rows, loss_gap, quantity_cells, span, subject
 from .templating import environment, first_and_last, format_plain, measurement_values, title_of
 
 
@@ -108,6 +108,7 @@ def card_section(report: ReportData, *, files: Collection[str] = ()) -> str:
             title=title_of(report),
             ends=first_and_last(report.measurements),
             rows=card_rows(first_and_last(report.measurements)),
+            subject=subject(report) if report.measurements else "",
             folder=CARD_FOLDER,
             plots=[name for name in CARD_PLOTS if f"{name}.png" in files],
             alt_texts=ALT_TEXTS,
@@ -128,7 +129,7 @@ def to_summary(report: ReportData) -> str:
     """
     lines = {
         "Optimizability": title_of(report),
-        **_quantity_lines(report.measurements),
+        **_quantity_lines(report),
         **_dynamics_lines(report.dynamics),
         "Cost": _cost_line(report.measurements),
     }
@@ -166,15 +167,18 @@ def _text(value: Any) -> Markup:
     return Markup(escape(str(value))) if plain is None else plain
 
 
-def _quantity_lines(measurements: Sequence[Measurement]) -> dict[str, str]:
+def _quantity_lines(report: ReportData) -> dict[str, str]:
     """Return the lines of the quantities, from the first to the last measurement."""
-    ends = first_and_last(measurements)
+    ends = first_and_last(report.measurements)
     if not ends:
         return {}
-    lines = {"Loss": " → ".join(f"{format_number(end.loss)} (step {end.step:,})" for end in ends)}
+    lines = {"About": subject(report)}
     for quantity in QUANTITIES:
         if quantity.summary:
-            values = " → ".join(quantity_cells(quantity, ends))
+            cells = quantity_cells(quantity, ends)
+            if quantity.name == "loss":
+                cells = [f"{cell} (step {end.step:,})" for cell, end in zip(cells, ends, strict=True)]
+            values = " → ".join(cells)
             lines[quantity.summary] = f"{lines[quantity.summary]}; {values}" if quantity.summary in lines else values
     return lines
 
@@ -184,8 +188,7 @@ def _dynamics_lines(dynamics: dict[str, Any]) -> dict[str, str]:
     lines = {}
     speed = dynamics.get("convergence_speed")
     if speed and speed["half_life"] is not None:
-        half_life = format_interval(speed["half_life"], speed["half_life_low"], speed["half_life_high"])
-        to_90 = format_interval(speed["steps_to_90"], speed["steps_to_90_low"], speed["steps_to_90_high"])
+        half_life, to_90 = span(speed, "half_life"), span(speed, "steps_to_90")
         lines["Convergence"] = f"loss half-life {half_life} steps, 90 % of the drop after {to_90} steps"
     stability = dynamics.get("stability") or {}
     setbacks = [
@@ -198,7 +201,7 @@ def _dynamics_lines(dynamics: dict[str, Any]) -> dict[str, str]:
         lines["Stability"] = "; ".join(setbacks)
     gap = dynamics.get("generalization_gap")
     if gap and gap["loss_gap"] is not None:
-        lines["Gap"] = f"eval loss - train loss = {format_with_error(gap['loss_gap'], gap['std_error'])}"
+        lines["Gap"] = f"eval loss - train loss = {loss_gap(gap)}"
         if gap["significant"] is not None:
             lines["Gap"] += ", more than chance" if gap["significant"] else ", within chance"
     return lines

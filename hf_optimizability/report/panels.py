@@ -64,17 +64,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class ErrorBars:
-    """Estimates ± their errors, over steps."""
-
-    label: str
-    steps: Sequence[int]
-    estimates: Sequence[Estimate | None]
-    color: Color
-    marker: Marker
-
-
-@dataclass(frozen=True)
 class Intervals:
     """Values with their intervals, over steps."""
 
@@ -83,20 +72,10 @@ class Intervals:
     values: Sequence[Estimate | CriticalLearningRate]
     color: Color
     marker: Marker
+    nonnegative: bool = False
 
 
-@dataclass(frozen=True)
-class WideBars:
-    """Values ± errors behind another series, over steps."""
-
-    label: str
-    steps: Sequence[int]
-    values: Sequence[float]
-    errors: Sequence[float]
-    color: Color
-
-
-Series = Line | ErrorBars | Intervals | WideBars
+Series = Line | Intervals
 
 
 @dataclass(frozen=True)
@@ -135,7 +114,7 @@ def stability_margin(report: ReportData) -> Panel:
     series: list[Series] = []
     if stability:
         sharpness = [one.sharpness for one in stability]
-        series.append(ErrorBars("sharpness ± residual", steps, sharpness, "vermillion", "triangle"))
+        series.append(Intervals("sharpness, 95 % interval", steps, sharpness, "vermillion", "triangle"))
         series.append(Line("stability limit", stability_limits(report), dash=True))
     return Panel("stability_margin", STEP, "sharpness", series, log=True)
 
@@ -146,7 +125,9 @@ def learning_rates(report: ReportData) -> Panel:
     series: list[Series] = []
     if stability:
         critical = [one.critical for one in stability]
-        series.append(Intervals("critical, with its bracket", steps, critical, "vermillion", "triangle"))
+        series.append(
+            Intervals("critical, with its bracket", steps, critical, "vermillion", "triangle", nonnegative=True)
+        )
         series.append(Line("in use", logged(report, "learning_rate"), color="blue"))
     return Panel("learning_rates", STEP, "learning rate", series, log=True)
 
@@ -192,12 +173,9 @@ def _quantity_series(quantities: Sequence[Quantity], measurements: Sequence[Meas
         estimates = [value for _, value in measured if isinstance(value, Estimate)]
         if not measured:
             continue
-        if quantity.form == "interval" and len(estimates) == len(measured):
-            series.append(Intervals(f"{quantity.label}, 95 % interval", steps, estimates, color, marker))
-        elif len(estimates) == len(measured):
-            bounded = quantity.logged_error == "residual" and estimates[-1].residual is not None
-            error = "residual" if bounded else "standard error"
-            series.append(ErrorBars(f"{quantity.label} ± {error}", steps, estimates, color, marker))
+        if len(estimates) == len(measured):
+            label, sign = f"{quantity.label}, 95 % interval", quantity.nonnegative
+            series.append(Intervals(label, steps, estimates, color, marker, nonnegative=sign))
         else:
             numbers = [number for _, value in measured if (number := number_of(value)) is not None]
             series.append(Line(quantity.label, (steps, numbers), color=color, marker=marker))
@@ -206,14 +184,6 @@ def _quantity_series(quantities: Sequence[Quantity], measurements: Sequence[Meas
 
 def _behind(name: str, report: ReportData) -> list[Series]:
     """Return the further series of a plot, which are drawn behind its quantities."""
-    if name == "trace":
-        traces = [(m.step, m.hessian.trace) for m in report.measurements]
-        points = [
-            (step, trace.value, trace.data_std_error) for step, trace in traces if trace.data_std_error is not None
-        ]
-        if points:
-            steps, values, errors = zip(*points, strict=True)
-            return [WideBars("± its error over the data", steps, values, errors, "blue")]
     if name == "noise_scale" and (items := batch_items(report)):
         measured = [m.step for m in report.measurements if m.noise_scale is not None]
         if measured:

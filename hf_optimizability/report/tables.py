@@ -3,25 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..linalg.estimate import Estimate
-from ..measurement.quantities_table import QUANTITIES, TASK_QUANTITIES, Form, Quantity, Section, Value, number_of
+from ..measurement.quantities_table import QUANTITIES, TASK_QUANTITIES, Form, Quantity, Section, Value
 from ..measurement.results import Measurement, MultitaskMeasurement
-from ..quantities.loss_landscape import Landscape
-from ..quantities.step_size import CriticalLearningRate
-from ..report_data.data import ReportData
-from ..report_data.number_format import (
+from ..number_format import (
     MISSING,
     format_estimate,
     format_interval,
     format_number,
     format_percent,
-    format_with_error,
+    format_share,
 )
+from ..quantities.loss_landscape import Landscape
+from ..quantities.step_size import CriticalLearningRate
+from ..report_data.data import ReportData
 from ..report_data.provenance import ProbeSetInfo
 
 
@@ -41,13 +41,13 @@ class Table(NamedTuple):
 
 
 TEXTS = {
-    "errors": "Behind ±: the standard error over the probe vectors (trace), the bound on the distance to an "
-    "eigenvalue (λ).",
-    "intervals": "In parentheses: 95 % intervals; for the critical learning rate, its bracket.",
+    "intervals": "In parentheses: 95 % intervals.",
+    "parts": "Standard error: over the probe vectors, or half of the interval by 1.96. Over the data: how far other "
+    "examples, drawn alike, would move the number; where they were drawn from a pool, this is part of the interval. "
+    "Residual: an eigenvalue lies within this distance.",
     "local": "All of this is local: what λ_max says about the learning rate holds here and now, and does not judge "
     "the run.",
-    "not_converged": "† Not converged: the error is wider than asked for. Read the value with its error, or raise "
-    "max_hvps.",
+    "not_converged": "† Not converged: the interval is wider than asked for. Raise max_hvps.",
     "setbacks": "A setback is a step in the wrong direction from one logged value to the next. If half of the "
     "comparisons are setbacks, this is noise around a standstill; large ones and spikes are instability.",
     "landscape": "The loss at θ − s·u, u the optimizer's next update and s the learning rate of the step; and at "
@@ -56,7 +56,7 @@ TEXTS = {
     "block_shares": "The share is the block's part of the sum of the absolute block traces. A block with a high share "
     "and a low relative gradient limits the step, but gains little from it.",
     "tasks": "The joint loss is the sum of the tasks' mean losses, each times its weight w, its share of the items. "
-    "In parentheses: 95 % intervals over batches. –: noise dominates a gradient, or there are fewer than 3 batches.",
+    "In parentheses: 95 % intervals, over batches. –: noise dominates a gradient, or there are fewer than 3 batches.",
     "task_shares": "The share is a task's part of the decrease by a small step of gradient descent; if negative, that "
     "step raises the task's own loss.",
     "weights": "Equal norms: all tasks have gradients of the same length. Shortest joint gradient: a step along it "
@@ -67,24 +67,49 @@ TEXTS = {
 """Sentences of the report around its tables."""
 
 
-def formatted(value: Value, form: Form) -> str:
-    """Return a value with its error as text.
+def formatted(value: Value, form: Form = "interval", *, nonnegative: bool = False) -> str:
+    """Return a value with its interval as text.
 
     Example:
-        >>> formatted(0.25, "number"), formatted(None, "estimate"), formatted(0.1234, "error")
-        ('0.2500', '–', '± 0.12')
+        >>> formatted(0.25), formatted(None), formatted(1234, "number")
+        ('0.2500', '–', '1,234')
     """
-    if form == "error":
-        return f"± {format_number(number_of(value), digits=2)}"
     if isinstance(value, int):
         return f"{value:,}"
     if not isinstance(value, (Estimate, CriticalLearningRate)):
         return format_number(value)
     if form == "share":
-        return f"{format_percent(value.value)} ({format_percent(value.low)} to {format_percent(value.high)})"
-    if form == "interval" or isinstance(value, CriticalLearningRate):
-        return format_interval(value.value, value.low, value.high)
-    return format_estimate(value)
+        return format_share(value.value, value.low, value.high)
+    if isinstance(value, Estimate) and value.hvps:  # only of these does a dagger say what to do
+        return format_estimate(value, nonnegative=nonnegative)
+    return format_interval(value.value, value.low, value.high, nonnegative=nonnegative)
+
+
+def subject(report: ReportData) -> str:
+    """Return what the numbers of the last measurement are about."""
+    last, probe = report.measurements[-1], report.data.probe
+    if last.population is None:
+        examples = None if probe is None else probe.examples
+        return (
+            f"the mean loss over these {f'{last.num_items:,} items' if examples is None else f'{examples:,} examples'}"
+        )
+    pool, whole = last.population.pool_examples, last.population.examples
+    if pool == whole:
+        return f"the training loss over all {whole:,} examples"
+    return f"the training loss, from a random {pool:,} of {whole:,} examples"
+
+
+def about(report: ReportData, *sections: Section | Literal["tile"]) -> str:
+    """Return the sentence at the head of these sections' table, or of the tiles: what its numbers are about."""
+    last = report.measurements[-1]
+    if last.population is None:
+        return f"Of {subject(report)}."
+    shown = [q for q in QUANTITIES if q.section in sections or (q.tile and "tile" in sections)]
+    drawn = f"f the {last.population.sampled_examples:,} examples measured."
+    if not any(q.scope == "loss" for q in shown):
+        return f"O{drawn}"
+    others = [q.label for q in shown if q.scope == "examples" and q.get(last) is not None]
+    return f"Of {subject(report)}." + (f" {', '.join(others)}: o{drawn}" if others else "")
 
 
 def quantity_rows(measurements: Sequence[Measurement], *sections: Section) -> list[Row]:
@@ -106,14 +131,20 @@ def tiles(measurements: Sequence[Measurement], dynamics: Mapping[str, Any]) -> l
     tiles = [(q.title, quantity_cells(q, measurements)) for q in QUANTITIES if q.tile]
     speed, gap = dynamics.get("convergence_speed") or {}, dynamics.get("generalization_gap") or {}
     if speed.get("half_life") is not None:
-        tiles.append(("Half-life of the loss, steps", [_span(speed, "half_life")]))
+        tiles.append(("Half-life of the loss, steps", [span(speed, "half_life")]))
     if gap.get("loss_gap") is not None:
-        tiles.append(("Eval loss − train loss", [format_with_error(gap["loss_gap"], gap["std_error"])]))
+        tiles.append(("Eval loss − train loss", [loss_gap(gap)]))
     return tiles
 
 
-def _span(numbers: Mapping[str, Any], name: str) -> str:
-    return format_interval(numbers[name], numbers[f"{name}_low"], numbers[f"{name}_high"])
+def span(numbers: Mapping[str, Any], name: str) -> str:
+    """Return a number of steps with its interval."""
+    return format_interval(numbers[name], numbers[f"{name}_low"], numbers[f"{name}_high"], nonnegative=True)
+
+
+def loss_gap(gap: Mapping[str, Any]) -> str:
+    """Return the generalization gap with its interval."""
+    return format_interval(gap["loss_gap"], gap["low"], gap["high"])
 
 
 def plots(*sections: Section) -> list[Row]:
@@ -128,7 +159,10 @@ def plots(*sections: Section) -> list[Row]:
 
 def quantity_cells(quantity: Quantity, measurements: Sequence[Measurement]) -> list[str]:
     """Return a quantity's value at each measurement."""
-    return [formatted(quantity.get(measurement), quantity.form) for measurement in measurements]
+    return [
+        formatted(quantity.get(measurement), quantity.form, nonnegative=quantity.nonnegative)
+        for measurement in measurements
+    ]
 
 
 def _is_known(quantity: Quantity, measurements: Sequence[Measurement]) -> bool:
@@ -156,9 +190,9 @@ def convergence_rows(speed: Mapping[str, Any]) -> list[Row]:
         Row(
             "Half-life of the loss, in steps",
             "Steps in which the fitted loss covers half of its drop.",
-            [_span(speed, "half_life")],
+            [span(speed, "half_life")],
         ),
-        Row("Steps to 90 % of the drop", "Training beyond this buys the last tenth.", [_span(speed, "steps_to_90")]),
+        Row("Steps to 90 % of the drop", "Training beyond this buys the last tenth.", [span(speed, "steps_to_90")]),
         Row("Fitted loss, start → end", "By a robust fit to the logged points.", [fitted]),
         Row("Drop", "Of the fitted loss.", [speed["drop"]]),
         Row("Normalized area under the curve", area, [format_number(speed["normalized_area"], digits=3)]),
@@ -171,13 +205,11 @@ def gap_rows(gap: Mapping[str, Any]) -> list[Row]:
     rows = [
         Row(
             "Eval loss − train loss",
-            "Clearly above zero: the model fits the training set better than new data.",
-            [format_with_error(gap["loss_gap"], gap["std_error"])],
+            "Clearly above zero: the model fits the training set better than new data. Its interval is over other "
+            "examples of both sets.",
+            [loss_gap(gap)],
         )
     ]
-    if gap["low"] is not None:
-        interval = format_interval(gap["loss_gap"], gap["low"], gap["high"])
-        rows.append(Row("… with its 95 % interval", "Where it may lie for other examples of both sets.", [interval]))
     if gap["significant"] is not None:
         rows.append(Row("More than chance", "Whether the interval excludes zero.", [gap["significant"]]))
     alike = f"Both in eval mode{examples}; if not, the gap also includes the effects of dropout and averaging."
@@ -207,10 +239,10 @@ def setbacks(stability: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _setbacks(series: Mapping[str, Any]) -> tuple[Any, ...]:
-    share, low, high = (format_percent(series[f"setback_share{end}"]) for end in ("", "_low", "_high"))
+    share = format_share(*(series[f"setback_share{end}"] for end in ("", "_low", "_high")))
     sizes = (format_number(series[f"{kind}_setback"], digits=3) for kind in ("mean", "largest"))
     counts = [MISSING if series[name] is None else f"{series[name]:,}" for name in ("setbacks", "comparisons")]
-    return " of ".join(counts), f"{share} ({low} to {high})", *sizes, series["spikes"], series["non_finite"]
+    return " of ".join(counts), share, *sizes, series["spikes"], series["non_finite"]
 
 
 def blocks(measurement: Measurement) -> Table:
@@ -241,23 +273,32 @@ def trace_shares(measurement: Measurement) -> dict[str, float]:
     return {name: trace / total if total else float("nan") for name, trace in traces.items()}
 
 
-def all_measurements(measurements: Iterable[Measurement]) -> Table:
+def all_measurements(measurements: Sequence[Measurement]) -> Table:
     """Return one row per measurement."""
     columns = ("Step", "Epoch", "Loss", "‖g‖", "Trace", "λ_max", "λ_min", "HVPs", "Seconds", "Converged")
+    names = ("loss", "grad_norm", "hessian_trace", "hessian_lambda_max", "hessian_lambda_min")
+    by_name = {q.name: quantity_cells(q, measurements) for q in QUANTITIES if q.name in names}
+    rows = [
+        (m.step, format_number(m.epoch, digits=3), *cells, m.hvps, format_number(m.seconds, digits=3), m.converged)
+        for m, *cells in zip(measurements, *(by_name[name] for name in names), strict=True)
+    ]
+    return Table(columns, rows)
+
+
+def error_parts(measurement: Measurement) -> Table:
+    """Return what the interval of each estimate of a measurement is made of."""
+    columns = ("Quantity", "Standard error", "Over the data", "Residual", "HVPs", "Method", "Converged")
+    found = [(q.label, q.get(measurement)) for q in QUANTITIES]
     rows = [
         (
-            m.step,
-            format_number(m.epoch, digits=3),
-            m.loss,
-            m.grad_norm,
-            format_estimate(m.hessian.trace),
-            format_estimate(m.hessian.lambda_max),
-            format_estimate(m.hessian.lambda_min),
-            m.hvps,
-            format_number(m.seconds, digits=3),
-            m.converged,
+            label,
+            *(format_number(part, digits=2) for part in (one.std_error, one.data_std_error, one.residual)),
+            one.hvps,
+            one.method,
+            one.converged,
         )
-        for m in measurements
+        for label, one in found
+        if isinstance(one, Estimate)
     ]
     return Table(columns, rows)
 
@@ -270,7 +311,7 @@ def failures(report: ReportData) -> Table:
 def tasks(multitask: MultitaskMeasurement) -> Table:
     """Return the quantities of each task."""
     rows = [
-        (name, *(formatted(quantity.get(task), quantity.form) for quantity in TASK_QUANTITIES))
+        (name, *(formatted(q.get(task), q.form, nonnegative=q.nonnegative) for q in TASK_QUANTITIES))
         for name, task in multitask.tasks.items()
     ]
     return Table(("Task", *(quantity.label for quantity in TASK_QUANTITIES)), rows)
@@ -282,8 +323,8 @@ def suggested_weights(multitask: MultitaskMeasurement) -> Table:
         (
             name,
             format_number(task.weight, digits=3),
-            formatted(task.equal_norm_weight, "interval"),
-            formatted(task.min_norm_weight, "interval"),
+            formatted(task.equal_norm_weight, nonnegative=True),
+            formatted(task.min_norm_weight, nonnegative=True),
         )
         for name, task in multitask.tasks.items()
     ]
@@ -296,8 +337,8 @@ def task_dynamics(by_task: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for name, found in by_task.items():
         speed, gap = found["convergence_speed"], found["loss_gap"]
-        spans = (_span(speed, "half_life"), _span(speed, "steps_to_90"))
-        rows.append((name, *spans, format_with_error(gap["loss_gap"], gap["std_error"])))
+        spans = (span(speed, "half_life"), span(speed, "steps_to_90"))
+        rows.append((name, *spans, loss_gap(gap)))
     return Table(("Task", half_life, to_90, "Eval loss − train loss at the end"), rows)
 
 

@@ -12,8 +12,8 @@ from markupsafe import Markup
 
 from ..linalg.estimate import Estimate
 from ..measurement.results import Measurement, MultitaskMeasurement
+from ..number_format import MISSING, format_interval, format_number
 from ..report_data.data import ReportData
-from ..report_data.number_format import MISSING, format_interval, format_number
 from . import tables
 
 
@@ -108,7 +108,7 @@ def cosine_cells(cosines: Iterable[Estimate | None]) -> list[tuple[str, int]]:
     Example:
         >>> clear, vague = (Estimate(-0.5, low, 0.1 + low, "", 0, True) for low in (-0.6, -0.05))
         >>> cosine_cells([clear, vague, Estimate(0.9, -1.0, 1.0, "", 0, True), None])
-        [('-0.500 (-0.600 to -0.500)', -5), ('-0.500 (-0.050 to 0.050)', 0), ('–', 0), ('–', 0)]
+        [('-0.50 (-0.60 to -0.50)', -5), ('between -0.50 and 0.05', 0), ('–', 0), ('–', 0)]
     """
     cells = []
     for cosine in cosines:

@@ -13,8 +13,8 @@ from markdown_it import MarkdownIt
 from hf_optimizability import Comparison, OptimizabilityReport
 from hf_optimizability.comparing.pages import charts, pareto_front, verdict
 from hf_optimizability.comparing.results import Entry, Failure, Run
+from hf_optimizability.number_format import format_interval
 from hf_optimizability.reasons import Reason
-from hf_optimizability.report.markdown import format_interval
 from hf_optimizability.report_data.provenance import ModelInfo
 from tests.support.browser import DESKTOP, PHONE
 from tests.support.damaged_report import HOSTILE
@@ -70,8 +70,8 @@ class TestNumbers:
 
     def test_costs_are_means_over_the_seeds(self):
         table = read_page(make_comparison(TWO).to_html()).tables["Cost"]
-        assert table[1] == ["good", "60", "31.00 ± 0.58", "4.00", "768 MiB", "yes"]
-        assert table[2][2:] == ["61.00 ± 0.58", "8.00", "768 MiB", "no"]
+        assert table[1] == ["good", "60", "31.0 (28.5 to 33.5)", "4.00", "768 MiB", "yes"]
+        assert table[2][2:] == ["61.0 (58.5 to 63.5)", "8.00", "768 MiB", "no"]
 
     def test_the_front_is_what_none_is_known_to_beat(self):
         def seconds(run: Run) -> float | None:

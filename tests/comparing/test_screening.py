@@ -70,7 +70,15 @@ class TestScreening:
         names = [entry.name for entry in comparison.entries]
         assert f"Not trained, by their scores: {names[2]}." in comparison.summary()
         page = read_page(comparison.to_html())
-        assert page.tables["Scores"][1] == [names[0], "–", "0.900 ± 0.010", "-0.900 ± 0.010", "–", "0.00", "yes"]
+        assert page.tables["Scores"][1] == [
+            names[0],
+            "–",
+            "0.900 (0.880 to 0.920)",
+            "-0.900 (-0.920 to -0.880)",
+            "–",
+            "0.00",
+            "yes",
+        ]
         assert [row[6] for row in page.tables["Scores"][1:]] == ["yes", "yes", "no", "yes"]
         tables = MarkdownIt("commonmark").enable("table").parse(comparison.to_markdown())
         assert sum(token.type == "tr_open" for token in tables) == 4 + 4 + 4 + 4 + 5  # the last: the scores

@@ -43,17 +43,17 @@ def report(monkeypatch: pytest.MonkeyPatch) -> OptimizabilityReport:
 
 
 def test_a_new_quantity_is_shown_everywhere(report: OptimizabilityReport):
-    first, last = report.measurements
+    first, _ = report.measurements
     assert log_entry.log_entry(first)["optimizability/gradient_skewness"] == 0.5
     assert log_entry.log_entry(first)["optimizability/gradient_skewness_std_error"] == 0.25
-    row = "Gradient skewness | 0.50 ± 0.25 | 300.50 ± 0.25 |"
+    row = "Gradient skewness | between 0.010 and 0.99 | 300.50 (300.01 to 300.99) |"
     assert f"{row} Positive: a few large entries. |" in markdown.to_markdown(report)
     assert row in markdown.card_section(report)
     html = report.to_html()
     assert '<th scope="row">Gradient skewness<small>Positive: a few large entries.</small></th>' in html
     assert "<dt>Skewness of the gradient</dt>" in html
-    assert "Skewness        0.50 ± 0.25 → 300.50 ± 0.25" in report.summary()
-    assert "Gradient skewness     300.50 ± 0.25" in cli._table(last)
+    assert "Skewness        between 0.010 and 0.99 → 300.50 (300.01 to 300.99)" in report.summary()
+    assert "Gradient skewness     300.50 (300.01 to 300.99)" in cli._table(make_report(1))
     result = model_card.metadata_result(report)
     assert "gradient_skewness" in [chart["id"] for chart in charts.charts(report)]
     assert "gradient_skewness" in figures.plot_all(report)

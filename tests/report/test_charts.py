@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 
+from hf_optimizability.number_format import format_estimate
 from hf_optimizability.quantities.loss_landscape import Landscape
 from hf_optimizability.report import OptimizabilityReport
 from hf_optimizability.report.charts import MAX_POINTS, charts
@@ -57,16 +58,14 @@ def test_what_is_not_finite_is_a_gap_and_steps_are_put_in_order():
     assert series(OptimizabilityReport(log_history=log), "loss")["training log"]["y"] == [1.0, None, 0.5]
 
 
-def test_error_bars_reach_one_error_up_and_down():
+def test_error_bars_are_the_intervals():
     report = make_report(3, converged=False)
-    drawn = series(report, "trace")["Hessian trace ± standard error"]
+    drawn = series(report, "trace")["Hessian trace, 95 % interval"]
     traces = [measurement.hessian.trace for measurement in report.measurements]
-    np.testing.assert_allclose(drawn["low"], [trace.value - trace.std_error for trace in traces], rtol=1e-5)
-    np.testing.assert_allclose(drawn["high"], [trace.value + trace.std_error for trace in traces], rtol=1e-5)
+    np.testing.assert_allclose(drawn["low"], [trace.low for trace in traces], rtol=1e-5)
+    np.testing.assert_allclose(drawn["high"], [trace.high for trace in traces], rtol=1e-5)
+    assert drawn["text"] == [format_estimate(trace) for trace in traces]
     assert drawn["hollow"] == [True] * 3
-    over_data = series(report, "trace")["± its error over the data"]
-    widths = np.subtract(over_data["high"], over_data["low"])
-    np.testing.assert_allclose(widths, [2 * trace.data_std_error for trace in traces], rtol=1e-4)
 
 
 def test_an_open_interval_says_so():
@@ -74,6 +73,7 @@ def test_an_open_interval_says_so():
     assert drawn["open"] == [True, False, False]
     assert drawn["low"] == [20.1] * 3
     assert drawn["high"] == [None, 88.4, 88.4]
+    assert drawn["text"] == ["at least 20", "35 (20 to 89)", "35 (20 to 89)"]
 
 
 def test_a_logarithmic_axis_holds_positive_values_only():

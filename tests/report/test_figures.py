@@ -188,7 +188,7 @@ class TestStabilityMargin:
         report = make_report()
         upper, lower = plot_stability_margin(report).axes
         sizes = [measurement.optimizer_stability for measurement in report.measurements]
-        points, _, (bars,) = error_bars(upper)["sharpness ± residual"].lines
+        points, _, (bars,) = error_bars(upper)["sharpness, 95 % interval"].lines
         assert points.get_ydata().tolist() == [size.sharpness.value for size in sizes]
         ends = np.array(bars.get_segments())
         np.testing.assert_allclose(ends[:, 1, 1] - ends[:, 0, 1], [2 * size.sharpness.residual for size in sizes])
@@ -214,7 +214,7 @@ class TestStabilityMargin:
         size = dataclasses.replace(measurement.optimizer_stability, learning_rate=0.0, limit=math.inf)
         report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, optimizer_stability=size)])
         upper, _ = plot_stability_margin(report).axes
-        assert [text.get_text() for text in upper.get_legend().get_texts()] == ["sharpness ± residual"]
+        assert [text.get_text() for text in upper.get_legend().get_texts()] == ["sharpness, 95 % interval"]
 
 
 class TestNoiseScale:
@@ -264,33 +264,21 @@ class TestDensity:
 
 
 class TestCurvature:
-    def test_error_bars_reach_one_error_up_and_down(self):
+    def test_error_bars_are_the_intervals(self):
         report = make_report()
         upper, lower = plot_curvature(report).axes
         for axes, label, name in (
-            (upper, "Hessian trace ± standard error", "trace"),
-            (lower, "λ_max ± residual", "lambda_max"),
-            (lower, "λ_min ± residual", "lambda_min"),
+            (upper, "Hessian trace, 95 % interval", "trace"),
+            (lower, "λ_max, 95 % interval", "lambda_max"),
+            (lower, "λ_min, 95 % interval", "lambda_min"),
         ):
             points, _, (bars,) = error_bars(axes)[label].lines
             estimates = [getattr(measurement.hessian, name) for measurement in report.measurements]
             assert points.get_ydata().tolist() == [estimate.value for estimate in estimates]
             ends = np.array(bars.get_segments())
-            np.testing.assert_allclose(ends[:, 0, 1], [e.value - e.error for e in estimates])
-            np.testing.assert_allclose(ends[:, 1, 1], [e.value + e.error for e in estimates])
+            np.testing.assert_allclose(ends[:, 0, 1], [e.low for e in estimates])
+            np.testing.assert_allclose(ends[:, 1, 1], [e.high for e in estimates])
             assert ends[:, 0, 0].tolist() == [0, 150, 300]
-
-    def test_the_error_over_the_data_lies_behind(self):
-        report = make_report()
-        (bars,) = error_bars(plot_curvature(report).axes[0])["± its error over the data"].lines[2]
-        traces = [measurement.hessian.trace for measurement in report.measurements]
-        ends = np.array(bars.get_segments())
-        np.testing.assert_allclose(ends[:, 1, 1] - ends[:, 0, 1], [2 * trace.data_std_error for trace in traces])
-        unknown = dataclasses.replace(traces[0], data_std_error=None)
-        [measurement] = make_report(1).measurements
-        hessian = dataclasses.replace(measurement.hessian, trace=unknown)
-        bare = OptimizabilityReport(measurements=[dataclasses.replace(measurement, hessian=hessian)])
-        assert list(error_bars(plot_curvature(bare).axes[0])) == ["Hessian trace ± standard error"]
 
     def test_what_did_not_converge_is_hollow(self):
         upper, lower = plot_curvature(make_report(converged=False)).axes
@@ -299,15 +287,16 @@ class TestCurvature:
         assert line(lower, "not converged")[:, 1].tolist() == [hessian.lambda_min.value for hessian in hessians]
         assert lower.get_legend().get_texts()[-1].get_text() == "not converged"
 
-    def test_an_unknown_error_draws_no_bar(self):
+    def test_an_unknown_interval_draws_no_bar(self):
         measurement = make_measurement()
-        trace = dataclasses.replace(measurement.hessian.trace, std_error=None)
+        trace = dataclasses.replace(measurement.hessian.trace, low=-math.inf, high=math.inf)
         hessian = dataclasses.replace(measurement.hessian, trace=trace, lambda_min=None)
         figure = plot_curvature(OptimizabilityReport(measurements=[dataclasses.replace(measurement, hessian=hessian)]))
         draw(figure)
         upper, lower = figure.axes
-        assert np.size(error_bars(upper)["Hessian trace ± standard error"].lines[2][0].get_segments()) == 0
-        assert list(error_bars(lower)) == ["λ_max ± residual"]
+        [bar] = error_bars(upper)["Hessian trace, 95 % interval"].lines[2][0].get_segments()
+        assert bar[:, 1].tolist() == [trace.value] * 2
+        assert list(error_bars(lower)) == ["λ_max, 95 % interval"]
 
 
 class TestRitzValues:

@@ -76,19 +76,15 @@
       if (series.low) {
         const bottom = place(series.low[i], bbox.top + bbox.height);
         const top = series.open?.[i] ? bbox.top : place(series.high[i], y);
-        ctx.globalAlpha = series.wide ? 0.3 : 1;
-        ctx.lineWidth = px * (series.wide ? 8 : 1.5);
+        ctx.lineWidth = px * 1.5;
         ctx.beginPath();
         ctx.moveTo(x, bottom);
         ctx.lineTo(x, top);
-        if (!series.wide) {
-          for (const end of series.open?.[i] ? [bottom] : [bottom, top]) {
-            ctx.moveTo(x - 4 * px, end);
-            ctx.lineTo(x + 4 * px, end);
-          }
+        for (const end of series.open?.[i] ? [bottom] : [bottom, top]) {
+          ctx.moveTo(x - 4 * px, end);
+          ctx.lineTo(x + 4 * px, end);
         }
         ctx.stroke();
-        ctx.globalAlpha = 1;
       }
       if (!series.marker) return;
       const path = marker(series.marker, x, y, 4 * px);
@@ -123,12 +119,18 @@
         width: series.width ?? (series.ramp === undefined ? 1.5 : 1),
         dash: series.dash ? [6, 4] : undefined,
         points: { show: false },
-        ...(series.line === false || series.wide ? { paths: () => null } : {}),
+        ...(series.line === false ? { paths: () => null } : {}),
       });
       if (series.low) shown.push({ ...hidden }, { ...hidden });
     }
     const expand = 2; // a gap is a gap also where another series has points
     const data = uPlot.join(tables, tables.map((table) => table.map(() => expand)));
+    // A value, with its interval if it has one; null where there is none.
+    const text = (series, column, row) => {
+      const value = data[column][row];
+      if (value === null || value === undefined) return null;
+      return series.text?.[series.x.indexOf(data[0][row])] ?? format(value);
+    };
     const [first, last] = [data[0][0], data[0][data[0].length - 1]];
 
     const axis = (label, more) => ({
@@ -196,17 +198,17 @@
       const now = left >= 0 ? plot.posToIdx(left) : steps > 0 ? -1 : data[0].length;
       const to = Math.max(0, Math.min(data[0].length - 1, now + steps));
       plot.setCursor({ left: plot.valToPos(data[0][to], "x"), top: 1 });
-      const values = chart.series.map((series, i) => [series.label, data[columns[i]][plot.cursor.idxs[columns[i]]]]);
-      const told = values.filter(([, value], i) => value !== null && value !== undefined && !chart.series[i].wide);
+      const values = chart.series.map((series, i) => [series.label, text(series, columns[i], plot.cursor.idxs[columns[i]])]);
+      const told = values.filter(([, value]) => value !== null);
       figure.querySelector(".live").textContent =
-        `${chart.x} ${format(data[0][to])}: ${told.map(([label, value]) => `${label} ${format(value)}`).join(", ")}`;
+        `${chart.x} ${format(data[0][to])}: ${told.map((pair) => pair.join(" ")).join(", ")}`;
     });
 
     // The legend: each entry shows or hides its series and holds its value at the cursor.
     const place = element("span", { class: "at" });
     const values = chart.series.map(() => element("span", { class: "value" }));
     const swatches = chart.series.map((series) =>
-      element("span", { class: `swatch ${series.marker ?? ""} ${series.dash ? "dash" : ""} ${series.wide ? "wide" : ""}` }));
+      element("span", { class: `swatch ${series.marker ?? ""} ${series.dash ? "dash" : ""}` }));
     const entries = chart.series.map((series, i) => {
       const button = element("button", { type: "button", "aria-pressed": "true" }, swatches[i], series.label, " ", values[i]);
       button.addEventListener("click", () => {
@@ -228,8 +230,7 @@
       const off = plot.cursor.left === undefined || plot.cursor.left < 0;
       place.textContent = off ? "" : `${chart.x} ${format(data[0][plot.cursor.idx])}`;
       values.forEach((value, i) => {
-        const found = off ? undefined : data[columns[i]][plot.cursor.idxs[columns[i]]];
-        value.textContent = found === null || found === undefined ? "" : format(found);
+        value.textContent = (off ? null : text(chart.series[i], columns[i], plot.cursor.idxs[columns[i]])) ?? "";
       });
     }
     const paint = () => {
@@ -239,19 +240,17 @@
     paint();
     const resize = (width) => width > 0 && plot.setSize({ width, height: options.height });
     new ResizeObserver(() => printing || resize(holder.clientWidth)).observe(holder);
-    table(figure.querySelector("details"), chart, data, columns);
+    table(figure.querySelector("details"), chart, data, text, columns);
     return { paint, resize, holder };
   }
 
   // The plot's numbers as a table, made when it is asked for.
-  function table(details, chart, data, columns) {
+  function table(details, chart, data, text, columns) {
     const fill = () => {
       const heads = [chart.x, ...chart.series.map((series) => series.label)];
       const rows = data[0].map((x, row) => {
         const cells = chart.series.map((series, i) => {
-          const [value, low, high] = [0, 1, 2].map((offset) => data[columns[i] + offset]?.[row]);
-          if (value === null || value === undefined) return element("td", {}, "–");
-          return element("td", {}, series.low ? `${format(value)} (${format(low)} to ${format(high)})` : format(value));
+          return element("td", {}, text(series, columns[i], row) ?? "–");
         });
         return element("tr", {}, element("th", { scope: "row" }, format(x)), ...cells);
       });
