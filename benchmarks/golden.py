@@ -65,6 +65,7 @@ CHANGED: dict[str, str] = {
     "**config.pool_examples": "added: an option",
     "**config.batch_sharpness": "added: an option",
     "**measurements.*.batch_sharpness": "added: measured on request alone",
+    "**measurements.*.optimizer_stability.peak_learning_rate": "added: of the schedule",
     "setting.settings.*": "of flags, those in one table are recorded alone",
     "**.population": "added: the training set that examples were drawn from",
     "**measurements.*.fallback": "a reason by code, in place of a text",

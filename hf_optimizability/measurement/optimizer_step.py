@@ -95,6 +95,7 @@ def measure_stability(
         sharpness=sharpness,
         limit=preconditioner.limit,
         critical=critical,
+        peak_learning_rate=preconditioner.peak_learning_rate,
     )
 
 

@@ -110,6 +110,11 @@ def _of(part: T | None, get: Callable[[T], Value]) -> Value:
     return None if part is None else get(part)
 
 
+def _peak_beside_batch_sharpness(measurement: Measurement) -> float | None:
+    stability = measurement.optimizer_stability
+    return None if stability is None or measurement.batch_sharpness is None else stability.peak_learning_rate
+
+
 def _quadratic_return(landscape: Landscape) -> float | None:
     if landscape.update is None:
         return None
@@ -268,6 +273,26 @@ QUANTITIES: tuple[Quantity, ...] = (
         "holds it near 2/η. Its interval is over such batches.",
         section="step",
         scope="batches",
+    ),
+    Quantity(
+        name="batch_sharpness_rate",
+        get=lambda m: _of(m.batch_sharpness, lambda batches: batches.rate),
+        label="2/(batch sharpness)",
+        reading="Learning rate above which plain SGD overshoots on a batch's own loss. Compare with η, and with the "
+        "row below.",
+        section="step",
+        nonnegative=True,
+        scope="batches",
+        logged=False,
+    ),
+    Quantity(
+        name="peak_learning_rate",
+        get=_peak_beside_batch_sharpness,
+        label="Learning rate at the peak of the schedule",
+        reading="What steps come to, where η is still warmed up, or already decayed.",
+        section="step",
+        form="number",
+        logged=False,
     ),
     Quantity(
         name="critical_learning_rate",

@@ -50,6 +50,7 @@ class OptimizerStability:
         sharpness: λ_max(P^-½HP^-½), P the optimizer's diagonal preconditioner (1 for SGD).
         limit: Sharpness above which this optimizer diverges on a quadratic at η; infinite at η = 0.
         critical: Learning rate at which the loss first rises along the optimizer's next update.
+        peak_learning_rate: η at the peak of a schedule that scales it by at most 1; `None` without a schedule.
     """
 
     optimizer: str
@@ -57,6 +58,7 @@ class OptimizerStability:
     sharpness: Estimate
     limit: float
     critical: CriticalLearningRate
+    peak_learning_rate: float | None = None
 
 
 @dataclass(frozen=True)

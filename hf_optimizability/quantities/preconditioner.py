@@ -39,12 +39,15 @@ class Preconditioner:
             group at η/10 has 10 times the P.
         limit: Gradient descent with this P held still is stable where λ_max(P^-½ H P^-½) is below `limit`; infinite
             at η = 0. Weight decay is left out.
+        peak_learning_rate: The largest `initial_lr` of the groups, which schedules scale by at most 1; `None` if there
+            is no schedule.
     """
 
     diagonal: Tensor
     name: str
     learning_rate: float
     limit: float
+    peak_learning_rate: float | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -111,7 +114,9 @@ def read_preconditioner(
         pieces.append(
             _denominator(optimizer, read_tensor(parameter.detach()), group, _read_state(state, read_tensor)) / rate
         )
-    return Preconditioner(_joined(pieces, parameters), type(optimizer).__name__, present, limits.pop())
+    initial = [float(group["initial_lr"]) for group in groups if group is not None and "initial_lr" in group]
+    peak = max(initial, default=None)
+    return Preconditioner(_joined(pieces, parameters), type(optimizer).__name__, present, limits.pop(), peak)
 
 
 def optimizer_update(

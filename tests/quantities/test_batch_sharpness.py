@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,6 +38,13 @@ def test_linear_regression_is_the_closed_form():
     assert found.sharpness.value == pytest.approx(truth, rel=1e-12)
     assert found.preconditioned is None and found.as_stepped is found.sharpness
     assert (found.batches, found.items, found.sharpness.hvps) == (7, 1, 7)
+    rate = found.rate
+    assert rate is not None and rate.value == pytest.approx(2 / truth, rel=1e-12)
+    assert (rate.low, rate.high) == (2 / found.sharpness.high, 2 / found.sharpness.low)
+    flat = replace(found, sharpness=replace(found.sharpness, low=-1.0))
+    assert flat.rate.high == math.inf
+    for value in (-1.0, 5e-324):
+        assert replace(found, sharpness=replace(found.sharpness, value=value)).rate is None
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

@@ -207,6 +207,7 @@ def test_at_learning_rate_zero_nothing_is_unstable_and_the_direction_is_known():
     gradients = random_like([weight, bias], 0)
     preconditioner = read_preconditioner(optimizer, [weight, bias])
     assert preconditioner.learning_rate == 0 and preconditioner.limit == float("inf")
+    assert preconditioner.peak_learning_rate == 0.4
     assert preconditioner.diagonal.tolist() == pytest.approx([1.0] * 12 + [4.0] * 5)
     update = optimizer_update(optimizer, [weight, bias], gradients)
     assert torch.allclose(update, joined([gradients[0], gradients[1] / 4]))

@@ -94,7 +94,7 @@ class TestText:
         report = make_report(20, blocks=30)
         report.log_history *= 400  # steps come again and again: 13,000 entries
         assert len(report.to_html()) < 1_200_000
-        assert len(make_report().to_html()) < 150_000
+        assert len(make_report().to_html()) < 160_000
 
     def test_tables_hold_the_numbers_with_their_errors(self):
         report = make_report(4, blocks=5)

@@ -156,7 +156,8 @@ def renamed_back(measurement: Any) -> Any:
         "which": "end",
     }
     if isinstance(measurement, dict):
-        return {old.get(name, name): renamed_back(value) for name, value in measurement.items()}
+        later = "peak_learning_rate"
+        return {old.get(name, name): renamed_back(value) for name, value in measurement.items() if name != later}
     return [renamed_back(item) for item in measurement] if isinstance(measurement, list) else measurement
 
 

@@ -149,6 +149,7 @@ def make_measurement(step: int = 0, *, blocks: int = 8, total: int = 300, conver
             sharpness=make_estimate(6.41e5 * (0.4 + decay), 2.1e3),
             limit=1.9e6,
             critical=CriticalLearningRate(2.6e-4, low=2.3e-4, high=2.9e-4, forward_passes=8, converged=True),
+            peak_learning_rate=5e-5,
         ),
         landscape=make_landscape(0.15 + 0.55 * decay, top, converged=converged),
         multitask=None,
