@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Writes `docs/published.md`: the numbers of the reports in `model_cards/`, with their errors.
+r"""Writes `docs/published.md`: the numbers of the reports in `model_cards/`, with their intervals.
 
     python benchmarks/published.py
 
@@ -42,11 +42,10 @@ card and its settings. To make one of them again:
 $ python recipes/text_classification.py model_cards/minilm-l6-movie-reviews/settings.json
 ```
 
-The Hessian is that of the mean loss over the probe set in eval mode, by the trainable parameters. Behind ± stand the
-standard error over the probe vectors (trace; 0: nothing was left to them) and the bound on the distance to an
-eigenvalue (λ). "Over data" is how far another probe set of this size would move the trace (jackknife over batches).
-Of the noise scale, in examples, the 95 % interval over batches. † Not converged: the error is wider than asked for.
-All of it is local, and of one seed: another head starts elsewhere."""
+The Hessian is that of the mean loss over the probe set, not over the training set, in eval mode, by the trainable
+parameters. In parentheses: 95 % intervals, for these examples; of the noise scale, in examples, over batches. "Over
+data" is the standard error of the trace as a number of the training set (jackknife over batches). † Not converged:
+the interval is wider than asked for. All of it is local, and of one seed: another head starts elsewhere."""
 
 
 def page(folder: Path) -> str:
@@ -107,10 +106,10 @@ def _estimates(measurement: Measurement) -> list[str]:
     over_data = hessian.trace.data_std_error
     return [
         format_estimate(hessian.trace),
-        MISSING if over_data is None else f"± {format_number(over_data, digits=2)}",
+        format_number(over_data, digits=2),
         format_estimate(hessian.lambda_max),
         format_estimate(hessian.lambda_min),
-        MISSING if noise is None else format_interval(noise.value, noise.low, noise.high),
+        MISSING if noise is None else format_interval(noise.value, noise.low, noise.high, nonnegative=True),
     ]
 
 

@@ -100,7 +100,7 @@ def format_interval(
     ends = [_round(low, place, ROUND_FLOOR), _round(high, place, ROUND_CEILING)]
     if low <= 0 <= high:
         return f"between {' and '.join(_texts(ends, place))}{unit}"
-    shown, *shown_ends = _texts([_decimal(value), *ends], place)
+    shown, *shown_ends = _texts([_decimal(value), *ends], place, exponent=_exponent(value, 1))
     return f"{shown}{unit} ({' to '.join(shown_ends)}{unit})"
 
 
@@ -172,12 +172,12 @@ def _round(value: float, place: int, rounding: str) -> Decimal:
     return _decimal(value).quantize(Decimal((0, (1,), place)), rounding)
 
 
-def _texts(numbers: Sequence[Decimal], place: int) -> list[str]:
-    """Return numbers rounded to a multiple of 10**place, with the power of ten of the largest if that reads easier."""
+def _texts(numbers: Sequence[Decimal], place: int, *, exponent: int | None = None) -> list[str]:
+    """Return numbers rounded to a multiple of 10**place, with this or the largest power of ten if it reads easier."""
     rounded = [number.quantize(Decimal((0, (1,), place)), ROUND_HALF_EVEN) + 0 for number in numbers]  # + 0: no -0
-    exponent = max(number.adjusted() if number else place for number in rounded)
-    if -3 <= exponent < 6 or not any(rounded):
+    largest = max(number.adjusted() if number else place for number in rounded)
+    if -3 <= largest < 6 or not any(rounded):
         return [f"{number:,.{max(0, -place)}f}" for number in rounded]
-    return [
-        f"{number.scaleb(-exponent):.{max(0, exponent - place)}f}e{exponent}" if number else "0" for number in rounded
-    ]
+    exponent = largest if exponent is None else exponent
+    decimals = max(0, exponent - place)
+    return [f"{number.scaleb(-exponent):.{decimals}f}e{exponent}" if number else "0" for number in rounded]

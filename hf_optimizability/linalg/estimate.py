@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from ..number_format import format_interval
 from ..serialization import LowerBound
 from .statistics import NORMAL_QUANTILE, student_quantile
 
@@ -33,6 +34,8 @@ class Estimate:
     Example:
         >>> Estimate(value=3.0, low=2.5, high=3.5, method="lanczos", hvps=8, converged=True, residual=0.5).error
         0.5
+        >>> print(Estimate(value=13012.0, low=11030.0, high=15980.0, method="lanczos", hvps=8, converged=True))
+        13,000 (11,000 to 16,000)
     """
 
     value: float
@@ -44,6 +47,10 @@ class Estimate:
     std_error: float | None = None
     residual: float | None = None
     data_std_error: float | None = None
+
+    def __str__(self) -> str:
+        """Return the value with its interval, to the digits that the interval carries."""
+        return format_interval(self.value, self.low, self.high)
 
     @property
     def error(self) -> float:

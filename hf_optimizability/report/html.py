@@ -104,7 +104,7 @@ def _text(value: Any) -> Markup:
     plain = format_plain(value)
     if plain is not None:
         return plain
-    text = _INTERVAL.sub(lambda found: found[0].replace(" ", "\xa0"), one_line(str(value)))
+    text = _INTERVAL.sub(lambda found: found[0].replace(" ", "\xa0").replace("e-", "e-\u2060"), one_line(str(value)))
     for sign in ("%", NOT_CONVERGED):  # no line begins with them
         text = text.replace(f" {sign}", f"\xa0{sign}")
     return escape(text)

@@ -275,11 +275,11 @@ def trace_shares(measurement: Measurement) -> dict[str, float]:
 
 def all_measurements(measurements: Sequence[Measurement]) -> Table:
     """Return one row per measurement."""
-    columns = ("Step", "Epoch", "Loss", "‖g‖", "Trace", "λ_max", "λ_min", "HVPs", "Seconds", "Converged")
+    columns = ("Step", "Epoch", "Loss", "‖g‖", "Trace", "λ_max", "λ_min", "HVPs", "Seconds")
     names = ("loss", "grad_norm", "hessian_trace", "hessian_lambda_max", "hessian_lambda_min")
     by_name = {q.name: quantity_cells(q, measurements) for q in QUANTITIES if q.name in names}
     rows = [
-        (m.step, format_number(m.epoch, digits=3), *cells, m.hvps, format_number(m.seconds, digits=3), m.converged)
+        (m.step, format_number(m.epoch, digits=3), *cells, m.hvps, format_number(m.seconds, digits=3))
         for m, *cells in zip(measurements, *(by_name[name] for name in names), strict=True)
     ]
     return Table(columns, rows)

@@ -94,7 +94,7 @@ class TestMarkdown:
         assert blocks[-1][1] == "770"
         assert float(blocks[-1][3]) == pytest.approx(head.grad_norm / head.weight_norm, rel=5e-3)
         assert [row[0] for row in measurements[1:]] == ["0", "100", "200", "300"]
-        assert {len(row) for row in measurements} == {10}
+        assert {len(row) for row in measurements} == {9}
 
     def test_steps_and_spectrum_are_given_with_their_errors(self):
         report = make_report(2)

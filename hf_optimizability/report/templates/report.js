@@ -221,7 +221,7 @@
     });
     holder.before(element("ul", { class: "legend", "aria-label": "Legend; press an entry to hide or show it" }, ...entries));
     const hints = [
-      chart.series.some((series) => series.hollow?.includes(true)) && "Hollow: not converged, the error is wider than asked for.",
+      chart.series.some((series) => series.hollow?.includes(true)) && "Hollow: not converged, the interval is wider than asked for.",
       chart.series.some((series) => series.open?.includes(true)) && "A bar that runs out of the plot: no upper end is known.",
     ].filter(Boolean);
     if (hints.length) holder.after(element("p", { class: "hint" }, hints.join(" ")));
