@@ -289,9 +289,9 @@ class Ours(Library):
 
     def _quadrature(self, steps: int) -> tuple[Quadrature, int]:
         """Return the quadrature of the rows in use, and the number of other rows."""
-        with self._twice_differentiable(), drop_unused_embedding_rows(self._objective) as left_out:
+        with self._twice_differentiable(), drop_unused_embedding_rows(self._objective) as used:
             run = lanczos(self._hessian(), tolerance=0, max_hvps=steps, seed=len(self.products.ended))
-        return Quadrature(run.nodes, run.weights[0]), left_out
+        return Quadrature(run.nodes, run.weights[0]), used.left_out
 
     @contextmanager
     def _twice_differentiable(self) -> Iterator[None]:

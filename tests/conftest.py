@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 
+# Last: a benchmark has the name of the package `coverage`, which pytest-cov imports.
+sys.path.append(os.path.join(os.path.dirname(__file__), "..", "benchmarks"))
 # Nothing may reach a Hub but the tests that bring their own stub, in processes of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

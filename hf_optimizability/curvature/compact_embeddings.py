@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,40 @@ from .autograd_graph import iter_leaf_uses
 from .empirical_risk import ModelRisk
 
 
+@dataclass(frozen=True, eq=False)
+class UsedRows:
+    """What is left of the parameters where unused embedding rows are left out.
+
+    Attributes:
+        left_out: The number of parameters left out.
+        shapes: The shape of each parameter with all its rows.
+        rows: The rows that are left of each; `None` where all are.
+    """
+
+    left_out: int
+    shapes: tuple[torch.Size, ...]
+    rows: tuple[Tensor | None, ...]
+
+    def reduced(self, vector: Tensor) -> Tensor:
+        """Return the entries of a vector over all parameters that are left."""
+        pieces = vector.split([shape.numel() for shape in self.shapes])
+        kept = zip(pieces, self.shapes, self.rows, strict=True)
+        return torch.cat([piece if rows is None else piece.view(shape)[rows].flatten() for piece, shape, rows in kept])
+
+    def expanded(self, vector: Tensor) -> Tensor:
+        """Return a vector over all parameters, 0 where they are left out."""
+        kept = list(zip(self.shapes, self.rows, strict=True))
+        sizes = [shape.numel() if rows is None else len(rows) * shape[1:].numel() for shape, rows in kept]
+        pieces = []
+        for piece, (shape, rows) in zip(vector.split(sizes), kept, strict=True):
+            if rows is not None:
+                piece = piece.new_zeros(shape).index_copy(0, rows, piece.view(-1, *shape[1:])).flatten()
+            pieces.append(piece)
+        return torch.cat(pieces)
+
+
 @contextmanager
-def drop_unused_embedding_rows(objective: ModelRisk) -> Iterator[int]:
+def drop_unused_embedding_rows(objective: ModelRisk) -> Iterator[UsedRows]:
     """Replace embedding weights by compact ones of the rows that are looked up, and restore them at the end.
 
     Inside, the objective's loss is the same and its variables are fewer, in the same order: its Hessian is the one
@@ -34,7 +67,7 @@ def drop_unused_embedding_rows(objective: ModelRisk) -> Iterator[int]:
         objective: The loss; its `parameters` must be read from the model each time.
 
     Yields:
-        The number of parameters left out.
+        What is left.
 
     Raises:
         RuntimeError: From a forward pass inside that looks up a row which the first pass did not.
@@ -44,18 +77,19 @@ def drop_unused_embedding_rows(objective: ModelRisk) -> Iterator[int]:
         >>> model = nn.Sequential(nn.Embedding(1000, 2), nn.Flatten(), nn.Linear(4, 1))
         >>> batch = (torch.tensor([[7, 900]]),)
         >>> objective = Objective(model, [batch], loss_fn=lambda model, batch: model(batch[0]).square().mean())
-        >>> with drop_unused_embedding_rows(objective) as left_out:
-        ...     print(left_out, [tuple(parameter.shape) for parameter in objective.parameters])
+        >>> with drop_unused_embedding_rows(objective) as used:
+        ...     print(used.left_out, [tuple(parameter.shape) for parameter in objective.parameters])
         1996 [(2, 2), (1, 4), (1,)]
         >>> tuple(model[0].weight.shape)
         (1000, 2)
     """
     with ExitStack() as stack:
-        left_out = 0
+        whole, rows_of = list(objective.parameters), {}
         for embedding, rows in _looked_up(objective).items():
-            left_out += (embedding.num_embeddings - len(rows)) * embedding.embedding_dim
+            rows_of[embedding.weight] = rows
             stack.enter_context(_compact(embedding, rows))
-        yield left_out
+        left_out = sum((len(weight) - len(rows)) * weight[0].numel() for weight, rows in rows_of.items())
+        yield UsedRows(left_out, tuple(p.shape for p in whole), tuple(rows_of.get(p) for p in whole))
 
 
 def _looked_up(objective: ModelRisk) -> dict[nn.Embedding, Tensor]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,16 +116,11 @@ class BatchTraces:
         errors: Array = np.sqrt(np.maximum(spread - noise, 0))
         return errors
 
-    def errors_by(self, std_error: Callable[[Array], float]) -> Array:
-        """Return what a function says of the batches' traces, then of those of each segment.
-
-        Args:
-            std_error: The standard error of a mean over batches, from their values. The noise of the probes that is
-                not common to all batches is in it as well, so that it is rather too large.
-        """
+    def means(self) -> Array:
+        """Return the present estimates of the batches' traces, of shape (batches, segments)."""
         means = self._exact if not self._forms else self._all_forms().mean(axis=0)
         assert means is not None
-        return np.array([std_error(column) for column in (means.sum(axis=1), *means.T)])
+        return means
 
     def _all_forms(self) -> Array:
         """Return a sample of each batch's traces from each probe, of shape (probes, batches, segments)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -35,8 +34,11 @@ from .eigenvector_check import check_along_eigenvectors, product_error, require_
 from .engines import HvpEngine
 from .multitask import TaskCurvature, eigenvalues_by_task, means_by_task, traces_by_task
 from .optimizer_step import OptimizerStep
-from .two_sided import about_the_whole_set
+from .two_sided import AlongGradient, SampleForms, about_the_whole_set, sample_forms
 
+
+POPULATION_EIGEN_TOLERANCE = 0.02
+"""Relative residual of a sample's eigenvalues below which the draw makes most of the error."""
 
 _GRAPH, _PRODUCT = 1.5, 2.0
 """Gradients that the graph of a batch takes, and each product made from it."""
@@ -70,6 +72,7 @@ class CurvatureEstimates:
         sharpness: λ_max as the optimizer sees it; `None` without an optimizer.
         tasks: What each task has of it.
         checks: Eigenvalues compared with differences along their vectors.
+        along_gradient: The loss of the whole set along its gradient; `None` where there is none but the sample.
     """
 
     spectrum: SpectrumAndTrace
@@ -78,6 +81,7 @@ class CurvatureEstimates:
     sharpness: Estimate | None
     tasks: TaskCurvature
     checks: tuple[EigenvalueCheck, ...]
+    along_gradient: AlongGradient | None
 
 
 def measure_directions(
@@ -129,11 +133,17 @@ def estimate_curvature(
     preconditions = step is not None and step.preconditions(objective)
     allocation = allocate_hvps(config, engine, preconditions=preconditions)
     by_task = config.task_column is not None and engine.separates_tasks
-    population = objective.population  # its other examples look up other rows
-    with nullcontext(0) if population else drop_unused_embedding_rows(objective) as unused:
+    of_sample: SampleForms | None = None
+    with drop_unused_embedding_rows(objective) as used:
         segments = block_segments(objective, blocks.values())
         spectrum = _estimate_spectrum(
-            engine, objective, config, segments, max_hvps=allocation.spectrum, unused=unused, deflate=not by_task
+            engine,
+            objective,
+            config,
+            segments,
+            max_hvps=allocation.spectrum,
+            unused=used.left_out,
+            deflate=not by_task,
         )
         checks = check_along_eigenvectors(spectrum, objective, point, engine)
         error = product_error(engine, checks)
@@ -144,14 +154,8 @@ def estimate_curvature(
                 eigen_tolerance=config.budget.eigen_tolerance,
                 trace_tolerance=config.budget.trace_tolerance,
             )
-        if population is not None:
-            spectrum = about_the_whole_set(
-                spectrum,
-                objective,
-                population,
-                engine.operator(objective),
-                trace_tolerance=config.budget.trace_tolerance,
-            )
+        if objective.population is not None:
+            of_sample = sample_forms(spectrum, objective, engine.operator(objective), used)
         task_maxima = {}
         if allocation.tasks:
             task_maxima = eigenvalues_by_task(objective, engine, config, max_hvps=allocation.tasks)
@@ -164,6 +168,11 @@ def estimate_curvature(
                 max_hvps=allocation.blocks,
                 seed=config.probe_seed,
             )
+    along_gradient = None
+    if of_sample is not None:
+        spectrum, along_gradient = about_the_whole_set(
+            spectrum, objective, of_sample, trace_tolerance=config.budget.trace_tolerance
+        )
     sharpness = None
     if step is not None:
         sharpness = spectrum.estimates.lambda_max
@@ -176,7 +185,7 @@ def estimate_curvature(
         traces = traces_by_task(objective, spectrum, tolerance=config.budget.trace_tolerance)
         means = means_by_task(objective, directions.per_batch, directions.items)
         tasks = TaskCurvature(means, task_maxima, traces)
-    return CurvatureEstimates(spectrum, unused, by_block, sharpness, tasks, checks)
+    return CurvatureEstimates(spectrum, used.left_out, by_block, sharpness, tasks, checks, along_gradient)
 
 
 def _estimate_spectrum(
@@ -193,9 +202,12 @@ def _estimate_spectrum(
 
     Each stage has an operator of its own and lets it go, so that no two of them hold a graph at once.
     """
+    tolerance = config.budget.eigen_tolerance
+    if objective.population is not None:  # more precision would be about the sample
+        tolerance = max(tolerance, POPULATION_EIGEN_TOLERANCE)
     spectrum = estimate_spectrum(
         engine.operator(objective),
-        tolerance=config.budget.eigen_tolerance,
+        tolerance=tolerance,
         max_hvps=max_hvps // 2,
         seed=config.probe_seed,
         method=config.eigen_method,

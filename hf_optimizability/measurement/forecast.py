@@ -176,7 +176,7 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
 
 def _time_products(engine: HvpEngine, objective: Objective, config: OptimizabilityConfig) -> CostModel:
     """Return what each kind of product takes, from products on the largest batch."""
-    with drop_unused_embedding_rows(objective) as unused:
+    with drop_unused_embedding_rows(objective) as used:
         part, share = objective.largest()
         calls = 2 if objective.parts > 1 else 3  # the graph of an only batch is kept, from the second product on
         one = _price(engine.operator(part), 1, calls, share)
@@ -192,7 +192,7 @@ def _time_products(engine: HvpEngine, objective: Objective, config: Optimizabili
     return CostModel(
         size=operator.size,
         vector_bytes=operator.size * itemsize,
-        all_bytes=(operator.size + unused) * itemsize,
+        all_bytes=(operator.size + used.left_out) * itemsize,
         one=one,
         lockstep=lockstep,
         block=block,

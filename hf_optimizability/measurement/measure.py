@@ -26,7 +26,6 @@ from ..linalg.estimate import Estimate
 from ..objective.objective import Batch, LossFunction, Objective
 from ..objective.parameter_blocks import block_indices
 from ..objective.pool import Pool
-from ..objective.population import Population
 from ..objective.self_check import SelfCheck
 from ..objective.step_batches import StepBatches
 from ..objective.task_labels import assign_tasks, require_several
@@ -34,6 +33,7 @@ from ..quantities.batch_sharpness import MIN_BATCHES
 from ..quantities.loss_landscape import Landscape
 from ..quantities.noise_scale import MIN_PARTS, noise_scale
 from ..quantities.preconditioner import unwrapped as unwrapped_optimizer
+from ..quantities.step_size import QuadraticModel
 from .batch_sharpness_pass import measure_batch_sharpness
 from .curvature_pass import CurvatureEstimates, DirectionalCurvature, estimate_curvature, measure_directions
 from .eigenvector_check import engine_error
@@ -43,7 +43,7 @@ from .multitask import measure_tasks
 from .optimizer_step import OptimizerStep, eigenvector_plane, measure_stability, update_line
 from .out_of_memory import out_of_memory, retry_with_smaller_batches
 from .pool_pass import draw_from_pool
-from .population_estimates import about_population
+from .population_estimates import about_population, gradient_of_pool
 from .results import BlockMeasurement, Measurement
 from .session import measurement_session
 from .slope_check import slope_errors
@@ -107,7 +107,7 @@ def measure(
             "Pass either `batches`, to measure on them, or `dataset`, to measure the loss over all of it."
         )
     if pool is not None:
-        batches = pool.random_batches(config.budget.probe_examples)
+        batches = pool.random_batches(config.budget.probe_examples, batch_size=config.probe_batch_size)
     assert batches is not None
     steps = step_batches(dataset, config) if dataset is not None and config.batch_sharpness else None
     objective, optimizer = build_objective(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
@@ -128,7 +128,7 @@ def pool_of(model: nn.Module, dataset: DataLoader, config: OptimizabilityConfig)
             "`dataset` is for one loss on whole parameters; with `task_column`, or under FSDP2, pass `batches`."
         )
     examples = config.pool_examples or max(POOL_EXAMPLES, config.budget.probe_examples)
-    return Pool(dataset, examples=examples, batch_size=config.probe_batch_size, seed=config.probe_seed)
+    return Pool(dataset, examples=examples, seed=config.probe_seed)
 
 
 def step_batches(loader: DataLoader, config: OptimizabilityConfig, *, parts: int = 1) -> StepBatches | None:
@@ -224,21 +224,21 @@ def measure_objective(
             objective, lambda objective: _measure_once(objective, config, optimizer, steps)
         )
     else:
-        drawn, population, noise = _drawn(objective, pool, config)
+        (drawn, noise), objective = retry_with_smaller_batches(
+            objective, lambda objective: _drawn(objective, pool, config)
+        )
         measurement, _ = retry_with_smaller_batches(
             drawn, lambda objective: _measure_once(objective, config, optimizer, steps)
         )
-        measurement = replace(measurement, loss=population.mean_loss, noise_scale=noise)
+        measurement = replace(measurement, noise_scale=noise)
     seconds = time.perf_counter() - started
     measurement = replace(measurement, step=step, epoch=epoch, hvps=counter.total, seconds=seconds)
     assert measurement.self_check is not None
     return measurement, objective.counting(None).checked(measurement.self_check)
 
 
-def _drawn(
-    objective: Objective, pool: Pool, config: OptimizabilityConfig
-) -> tuple[Objective, Population, Estimate | None]:
-    """Return the loss over a pool, on examples drawn from it; what they are drawn from; and the noise scale.
+def _drawn(objective: Objective, pool: Pool, config: OptimizabilityConfig) -> tuple[Objective, Estimate | None]:
+    """Return the loss over a pool, on examples drawn from it, and the noise scale.
 
     The noise scale is that of the objective's own batches, which are random, as in training.
     """
@@ -248,10 +248,10 @@ def _drawn(
             inside,
             pool,
             examples=config.budget.probe_examples,
-            batch_size=config.probe_batch_size,
+            batch_size=objective.batch_size,
             seed=config.probe_seed,
         )
-    return objective.sampled(batches, population), population, noise
+    return objective.sampled(batches, population), noise
 
 
 def _with_checked_mean(objective: Objective, config: OptimizabilityConfig) -> Objective:
@@ -303,7 +303,14 @@ def _measure_once(
             if directions.along_update is not None:
                 line = update_line(objective, point, update, directions.along_update, stability)
         plane = eigenvector_plane(objective, curvature.spectrum) if config.landscape else None
-        blocks = _measure_blocks(objective, indices, point, curvature)
+        whole, quadratic, population = point, directions.quadratic, None
+        if objective.population is not None and curvature.along_gradient is not None:
+            along = curvature.along_gradient
+            whole = gradient_of_pool(objective.population)
+            population = about_population(objective.population, along.slope_std_error)
+            squared = population.grad_norm.value**2
+            quadratic = QuadraticModel.of(squared, squared * along.curvature)
+        blocks = _measure_blocks(objective, indices, whole, curvature)
         noise = None  # of a sample by size: its batches are not drawn as in training
         if objective.parts >= MIN_PARTS and objective.population is None:
             noise = noise_scale(objective, mean_gradient=point.tensors)
@@ -313,13 +320,13 @@ def _measure_once(
             epoch=None,
             hvps=0,
             seconds=0.0,
-            loss=point.loss,
+            loss=whole.loss,
             num_items=round(point.items),
             grad_norm=math.hypot(*(block.grad_norm for block in blocks.values())),
             hessian=curvature.spectrum.estimates,
             blocks=blocks,
             curvature=config.curvature,
-            quadratic_model=directions.quadratic,
+            quadratic_model=quadratic,
             noise_scale=None if noise is None else noise.noise_scale,
             optimizer_stability=stability,
             landscape=Landscape(line, plane) if config.landscape else None,
@@ -333,7 +340,7 @@ def _measure_once(
             batch_size=objective.batch_size,
             unused_embedding_parameters=curvature.unused_parameters,
             self_check=check,
-            population=None if objective.population is None else about_population(objective, point),
+            population=population,
             batch_sharpness=batches,
         )
 

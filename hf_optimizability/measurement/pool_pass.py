@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..curvature.displacement import displaced
-from ..curvature.gradient import norm_of
+from ..curvature.gradient import batch_gradients, norm_of
 from ..errors import MeasurementError
 from ..objective.example_losses import ExampleLosses
 from ..objective.objective import Objective, ProbeBatch
 from ..objective.pool import Pool
-from ..objective.population import Drawn, Population
+from ..objective.population import Drawn, Look, Population
 from ..objective.sampling import draw_sample, inclusion_probabilities
 
 
@@ -34,8 +34,11 @@ MIN_GROUPS = 6
 SAME_LOSS = 1e-3
 """Relative difference of losses that rounding may make."""
 
-SIZE_STEP = 1e-3
-"""Step along a random vector, relative to the parameters."""
+SIZE_STEP = 1e-2
+"""Step along a random vector, relative to the parameters: second differences of outputs in float32 need a long one."""
+
+MAX_HELD = 2**22
+"""Numbers that models put out, of batches of the pool that are held at the same time."""
 
 LOSS_CHANGE = 1e-4
 """Change of the mean loss, relative to it, that a step along an eigenvector aims at."""
@@ -50,7 +53,8 @@ def draw_from_pool(
     """Draw examples from a pool with probabilities by their curvature.
 
     An example's size is `(Jᵢv)ᵀH_ℓ(Jᵢv)`, the mean over a few random vectors v: what it adds to the trace of the
-    Gauss-Newton matrix. Takes 1 + `SIZE_PROBES` forward passes over the pool. To be called inside `measuring`.
+    Gauss-Newton matrix. Takes two forward passes over the pool for each vector, and one with the gradient. To be
+    called inside `measuring`.
 
     Args:
         objective: The loss, over any batches.
@@ -66,11 +70,11 @@ def draw_from_pool(
         MeasurementError: If the losses of single examples are not known, or a row can't be read.
     """
     _require_apart(objective)
-    losses, items, sizes = _look(objective, pool, seed=seed)
-    probabilities = inclusion_probabilities(sizes, examples)
+    look = _look(objective, pool, seed=seed)
+    probabilities = inclusion_probabilities(look.sizes, examples)
     groups = max(MIN_GROUPS, round(examples / batch_size))
     sample = draw_sample(probabilities, groups=groups, generator=np.random.default_rng(seed))
-    population = Population(pool, losses, items, sizes, sample)
+    population = Population(pool, look, sample)
     return list(_sampled_batches(objective, population, batch_size)), population
 
 
@@ -90,8 +94,7 @@ def _require_apart(objective: Objective) -> None:
         raise MeasurementError("losses_not_apart")
 
 
-def _look(objective: Objective, pool: Pool, *, seed: int) -> tuple[Array, int, Array]:
-    """Return the losses of all examples, the number of items, and the sizes of the examples."""
+def _look(objective: Objective, pool: Pool, *, seed: int) -> Look:
     generator = torch.Generator().manual_seed(seed)
     parameters = objective.parameters
     vectors = [
@@ -99,29 +102,52 @@ def _look(objective: Objective, pool: Pool, *, seed: int) -> tuple[Array, int, A
     ]
     number = sum(p.numel() for p in parameters)
     step = SIZE_STEP * float(norm_of([p.detach() for p in parameters])) / math.sqrt(number)
-    losses, sizes, items = [], [], 0
-    for batch in _pool_batches(objective, pool):
-        loss, apart = _apart(objective, batch)
-        losses.append(_known(apart.by_example(loss)))
-        items += batch.items
-        size = np.zeros(len(losses[-1]))
-        for vector in vectors:
-            with displaced(parameters, vector, [step] * len(parameters)):
-                _, moved = _apart(objective, batch)
-            moves = [(b.outputs.double() - a.outputs.double()) / step for a, b in _pairs(apart, moved)]
-            size += _known(apart.curvature_by_example(loss, [call.outputs for call in apart.calls], moves))
-        sizes.append(size / SIZE_PROBES)
-    return np.concatenate(losses), items, np.concatenate(sizes)
+    losses, sizes, bends, items = [], [], [], 0
+    gradients = _GradientSum(objective)
+    for looked in _looked_at(objective, pool):
+        losses += [_known(one.apart.by_example(one.loss)) for one in looked]
+        items += sum(one.batch.items for one in looked)
+        parts = [_along(objective, looked, vector, step) for vector in vectors]
+        for of_batch in zip(*parts, strict=True):
+            sizes.append(np.mean([part.gauss_newton for part in of_batch], axis=0))
+            bends.append(np.mean([part.hessian - part.gauss_newton for part in of_batch], axis=0))
+        gradients.add(looked)
+    mean, variance = gradients.result(len(pool) / pool.total)
+    return Look(np.concatenate(losses), items, np.concatenate(sizes), np.concatenate(bends), mean, variance)
+
+
+class _GradientSum:
+    """The gradient over a pool, batch by batch, and how much it varies from batch to batch."""
+
+    def __init__(self, objective: Objective):
+        self._objective = objective
+        self._totals = [torch.zeros_like(parameter) for parameter in objective.parameters]
+        self._items, self._batches, self._squares = 0.0, 0, 0.0
+
+    def add(self, looked: Sequence[_Looked]) -> None:
+        for tensors, _, items in batch_gradients(self._objective.over([one.batch for one in looked])):
+            for total, piece in zip(self._totals, tensors, strict=True):
+                total += piece
+            self._items, self._batches = self._items + items, self._batches + 1
+            self._squares += float(norm_of(tensors)) ** 2 / items
+
+    def result(self, part: float) -> tuple[tuple[Tensor, ...], float]:
+        """Return the mean, and the variance that `‖mean‖²` has in it as that of a random part of the data."""
+        mean = tuple(total / self._items for total in self._totals)
+        spread = self._squares / self._items - float(norm_of(mean)) ** 2
+        return mean, max(spread, 0.0) * (1 - part) / max(self._batches - 1, 1)
 
 
 class CurvatureAlong(NamedTuple):
     """The curvature of each example's loss along a unit vector v, summed over its items; of shape (N,).
 
     Attributes:
+        slope: gᵢᵀv, by first differences of the losses.
         gauss_newton: `(Jᵢv)ᵀH_ℓ(Jᵢv)`, by first differences of the outputs.
         hessian: vᵀHᵢv, by second differences of the losses.
     """
 
+    slope: Array
     gauss_newton: Array
     hessian: Array
 
@@ -147,26 +173,61 @@ def curvature_along(
     steps = [min(longest, math.sqrt(change / abs(value)) if value else longest) for value in values]
     directions = [_shaped(vector, parameters) for vector in vectors]
     found: list[list[CurvatureAlong]] = [[] for _ in vectors]
-    for batch in _pool_batches(objective, population.pool):
-        loss, here = _apart(objective, batch)
+    for looked in _looked_at(objective, population.pool):
         for direction, step, parts in zip(directions, steps, found, strict=True):
-            sides = []
-            for way in (-step, step):
-                with displaced(parameters, direction, [way] * len(parameters)):
-                    sides.append([call.outputs.double() for call in _apart(objective, batch)[1].calls])
-            parts.append(_differences(loss, here, sides[0], sides[1], step))
+            parts += _along(objective, looked, direction, step)
     return [CurvatureAlong(*map(np.concatenate, zip(*parts, strict=True))) for parts in found]
 
 
-def _differences(
-    loss: Tensor, here: ExampleLosses, behind: Sequence[Tensor], ahead: Sequence[Tensor], step: float
-) -> CurvatureAlong:
+class _Looked(NamedTuple):
+    """A batch of the pool, the sum of its losses, and those of its examples."""
+
+    batch: ProbeBatch
+    loss: Tensor
+    apart: ExampleLosses
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return [call.outputs for call in self.apart.calls]
+
+
+def _looked_at(objective: Objective, pool: Pool) -> Iterator[list[_Looked]]:
+    """Yield the batches of a pool, several at a time: moving the weights can take as long as a forward pass."""
+    looked, held = [], 0
+    for batch in _pool_batches(objective, pool):
+        looked.append(_Looked(batch, *_apart(objective, batch)))
+        held += sum(outputs.numel() for outputs in looked[-1].outputs)
+        if held >= MAX_HELD:
+            yield looked
+            looked, held = [], 0
+    if looked:
+        yield looked
+
+
+def _along(
+    objective: Objective, looked: Sequence[_Looked], direction: Sequence[Tensor], step: float
+) -> list[CurvatureAlong]:
+    """Return the curvature of the examples of each batch, from the outputs at both sides."""
+    behind, ahead = (_outputs_at(objective, looked, direction, way) for way in (-step, step))
+    return [_differences(one, a, b, step) for one, a, b in zip(looked, behind, ahead, strict=True)]
+
+
+def _outputs_at(
+    objective: Objective, looked: Sequence[_Looked], direction: Sequence[Tensor], step: float
+) -> list[list[Tensor]]:
+    """Return the outputs of batches after a step of all parameters along a direction."""
+    parameters = objective.parameters
+    with displaced(parameters, direction, [step] * len(parameters)):
+        return [[call.outputs for call in _apart(objective, one.batch)[1].calls] for one in looked]
+
+
+def _differences(one: _Looked, behind: Sequence[Tensor], ahead: Sequence[Tensor], step: float) -> CurvatureAlong:
     """Return the curvature of a batch's examples from the outputs at both sides."""
-    outputs = [call.outputs.double() for call in here.calls]
-    moves = [(b - a) / (2 * step) for a, b in zip(behind, ahead, strict=True)]
-    first, second, middle = (_known(here.losses_at(loss, z)) for z in (behind, ahead, outputs))
+    moves = [(b.double() - a.double()) / (2 * step) for a, b in zip(behind, ahead, strict=True)]
+    first, second, middle = (_known(one.apart.losses_at(one.loss, z)) for z in (behind, ahead, one.outputs))
     return CurvatureAlong(
-        gauss_newton=_known(here.curvature_by_example(loss, outputs, moves)),
+        slope=(second - first) / (2 * step),
+        gauss_newton=_known(one.apart.curvature_by_example(one.loss, one.outputs, moves)),
         hessian=(first + second - 2 * middle) / step**2,
     )
 
@@ -178,7 +239,7 @@ def _shaped(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def _pool_batches(objective: Objective, pool: Pool) -> Iterator[ProbeBatch]:
     with pool.reading():
-        for index, chunk in enumerate(pool.chunks()):
+        for index, chunk in enumerate(pool.chunks(objective.batch_size)):
             yield objective.probe_batch(pool.collate(chunk), index)
 
 
@@ -187,7 +248,7 @@ def _sampled_batches(objective: Objective, population: Population, batch_size: i
     sample, pool = population.sample, population.pool
     certain = np.array_split(sample.certain, max(1, math.ceil(len(sample.certain) / batch_size)))
     drawn = sum(map(len, sample.groups))
-    left = float(population.items)
+    left = float(population.look.items)
     with pool.reading():
         for index, positions in enumerate([*certain, *sample.groups]):
             if not len(positions):
@@ -202,10 +263,6 @@ def _sampled_batches(objective: Objective, population: Population, batch_size: i
 @torch.no_grad()
 def _apart(objective: Objective, batch: ProbeBatch) -> tuple[Tensor, ExampleLosses]:
     return objective.example_losses(batch)
-
-
-def _pairs(first: ExampleLosses, second: ExampleLosses):
-    return zip(first.calls, second.calls, strict=True)
 
 
 def _known(values: Tensor | None) -> Array:

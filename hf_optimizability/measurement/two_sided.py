@@ -8,20 +8,21 @@ The largest eigenvalue of a sample is, in the mean, above that of what it was dr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..curvature.compact_embeddings import UsedRows
 from ..linalg.estimate import Estimate
 from ..linalg.operator import SymmetricOperator
 from ..linalg.spectrum_and_trace import SpectrumAndTrace
 from ..linalg.statistics import NORMAL_QUANTILE, student_quantile
+from ..linalg.vectors import flatten, norm
 from ..objective.objective import Objective
 from ..objective.population import Population
 from ..objective.sampling import design_std_error
-from .design import Design
-from .pool_pass import curvature_along
+from .design import Array, Design
+from .pool_pass import CurvatureAlong, curvature_along
 
 
 @dataclass(frozen=True)
@@ -41,63 +42,84 @@ class Along:
     freedom: float
 
 
+@dataclass(frozen=True, eq=False)
+class SampleForms:
+    """What a sample says of the curvature along unit vectors over all parameters.
+
+    Attributes:
+        vectors: Ritz vectors of λ_max and, if it was looked for, of λ_min; then the gradient of the pool, of norm 1.
+        forms: `vᵀH_bv` of each batch of the sample, of shape (batches, vectors).
+    """
+
+    vectors: tuple[Tensor, ...]
+    forms: Array
+
+
+def sample_forms(
+    spectrum: SpectrumAndTrace, objective: Objective, operator: SymmetricOperator, used: UsedRows
+) -> SampleForms:
+    """Return the curvature of a sample along its Ritz vectors and the pool's gradient; takes a product with each.
+
+    Args:
+        spectrum: The spectrum of the sample.
+        objective: The loss over the sample.
+        operator: The Hessian of it.
+        used: The parameters that the Hessian is by.
+    """
+    assert objective.population is not None
+    gradient = flatten(objective.population.look.gradient).to(operator.device, operator.dtype)
+    gradient = gradient / (norm(gradient) or 1.0)
+    forms = Design.of(objective).forms(operator, [*spectrum.extremal, used.reduced(gradient)])
+    return SampleForms((*map(used.expanded, spectrum.extremal), gradient), forms)
+
+
+@dataclass(frozen=True)
+class AlongGradient:
+    """The loss along the gradient g of the pool.
+
+    Attributes:
+        curvature: gᵀHg/‖g‖² of the whole set.
+        slope_std_error: How far the slope along g may be from that of the whole set.
+    """
+
+    curvature: float
+    slope_std_error: float
+
+
 def about_the_whole_set(
-    spectrum: SpectrumAndTrace,
-    objective: Objective,
-    population: Population,
-    operator: SymmetricOperator,
-    *,
-    trace_tolerance: float,
-) -> SpectrumAndTrace:
+    spectrum: SpectrumAndTrace, objective: Objective, of_sample: SampleForms, *, trace_tolerance: float
+) -> tuple[SpectrumAndTrace, AlongGradient]:
     """Return a sample's extreme eigenvalues and traces as estimates of those of the whole set, with one interval each.
 
     Args:
         spectrum: Those of the sample.
         objective: The loss over the sample.
-        population: What it was drawn from.
-        operator: The Hessian of the sample.
+        of_sample: The curvature along their vectors.
         trace_tolerance: Relative standard error of a converged trace.
     """
-    found, design = spectrum.estimates, Design.of(objective)
-    ends = [found.lambda_max] if found.lambda_min is None else [found.lambda_max, found.lambda_min]
-    values = [end.value for end in ends]
-    along = curvature_of_both(objective, population, design, operator, spectrum.extremal, values)
-    bounded = [between(end, both, largest=end is found.lambda_max) for end, both in zip(ends, along, strict=True)]
+    population, design = objective.population, Design.of(objective)
+    assert population is not None
+    parts = curvature_along(objective, population, of_sample.vectors, [design.mean(f) for f in of_sample.forms.T])
+    along = [_along(*pair, population, design) for pair in zip(of_sample.forms.T, parts, strict=True)]
+    found = spectrum.estimates
+    largest = between(found.lambda_max, along[0], largest=True)
+    smallest = None if found.lambda_min is None else between(found.lambda_min, along[1], largest=False)
     trace, *segments = _traces(spectrum, population, design, tolerance=trace_tolerance)
-    smallest = bounded[1] if len(bounded) > 1 else None
-    estimates = replace(found, lambda_max=bounded[0], lambda_min=smallest, trace=trace)
-    return replace(spectrum, estimates=estimates, segments=tuple(segments))
+    estimates = replace(found, lambda_max=largest, lambda_min=smallest, trace=trace)
+    along_gradient = AlongGradient(along[-1].whole, population.pool_std_error(parts[-1].slope))
+    return replace(spectrum, estimates=estimates, segments=tuple(segments)), along_gradient
 
 
-def curvature_of_both(
-    objective: Objective,
-    population: Population,
-    design: Design,
-    operator: SymmetricOperator,
-    vectors: Sequence[Tensor],
-    values: Sequence[float],
-) -> list[Along]:
-    """Return the curvature of the whole set along unit vectors; takes a product with each.
+def _along(forms: Array, parts: CurvatureAlong, population: Population, design: Design) -> Along:
+    """Return the curvature of the whole set along a vector.
 
-    Args:
-        objective: The loss over the sample.
-        population: What it was drawn from.
-        design: How.
-        operator: The Hessian of the sample.
-        vectors: Ritz vectors of it.
-        values: Their Ritz values.
+    What differences lack, or have too much, is known on the sample: the less it varies, the better they are.
     """
-    forms = design.forms(operator, vectors)
-    found = []
-    for column, differences in zip(forms.T, curvature_along(objective, population, vectors, values), strict=True):
-        # What differences lack, or have too much, is known on the sample: the less it varies, the better they are.
-        pairs = [(part, column - design.by_batch(part)) for part in differences]
-        part, rest = min(pairs, key=lambda pair: design.std_error(pair[1]))
-        error = math.hypot(design.std_error(rest), population.pool_std_error(part))
-        sampling = design_std_error(part, population.sample.probabilities) / population.items
-        whole = float(part.sum()) / population.items + design.mean(rest)
-        found.append(Along(whole, error, math.hypot(sampling, error), design.freedom))
-    return found
+    pairs = [(part, forms - design.by_batch(part)) for part in (parts.gauss_newton, parts.hessian)]
+    part, rest = min(pairs, key=lambda pair: design.std_error(pair[1]))
+    error = math.hypot(design.std_error(rest), population.pool_std_error(part))
+    sampling = design_std_error(part, population.sample.probabilities) / population.look.items
+    return Along(population.mean(part) + design.mean(rest), error, math.hypot(sampling, error), design.freedom)
 
 
 def between(end: Estimate, along: Along, *, largest: bool) -> Estimate:
@@ -135,16 +157,26 @@ def between(end: Estimate, along: Along, *, largest: bool) -> Estimate:
 
 
 def _traces(spectrum: SpectrumAndTrace, population: Population, design: Design, *, tolerance: float) -> list[Estimate]:
-    """Return the trace and those of the segments, with the error over the data in their intervals."""
-    traces = [spectrum.estimates.trace, *spectrum.segments]
+    """Return the trace and those of the segments, with the error over the data in their intervals.
+
+    Beyond its Gauss-Newton part, the trace is not in proportion to what the sample was drawn by. The pool has it with
+    the noise of a few probes; what it lacks is known on the sample.
+    """
+    trace, segments = spectrum.estimates.trace, spectrum.segments
     if spectrum.parts is None:
-        return traces
+        return [trace, *segments]
+    look, means = population.look, spectrum.parts.means()
+    total, bends = means.sum(axis=1), design.by_batch(look.bends)
+    errors = [design.std_error(column) for column in (total, *means.T)]
+    sizes, shift = look.sizes, 0.0
+    if (error := design.std_error(total - bends)) < errors[0]:
+        errors[0], sizes, shift = error, look.sizes + look.bends, population.mean(look.bends) - design.mean(bends)
+    trace = replace(trace, value=trace.value + shift, low=trace.low + shift, high=trace.high + shift)
     # A size is the trace of its example, with the noise of a few probes.
-    mean_size = float(population.sizes.sum()) / population.items
-    of_the_pool = population.pool_std_error(population.sizes) / mean_size if mean_size else 0.0
+    of_the_pool = population.pool_std_error(sizes) / (abs(population.mean(sizes)) or 1.0)
     return [
-        trace.with_data_error(
-            math.hypot(error, of_the_pool * trace.value), freedom=design.freedom, tolerance=tolerance
+        estimate.with_data_error(
+            math.hypot(error, of_the_pool * estimate.value), freedom=design.freedom, tolerance=tolerance
         )
-        for trace, error in zip(traces, spectrum.parts.errors_by(design.std_error).tolist(), strict=True)
+        for estimate, error in zip((trace, *segments), errors, strict=True)
     ]

@@ -25,7 +25,6 @@ class Pool:
     Args:
         loader: Its data set and its collator are used; its sampler is not.
         examples: How many rows to take, at random if the data set has more.
-        batch_size: Rows to collate at a time when all are looked at.
         seed: Seed of the choice of rows, and of augmentation.
 
     Attributes:
@@ -36,13 +35,13 @@ class Pool:
         ValueError: If the loader has no data set with a length.
 
     Example:
-        >>> pool = Pool(DataLoader([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}]), examples=2, batch_size=2, seed=0)
+        >>> pool = Pool(DataLoader([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}]), examples=2, seed=0)
         >>> with pool.reading():
-        ...     [pool.collate(chunk)["x"].tolist() for chunk in pool.chunks()], pool.total
+        ...     [pool.collate(chunk)["x"].tolist() for chunk in pool.chunks(2)], pool.total
         ([[1.0, 3.0]], 3)
     """
 
-    def __init__(self, loader: DataLoader, *, examples: int, batch_size: int, seed: int):
+    def __init__(self, loader: DataLoader, *, examples: int, seed: int):
         total = num_examples(dataset_of(loader))
         if total is None:
             raise ValueError(
@@ -51,7 +50,7 @@ class Pool:
             )
         self.total = total
         self.indices = np.array(probe_indices(total, examples, seed=seed), dtype=np.int64)
-        self._loader, self._batch_size, self._seed = loader, batch_size, seed
+        self._loader, self._seed = loader, seed
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -63,15 +62,15 @@ class Pool:
         with preserved_rng(self._seed), preserved_loader(self._loader):
             yield
 
-    def chunks(self) -> Iterator[NDArray[np.int64]]:
-        """Yield the positions of the pool's examples, a batch at a time."""
-        for start in range(0, len(self), self._batch_size):
-            yield np.arange(start, min(start + self._batch_size, len(self)))
+    def chunks(self, size: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the positions of the pool's examples, so many at a time."""
+        for start in range(0, len(self), size):
+            yield np.arange(start, min(start + size, len(self)))
 
-    def random_batches(self, examples: int) -> list[Batch]:
+    def random_batches(self, examples: int, *, batch_size: int) -> list[Batch]:
         """Return batches of random examples, as many examples as that."""
         chosen = probe_indices(len(self), examples, seed=self._seed, ascending=False)
-        parts = [chosen[start : start + self._batch_size] for start in range(0, len(chosen), self._batch_size)]
+        parts = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
         with self.reading():
             return [self.collate(part) for part in parts]
 

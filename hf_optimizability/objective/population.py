@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .pool import Pool
 from .sampling import Sample
@@ -48,21 +49,38 @@ class Drawn:
 
 
 @dataclass(frozen=True, eq=False)
+class Look:
+    """What passes over a pool have seen of each of its N examples.
+
+    Attributes:
+        losses: The sum of its losses, of shape (N,).
+        items: How many items the mean over the pool is over.
+        sizes: Its part of the trace of the Gauss-Newton matrix, a mean over a few random vectors, of shape (N,).
+        bends: Its part of the trace of the rest of the Hessian, likewise, of shape (N,).
+        gradient: The gradient of the mean loss, shaped like the parameters.
+        gradient_variance: By how much `‖gradient‖²` is, in the mean, above that of the data set.
+    """
+
+    losses: Array
+    items: int
+    sizes: Array
+    bends: Array
+    gradient: tuple[Tensor, ...]
+    gradient_variance: float
+
+
+@dataclass(frozen=True, eq=False)
 class Population:
-    """A pool that a forward pass has looked at, and the sample drawn from it.
+    """A pool that was looked at, and the sample drawn from it.
 
     Attributes:
         pool: The examples.
-        losses: The sum of each example's losses, of shape (N,).
-        items: How many items the mean over the pool is over.
-        sizes: What each example was drawn in proportion to, of shape (N,).
+        look: What is known of each.
         sample: The examples drawn.
     """
 
     pool: Pool
-    losses: Array
-    items: int
-    sizes: Array
+    look: Look
     sample: Sample
 
     def pool_std_error(self, values: Array) -> float:
@@ -74,9 +92,13 @@ class Population:
         number, total = len(values), self.pool.total
         if number == total:
             return 0.0
-        return float(values.std(ddof=1)) * math.sqrt(number * (1 - number / total)) / self.items
+        return float(values.std(ddof=1)) * math.sqrt(number * (1 - number / total)) / self.look.items
+
+    def mean(self, values: Array) -> float:
+        """Return the mean over the pool's items, from the sums over those of each example."""
+        return float(values.sum()) / self.look.items
 
     @property
     def mean_loss(self) -> float:
         """The mean loss over the pool."""
-        return float(self.losses.sum()) / self.items
+        return self.mean(self.look.losses)

@@ -65,6 +65,14 @@ class QuadraticModel:
     best_step: float | None
     predicted_decrease: float | None
 
+    @classmethod
+    def of(cls, gradient_squared: float, curvature: float) -> QuadraticModel:
+        """Return the model from ‖g‖² and gᵀHg."""
+        if curvature <= 0:
+            return cls(gradient_squared, curvature, None, None)
+        best_step = gradient_squared / curvature
+        return cls(gradient_squared, curvature, best_step, best_step * gradient_squared / 2)
+
 
 def quadratic_model(gradient: Tensor, product: Tensor, group: ProcessGroup = SINGLE_PROCESS) -> QuadraticModel:
     """Return the quadratic model of the loss along −g (Nocedal & Wright, Numerical Optimization, chapter 4.1).
@@ -80,11 +88,7 @@ def quadratic_model(gradient: Tensor, product: Tensor, group: ProcessGroup = SIN
         >>> model.curvature, model.best_step, model.predicted_decrease
         (4.0, 0.5, 0.5)
     """
-    squared, curvature = dot(gradient, gradient, group), dot(gradient, product, group)
-    if curvature <= 0:
-        return QuadraticModel(squared, curvature, None, None)
-    best_step = squared / curvature
-    return QuadraticModel(squared, curvature, best_step, best_step * squared / 2)
+    return QuadraticModel.of(dot(gradient, gradient, group), dot(gradient, product, group))
 
 
 @dataclass(frozen=True)

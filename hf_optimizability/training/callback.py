@@ -301,8 +301,7 @@ class OptimizabilityCallback(TrainerCallback):
                 "examples drawn once, at random."
             )
             return None
-        seed, batch_size = self.config.probe_seed, self.config.probe_batch_size
-        return Pool(loader, examples=size, batch_size=batch_size, seed=seed)
+        return Pool(loader, examples=size, seed=self.config.probe_seed)
 
     def _new_steps(self, run: _Run, loader: DataLoader) -> StepBatches | None:
         """Return batches of one optimizer step each, if batch sharpness is asked for and possible."""

@@ -35,7 +35,7 @@ def test_the_hessian_is_the_full_one_without_zero_rows():
     objective, whole = bert()
     full = tiny_models.dense_hessian(objective.model, whole)
     named = dict(zip(objective.names, objective.parameters, strict=True))
-    used = {
+    looked_up = {
         "bert.embeddings.word_embeddings.weight": whole["input_ids"].unique(),
         "bert.embeddings.position_embeddings.weight": torch.arange(6),
         "bert.embeddings.token_type_embeddings.weight": torch.arange(1),
@@ -43,13 +43,13 @@ def test_the_hessian_is_the_full_one_without_zero_rows():
     kept = []
     for name, parameter in named.items():
         rows = torch.zeros(parameter.shape, dtype=torch.bool)
-        rows[used.get(name, slice(None))] = True
+        rows[looked_up.get(name, slice(None))] = True
         kept.append(rows.flatten())
     keep = torch.cat(kept)
-    with drop_unused_embedding_rows(objective) as left_out:
-        assert left_out == int((~keep).sum()) > 4 * 8
+    with drop_unused_embedding_rows(objective) as used:
+        assert used.left_out == int((~keep).sum()) > 4 * 8
         for name, parameter in zip(objective.names, objective.parameters, strict=True):
-            assert len(parameter) == len(used.get(name, named[name]))
+            assert len(parameter) == len(looked_up.get(name, named[name]))
         at_point = gradient(objective)
         compact = dense(HessianOperator(objective))
     assert (compact - full[keep][:, keep]).abs().max() <= 1e-10 * full.abs().max()
@@ -58,6 +58,8 @@ def test_the_hessian_is_the_full_one_without_zero_rows():
     assert torch.allclose(found[[0, -1]], true[[0, -1]], rtol=1e-9)
     expected = torch.cat([piece.flatten() for piece in gradient(objective).tensors])
     assert torch.equal(torch.cat([piece.flatten() for piece in at_point.tensors]), expected[keep])
+    assert torch.equal(used.reduced(expected), expected[keep])
+    assert torch.equal(used.expanded(expected[keep]), expected)  # 0 where nothing is looked up
 
 
 def test_the_order_of_parameters_stays():
@@ -117,15 +119,15 @@ def test_frozen_embeddings_are_left_alone():
     objective, _ = bert()
     objective.model.bert.embeddings.requires_grad_(False)
     objective = Objective(objective.model, objective.batches)
-    with drop_unused_embedding_rows(objective) as left_out:
-        assert left_out == 0
+    with drop_unused_embedding_rows(objective) as used:
+        assert used.left_out == 0
 
 
 def test_tied_weights_are_left_alone():
     model = tiny_models.make("gpt2").eval()
     objective = Objective(model, tiny_models.cut(tiny_models.examples("gpt2", 2), 2))
-    with drop_unused_embedding_rows(objective) as left_out:
-        assert left_out == 2 * 4  # two positions of eight
+    with drop_unused_embedding_rows(objective) as used:
+        assert used.left_out == 2 * 4  # two positions of eight
         assert model.get_input_embeddings().weight is model.lm_head.weight
         assert len(model.lm_head.weight) == tiny_models.VOCABULARY
 
@@ -153,8 +155,8 @@ def test_lookups_in_several_batches_and_by_keyword():
     torch.manual_seed(0)
     objective = objective_of(Words())
     full = dense(HessianOperator(objective))
-    with drop_unused_embedding_rows(objective) as left_out:
-        assert left_out == 6 * 3 and objective.parameters[0].shape == (3, 3)
+    with drop_unused_embedding_rows(objective) as used:
+        assert used.left_out == 6 * 3 and objective.parameters[0].shape == (3, 3)
         assert torch.equal(objective.parameters[0], objective.model.words.weight)
         compact = dense(HessianOperator(objective))
     keep = torch.tensor([3, 4, 5, 12, 13, 14, 21, 22, 23, 27, 28, 29, 30])
@@ -176,16 +178,16 @@ def test_weights_that_the_loss_reads_otherwise_are_left_alone(name: str):
     torch.manual_seed(0)
     objective = objective_of(Words(), PENALTIES[name])
     full = dense(HessianOperator(objective))
-    with drop_unused_embedding_rows(objective) as left_out:
-        assert left_out == 0
+    with drop_unused_embedding_rows(objective) as used:
+        assert used.left_out == 0
         assert torch.equal(dense(HessianOperator(objective)), full)
 
 
 def test_a_penalty_in_the_last_batch_only():
     batches = iter(range(2))
     objective = objective_of(Words(), lambda model: next(batches) and model.words.weight.square().sum())
-    with drop_unused_embedding_rows(objective) as left_out:
-        assert left_out == 0
+    with drop_unused_embedding_rows(objective) as used:
+        assert used.left_out == 0
 
 
 class Shifted(nn.Embedding):
@@ -207,8 +209,8 @@ def test_modules_that_are_not_plain_are_left_alone():
     parametrized = Words()
     nn.utils.parametrizations.weight_norm(parametrized.words)
     for model in (shifted, patched, twins, sharded, parametrized, Words(max_norm=1.0), Words(sparse=True)):
-        with drop_unused_embedding_rows(objective_of(model)) as left_out:
-            assert left_out == 0
+        with drop_unused_embedding_rows(objective_of(model)) as used:
+            assert used.left_out == 0
 
 
 def test_lookups_whose_graph_is_hidden_are_left_alone():
@@ -219,9 +221,9 @@ def test_lookups_whose_graph_is_hidden_are_left_alone():
 
     with (
         pytest.warns(UserWarning, match="requires_grad"),
-        drop_unused_embedding_rows(Objective(model, BATCHES, loss_fn=loss_fn)) as n,
+        drop_unused_embedding_rows(Objective(model, BATCHES, loss_fn=loss_fn)) as used,
     ):
-        assert n == 0
+        assert used.left_out == 0
 
 
 def test_checkpointed_lookups():
@@ -232,8 +234,8 @@ def test_checkpointed_lookups():
 
     objective = Objective(Words(), BATCHES, loss_fn=loss_fn)
     full = gradient(objective).tensors[0]
-    with drop_unused_embedding_rows(objective) as left_out:
-        assert left_out == 6 * 3
+    with drop_unused_embedding_rows(objective) as used:
+        assert used.left_out == 6 * 3
         assert torch.equal(gradient(objective).tensors[0], full[[1, 4, 7]])
 
 
@@ -279,8 +281,8 @@ def test_rows_that_are_compared_without_gradients_stay():
     torch.manual_seed(0)
     objective = Objective(Codebook(), [torch.randn(3, 2, dtype=torch.float64)], loss_fn=lambda model, x: model(x))
     full = dense(HessianOperator(objective))
-    with drop_unused_embedding_rows(objective) as left_out:
-        assert left_out == 0
+    with drop_unused_embedding_rows(objective) as used:
+        assert used.left_out == 0
         assert torch.equal(dense(HessianOperator(objective)), full)
 
 

@@ -16,7 +16,7 @@ from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfi
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.measurement.measure import measurement_session
-from hf_optimizability.measurement.pool_pass import curvature_along, draw_from_pool
+from hf_optimizability.measurement.pool_pass import SIZE_PROBES, curvature_along, draw_from_pool
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.objective.pool import Pool
 
@@ -115,7 +115,7 @@ def test_a_weighted_sample_is_unbiased():
     gradients, losses = [], []
     with measurement_session(objective, CONFIG) as (inside, _):
         for seed in range(40):
-            pool = Pool(loader(), examples=NUMBER, batch_size=40, seed=seed)
+            pool = Pool(loader(), examples=NUMBER, seed=seed)
             drawn = draw_from_pool(inside, pool, examples=40, batch_size=8, seed=seed)
             point = gradient(inside.sampled(*drawn))
             losses.append(point.loss)
@@ -134,9 +134,9 @@ def test_curvature_along_a_vector_is_that_of_each_example():
     vector = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
     vector /= vector.norm()
     with measurement_session(objective, CONFIG) as (inside, _):
-        pool = Pool(loader(), examples=NUMBER, batch_size=40, seed=0)
+        pool = Pool(loader(), examples=NUMBER, seed=0)
         _, population = draw_from_pool(inside, pool, examples=40, batch_size=8, seed=0)
-        [(found, whole)] = curvature_along(inside, population, [vector], [1.0])
+        [(_, found, whole)] = curvature_along(inside, population, [vector], [1.0])
     pieces = vector.split([p.numel() for p in model.parameters()])
     names = [name for name, _ in model.named_parameters()]
     tangents = {name: piece.view_as(p) for name, piece, p in zip(names, pieces, model.parameters(), strict=True)}
@@ -152,6 +152,53 @@ def test_curvature_along_a_vector_is_that_of_each_example():
     assert found.tolist() == pytest.approx(expected.tolist(), rel=0.02, abs=1e-9)
     operator = HessianOperator(objective)
     assert whole.sum() / NUMBER == pytest.approx(float(vector @ operator.matvec(vector)), rel=1e-3)
+
+
+def test_a_pool_has_the_gradient_and_an_estimate_of_the_trace():
+    model, columns = problem()
+    objective = Objective(model, [columns])
+    with measurement_session(objective, CONFIG) as (inside, _):
+        pool = Pool(loader(), examples=NUMBER, seed=0)
+        _, population = draw_from_pool(inside, pool, examples=40, batch_size=8, seed=0)
+    look, operator = population.look, HessianOperator(objective)
+    for tensor, expected in zip(look.gradient, gradient(objective).tensors, strict=True):
+        assert torch.allclose(tensor, expected, rtol=1e-9, atol=1e-12)
+    assert look.gradient_variance == 0  # the pool is all there is
+    dense = operator.matmat(torch.eye(operator.size, dtype=torch.float64))
+    spread = (2 * (dense.square().sum() - dense.diagonal().square().sum()) / SIZE_PROBES).sqrt()
+    assert population.mean(look.sizes + look.bends) == pytest.approx(float(dense.trace()), abs=3 * float(spread))
+
+
+class Bag(nn.Module):
+    """The mean of the embeddings of three words, then a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(60, 3), nn.Linear(3, 2)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(torch.tanh(self.words(input_ids).mean(1)))
+        return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def test_words_that_the_sample_lacks_are_left_out_of_the_products_alone():
+    torch.manual_seed(0)
+    model, number = Bag().double().eval(), 120
+    columns = {"input_ids": torch.randint(60, (number, 3)), "labels": torch.randint(2, (number,))}
+    rows = [{key: column[i] for key, column in columns.items()} for i in range(number)]
+    config = replace(CONFIG, probe_examples=16)
+    measurement = measure(model, None, config, dataset=DataLoader(rows))
+    assert 0 < measurement.unused_embedding_parameters < 180
+    operator = HessianOperator(Objective(model, [columns]))
+    dense = operator.matmat(torch.eye(operator.size, dtype=torch.float64))
+    point = gradient(Objective(model, [columns]))
+    vector = torch.cat([tensor.flatten() for tensor in point.tensors])
+    largest = float(torch.linalg.eigvalsh(dense)[-1])
+    assert measurement.hessian.lambda_max.low <= largest <= measurement.hessian.lambda_max.high
+    assert measurement.hessian.trace.low <= float(dense.trace()) <= measurement.hessian.trace.high
+    assert measurement.grad_norm == pytest.approx(float(vector.norm()))
+    assert measurement.quadratic_model is not None
+    assert measurement.quadratic_model.curvature == pytest.approx(float(vector @ dense @ vector), rel=0.05)
 
 
 @pytest.mark.parametrize(("number", "least"), [(4, 2), pytest.param(40, 33, marks=pytest.mark.slow)])

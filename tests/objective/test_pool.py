@@ -31,9 +31,9 @@ def read(pool: Pool, positions: list[int]) -> dict[str, Any]:
 
 
 def test_a_row_is_the_same_in_whatever_batch():
-    pool = Pool(DataLoader(Augmented()), examples=10, batch_size=4, seed=0)
+    pool = Pool(DataLoader(Augmented()), examples=10, seed=0)
     with pool.reading():
-        whole = torch.cat([pool.collate(chunk)["noise"] for chunk in pool.chunks()])
+        whole = torch.cat([pool.collate(chunk)["noise"] for chunk in pool.chunks(4)])
     assert len(whole) == len(pool) == 10 and pool.total == 30
     assert len(set(whole.tolist())) == 10
     assert read(pool, [7, 2])["noise"].tolist() == [whole[7], whole[2]]
@@ -41,14 +41,14 @@ def test_a_row_is_the_same_in_whatever_batch():
 
 def test_random_states_come_back():
     states = random.getstate(), torch.get_rng_state()
-    read(Pool(DataLoader(Augmented()), examples=10, batch_size=4, seed=0), [0, 1])
+    read(Pool(DataLoader(Augmented()), examples=10, seed=0), [0, 1])
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
 
 
 def test_other_seeds_have_other_rows():
-    indices = [Pool(DataLoader(Augmented()), examples=10, batch_size=4, seed=seed).indices for seed in (0, 0, 1)]
+    indices = [Pool(DataLoader(Augmented()), examples=10, seed=seed).indices for seed in (0, 0, 1)]
     assert indices[0].tolist() == indices[1].tolist() != indices[2].tolist()
-    assert Pool(DataLoader(Augmented()), examples=99, batch_size=4, seed=0).indices.tolist() == list(range(30))
+    assert Pool(DataLoader(Augmented()), examples=99, seed=0).indices.tolist() == list(range(30))
 
 
 def test_streams_and_rows_that_fail_are_refused():
@@ -61,6 +61,6 @@ def test_streams_and_rows_that_fail_are_refused():
             raise OSError("no such file")
 
     with pytest.raises(ValueError, match="rows that can be drawn by index"):
-        Pool(DataLoader(Stream()), examples=10, batch_size=4, seed=0)
+        Pool(DataLoader(Stream()), examples=10, seed=0)
     with pytest.raises(MeasurementError, match="can't be read"):
-        read(Pool(DataLoader(Broken()), examples=10, batch_size=4, seed=0), [0])
+        read(Pool(DataLoader(Broken()), examples=10, seed=0), [0])
