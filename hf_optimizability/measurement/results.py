@@ -158,11 +158,11 @@ class PopulationMeasurement:
 
     Attributes:
         examples: Examples in the training set.
-        pool_examples: Those of them that forward passes looked at.
+        pool_examples: Those of them that were looked at.
         sampled_examples: Those measured.
         certain_examples: Of these, those that any draw would hold, as they are a large part of the curvature.
         loss: Mean loss.
-        grad_norm: 2-norm of the gradient of the mean loss, without what the draw adds to it.
+        grad_norm: 2-norm of the gradient of the mean loss, without what a pool that is a part of the set adds to it.
         loss_quantiles: Loss of an example below which 5, 25, 50, 75 and 95 % of the pool lie.
         hardest: Places in the data set of the examples with the largest losses, the largest first.
     """
@@ -181,7 +181,8 @@ class PopulationMeasurement:
         looked_at = "all" if self.pool_examples == self.examples else f"{self.pool_examples:,} of them"
         return (
             f"{self.sampled_examples:,} of {self.examples:,} examples, drawn by their curvature after forward passes "
-            f"over {looked_at}; loss, trace, λ_max and λ_min, with their intervals, are those of the training loss"
+            f"over {looked_at}; loss, gradient, trace, λ_max and λ_min, with their intervals, are those of the training "
+            "loss"
         )
 
 
