@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 from ..curvature.compact_embeddings import UsedRows
@@ -159,24 +160,25 @@ def between(end: Estimate, along: Along, *, largest: bool) -> Estimate:
 def _traces(spectrum: SpectrumAndTrace, population: Population, design: Design, *, tolerance: float) -> list[Estimate]:
     """Return the trace and those of the segments, with the error over the data in their intervals.
 
-    Beyond its Gauss-Newton part, the trace is not in proportion to what the sample was drawn by. The pool has it with
-    the noise of a few probes; what it lacks is known on the sample.
+    The pool has the trace with the noise of a few probes; what they lack is known on the sample, and varies less
+    between its batches where the trace is not in proportion to what the sample was drawn by.
     """
     trace, segments = spectrum.estimates.trace, spectrum.segments
     if spectrum.parts is None:
         return [trace, *segments]
     look, means = population.look, spectrum.parts.means()
-    total, bends = means.sum(axis=1), design.by_batch(look.bends)
-    errors = [design.std_error(column) for column in (total, *means.T)]
-    sizes, shift = look.sizes, 0.0
-    if (error := design.std_error(total - bends)) < errors[0]:
-        errors[0], sizes, shift = error, look.sizes + look.bends, population.mean(look.bends) - design.mean(bends)
+    of_segments = [design.std_error(column) for column in means.T]
+    known = [np.zeros_like(look.sizes), look.bends, look.sizes + look.bends]
+    pairs = [(part, means.sum(axis=1) - design.by_batch(part)) for part in known]
+    part, rest = min(pairs, key=lambda pair: design.std_error(pair[1]))
+    shift = population.mean(part) + design.mean(rest) - design.mean(means.sum(axis=1))
     trace = replace(trace, value=trace.value + shift, low=trace.low + shift, high=trace.high + shift)
-    # A size is the trace of its example, with the noise of a few probes.
-    of_the_pool = population.pool_std_error(sizes) / (abs(population.mean(sizes)) or 1.0)
+    # What is known of an example is its trace, with the noise of a few probes.
+    traces = look.sizes if part is known[0] else look.sizes + look.bends
+    of_the_pool = population.pool_std_error(traces) / (abs(population.mean(traces)) or 1.0)
     return [
         estimate.with_data_error(
-            math.hypot(error, of_the_pool * estimate.value), freedom=design.freedom, tolerance=tolerance
+            math.hypot(error, of_the_pool * abs(estimate.value)), freedom=design.freedom, tolerance=tolerance
         )
-        for estimate, error in zip((trace, *segments), errors, strict=True)
+        for estimate, error in zip((trace, *segments), (design.std_error(rest), *of_segments), strict=True)
     ]
