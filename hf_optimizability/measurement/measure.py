@@ -44,7 +44,7 @@ from .optimizer_step import OptimizerStep, eigenvector_plane, measure_stability,
 from .out_of_memory import out_of_memory, retry_with_smaller_batches
 from .pool_pass import draw_from_pool
 from .population_estimates import about_population, gradient_of_pool
-from .results import BlockMeasurement, Measurement
+from .results import BlockMeasurement, Measurement, PopulationMeasurement
 from .session import measurement_session
 from .slope_check import slope_errors
 
@@ -303,13 +303,7 @@ def _measure_once(
             if directions.along_update is not None:
                 line = update_line(objective, point, update, directions.along_update, stability)
         plane = eigenvector_plane(objective, curvature.spectrum) if config.landscape else None
-        whole, quadratic, population = point, directions.quadratic, None
-        if objective.population is not None and curvature.along_gradient is not None:
-            along = curvature.along_gradient
-            whole = gradient_of_pool(objective.population)
-            population = about_population(objective.population, along.slope_std_error)
-            squared = population.grad_norm.value**2
-            quadratic = QuadraticModel.of(squared, squared * along.curvature)
+        whole, quadratic, population = _of_whole_set(objective, point, directions, curvature)
         blocks = _measure_blocks(objective, indices, whole, curvature)
         noise = None  # of a sample by size: its batches are not drawn as in training
         if objective.parts >= MIN_PARTS and objective.population is None:
@@ -343,6 +337,19 @@ def _measure_once(
             population=population,
             batch_sharpness=batches,
         )
+
+
+def _of_whole_set(
+    objective: Objective, point: Gradient, directions: DirectionalCurvature, curvature: CurvatureEstimates
+) -> tuple[Gradient, QuadraticModel, PopulationMeasurement | None]:
+    """Return gradient and quadratic model of the data set; those of the batches where they are all there is."""
+    along = curvature.along_gradient
+    if objective.population is None or along is None:
+        return point, directions.quadratic, None
+    population = about_population(objective.population, along.slope_std_error)
+    squared = population.grad_norm.value**2
+    model = QuadraticModel.of(squared, squared * along.curvature)
+    return gradient_of_pool(objective.population), model, population
 
 
 def compute_gradient(objective: Objective) -> Gradient:

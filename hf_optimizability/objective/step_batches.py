@@ -43,7 +43,7 @@ class StepBatches:
         if not isinstance(rows, (RandomSampler, SequentialSampler)):
             raise ValueError(f"{type(rows).__name__} does not draw each row of the training set alike.")
         self._size, self._parts, self._seed = sampler.batch_size, parts, seed
-        self._pool = Pool(loader, examples=number * self.examples, batch_size=self._size, seed=seed)
+        self._pool = Pool(loader, examples=number * self.examples, seed=seed)
 
     @property
     def examples(self) -> int:
