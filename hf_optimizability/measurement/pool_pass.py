@@ -115,14 +115,15 @@ def _look(objective: Objective, pool: Pool, *, seed: int) -> Look:
     step = SIZE_STEP * float(norm_of([p.detach() for p in parameters])) / math.sqrt(number)
     losses, sizes, bends, items = [], [], [], 0
     gradients = _GradientSum(objective)
-    for looked in _looked_at(objective, pool):
-        losses += [_known(one.apart.by_example(one.loss)) for one in looked]
-        items += sum(one.batch.items for one in looked)
-        parts = [_along(objective, looked, vector, step) for vector in vectors]
-        for of_batch in zip(*parts, strict=True):
-            sizes.append(np.mean([part.gauss_newton for part in of_batch], axis=0))
-            bends.append(np.mean([part.hessian - part.gauss_newton for part in of_batch], axis=0))
-        gradients.add(looked)
+    with pool.reading():
+        for looked in _looked_at(objective, pool):
+            losses += [_known(one.apart.by_example(one.loss)) for one in looked]
+            items += sum(one.batch.items for one in looked)
+            parts = [_along(objective, looked, vector, step) for vector in vectors]
+            for of_batch in zip(*parts, strict=True):
+                sizes.append(np.mean([part.gauss_newton for part in of_batch], axis=0))
+                bends.append(np.mean([part.hessian - part.gauss_newton for part in of_batch], axis=0))
+            gradients.add(looked)
     mean, variance = gradients.result(len(pool) / pool.total)
     return Look(np.concatenate(losses), items, np.concatenate(sizes), np.concatenate(bends), mean, variance)
 
@@ -184,9 +185,10 @@ def curvature_along(
     steps = [min(longest, math.sqrt(change / abs(value)) if value else longest) for value in values]
     directions = [_shaped(vector, parameters) for vector in vectors]
     found: list[list[CurvatureAlong]] = [[] for _ in vectors]
-    for looked in _looked_at(objective, population.pool):
-        for direction, step, parts in zip(directions, steps, found, strict=True):
-            parts += _along(objective, looked, direction, step)
+    with population.pool.reading():
+        for looked in _looked_at(objective, population.pool):
+            for direction, step, parts in zip(directions, steps, found, strict=True):
+                parts += _along(objective, looked, direction, step)
     return [CurvatureAlong(*map(np.concatenate, zip(*parts, strict=True))) for parts in found]
 
 
@@ -203,9 +205,13 @@ class _Looked(NamedTuple):
 
 
 def _looked_at(objective: Objective, pool: Pool) -> Iterator[list[_Looked]]:
-    """Yield the batches of a pool, several at a time: moving the weights can take as long as a forward pass."""
+    """Yield the batches of a pool, several at a time: moving the weights can take as long as a forward pass.
+
+    Inside `reading`, which is not held here: a generator that is left in the middle would restore late.
+    """
     looked, held = [], 0
-    for batch in _pool_batches(objective, pool):
+    for index, chunk in enumerate(pool.chunks(objective.batch_size)):
+        batch = objective.probe_batch(pool.collate(chunk), index)
         looked.append(_Looked(batch, *_apart(objective, batch)))
         held += sum(outputs.numel() for outputs in looked[-1].outputs)
         if held >= MAX_HELD:
@@ -246,12 +252,6 @@ def _differences(one: _Looked, behind: Sequence[Tensor], ahead: Sequence[Tensor]
 def _shaped(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     pieces = vector.split([p.numel() for p in parameters])
     return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
-
-
-def _pool_batches(objective: Objective, pool: Pool) -> Iterator[ProbeBatch]:
-    with pool.reading():
-        for index, chunk in enumerate(pool.chunks(objective.batch_size)):
-            yield objective.probe_batch(pool.collate(chunk), index)
 
 
 def _sampled_batches(objective: Objective, population: Population, batch_size: int) -> Iterator[ProbeBatch]:
