@@ -39,8 +39,8 @@ class Preconditioner:
             group at η/10 has 10 times the P.
         limit: Gradient descent with this P held still is stable where λ_max(P^-½ H P^-½) is below `limit`; infinite
             at η = 0. Weight decay is left out.
-        peak_learning_rate: The largest `initial_lr` of the groups, which schedules scale by at most 1; `None` if there
-            is no schedule.
+        peak_learning_rate: The largest `initial_lr` of the groups, which schedules scale by at most 1; `None` without
+            a schedule.
     """
 
     diagonal: Tensor
