@@ -29,7 +29,8 @@ from workloads import CACHE, VISION_CHECKPOINT, VISION_DATA
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
 from hf_optimizability.files import write_atomically
-from hf_optimizability.number_format import format_estimate, format_number, format_with_error
+from hf_optimizability.linalg.statistics import NORMAL_QUANTILE
+from hf_optimizability.number_format import format_estimate, format_interval, format_number
 from hf_optimizability.report.figures import BLUE, GREEN, VERMILLION
 from hf_optimizability.tasks import image_classification as task
 from hf_optimizability.tasks.fine_tuning import load, parse_arguments
@@ -157,7 +158,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         findings = ", ".join(f"`{found}`" for found, severity, _ in held["findings"] if severity != "note") or "–"
         life = held["half_life"]
         numbers = [f"{100 * held['accuracy']:.1f}", format_number(held["eval_loss"])]
-        numbers.append(format_with_error(*held["gap"]))
+        gap, error = held["gap"]
+        numbers.append(format_interval(gap, gap - NORMAL_QUANTILE * error, gap + NORMAL_QUANTILE * error))
         numbers += ["–" if life is None else format_number(life), held["trace"], held["top"]]
         lines.append(f"| {name} | {' | '.join(numbers)} | {findings} |")
     return "\n".join(lines)

@@ -65,9 +65,8 @@ def describe(step: str, measured: Measurement) -> str:
     hessian = measured.hessian
     shares = ", ".join(f"{name} {block.trace.value:.3g}" for name, block in measured.blocks.items())
     return (
-        f"{step:8} loss {measured.loss:.3f}  gradient {measured.grad_norm:.3g}  trace {hessian.trace.value:.4g} ± "
-        f"{hessian.trace.std_error:.1g} ({shares})  λ_max {hessian.lambda_max.value:.4g} ± "
-        f"{hessian.lambda_max.residual:.1g}"
+        f"{step:8} loss {measured.loss:.3f}  gradient {measured.grad_norm:.3g}  trace {hessian.trace}: {shares}  "
+        f"λ_max {hessian.lambda_max}"
     )
 
 

@@ -91,10 +91,7 @@ def plot_noise_scale(report: ReportData) -> Figure | None:
 
 
 def plot_curvature(report: ReportData) -> Figure | None:
-    """Draw the Hessian trace ± standard error over steps and, below it, λ_max and λ_min ± residual bound.
-
-    Behind the trace, in a wider and lighter bar, its error over the data.
-    """
+    """Draw the Hessian trace over steps and, below it, λ_max and λ_min, each with its 95 % interval."""
     by_name = panels.quantity_panels(report)
     figure = _plot(by_name["trace"], by_name["eigenvalues"])
     for axes in [] if figure is None else figure.axes:
