@@ -8,6 +8,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 from hf_optimizability import OptimizabilityConfig
 
 
@@ -22,3 +24,15 @@ def test_the_docstring_describes_every_option_as_the_help_of_its_flag_does():
 def test_the_report_goes_into_the_output_folder_by_default():
     assert OptimizabilityConfig().report_folder("out/run") == Path("out/run/optimizability")
     assert OptimizabilityConfig(report_dir="elsewhere").report_folder("out/run") == Path("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"pool_examples": 48}, "64 examples are to be measured"),
+        ({"pool_examples": 99, "task_column": "t"}, "one loss"),
+    ],
+)
+def test_a_pool_is_for_one_loss_and_larger_than_the_sample(options: dict[str, object], says: str):
+    with pytest.raises(ValueError, match=says):
+        OptimizabilityConfig(**options)

@@ -228,6 +228,11 @@ def test_losses_that_depend_on_several_examples_are_refused():
         measure(model, None, CONFIG, dataset=loader(), loss_fn=coupled)
 
 
+def test_a_data_set_has_one_loss():
+    with pytest.raises(ValueError, match="one loss on whole parameters"):
+        measure(problem()[0], None, OptimizabilityConfig(task_column="task"), dataset=loader())
+
+
 @pytest.mark.parametrize("both", [True, False])
 def test_either_batches_or_a_data_set(both: bool):
     model, columns = problem()

@@ -132,9 +132,21 @@ def test_curvature_is_that_of_autograd(name: str):
         lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z), pos_weight=torch.tensor([1.0, 2.0])),
         lambda z: z.logsumexp(1).mean(),
         lambda z: F.cross_entropy(z[:2], torch.tensor([0, 1])),
+        lambda z: F.mse_loss(z, torch.ones_like(z), weight=torch.full_like(z, 2.0)),
+        lambda z: F.huber_loss(z, torch.ones_like(z), weight=torch.full_like(z, 2.0)),
+        lambda z: F.smooth_l1_loss(z, torch.ones(3, 1)),
     ],
-    ids=["class weights", "positive weights", "none of torch's", "of fewer items"],
+    ids=[
+        "class weights",
+        "positive weights",
+        "none of torch's",
+        "of fewer items",
+        "weighted squares",
+        "weighted Huber",
+        "of one target for several outputs",
+    ],
 )
+@pytest.mark.filterwarnings("ignore:Using a target size")
 def test_other_losses_are_not_known(loss: Callable[[Tensor], Tensor]):
     outputs = torch.randn(3, 2)
     with ExampleLosses(3) as apart:

@@ -52,6 +52,18 @@ def test_batch_encodings_are_batches():
     assert encoded.loss == measure(tiny_models.make("bert"), [batch], config).loss
 
 
+@pytest.mark.parametrize(
+    ("model", "batch", "says"),
+    [
+        (tiny_models.bert(), {"input_ids": torch.ones(2, 3, dtype=torch.long)}, "has no labels"),
+        (tiny_models.bert().bert, {"input_ids": torch.ones(2, 3, dtype=torch.long)}, "returned no loss"),
+    ],
+)
+def test_a_batch_that_gives_no_loss(model: nn.Module, batch: dict[str, torch.Tensor], says: str):
+    with pytest.raises(ValueError, match=says):
+        Objective(model, [batch]).check()
+
+
 class TestCut:
     @pytest.mark.parametrize("name", ["gpt2", "bert"])
     @pytest.mark.parametrize("size", [1, 2, 9])
