@@ -299,10 +299,20 @@ class OptimizabilityConfig:
             )
         if self.pool_examples is not None and self.task_column is not None:
             raise ValueError("`pool_examples` is for one loss; with `task_column`, leave it unset.")
+        if self.pool_examples is not None and not self.takes_pool:
+            raise ValueError(
+                "`pool_examples` needs products by batch, weighted by example: not engine='central_difference', nor "
+                "curvature='empirical_fisher'. Leave one of them unset."
+            )
         if self.report_dir is not None:
             self.report_dir = os.path.expanduser(self.report_dir)  # as `TrainingArguments` does with `output_dir`
         if self.blocks is not None and not self.blocks:
             raise ValueError("`blocks` is empty; pass at least one pattern, or leave it unset for automatic blocks.")
+
+    @property
+    def takes_pool(self) -> bool:
+        """Whether the matrix can be that of a whole data set, from examples drawn with unequal chances."""
+        return self.engine != "central_difference" and self.curvature != "empirical_fisher"
 
     def _require_options_that_fit(self) -> None:
         """Raise for combinations of options that would have no effect."""

@@ -185,8 +185,13 @@ WORDS: Mapping[str, Words] = {
     ),
     "losses_not_apart": Words(
         "The losses of single examples are not known: the loss is not made of torch's `cross_entropy`, `mse_loss`, "
-        "`binary_cross_entropy_with_logits`, `huber_loss` or `smooth_l1_loss` without class weights, or depends on "
-        "more than one example.",
+        "`binary_cross_entropy_with_logits`, `huber_loss` or `smooth_l1_loss` without class weights, has another term "
+        "(a penalty on the weights), or depends on more than one example.",
+        "Pass `batches` in place of `dataset`.",
+    ),
+    "products_not_apart": Words(
+        "Products of single batches are not known: the loss has no second derivative, so they are central "
+        "differences.",
         "Pass `batches` in place of `dataset`.",
     ),
     "too_few_examples": Words(

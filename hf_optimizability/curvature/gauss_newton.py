@@ -130,6 +130,24 @@ def _require_no_other_path(outputs: Sequence[Tensor], loss: Tensor, parameters: 
         )
 
 
+def _require_no_other_curvature(outputs: Sequence[Tensor], loss: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Refuse a loss with a term in the weights alone whose gradient is 0 at present, such as a penalty at its centre.
+
+    Where an operation has no second derivative, nothing is refused: then the trace is not split either.
+    """
+    direct = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    slopes = torch.autograd.grad(loss, outputs, create_graph=True, materialize_grads=True)
+    through = torch.autograd.grad(outputs, parameters, grad_outputs=slopes, create_graph=True, materialize_grads=True)
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
+    rest, whole = (
+        math.fsum(float(norm(piece.flatten())) ** 2 for piece in _derivative(slope, parameters, vectors))
+        for slope in ([a - b for a, b in zip(direct, through, strict=True)], direct)
+    )
+    if rest > torch.finfo(direct[0].dtype).eps * whole:
+        raise ValueError("The loss has a term in the parameters alone, so that its Hessian can't be split.")
+
+
 def gauss_newton_trace(
     objective: EmpiricalRisk,
     segments: Segments,
@@ -293,6 +311,7 @@ def _diagonal_by_part(objective: EmpiricalRisk, *, max_outputs: int) -> Iterator
             _require_few_outputs(single, max_outputs)
             if first:
                 _require_no_other_path(single, single_loss, parameters)
+                _require_no_other_curvature(single, single_loss, parameters)
                 first = False
             _add_diagonal(single, single_loss, parameters, diagonal, probe)
             counted, apart = counted + count, apart + float(single_loss.detach())

@@ -121,6 +121,8 @@ class Estimate:
             ... # doctest: +ELLIPSIS
             Estimate(value=5.0, low=2.22..., high=7.77..., method='exact', hvps=3, converged=False, std_error=0.0, ...)
         """
+        if error == math.inf:
+            return replace(self, low=-math.inf, high=math.inf, data_std_error=None, converged=False)
         total = math.hypot(self.std_error or 0.0, error)
         margin = student_quantile(freedom * (total / error) ** 4) * total if error else NORMAL_QUANTILE * total
         return replace(

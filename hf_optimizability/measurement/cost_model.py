@@ -71,7 +71,7 @@ def allocate_hvps(config: OptimizabilityConfig, engine: HvpEngine, *, preconditi
         engine: How products are computed.
         preconditions: Whether the sharpness that the optimizer sees takes products of its own.
     """
-    by_task = config.task_column is not None and engine.separates_tasks
+    by_task = config.task_column is not None and engine.separates_batches
     return config.budget.allocate(
         sharpness=preconditions,
         blocks=engine.differentiates_hessian and config.budget.block_eigenvalues,

@@ -132,7 +132,7 @@ def estimate_curvature(
     """Estimate all that is asked of a curvature matrix, with an engine that is active."""
     preconditions = step is not None and step.preconditions(objective)
     allocation = allocate_hvps(config, engine, preconditions=preconditions)
-    by_task = config.task_column is not None and engine.separates_tasks
+    by_task = config.task_column is not None and engine.separates_batches
     of_sample: SampleForms | None = None
     with drop_unused_embedding_rows(objective) as used:
         segments = block_segments(objective, blocks.values())

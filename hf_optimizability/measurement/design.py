@@ -49,17 +49,17 @@ class Design:
     def freedom(self) -> float:
         """Degrees of freedom of a standard error."""
         groups = sum(not batch.certain for batch in self.batches)
-        return math.inf if groups == 0 else groups - 1
+        return math.inf if groups == 0 else max(groups - 1, 1)
 
     def mean(self, values: Array) -> float:
         """Return the mean over the population, from the means of the batches."""
         return float(np.average(values, weights=self.shares))
 
     def std_error(self, values: Array) -> float:
-        """Return its standard error: 0 where every example is certain."""
+        """Return its standard error: 0 where every example is certain, infinite from a single group."""
         drawn = np.array([not batch.certain for batch in self.batches])
-        if not drawn.any():
-            return 0.0
+        if drawn.sum() < 2:
+            return math.inf if drawn.any() else 0.0
         shares = self.shares[drawn]
         error = jackknife(values[drawn], shares) * shares.sum() / self.shares.sum()
         return math.sqrt(self.correction) * error

@@ -97,7 +97,7 @@ class HvpEngine:
         return self.exact and self.curvature == "hessian"
 
     @property
-    def separates_tasks(self) -> bool:
+    def separates_batches(self) -> bool:
         """Whether the products of single batches are seen: a central difference is of the whole gradient."""
         return self.name != "central_difference"
 

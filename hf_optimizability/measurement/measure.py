@@ -75,8 +75,8 @@ def measure(
             key, with the task of each example or one for all; batches that mix tasks are cut. A model whose `forward`
             does not name the key gets its batches without it; a `loss_fn` gets them as they are.
         dataset: In place of `batches`, a loader over the whole training set. Examples are drawn from it by their
-            curvature, out of `config.pool_examples` (2,560 by default) that forward passes look at, and intervals are
-            about the loss over all of it. Its sampler is not used.
+            curvature, out of `config.pool_examples` (2,560 by default) that are looked at, and the intervals of loss,
+            gradient, traces, λ_max and λ_min are about the loss over all of it. Its sampler is not used.
         config: Precision and budget; when to measure does not matter here.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
@@ -126,6 +126,11 @@ def pool_of(model: nn.Module, dataset: DataLoader, config: OptimizabilityConfig)
     if config.task_column is not None or is_sharded(model):
         raise ValueError(
             "`dataset` is for one loss on whole parameters; with `task_column`, or under FSDP2, pass `batches`."
+        )
+    if not config.takes_pool:
+        raise ValueError(
+            "`dataset` needs products by batch, weighted by example; with engine='central_difference' or "
+            "curvature='empirical_fisher', pass `batches`."
         )
     examples = config.pool_examples or max(POOL_EXAMPLES, config.budget.probe_examples)
     return Pool(dataset, examples=examples, seed=config.probe_seed)
@@ -288,6 +293,8 @@ def _measure_once(
             return measure_directions(engine, objective, point, update, config)
 
         engine, directions = choose_engine(objective, config, first_product)
+        if objective.population is not None and not engine.separates_batches:
+            raise MeasurementError("products_not_apart")
         indices = block_indices(objective.names, config, strict=False)
         with engine.active(objective.model):
             curvature = estimate_curvature(

@@ -34,6 +34,10 @@ MIN_GROUPS = 6
 SAME_LOSS = 1e-3
 """Relative difference of losses that rounding may make."""
 
+ASIDE_STEP, OTHER_TERM = 0.1, 1e-4
+"""How far to go from the parameters, relative to them, to see a loss that is not the examples'; its gradient, relative
+to the whole one, above that of rounding."""
+
 SIZE_STEP = 1e-2
 """Step along a random vector, relative to the parameters: second differences of outputs in float32 need a long one."""
 
@@ -103,6 +107,26 @@ def _require_apart(objective: Objective) -> None:
     sums = [float(_apart(objective, half)[0]) for half in halves]
     if not np.allclose(parts, sums, rtol=SAME_LOSS, atol=SAME_LOSS * abs(float(loss))):
         raise MeasurementError("losses_not_apart")
+    parameters = objective.parameters
+    generator = torch.Generator().manual_seed(0)
+    aside = [torch.randn(p.shape, generator=generator) for p in parameters]
+    step = ASIDE_STEP * _length(parameters) / math.sqrt(sum(p.numel() for p in parameters))
+    for length in (0.0, step):  # a penalty has no gradient at its centre
+        with displaced(parameters, aside, [length] * len(parameters)):
+            _require_no_other_term(objective, batch)
+
+
+def _require_no_other_term(objective: Objective, batch: ProbeBatch) -> None:
+    """Raise if a batch's loss has a part that is none of its examples': it would not be weighted as they are."""
+    loss, apart = objective.example_losses(batch)
+    rest = apart.rest(loss)
+    assert rest is not None
+    of_rest, of_loss = (
+        float(norm_of(torch.autograd.grad(term, objective.parameters, retain_graph=True, materialize_grads=True)))
+        for term in (rest, loss)
+    )
+    if of_rest > OTHER_TERM * of_loss:
+        raise MeasurementError("losses_not_apart")
 
 
 def _look(objective: Objective, pool: Pool, *, seed: int) -> Look:
@@ -111,8 +135,7 @@ def _look(objective: Objective, pool: Pool, *, seed: int) -> Look:
     vectors = [
         [2.0 * torch.randint(2, p.shape, generator=generator) - 1 for p in parameters] for _ in range(SIZE_PROBES)
     ]
-    number = sum(p.numel() for p in parameters)
-    step = SIZE_STEP * float(norm_of([p.detach() for p in parameters])) / math.sqrt(number)
+    step = SIZE_STEP * _length(parameters) / math.sqrt(sum(p.numel() for p in parameters))
     losses, sizes, bends, items = [], [], [], 0
     gradients = _GradientSum(objective)
     with pool.reading():
@@ -124,8 +147,15 @@ def _look(objective: Objective, pool: Pool, *, seed: int) -> Look:
                 sizes.append(np.mean([part.gauss_newton for part in of_batch], axis=0))
                 bends.append(np.mean([part.hessian - part.gauss_newton for part in of_batch], axis=0))
             gradients.add(looked)
-    mean, variance = gradients.result(len(pool) / pool.total)
-    return Look(np.concatenate(losses), items, np.concatenate(sizes), np.concatenate(bends), mean, variance)
+    return Look(
+        np.concatenate(losses),
+        items,
+        np.concatenate(sizes),
+        np.concatenate(bends),
+        gradient=gradients.mean,
+        gradient_variance=gradients.variance(len(pool) / pool.total),
+        gradient_scale=gradients.scale,
+    )
 
 
 class _GradientSum:
@@ -143,11 +173,20 @@ class _GradientSum:
             self._items, self._batches = self._items + items, self._batches + 1
             self._squares += float(norm_of(tensors)) ** 2 / items
 
-    def result(self, part: float) -> tuple[tuple[Tensor, ...], float]:
-        """Return the mean, and the variance that `‖mean‖²` has in it as that of a random part of the data."""
-        mean = tuple(total / self._items for total in self._totals)
-        spread = self._squares / self._items - float(norm_of(mean)) ** 2
-        return mean, max(spread, 0.0) * (1 - part) / max(self._batches - 1, 1)
+    @property
+    def mean(self) -> tuple[Tensor, ...]:
+        """The gradient of the mean loss."""
+        return tuple(total / self._items for total in self._totals)
+
+    @property
+    def scale(self) -> float:
+        """Root mean square of the norms of the batches' gradients."""
+        return math.sqrt(self._squares / self._items)
+
+    def variance(self, part: float) -> float:
+        """Return the variance that `‖mean‖²` has in it as that of such a part of the data, drawn at random."""
+        spread = max(self.scale**2 - float(norm_of(self.mean)) ** 2, 0.0)
+        return spread * (1 - part) / max(self._batches - 1, 1)
 
 
 class CurvatureAlong(NamedTuple):
@@ -180,9 +219,9 @@ def curvature_along(
         values: About how large `vᵀHv` is for each, for the step.
     """
     parameters = objective.parameters
-    longest = LONGEST_STEP * float(norm_of([p.detach() for p in parameters]))
+    longest = LONGEST_STEP * _length(parameters)
     change = 2 * LOSS_CHANGE * abs(population.mean_loss)
-    steps = [min(longest, math.sqrt(change / abs(value)) if value else longest) for value in values]
+    steps = [min(longest, math.sqrt(change / abs(value))) if change and value else longest for value in values]
     directions = [_shaped(vector, parameters) for vector in vectors]
     found: list[list[CurvatureAlong]] = [[] for _ in vectors]
     with population.pool.reading():
@@ -247,6 +286,11 @@ def _differences(one: _Looked, behind: Sequence[Tensor], ahead: Sequence[Tensor]
         gauss_newton=_known(one.apart.curvature_by_example(one.loss, one.outputs, moves)),
         hessian=(first + second - 2 * middle) / step**2,
     )
+
+
+def _length(parameters: Sequence[Tensor]) -> float:
+    """Return the norm of the parameters, to measure steps by; 1 if all are 0."""
+    return float(norm_of([p.detach() for p in parameters])) or 1.0
 
 
 def _shaped(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -19,7 +19,7 @@ HARDEST = 10
 METHOD = "pool"
 
 ROUNDING = 1e-6
-"""Relative error of a mean in float32."""
+"""Error of a mean in float32, relative to what the mean is over."""
 
 
 def gradient_of_pool(population: Population) -> Gradient:
@@ -60,9 +60,12 @@ def gradient_norm(population: Population, slope_std_error: float) -> Estimate:
     The square of the pool's gradient G is too large by its variance V, which is itself known to about 10 %. The error
     of `‖G‖² − V` is that of twice the slope along G.
     """
-    norm, variance = float(norm_of(population.look.gradient)), population.look.gradient_variance
-    square, error = norm**2 - variance, math.hypot(2 * norm * slope_std_error, variance / 10)
-    margin = NORMAL_QUANTILE * error + 2 * ROUNDING * norm**2
+    look = population.look
+    norm, rounding = float(norm_of(look.gradient)), ROUNDING * look.gradient_scale
+    square = norm**2 - look.gradient_variance
+    error = math.hypot(2 * norm * slope_std_error, look.gradient_variance / 10)
+    margin = NORMAL_QUANTILE * error
     low, value, high = (math.sqrt(max(end, 0.0)) for end in (square - margin, square, square + margin))
+    low, high = max(low - rounding, 0.0), high + rounding
     std_error = error / (2 * value) if value else None
-    return Estimate(value, low, high, METHOD, 0, low > 0, 0.0, data_std_error=std_error)
+    return Estimate(value, low, high, METHOD, 0, low > 0 or high == 0, 0.0, data_std_error=std_error)

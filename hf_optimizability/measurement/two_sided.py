@@ -127,8 +127,9 @@ def between(end: Estimate, along: Along, *, largest: bool) -> Estimate:
     """Return an extreme eigenvalue of the whole set, between the two sides.
 
     The inner end is the curvature of the whole set along the vector; the outer end is the sample's eigenvalue with its
-    residual, moved by what sampling may have taken from the curvature along the vector of the whole set. The value is
-    midway between the curvature of the whole set along the vector and the sample's eigenvalue.
+    residual, or that curvature if it is beyond, moved by what sampling may have taken from the curvature along the
+    vector of the whole set. The value is midway between the curvature of the whole set along the vector and the
+    sample's eigenvalue.
 
     Args:
         end: λ_max or λ_min of the sample.
@@ -143,17 +144,20 @@ def between(end: Estimate, along: Along, *, largest: bool) -> Estimate:
     """
     sign = 1.0 if largest else -1.0
     inner = along.whole - sign * student_quantile(along.freedom) * along.std_error
-    outer = end.value + sign * ((end.residual or 0.0) + NORMAL_QUANTILE * along.sample_std_error)
+    farthest = sign * max(sign * end.value + (end.residual or 0.0), sign * along.whole)
+    outer = farthest + sign * NORMAL_QUANTILE * along.sample_std_error
     low, high = min(inner, outer), max(inner, outer)
     value = min(max((along.whole + end.value) / 2, low), high)
+    known = math.isfinite(high - low)
     return replace(
         end,
         value=value,
         low=low,
         high=high,
-        std_error=(high - low) / (2 * NORMAL_QUANTILE),
+        converged=end.converged and known,
+        std_error=(high - low) / (2 * NORMAL_QUANTILE) if known else None,
         residual=None,
-        data_std_error=along.sample_std_error,
+        data_std_error=along.sample_std_error if known else None,
     )
 
 

@@ -104,6 +104,17 @@ class ExampleLosses(TorchFunctionMode):
         """
         return self._parts(loss, [call.losses for call in self.calls])
 
+    def rest(self, loss: Tensor) -> Tensor | None:
+        """Return what a loss has beyond the calls, with its graph; `None` where that is not known.
+
+        Args:
+            loss: As for `by_example`.
+        """
+        factor = self._factor(loss)
+        if factor is None:
+            return None
+        return loss - factor * torch.stack([call.losses.sum() / call.count for call in self.calls]).sum()
+
     def losses_at(self, loss: Tensor, outputs: Iterable[Tensor]) -> Tensor | None:
         """Return each example's part of the loss at other outputs, of shape (examples,), in float64.
 
@@ -137,8 +148,8 @@ class ExampleLosses(TorchFunctionMode):
     def _factor(self, loss: Tensor) -> float | None:
         if not self.calls or self.unknown is not None:
             return None
-        total = sum(float(call.losses.double().sum()) / call.count for call in self.calls)
-        return float(loss) / total if total else 1.0
+        total = sum(float(call.losses.detach().double().sum()) / call.count for call in self.calls)
+        return float(loss.detach()) / total if total else self.calls[0].count  # a sum over the items
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Look:
         bends: Its part of the trace of the rest of the Hessian, likewise, of shape (N,).
         gradient: The gradient of the mean loss, shaped like the parameters.
         gradient_variance: By how much `‖gradient‖²` is, in the mean, above that of the data set.
+        gradient_scale: Root mean square of the norms of the gradients of batches, which rounding is relative to.
     """
 
     losses: Array
@@ -67,6 +68,7 @@ class Look:
     bends: Array
     gradient: tuple[Tensor, ...]
     gradient_variance: float
+    gradient_scale: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+POOL_FAILURES = ("losses_not_apart", "products_not_apart", "rows_unreadable", "rows_refused")
+"""Reasons why examples can't be drawn from a pool; random ones may do."""
+
 
 @dataclass
 class _Run:
@@ -384,7 +387,7 @@ class OptimizabilityCallback(TrainerCallback):
         try:
             return measured(pool=run.pool)
         except MeasurementError as error:
-            if run.pool is None or error.why.code not in ("losses_not_apart", "rows_unreadable", "rows_refused"):
+            if run.pool is None or error.why.code not in POOL_FAILURES:
                 raise
             logger.warning_once(f"`pool_examples` has no effect. {error.why} Measured is on random examples.")
             run.pool = None

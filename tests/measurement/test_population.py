@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from torch.utils.data import DataLoader
 from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
+from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.measurement.measure import measurement_session
 from hf_optimizability.measurement.pool_pass import SIZE_PROBES, curvature_along, draw_from_pool
+from hf_optimizability.measurement.two_sided import Along, between
 from hf_optimizability.objective.objective import Objective
 from hf_optimizability.objective.pool import Pool
 
@@ -226,6 +229,90 @@ def test_losses_that_depend_on_several_examples_are_refused():
 
     with pytest.raises(MeasurementError, match="losses of single examples"):
         measure(model, None, CONFIG, dataset=loader(), loss_fn=coupled)
+
+
+def penalized(model: Net, batch: dict[str, Tensor], *, centre: dict[str, Tensor]) -> Tensor:
+    distance = sum((p - centre[name]).square().sum() for name, p in model.named_parameters())
+    return model(**batch)["loss"] + 0.5 * distance
+
+
+@pytest.mark.parametrize("aside", [0.0, 1.0])
+def test_a_term_in_the_weights_alone_is_refused_with_a_pool_and_measured_without(aside: float):
+    """Also at its centre, where it is 0 and has no gradient."""
+    model, columns = problem()
+    loss_fn = partial(penalized, centre={name: p.detach() + aside for name, p in model.named_parameters()})
+    with pytest.raises(MeasurementError, match="penalty on the weights"):
+        measure(model, None, CONFIG, dataset=loader(), loss_fn=loss_fn)
+    with_term = measure(model, [columns], CONFIG, loss_fn=loss_fn).hessian.trace
+    size = sum(p.numel() for p in model.parameters())  # the trace of the term
+    assert with_term.low <= truth()["trace"] + size <= with_term.high
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse_loss"])
+def test_where_all_weights_are_zero(loss: str):
+    """The second loss is 0, too."""
+    model, columns = nn.Linear(4, 3).double(), problem()[1]
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        outputs = model(batch["x"])
+        if loss == "mse_loss":
+            return nn.functional.mse_loss(outputs, torch.zeros_like(outputs))
+        return nn.functional.cross_entropy(outputs, batch["labels"])
+
+    measurement = measure(model, None, CONFIG, dataset=loader(), loss_fn=loss_fn)
+    operator = HessianOperator(Objective(model, [columns], loss_fn=loss_fn))
+    dense = operator.matmat(torch.eye(operator.size, dtype=torch.float64))
+    for estimate, true in [
+        (measurement.hessian.trace, float(dense.trace())),
+        (measurement.hessian.lambda_max, float(torch.linalg.eigvalsh(dense)[-1])),
+    ]:
+        assert estimate.low <= true <= estimate.high and estimate.high < 4 * true
+
+
+def test_a_single_group_has_no_interval():
+    rows = [loader().dataset[i] for i in range(3)]
+    config = replace(CONFIG, probe_examples=2, probe_batch_size=2)
+    measurement = measure(problem()[0], None, config, dataset=DataLoader(rows))
+    for estimate in (measurement.hessian.lambda_max, measurement.hessian.trace):
+        assert "(no interval)" in str(estimate) and math.isfinite(estimate.value)
+        assert not estimate.converged
+
+
+@pytest.mark.parametrize("options", [{"engine": "central_difference"}, {"curvature": "empirical_fisher"}])
+def test_products_that_are_not_apart_are_refused(options: dict[str, str]):
+    with pytest.raises(ValueError, match="pass `batches`"):
+        measure(problem()[0], None, replace(CONFIG, **options), dataset=loader())
+    with pytest.raises(ValueError, match="products by batch"):
+        replace(CONFIG, pool_examples=99, **options)
+
+
+class Once(torch.autograd.Function):
+    """The identity, whose derivative can't be differentiated."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def test_a_pool_needs_a_second_derivative():
+    def loss_fn(model: Net, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(Once.apply(model.layers(batch["x"])), batch["labels"])
+
+    with pytest.raises(MeasurementError, match="no second derivative"):
+        measure(problem()[0], None, CONFIG, dataset=loader(), loss_fn=loss_fn)
+
+
+def test_the_outer_end_is_beyond_the_curvature_along_the_vector():
+    """Also where the sample's eigenvalue is below it."""
+    sample = Estimate(1.0, 1.0, 1.0, "lanczos", 8, True, residual=0.0)
+    assert between(sample, Along(2.0, 0.1, 0.5, freedom=math.inf), largest=True).high == pytest.approx(2.98, abs=0.01)
 
 
 def test_a_data_set_has_one_loss():
