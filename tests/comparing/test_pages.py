@@ -151,6 +151,7 @@ class TestHostile:
         html = MarkdownIt("commonmark", {"html": True}).enable("table").render(make_hostile().to_markdown())
         assert not re.search(r"<(script|img|svg)", html)
 
+    @pytest.mark.slow
     def test_nothing_runs(self, show):
         page = show(make_hostile().to_html(), size=PHONE)
         for details in page.locator("summary").all():
@@ -164,7 +165,7 @@ class TestBrowser:
         ("size", "scheme"),
         [
             pytest.param(PHONE, "light", id="phone, light", marks=pytest.mark.slow),
-            pytest.param(DESKTOP, "dark", id="desktop, dark"),
+            pytest.param(DESKTOP, "dark", id="desktop, dark", marks=pytest.mark.slow),
             pytest.param(PHONE, "dark", id="phone, dark", marks=pytest.mark.slow),
             pytest.param(DESKTOP, "light", id="desktop, light", marks=pytest.mark.slow),
         ],

@@ -106,6 +106,7 @@ class TestTraining:
             assert run.scores.losses[at] == pytest.approx(float(loss), abs=1e-5)
             assert run.scores.correct[at] == (int(logits.argmax()) == example["labels"])
 
+    @pytest.mark.slow
     def test_measuring_changes_no_score(self, compared, flags):
         measured = compare(
             [compared.candidates[0], compared.candidates[4]],

@@ -168,6 +168,7 @@ assert "hf_optimizability" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_modules_load_alone_and_offline(tmp_path):
     folder = Path(hf_optimizability.dynamics.__file__).parent
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

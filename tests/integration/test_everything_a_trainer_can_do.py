@@ -212,6 +212,7 @@ LIKE_OTHERS = {
     "label smoothing", "reentrant checkpointing", "rmsprop", "length grouping", "tied", "compute_loss",
     "BatchNorm", "depthwise", "shuffled stream", "warm-up", "frozen", "accumulation", "early stopping",
     "compute_loss_func", "question answering", "tokens", "dispatched stream", "checkpointing", "8-bit", "seq2seq",
+    "torch_compile",
 }  # fmt: skip
 """Cases near enough to others, here or in `test_hands_off`, to be left to `make test-slow`."""
 

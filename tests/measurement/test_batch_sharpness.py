@@ -76,8 +76,15 @@ def measured(model: nn.Module, data: DataLoader, **options: Any) -> Measurement:
     return measure(model, None, replace(CONFIG, **options), dataset=data, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("normalize", [True, False], ids=["BatchNorm", "none"])
+@pytest.mark.parametrize(
+    ("normalize", "mode"),
+    [
+        pytest.param(True, True, id="BatchNorm-train"),
+        pytest.param(True, False, id="BatchNorm-eval"),
+        pytest.param(False, True, id="none-train", marks=pytest.mark.slow),
+        pytest.param(False, False, id="none-eval", marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_that_of_the_loss_as_trained(normalize: bool, mode: bool):
     model, data = net(normalize=normalize).train(mode), loader()
     before = copy.deepcopy(model.state_dict())

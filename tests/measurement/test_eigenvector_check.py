@@ -189,6 +189,7 @@ class TestExactProducts:
             and top.reason.code == "kinks_within_steps"
         )
 
+    @pytest.mark.slow
     def test_beside_kinks_so_many_that_differences_settle_are_kept(self):
         """The mean of |w − t| over a grid of t bends, though none of its terms does."""
         model = nn.Linear(1, 1, bias=False).double()
@@ -238,6 +239,7 @@ class TestExactProducts:
         with pytest.raises(MeasurementError, match=r"differentiated wrongly.*`Halved`"):
             measure(model, [torch.ones(1)], OptimizabilityConfig(max_hvps=64), loss_fn=loss_fn)
 
+    @pytest.mark.slow
     def test_beside_a_normalization_of_almost_nothing_are_kept(self):
         """Mask tokens of 0 under a LayerNorm (epsilon 1e-12): the Hessian is 1e13, and another 1e-9 further on."""
         torch.manual_seed(0)

@@ -58,10 +58,9 @@ def batch(length: int) -> dict[str, Tensor]:
     ("name", "length"),  # few enough outputs for the exact part of the trace to be tried, and more
     [
         ("mixtral", 2),
-        ("qwen2_moe", 4),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("mixtral", 4), ("qwen2_moe", 2), ("olmoe", 2), ("olmoe", 4))
+            for case in (("mixtral", 4), ("qwen2_moe", 4), ("qwen2_moe", 2), ("olmoe", 2), ("olmoe", 4))
         ),
     ],
 )

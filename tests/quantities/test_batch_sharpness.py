@@ -91,7 +91,7 @@ def test_delete_one_values_are_those_of_doing_it_again():
     assert not found.converged and ratio_of_means(above, below, tolerance=0.9).converged
 
 
-@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("size", [8, pytest.param(32, marks=pytest.mark.slow)])
 def test_intervals_hold_the_value_over_very_many_batches(size: int):
     """Of a small network: gradients and Hessians of its examples, in float64, give those of any batch of them."""
     generator = torch.Generator().manual_seed(3)
