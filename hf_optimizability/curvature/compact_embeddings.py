@@ -186,7 +186,7 @@ def _users(loss: Tensor, weights: Collection[Tensor]) -> dict[Tensor, set[Any]]:
 
 @contextmanager
 def _compact(embedding: nn.Embedding, rows: Tensor) -> Iterator[None]:
-    """Hold only `rows` of an embedding's weight, and looks them up by the same ids as before."""
+    """Hold only `rows` of an embedding's weight, and look them up by the same ids as before."""
     weight, padding = embedding.weight, embedding.padding_idx
     places = torch.full((len(weight),), -1, device=weight.device)
     places[rows] = torch.arange(len(rows), device=weight.device)

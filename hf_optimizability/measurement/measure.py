@@ -141,7 +141,9 @@ def step_batches(loader: DataLoader, config: OptimizabilityConfig, *, parts: int
     try:
         steps = StepBatches(loader, parts=parts, seed=config.probe_seed)
         if len(steps) < MIN_BATCHES:
-            raise ValueError(f"The training set has {len(steps)} batches of {steps.examples} examples.")
+            raise ValueError(
+                f"It takes {MIN_BATCHES} batches of {steps.examples} examples; the training set has fewer."
+            )
     except ValueError as error:
         logger.warning_once(f"Batch sharpness is not measured. {error}")
         return None

@@ -43,10 +43,10 @@ class Pool:
 
     def __init__(self, loader: DataLoader, *, examples: int, seed: int):
         total = num_examples(dataset_of(loader))
-        if total is None:
+        if not total:
             raise ValueError(
-                "`dataset` has no rows that can be drawn by index. Pass a `DataLoader` over a data set with a length, "
-                "or a few batches of the stream as `batches`."
+                "`dataset` has no rows, or none that can be drawn by index. Pass a `DataLoader` over a data set with "
+                "a length, or a few batches of the stream as `batches`."
             )
         self.total = total
         self.indices = np.array(probe_indices(total, examples, seed=seed), dtype=np.int64)

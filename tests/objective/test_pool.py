@@ -60,7 +60,8 @@ def test_streams_and_rows_that_fail_are_refused():
         def __getitem__(self, index: int) -> dict[str, float]:
             raise OSError("no such file")
 
-    with pytest.raises(ValueError, match="rows that can be drawn by index"):
-        Pool(DataLoader(Stream()), examples=10, seed=0)
+    for loader in (DataLoader(Stream()), DataLoader([])):
+        with pytest.raises(ValueError, match="no rows, or none that can be drawn by index"):
+            Pool(loader, examples=10, seed=0)
     with pytest.raises(MeasurementError, match="can't be read"):
         read(Pool(DataLoader(Broken()), examples=10, seed=0), [0])
