@@ -16,6 +16,7 @@ from torch import Tensor
 from ..curvature.displacement import displaced
 from ..curvature.gradient import batch_gradients, norm_of
 from ..errors import MeasurementError
+from ..linalg.vectors import split_like
 from ..objective.example_losses import ExampleLosses
 from ..objective.objective import Objective, ProbeBatch
 from ..objective.pool import Pool
@@ -222,7 +223,7 @@ def curvature_along(
     longest = LONGEST_STEP * _length(parameters)
     change = 2 * LOSS_CHANGE * abs(population.mean_loss)
     steps = [min(longest, math.sqrt(change / abs(value))) if change and value else longest for value in values]
-    directions = [_shaped(vector, parameters) for vector in vectors]
+    directions = [split_like(vector, parameters) for vector in vectors]
     found: list[list[CurvatureAlong]] = [[] for _ in vectors]
     with population.pool.reading():
         for looked in _looked_at(objective, population.pool):
@@ -291,11 +292,6 @@ def _differences(one: _Looked, behind: Sequence[Tensor], ahead: Sequence[Tensor]
 def _length(parameters: Sequence[Tensor]) -> float:
     """Return the norm of the parameters, to measure steps by; 1 if all are 0."""
     return float(norm_of([p.detach() for p in parameters])) or 1.0
-
-
-def _shaped(vector: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    pieces = vector.split([p.numel() for p in parameters])
-    return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
 
 
 def _sampled_batches(objective: Objective, population: Population, batch_size: int) -> Iterator[ProbeBatch]:

@@ -125,6 +125,14 @@ def test_curvature_is_that_of_autograd(name: str):
     assert float(elsewhere.sum()) == pytest.approx(float(LOSSES[name](outputs + moves)))
 
 
+def test_curvature_where_the_loss_is_exactly_0():
+    outputs, moves = torch.ones(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    with ExampleLosses(3) as apart:
+        loss = 12 * F.mse_loss(outputs, torch.ones_like(outputs))  # the sum over items
+    found = apart.curvature_by_example(loss, [outputs.flatten()], [moves.flatten()])
+    assert found.tolist() == pytest.approx((2 * moves.square().sum(1)).tolist())
+
+
 @pytest.mark.parametrize(
     "loss",
     [
