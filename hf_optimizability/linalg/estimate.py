@@ -113,7 +113,7 @@ class Estimate:
 
         Args:
             error: Standard error over the data.
-            freedom: Its degrees of freedom; those of both together are Satterthwaite's (1946).
+            freedom: Its degrees of freedom, taken for both errors: that over few probes is not known well, either.
             tolerance: Relative standard error of a converged estimate.
 
         Example:
@@ -124,7 +124,7 @@ class Estimate:
         if error == math.inf:
             return replace(self, low=-math.inf, high=math.inf, data_std_error=None, converged=False)
         total = math.hypot(self.std_error or 0.0, error)
-        margin = student_quantile(freedom * (total / error) ** 4) * total if error else NORMAL_QUANTILE * total
+        margin = student_quantile(freedom) * total if error else NORMAL_QUANTILE * total
         return replace(
             self,
             low=self.value - max(margin, self.value - self.low),

@@ -34,9 +34,9 @@ from .out_of_memory import retry_with_smaller_batches
 from .session import measurement_session
 
 
-_GRADIENTS = 9
+_GRADIENTS = 11
 """Gradients besides the products: the gradient, that of each batch for the noise scale, two forward passes; and
-ten forward passes of the self-check."""
+14 forward passes of the self-check."""
 
 _STEP_GRADIENTS = 10
 """Gradients that the search for the critical learning rate takes at most: 20 forward passes of half a gradient."""

@@ -145,14 +145,14 @@ def _look(objective: Objective, pool: Pool, *, seed: int) -> Look:
             items += sum(one.batch.items for one in looked)
             parts = [_along(objective, looked, vector, step) for vector in vectors]
             for of_batch in zip(*parts, strict=True):
-                sizes.append(np.mean([part.gauss_newton for part in of_batch], axis=0))
-                bends.append(np.mean([part.hessian - part.gauss_newton for part in of_batch], axis=0))
+                sizes.append(np.stack([part.gauss_newton for part in of_batch]))
+                bends.append(np.stack([part.hessian - part.gauss_newton for part in of_batch]))
             gradients.add(looked)
     return Look(
         np.concatenate(losses),
         items,
-        np.concatenate(sizes),
-        np.concatenate(bends),
+        np.concatenate(sizes, axis=1),
+        np.concatenate(bends, axis=1),
         gradient=gradients.mean,
         gradient_variance=gradients.variance(len(pool) / pool.total),
         gradient_scale=gradients.scale,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,16 @@ STEPS = (1.0, 1 / 8, 8.0, 1 / 64, 64.0)
 ROUNDING = torch.finfo(torch.float32).eps
 """Rounding of a loss: 4 times this of its value, and once this of 1, near which a classifier's probabilities are."""
 
+MAX_MISSING = 0.02
+"""Norm of what a gradient lacks, relative to its own, as random directions estimate it. Truncation and rounding make
+up to 4e-3, kinks more, which do not settle."""
+
+MISSING_DIRECTIONS = 2
+"""How many random directions estimate that."""
+
+RANDOM_STEPS = (4e-3, 16e-3, 1e-3)
+"""Steps along them, relative to the parameters, in this order."""
+
 DIRECTIONS = 4
 """How many random directions to try, in search of a slope where the gradient is 0: along one it may be small."""
 
@@ -42,7 +52,10 @@ DIRECTIONS = 4
 def slope_errors(objective: Objective, point: Gradient) -> tuple[float | None, ...]:
     """Compare the gradient with differences of the loss, along it and along it with a random sign for each tensor.
 
-    To be called inside `measuring` and in the precision of the measurement, by all ranks together. Takes four forward
+    What a gradient lacks may be nearly orthogonal to both. So the slopes along random signs are compared, too:
+    relative to what g·v comes to there, they differ by the norm of what is missing relative to ‖g‖, in mean square.
+
+    To be called inside `measuring` and in the precision of the measurement, by all ranks together. Takes eight forward
     passes over the probe set where all is well. Where the slopes differ, they are compared at a second point as well:
     a network may rest on kinks (ReLU units whose input is 0 or 1e-28), a wrong backward pass is wrong anywhere.
 
@@ -106,7 +119,42 @@ class _Slopes:
         without = [index for index, square in enumerate(self._squares) if not square]
         if without:
             self._require_flat(without)
+        missing = self._missing()
+        if missing is not None and missing > MAX_MISSING:
+            raise MeasurementError("gradient_not_slope", difference=missing, parameters=self._culprits())
         return errors
+
+    def _missing(self) -> float | None:
+        """Return the norm of what the gradient lacks, relative to its own; `None` where differences can't tell."""
+        generator = torch.Generator().manual_seed(2)
+        errors = []
+        for _ in range(MISSING_DIRECTIONS):
+            directions = self._random_signs(range(len(self._gradient)), generator)
+            terms = [(g * d).flatten() for g, d in zip(self._gradient, directions, strict=True)]
+            expected = math.fsum(dot(term, torch.ones_like(term), self._parameter_group) for term in terms)
+            typical = math.sqrt(math.fsum(dot(term, term, self._parameter_group) for term in terms))
+            errors.append(self._random_error(directions, expected, typical))
+        known = [error for error in errors if error is not None]
+        return math.sqrt(math.fsum(error**2 for error in known) / len(known)) if len(known) == len(errors) else None
+
+    def _random_error(self, directions: Sequence[Tensor], expected: float, typical: float) -> float | None:
+        """Return how far the slope along directions is from g·v, relative to what that comes to in the mean square."""
+        found: dict[float, float] = {}
+        for step in RANDOM_STEPS:
+            ahead, behind = (self._loss_at([way * step] * len(directions), directions) for way in (1, -1))
+            rounding = ROUNDING * max(4 * abs(ahead), 4 * abs(behind), 1) / (2 * step)
+            slope, turn = (ahead - behind) / (2 * step), (ahead + behind - 2 * self._loss) / step
+            if not math.isfinite(slope) or rounding > MAX_MISSING * typical:
+                continue
+            error = slope - expected
+            if abs(error) <= MAX_MISSING * typical:
+                return abs(error) / typical
+            if abs(turn) <= abs(error):  # else it differs that much between ahead and behind: a kink
+                found[step] = error
+        errors = [found[step] for step in sorted(found)[:2]]
+        if len(errors) < 2 or abs(errors[0] - errors[1]) > abs(errors[0]) / 4:
+            return None
+        return abs(errors[0]) / typical
 
     def _error(self, signs: Sequence[float]) -> float | None:
         """Return the error along one direction at the first step that agrees, or where the steps settle on another.
@@ -161,14 +209,19 @@ class _Slopes:
                 names = tuple(self._objective.names[index] for index in indices)
                 raise MeasurementError("gradient_zero_in_part", parameters=names)
 
-    def _slope_along_signs(self, indices: Sequence[int], generator: torch.Generator) -> float | None:
-        """Return the slope along random signs in some tensors, 0 if it has none, `None` if undecided."""
+    def _random_signs(self, indices: Iterable[int], generator: torch.Generator) -> Sequence[Tensor]:
+        """Return random signs times the typical size of the parameters, in some tensors."""
         directions = [torch.zeros((), dtype=g.dtype).expand(g.shape) for g in self._gradient]
         parameters = self._objective.parameters
         for index in indices:
             signs = 2.0 * torch.randint(2, self._gradient[index].shape, generator=generator) - 1
             scale = float(parameters[index].detach().square().mean().sqrt()) or RELATIVE_CHANGE
             directions[index] = (scale * signs).to(self._gradient[index])
+        return without_padding_rows(self._objective, directions)
+
+    def _slope_along_signs(self, indices: Sequence[int], generator: torch.Generator) -> float | None:
+        """Return the slope along random signs in some tensors, 0 if it has none, `None` if undecided."""
+        directions = self._random_signs(indices, generator)
         slopes: list[float] = []
         for step in (RELATIVE_CHANGE, 8 * RELATIVE_CHANGE):
             ahead, behind = (self._loss_at([way * step] * len(directions), directions) for way in (1, -1))

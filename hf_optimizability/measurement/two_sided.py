@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 from torch import Tensor
 
 from ..curvature.compact_embeddings import UsedRows
@@ -21,7 +20,7 @@ from ..linalg.statistics import NORMAL_QUANTILE, student_quantile
 from ..linalg.vectors import flatten, norm
 from ..objective.objective import Objective
 from ..objective.population import Population
-from ..objective.sampling import design_std_error
+from ..objective.sampling import design_std_error, reliability
 from .design import Array, Design
 from .pool_pass import CurvatureAlong, curvature_along
 
@@ -164,25 +163,22 @@ def between(end: Estimate, along: Along, *, largest: bool) -> Estimate:
 def _traces(spectrum: SpectrumAndTrace, population: Population, design: Design, *, tolerance: float) -> list[Estimate]:
     """Return the trace and those of the segments, with the error over the data in their intervals.
 
-    The pool has the trace with the noise of a few probes; what they lack is known on the sample, and varies less
-    between its batches where the trace is not in proportion to what the sample was drawn by.
+    The sample was drawn by the trace of the Gauss-Newton matrix. Of the rest, the pool has an estimate for each
+    example, by which the sample is corrected as far as it is not noise: in networks with kinks (ReLU) it mostly is.
     """
     trace, segments = spectrum.estimates.trace, spectrum.segments
     if spectrum.parts is None:
         return [trace, *segments]
     look, means = population.look, spectrum.parts.means()
-    of_segments = [design.std_error(column) for column in means.T]
-    known = [np.zeros_like(look.sizes), look.bends, look.sizes + look.bends]
-    pairs = [(part, means.sum(axis=1) - design.by_batch(part)) for part in known]
-    part, rest = min(pairs, key=lambda pair: design.std_error(pair[1]))
-    shift = population.mean(part) + design.mean(rest) - design.mean(means.sum(axis=1))
+    bends = look.bends * reliability(look.bend_probes, population.sample.probabilities)
+    shift = population.mean(bends) - design.mean(design.by_batch(bends))
     trace = replace(trace, value=trace.value + shift, low=trace.low + shift, high=trace.high + shift)
-    # What is known of an example is its trace, with the noise of a few probes.
-    traces = look.sizes if part is known[0] else look.sizes + look.bends
-    of_the_pool = population.pool_std_error(traces) / (abs(population.mean(traces)) or 1.0)
+    errors = [design.std_error(values) for values in (means.sum(axis=1) - design.by_batch(bends), *means.T)]
+    known = look.sizes + look.bends
+    of_the_pool = population.pool_std_error(known) / (abs(population.mean(known)) or 1.0)
     return [
         estimate.with_data_error(
             math.hypot(error, of_the_pool * abs(estimate.value)), freedom=design.freedom, tolerance=tolerance
         )
-        for estimate, error in zip((trace, *segments), (design.std_error(rest), *of_segments), strict=True)
+        for estimate, error in zip((trace, *segments), errors, strict=True)
     ]

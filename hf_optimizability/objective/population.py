@@ -55,8 +55,8 @@ class Look:
     Attributes:
         losses: The sum of its losses, of shape (N,).
         items: How many items the mean over the pool is over.
-        sizes: Its part of the trace of the Gauss-Newton matrix, a mean over a few random vectors, of shape (N,).
-        bends: Its part of the trace of the rest of the Hessian, likewise, of shape (N,).
+        size_probes: Its part of the Gauss-Newton matrix along each of a few random vectors, of shape (vectors, N).
+        bend_probes: Its part of the rest of the Hessian along each, likewise.
         gradient: The gradient of the mean loss, shaped like the parameters.
         gradient_variance: By how much `‖gradient‖²` is, in the mean, above that of the data set.
         gradient_scale: Root mean square of the norms of the gradients of batches, which rounding is relative to.
@@ -64,11 +64,21 @@ class Look:
 
     losses: Array
     items: int
-    sizes: Array
-    bends: Array
+    size_probes: Array
+    bend_probes: Array
     gradient: tuple[Tensor, ...]
     gradient_variance: float
     gradient_scale: float
+
+    @property
+    def sizes(self) -> Array:
+        """Estimates of each example's part of the trace of the Gauss-Newton matrix, of shape (N,)."""
+        return np.asarray(self.size_probes.mean(axis=0))
+
+    @property
+    def bends(self) -> Array:
+        """Estimates of each example's part of the trace of the rest of the Hessian, of shape (N,)."""
+        return np.asarray(self.bend_probes.mean(axis=0))
 
 
 @dataclass(frozen=True, eq=False)

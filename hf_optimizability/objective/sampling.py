@@ -117,3 +117,25 @@ def design_std_error(values: Array, probabilities: Array) -> float:
     slope = (weight * value).sum() / (weight * chance).sum()
     correction = len(value) / max(len(value) - 1, 1)
     return math.sqrt(correction * float(((1 / chance - 1) * (value - slope * chance) ** 2).sum()))
+
+
+def reliability(probes: Array, probabilities: Array) -> float:
+    """Return the factor that noisy values get before samples are corrected by their mean.
+
+    It is the share of the design's variance that is not the noise's, and leaves the least variance.
+
+    Args:
+        probes: Independent estimates of the value of each example of the pool, of shape (estimates, N).
+        probabilities: Inclusion probabilities.
+
+    Example:
+        >>> values, half = np.array([3.0, 1.0, 1.0, 1.0]), np.full(4, 0.5)
+        >>> reliability(np.stack([values, values]), half)
+        1.0
+        >>> reliability(np.stack([values, -values]), half)
+        0.0
+    """
+    number, mean = len(probes), probes.mean(axis=0)
+    whole = design_std_error(mean, probabilities) ** 2
+    noise = math.fsum(design_std_error(probe - mean, probabilities) ** 2 for probe in probes) / (number * (number - 1))
+    return max(1 - noise / whole, 0.0) if whole else 0.0

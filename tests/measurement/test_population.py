@@ -191,7 +191,7 @@ def test_a_trace_that_the_pool_knows_has_no_error_over_the_data():
     with measurement_session(objective, CONFIG) as (inside, _):
         pool = Pool(loader(), examples=NUMBER, seed=0)
         batches, population = draw_from_pool(inside, pool, examples=40, batch_size=8, seed=0)
-        known = replace(population, look=replace(population.look, bends=np.array(traces)))
+        known = replace(population, look=replace(population.look, bend_probes=np.stack([traces, traces])))
         sampled = inside.sampled(batches, known)
         operator = HessianOperator(sampled)
         segments = [[slice(0, operator.size)]]

@@ -309,6 +309,18 @@ class TestSlopes:
             with pytest.raises(MeasurementError, match="exactly 0 everywhere"):
                 measure(net(seed), [rows()], CONFIG, loss_fn=loss_fn)
 
+    def test_a_part_that_is_detached_here_and_not_there_is_refused(self):
+        """What is missing may be nearly orthogonal to the gradient, with whatever sign for each tensor."""
+
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            hidden = model[0](batch["x"])
+            loss = F.cross_entropy(model[2](model[1](hidden).detach()), batch["y"])
+            return loss + F.mse_loss(hidden.mean(1), batch["x"][:, 0])
+
+        for seed in range(12):
+            with pytest.raises(MeasurementError, match="not its slope"):
+                measure(net(seed), [rows()], CONFIG, loss_fn=loss_fn)
+
     def test_half_detached_is_refused(self):
         def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
             logits = model(batch["x"])
