@@ -283,7 +283,7 @@ def _measure(task_name: str | None, args: Sequence[str], *, forecast_only: bool,
             if forecast_only:
                 price = probe.forecast()
             else:
-                measurement = probe.measure(progress=not training_args.disable_tqdm)
+                probe, measurement = probe.measured(progress=not training_args.disable_tqdm)
     if not trainer.is_world_process_zero():
         return
     if forecast_only:

@@ -107,8 +107,8 @@ class OptimizabilityConfig:
         measure_steps: Optimizer steps between two measurements if measure_strategy='steps'.
         probe_examples: Examples of the training set to measure on, drawn once. Set by the profile.
         pool_examples: Examples of the training set to look at by forward passes at each measurement, from which those
-            to measure on are drawn by their curvature, so that intervals are about the training loss. By default they
-            are drawn once, at random.
+            to measure on are drawn by their curvature, so that intervals are about the training loss. By default as
+            many as take about the time of the products; with 0, those to measure on are drawn once, at random.
         probe_batch_size: Probe examples per forward pass. Lower it if a measurement runs out of memory.
         engine: How Hessian-vector products are computed. 'auto' is double_backward, or central_difference if the loss
             has no second derivative or the weights are quantized.
@@ -173,8 +173,8 @@ class OptimizabilityConfig:
         default=None,
         metadata={
             "help": "Examples of the training set to look at by forward passes at each measurement, from which those "
-            "to measure on are drawn by their curvature, so that intervals are about the training loss. By default "
-            "they are drawn once, at random."
+            "to measure on are drawn by their curvature, so that intervals are about the training loss. By default as "
+            "many as take about the time of the products; with 0, those to measure on are drawn once, at random."
         },
     )
     probe_batch_size: int = field(
@@ -279,7 +279,7 @@ class OptimizabilityConfig:
         for name, minimum in {
             "measure_steps": 1,
             "probe_examples": 2,
-            "pool_examples": 2,
+            "pool_examples": 0,
             "probe_batch_size": 1,
             "num_eigenvalues": 1,
             "max_hvps": MIN_HVPS,
@@ -292,27 +292,42 @@ class OptimizabilityConfig:
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"`{name}` is {value}; it must lie between 0 and 1, for example 0.05 for 5 %.")
         self._require_options_that_fit()
-        if self.pool_examples is not None and self.pool_examples < self.budget.probe_examples:
-            raise ValueError(
-                f"`pool_examples` is {self.pool_examples}, but {self.budget.probe_examples} examples are to be "
-                "measured on (`probe_examples`). Raise it, or lower that."
-            )
-        if self.pool_examples is not None and self.task_column is not None:
-            raise ValueError("`pool_examples` is for one loss; with `task_column`, leave it unset.")
-        if self.pool_examples is not None and not self.takes_pool:
-            raise ValueError(
-                "`pool_examples` needs products by batch, weighted by example: not engine='central_difference', nor "
-                "curvature='empirical_fisher'. Leave one of them unset."
-            )
+        self._require_pool_that_fits()
         if self.report_dir is not None:
             self.report_dir = os.path.expanduser(self.report_dir)  # as `TrainingArguments` does with `output_dir`
         if self.blocks is not None and not self.blocks:
             raise ValueError("`blocks` is empty; pass at least one pattern, or leave it unset for automatic blocks.")
 
     @property
-    def takes_pool(self) -> bool:
+    def pool_size(self) -> int:
+        """Examples of the training set to look at, if it has so many; 0 to draw at random."""
+        if self.task_column is not None or not self._takes_pool:
+            return 0
+        if self.pool_examples is not None:
+            return self.pool_examples
+        budget = self.budget  # a product takes two gradients, a look at an example about eight
+        return max(budget.probe_examples, budget.probe_examples * budget.max_hvps // 4)
+
+    @property
+    def _takes_pool(self) -> bool:
         """Whether the matrix can be that of a whole data set, from examples drawn with unequal chances."""
         return self.engine != "central_difference" and self.curvature != "empirical_fisher"
+
+    def _require_pool_that_fits(self) -> None:
+        if not self.pool_examples:
+            return
+        if self.pool_examples < self.budget.probe_examples:
+            raise ValueError(
+                f"`pool_examples` is {self.pool_examples}, but {self.budget.probe_examples} examples are to be "
+                "measured on (`probe_examples`). Raise it, or lower that."
+            )
+        if self.task_column is not None:
+            raise ValueError("`pool_examples` is for one loss; with `task_column`, leave it unset.")
+        if not self._takes_pool:
+            raise ValueError(
+                "`pool_examples` needs products by batch, weighted by example: not engine='central_difference', nor "
+                "curvature='empirical_fisher'. Leave one of them unset."
+            )
 
     def _require_options_that_fit(self) -> None:
         """Raise for combinations of options that would have no effect."""

@@ -183,6 +183,15 @@ WORDS: Mapping[str, Words] = {
         "The collator refused rows drawn at random{error}.",
         "If only some rows may share a batch, pass a batch sampler that says which to the data loader.",
     ),
+    "pool_no_rows": Words(
+        "The training set is a stream, or has no rows that can be drawn by index.",
+        "Pass a `DataLoader` over a data set with a length, or a few batches of the stream as `batches`.",
+    ),
+    "pool_sampler": Words(
+        "The sampler `{sampler}` decides which examples training sees, how often, or together.",
+        "Pass a `DataLoader` without it to measure the plain mean over all rows, or `batches`.",
+    ),
+    "pool_processes": Words("Several processes train together: each would have to look at its part of the pool."),
     "losses_not_apart": Words(
         "The losses of single examples are not known: the loss is not made of torch's `cross_entropy`, `mse_loss`, "
         "`binary_cross_entropy_with_logits`, `huber_loss` or `smooth_l1_loss` without class weights, has another term "

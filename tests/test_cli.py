@@ -188,7 +188,7 @@ def test_measure_prints_a_table_and_keeps_earlier_reports(arguments: str) -> Non
     report = OptimizabilityReport.load("out/optimizability")
     trace = format_estimate(report.measurements[0].hessian.trace)
     assert f"\nHessian trace         {trace}\n" in printed
-    assert f"\nOf the mean loss over these {report.data.probe.examples} examples; " in printed
+    assert f"\nOf the training loss over all {report.data.train_examples} examples; " in printed
     assert printed.endswith("Report: out/optimizability/report.md\n")
     assert Path("out/optimizability/report-1.json").exists()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from ..config import OptimizabilityConfig
 from ..curvature.block_diagonal import BlockDiagonalHessian
@@ -25,18 +26,24 @@ from ..linalg.probe_vectors import PROBE_BLOCK_SIZE
 from ..objective.batches import Batch, batch_size
 from ..objective.objective import LossFunction, Objective
 from ..objective.parameter_blocks import block_indices
+from ..objective.pool import Pool
 from ..quantities.loss_landscape import LINE_POINTS, PLANE_POINTS
 from ..quantities.preconditioner import read_preconditioner
 from .cost_model import CostModel, HvpBudget, HvpCost, allocate_hvps, count_hvps, list_stages
 from .engines import HvpEngine, choose_engine
-from .measure import build_objective, compute_gradient
+from .measure import batches_and_pool, build_objective, compute_gradient
 from .out_of_memory import retry_with_smaller_batches
+from .pool_pass import SIZE_PROBES
 from .session import measurement_session
 
 
 _GRADIENTS = 11
 """Gradients besides the products: the gradient, that of each batch for the noise scale, two forward passes; and
 14 forward passes of the self-check."""
+
+_POOL_GRADIENTS = 1 + (2 * SIZE_PROBES + 2 * 4 + 2) / 2
+"""Gradients that an example of the pool takes: one, and forward passes at both sides of the random vectors, two
+eigenvectors, the gradient and the optimizer's eigenvector, and in between."""
 
 _STEP_GRADIENTS = 10
 """Gradients that the search for the critical learning rate takes at most: 20 forward passes of half a gradient."""
@@ -82,9 +89,10 @@ class Forecast:
 
 def forecast(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None = None,
     config: OptimizabilityConfig | None = None,
     *,
+    dataset: DataLoader | None = None,
     loss_fn: LossFunction | None = None,
     optimizer: Optimizer | None = None,
 ) -> Forecast:
@@ -99,6 +107,7 @@ def forecast(
         model: As for `measure`.
         batches: As for `measure`.
         config: As for `measure`.
+        dataset: As for `measure`.
         loss_fn: As for `measure`.
         optimizer: As for `measure`.
 
@@ -120,27 +129,31 @@ def forecast(
         (2, 32)
     """
     config = config or OptimizabilityConfig()
+    batches, pool = batches_and_pool(model, batches, dataset, config)
     objective, optimizer = build_objective(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
-    return forecast_objective(objective, config, optimizer=optimizer)
+    return forecast_objective(objective, config, pool=pool, optimizer=optimizer)
 
 
 def forecast_objective(
-    objective: Objective, config: OptimizabilityConfig, *, optimizer: Optimizer | None = None
+    objective: Objective, config: OptimizabilityConfig, *, pool: Pool | None = None, optimizer: Optimizer | None = None
 ) -> Forecast:
     """Forecast the cost of `measure_objective` with the same arguments; batches that don't fit are halved as there.
 
     Args:
         objective: What would be measured.
         config: Precision and budget.
+        pool: As there.
         optimizer: The optimizer in use, if how far it may step would be measured.
 
     Raises:
         MeasurementError: If the measurement can't be made.
     """
-    return retry_with_smaller_batches(objective, lambda objective: _forecast(objective, config, optimizer))[0]
+    return retry_with_smaller_batches(objective, lambda objective: _forecast(objective, config, pool, optimizer))[0]
 
 
-def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Optimizer | None) -> Forecast:
+def _forecast(
+    objective: Objective, config: OptimizabilityConfig, pool: Pool | None, optimizer: Optimizer | None
+) -> Forecast:
     trained, before = objective.parameters, set(map(id, _tensors(objective.model)))
     with measurement_session(objective, config) as (objective, read_tensor):
         objective = objective.unsharded()
@@ -156,9 +169,13 @@ def _forecast(objective: Objective, config: OptimizabilityConfig, optimizer: Opt
     steps = optimizer is not None
     shares = allocate_hvps(config, engine, preconditions=preconditions)
     hvps = count_hvps(config, engine, shares, size=costs.size, update=config.landscape and steps)
+    examples = sum(batch_size(batch) for batch in objective.batches)
     gradients = float(_GRADIENTS + _STEP_GRADIENTS * steps + 2 * (config.task_column is not None))
     if config.landscape:
         gradients += 2 + (PLANE_POINTS**2 + (LINE_POINTS + 1) * steps) / 2  # 2: one, and a pass that finds rows
+    if pool is not None:
+        gradients += _POOL_GRADIENTS * len(pool) / examples
+        copied += costs.all_bytes  # its gradient
     stage = max(list_stages(config, hvps, costs), key=lambda stage: stage.vector_memory + stage.graph_memory)
     # Copies of the weights (to restore them, and in float32), the gradient, and the optimizer's preconditioner.
     copies = sum(map(_size, trained)) + copied + (1 + steps) * costs.all_bytes

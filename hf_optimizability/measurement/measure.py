@@ -51,8 +51,8 @@ from .slope_check import slope_errors
 
 logger = logging.get_logger(__name__)
 
-POOL_EXAMPLES = 2560
-"""Examples of a data set that forward passes look at, by default."""
+POOL_FAILURES = ("losses_not_apart", "products_not_apart", "rows_unreadable", "rows_refused")
+"""Reasons why examples can't be drawn from a pool; random ones may do."""
 
 
 def measure(
@@ -75,8 +75,8 @@ def measure(
             key, with the task of each example or one for all; batches that mix tasks are cut. A model whose `forward`
             does not name the key gets its batches without it; a `loss_fn` gets them as they are.
         dataset: In place of `batches`, a loader over the whole training set. Examples are drawn from it by their
-            curvature, out of `config.pool_examples` (2,560 by default) that are looked at, and the intervals of loss,
-            gradient, traces, λ_max and λ_min are about the loss over all of it. Its sampler is not used.
+            curvature, out of `config.pool_size` that are looked at, and the intervals of loss, gradient, traces, λ_max
+            and λ_min are about the loss over all of it.
         config: Precision and budget; when to measure does not matter here.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
@@ -101,14 +101,7 @@ def measure(
         1.0
     """
     config = config or OptimizabilityConfig()
-    pool = None if dataset is None else pool_of(model, dataset, config)
-    if (batches is None) == (pool is None):
-        raise ValueError(
-            "Pass either `batches`, to measure on them, or `dataset`, to measure the loss over all of it."
-        )
-    if pool is not None:
-        batches = pool.random_batches(config.budget.probe_examples, batch_size=config.probe_batch_size)
-    assert batches is not None
+    batches, pool = batches_and_pool(model, batches, dataset, config)
     steps = step_batches(dataset, config) if dataset is not None and config.batch_sharpness else None
     objective, optimizer = build_objective(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
     with progress_bar(config, disable=not progress) as bar:
@@ -117,23 +110,32 @@ def measure(
         )[0]
 
 
-def pool_of(model: nn.Module, dataset: DataLoader, config: OptimizabilityConfig) -> Pool:
-    """Return the pool of a data set.
+def batches_and_pool(
+    model: nn.Module, batches: Iterable[Batch] | None, dataset: DataLoader | None, config: OptimizabilityConfig
+) -> tuple[Iterable[Batch], Pool | None]:
+    """Return the batches to measure on, or random ones of a data set with its pool.
 
     Raises:
-        ValueError: If it can't be sampled: rows that can't be drawn by index, tasks, or sharded parameters.
+        ValueError: If there are both or neither, or the data set can't be sampled: rows that can't be drawn by index,
+            tasks, or sharded parameters.
     """
+    if batches is not None and dataset is None:
+        return batches, None
+    if batches is not None or dataset is None:
+        raise ValueError(
+            "Pass either `batches`, to measure on them, or `dataset`, to measure the loss over all of it."
+        )
     if config.task_column is not None or is_sharded(model):
         raise ValueError(
             "`dataset` is for one loss on whole parameters; with `task_column`, or under FSDP2, pass `batches`."
         )
-    if not config.takes_pool:
+    if not config.pool_size:
         raise ValueError(
-            "`dataset` needs products by batch, weighted by example; with engine='central_difference' or "
-            "curvature='empirical_fisher', pass `batches`."
+            "`dataset` needs a pool of examples, and products by batch, weighted by example; with pool_examples=0, "
+            "engine='central_difference' or curvature='empirical_fisher', pass `batches`."
         )
-    examples = config.pool_examples or max(POOL_EXAMPLES, config.budget.probe_examples)
-    return Pool(dataset, examples=examples, seed=config.probe_seed)
+    pool = Pool(dataset, examples=config.pool_size, seed=config.probe_seed)
+    return pool.random_batches(config.budget.probe_examples, batch_size=config.probe_batch_size), pool
 
 
 def step_batches(loader: DataLoader, config: OptimizabilityConfig, *, parts: int = 1) -> StepBatches | None:

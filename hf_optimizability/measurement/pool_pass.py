@@ -102,6 +102,7 @@ def _require_apart(objective: Objective) -> None:
     except ValueError as error:
         raise MeasurementError("losses_not_apart") from error
     loss, apart = _apart(objective, batch)
+    _require_finite(float(loss))
     losses = _known(apart.by_example(loss))
     ends = np.cumsum([objective.examples(half.inputs) for half in halves])
     parts = [part.sum() for part in np.split(losses, ends[:-1])]
@@ -130,6 +131,11 @@ def _require_no_other_term(objective: Objective, batch: ProbeBatch) -> None:
         raise MeasurementError("losses_not_apart")
 
 
+def _require_finite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise MeasurementError("loss_not_finite", loss=str(loss))
+
+
 def _look(objective: Objective, pool: Pool, *, seed: int) -> Look:
     generator = torch.Generator().manual_seed(seed)
     parameters = objective.parameters
@@ -148,6 +154,7 @@ def _look(objective: Objective, pool: Pool, *, seed: int) -> Look:
                 sizes.append(np.stack([part.gauss_newton for part in of_batch]))
                 bends.append(np.stack([part.hessian - part.gauss_newton for part in of_batch]))
             gradients.add(looked)
+    _require_finite(float(np.concatenate(losses).sum()))
     return Look(
         np.concatenate(losses),
         items,

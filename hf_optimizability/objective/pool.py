@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from ..errors import MeasurementError
+from ..errors import MeasurementError, UnmeasurableError
 from ..model_state.measuring import preserved_rng, seed_all
 from .batches import Batch
-from .probe_set import copied_row, dataset_of, num_examples, preserved_loader, probe_indices
+from .probe_set import copied_row, dataset_of, num_examples, preserved_loader, probe_indices, uneven_sampler
 
 
 class Pool:
@@ -23,7 +23,7 @@ class Pool:
     What augmentation draws for a row depends on the seed and the row alone.
 
     Args:
-        loader: Its data set and its collator are used; its sampler is not.
+        loader: Its data set and its collator are used.
         examples: How many rows to take, at random if the data set has more.
         seed: Seed of the choice of rows, and of augmentation.
 
@@ -32,7 +32,7 @@ class Pool:
         total: How many examples the data set has.
 
     Raises:
-        ValueError: If the loader has no data set with a length.
+        UnmeasurableError: If the loader has no data set with a length, or a sampler that may draw rows unevenly.
 
     Example:
         >>> pool = Pool(DataLoader([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}]), examples=2, seed=0)
@@ -44,12 +44,11 @@ class Pool:
     def __init__(self, loader: DataLoader, *, examples: int, seed: int):
         total = num_examples(dataset_of(loader))
         if not total:
-            raise ValueError(
-                "`dataset` has no rows, or none that can be drawn by index. Pass a `DataLoader` over a data set with "
-                "a length, or a few batches of the stream as `batches`."
-            )
+            raise UnmeasurableError("pool_no_rows")
+        if (sampler := uneven_sampler(loader)) is not None:
+            raise UnmeasurableError("pool_sampler", sampler=type(sampler).__name__)
         self.total = total
-        self.indices = np.array(probe_indices(total, examples, seed=seed), dtype=np.int64)
+        self.indices = np.sort(probe_indices(total, examples, seed=seed))
         self._loader, self._seed = loader, seed
 
     def __len__(self) -> int:
@@ -69,7 +68,7 @@ class Pool:
 
     def random_batches(self, examples: int, *, batch_size: int) -> list[Batch]:
         """Return batches of random examples, as many examples as that."""
-        chosen = probe_indices(len(self), examples, seed=self._seed, ascending=False)
+        chosen = probe_indices(len(self), examples, seed=self._seed)
         parts = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
         with self.reading():
             return [self.collate(part) for part in parts]

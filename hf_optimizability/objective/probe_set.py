@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard, SeedableRandomSampler
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
@@ -31,6 +32,9 @@ logger = logging.get_logger(__name__)
 
 MIN_EXAMPLES = 2
 
+EVEN_SAMPLERS = (LengthGroupedSampler, RandomSampler, SeedableRandomSampler, SequentialSampler)
+"""Samplers that draw every row equally often."""
+
 
 def dataset_of(dataloader: Any) -> Dataset | None:
     """Return a loader's data set, of all ranks; `None` if the loader is an iterable of batches without one."""
@@ -46,10 +50,21 @@ def num_examples(dataset: Dataset | None) -> int | None:
     return len(dataset) if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) else None
 
 
-def probe_indices(total: int, examples: int, *, seed: int, ascending: bool = True) -> list[int]:
-    """Return `examples` different indices below `total`, ascending or at random, the same ones for the same seed."""
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:examples]
-    return (chosen.sort().values if ascending else chosen).tolist()
+def probe_indices(total: int, examples: int, *, seed: int) -> list[int]:
+    """Return `examples` different indices below `total`, in random order, the same ones for the same seed.
+
+    In the order of the data set, which is often that of the classes, batches would differ more than training's.
+    """
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:examples].tolist()
+
+
+def uneven_sampler(dataloader: DataLoader) -> Any:
+    """Return the sampler that weights, groups or leaves out rows; `None` if every row is drawn equally often."""
+    batches: Any = dataloader.batch_sampler
+    batches = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
+    if type(batches) is not BatchSampler:
+        return batches or dataloader.sampler
+    return None if type(batches.sampler) in EVEN_SAMPLERS else batches.sampler
 
 
 @dataclass(frozen=True)
@@ -102,8 +117,9 @@ class ProbeSet:
 def draw_probe_set(dataloader: DataLoader, spec: ProbeSpec, *, rows: Dataset | None = None) -> ProbeSet:
     """Draw the probe set from a data loader's data set, without running the loader.
 
-    Rows are drawn at random. A batch sampler other than torch's own decides which rows may share a batch, so its first
-    batches are taken; of a stream the first rows; and where the items of the data set are whole batches, such items.
+    Rows are drawn at random, or by the loader's sampler where that weights them. A batch sampler other than torch's
+    own decides which rows may share a batch, so its first batches are taken; of a stream the first rows; and where the
+    items of the data set are whole batches, such items.
 
     Args:
         dataloader: Its data set, collator and batch sampler are used.
@@ -148,8 +164,9 @@ def _sample(
         indices = list(range(len(rows)))
         _require_enough(len(rows), spec.examples, spec.required)
     else:
-        _require_enough(min(total, spec.examples), spec.examples, spec.required)
-        indices, rows = _readable_rows(dataset, probe_indices(total, spec.examples, seed=spec.seed))
+        drawn = _drawn_rows(dataloader, total, spec)
+        _require_enough(len(drawn), spec.examples, spec.required)
+        indices, rows = _readable_rows(dataset, drawn)
     if spec.task_column is None:
         return [(batch, "") for batch in _collated(dataloader, rows, spec.batch_size)]
     return [
@@ -159,6 +176,15 @@ def _sample(
             dataloader, [rows[member] for member in members], smaller_batches(len(members), spec.batch_size)
         )
     ]
+
+
+def _drawn_rows(dataloader: DataLoader, total: int, spec: ProbeSpec) -> list[int]:
+    """Return the indices of rows, each as likely as in training; with tasks, all alike."""
+    sampler = uneven_sampler(dataloader)
+    if sampler is None or spec.task_column is not None:
+        return probe_indices(total, spec.examples, seed=spec.seed)
+    with _explained("no_batches"):
+        return [int(index) for index in islice(sampler, spec.examples)]
 
 
 def _members(rows: Dataset | None, column: str, indices: list[int], total: int | None) -> dict[str, list[int]]:
@@ -232,6 +258,7 @@ def _readable_rows(dataset: Any, indices: Sequence[int]) -> tuple[list[int], lis
             rows[index] = dataset[index]
         except Exception as error:
             failures.append(error)
+    readable = [index for index in indices if index in rows]  # a weighted row may be drawn more than once
     if failures and len(rows) < MIN_EXAMPLES:
         raise MeasurementError("rows_unreadable", error=failures[0]) from failures[0]
     if failures:
@@ -239,7 +266,7 @@ def _readable_rows(dataset: Any, indices: Sequence[int]) -> tuple[list[int], lis
             f"{len(failures)} of {len(indices)} rows drawn for the probe set can't be read and are left out; the "
             f"first one: {redact_secrets(f'{type(failures[0]).__name__}: {failures[0]}')}."
         )
-    return list(rows), list(rows.values())
+    return readable, [rows[index] for index in readable]
 
 
 def _collated(dataloader: DataLoader, rows: list[Any], size: int) -> list[Any]:

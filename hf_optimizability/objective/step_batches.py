@@ -64,7 +64,7 @@ class StepBatches:
         Raises:
             MeasurementError: If a row can't be read, or the collator refuses them.
         """
-        order = probe_indices(len(self._pool), len(self._pool), seed=self._seed, ascending=False)
+        order = probe_indices(len(self._pool), len(self._pool), seed=self._seed)
         for start in range(0, len(self) * self.examples, self.examples):
             first = range(start, start + self.examples, self._size)
             yield [self._pool.collate(order[at : at + self._size], draw=at) for at in first]

@@ -90,9 +90,11 @@ def subject(report: ReportData) -> str:
     last, probe = report.measurements[-1], report.data.probe
     if last.population is None:
         examples = None if probe is None else probe.examples
-        return (
-            f"the mean loss over these {f'{last.num_items:,} items' if examples is None else f'{examples:,} examples'}"
-        )
+        if examples is None:
+            return f"the mean loss over these {last.num_items:,} items"
+        if examples == report.data.train_examples:
+            return f"the training loss over all {examples:,} examples"
+        return f"the mean loss over these {examples:,} examples"
     pool, whole = last.population.pool_examples, last.population.examples
     if pool == whole:
         return f"the training loss over all {whole:,} examples"
@@ -103,7 +105,8 @@ def about(report: ReportData, *sections: Section | Literal["tile"]) -> str:
     """Return the sentence at the head of these sections' table, or of the tiles: what its numbers are about."""
     last = report.measurements[-1]
     if last.population is None:
-        return f"Of {subject(report)}."
+        why = report.data.no_pool
+        return f"Of {subject(report)}." + ("" if why is None else f" Not of the whole training set: {why}")
     shown = [q for q in QUANTITIES if q.section in sections or (q.tile and "tile" in sections)]
     drawn = f"f the {last.population.sampled_examples:,} examples measured."
     if not any(q.scope == "loss" for q in shown):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..reasons import Reason
+
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -86,16 +88,20 @@ class DataInfo:
         eval_examples: Number of evaluation examples; likewise.
         probe: The probe set; `None` if there is none. In JSON its fields are among the others, as `probe_examples` and
             so on.
+        no_pool: Why examples were not drawn from the whole training set; `None` if they were, or that was not asked
+            for.
     """
 
     dataset: str | None = ""
     train_examples: int | None = None
     eval_examples: int | None = None
     probe: ProbeSetInfo | None = None
+    no_pool: Reason | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by their names in JSON."""
-        data = {name: value for name, value in vars(self).items() if name != "probe"}
+        data = {name: value for name, value in vars(self).items() if name not in ("probe", "no_pool")}
+        data["no_pool"] = None if self.no_pool is None else asdict(self.no_pool)
         probe = {} if self.probe is None else asdict(self.probe)
         return {**data, **{f"probe_{name}": value for name, value in probe.items()}}
 
@@ -103,5 +109,10 @@ class DataInfo:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Rebuild from `to_dict`, or from a part of it."""
         probe = {name: data[f"probe_{name}"] for name in ProbeSetInfo.__dataclass_fields__ if f"probe_{name}" in data}
-        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data and name != "probe"}
-        return cls(**known, probe=ProbeSetInfo(**probe) if probe else None)
+        simple = [name for name in cls.__dataclass_fields__ if name not in ("probe", "no_pool")]
+        why = data.get("no_pool")
+        return cls(
+            **{name: data[name] for name in simple if name in data},
+            probe=ProbeSetInfo(**probe) if probe else None,
+            no_pool=None if why is None else Reason.from_dict(why),
+        )

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -19,10 +19,10 @@ from ..config import OptimizabilityConfig
 from ..distributed.process_group import RankLostError, training_process_group
 from ..distributed.supported import deepspeed_limits, require_supported
 from ..distributed.tensors import class_name, is_sharded
-from ..errors import ExplainedError, MeasurementError, MeasurementInterruptedError
+from ..errors import ExplainedError, MeasurementError, MeasurementInterruptedError, UnmeasurableError
 from ..files import back_up, require_writable
 from ..linalg.communicator import ProcessGroup
-from ..measurement.measure import measure_objective, progress_bar, step_batches
+from ..measurement.measure import POOL_FAILURES, measure_objective, progress_bar, step_batches
 from ..measurement.results import Measurement, MeasurementFailure, TaskMeasurement
 from ..model_state.measuring import pretrained
 from ..objective.objective import Objective
@@ -49,9 +49,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.get_logger(__name__)
-
-POOL_FAILURES = ("losses_not_apart", "products_not_apart", "rows_unreadable", "rows_refused")
-"""Reasons why examples can't be drawn from a pool; random ones may do."""
 
 
 @dataclass
@@ -282,7 +279,7 @@ class OptimizabilityCallback(TrainerCallback):
                 should_stop=run.stops.pending,
             )
             objective = run.loss.current()  # raises no ValueError
-            run.pool = self._new_pool(run, loader)
+            self._make_pool(run, loader)
             run.steps = self._new_steps(run, loader)
         except (ValueError, RankLostError):
             raise
@@ -293,18 +290,33 @@ class OptimizabilityCallback(TrainerCallback):
         if trainer is not None:
             run_safely("checking the scale of the loss", partial(self._find_loss_scale, run, trainer, objective))
 
-    def _new_pool(self, run: _Run, loader: DataLoader) -> Pool | None:
-        """Return the examples to draw from at each measurement, if that is asked for and possible."""
-        size = self.config.pool_examples
-        if size is None:
-            return None
-        if run.group.world_size > 1 or type(loader.batch_sampler) is not BatchSampler:
-            logger.warning_once(
-                "`pool_examples` has no effect: several processes, or a sampler of whole batches. Measured is on "
-                "examples drawn once, at random."
-            )
-            return None
-        return Pool(loader, examples=size, seed=self.config.probe_seed)
+    @property
+    def _probe_examples(self) -> int | None:
+        return None if self.report.data.probe is None else self.report.data.probe.examples
+
+    def _make_pool(self, run: _Run, loader: DataLoader) -> None:
+        """Choose the examples to draw from at each measurement, unless the probe set holds all of them."""
+        if not self.config.pool_size:
+            return
+        try:
+            pool = Pool(loader, examples=self.config.pool_size, seed=self.config.probe_seed)
+            if pool.total == self._probe_examples:
+                return
+            if run.group.world_size > 1 or is_sharded(run.model):
+                raise UnmeasurableError("pool_processes")
+        except UnmeasurableError as error:
+            self._do_without_pool(run, error)
+        else:
+            run.pool = pool
+
+    def _do_without_pool(self, run: _Run, error: ExplainedError) -> None:
+        """Measure on the probe set from now on, and say why."""
+        run.pool = None
+        self.report.data = replace(self.report.data, no_pool=error.why)
+        logger.warning_once(
+            f"The numbers are about the {self._probe_examples} examples that are measured, not "
+            f"about the whole training set. {error.why}"
+        )
 
     def _new_steps(self, run: _Run, loader: DataLoader) -> StepBatches | None:
         """Return batches of one optimizer step each, if batch sharpness is asked for and possible."""
@@ -389,8 +401,7 @@ class OptimizabilityCallback(TrainerCallback):
         except MeasurementError as error:
             if run.pool is None or error.why.code not in POOL_FAILURES:
                 raise
-            logger.warning_once(f"`pool_examples` has no effect. {error.why} Measured is on random examples.")
-            run.pool = None
+            self._do_without_pool(run, error)
             return measured()
 
     def _record_failure(self, run: _Run, error: Exception, step: int, state: TrainerState) -> None:

@@ -205,7 +205,12 @@ class TestProbeSet:
     def test_indices_depend_on_the_seed_alone(self):
         drawn = probe_indices(1000, 5, seed=0)
         torch.rand(3)
-        assert probe_indices(1000, 5, seed=0) == drawn == sorted(drawn) != probe_indices(1000, 5, seed=1)
+        assert probe_indices(1000, 5, seed=0) == drawn != probe_indices(1000, 5, seed=1)
+
+    def test_a_data_set_sorted_by_class_gives_mixed_batches(self):
+        rows = [{"labels": torch.tensor(index // 100)} for index in range(1000)]
+        batches = draw_probe_set(loader(rows), replace(PROBE, examples=64, batch_size=16)).batches
+        assert min(len(batch["labels"].unique()) for batch in batches) >= 5
 
     def test_random_collators_give_the_same_batches(self, tmp_path):
         from transformers import BertTokenizer

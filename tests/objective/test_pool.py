@@ -61,7 +61,7 @@ def test_streams_and_rows_that_fail_are_refused():
             raise OSError("no such file")
 
     for loader in (DataLoader(Stream()), DataLoader([])):
-        with pytest.raises(ValueError, match="no rows, or none that can be drawn by index"):
+        with pytest.raises(ValueError, match="a stream, or has no rows that can be drawn by index"):
             Pool(loader, examples=10, seed=0)
     with pytest.raises(MeasurementError, match="can't be read"):
         read(Pool(DataLoader(Broken()), examples=10, seed=0), [0])

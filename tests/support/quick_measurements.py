@@ -21,15 +21,16 @@ MADE: dict[str, Measurement] = {}
 
 
 def measure_quickly(patch: pytest.MonkeyPatch) -> None:
-    """Let callbacks measure loss and gradient alone, once a model of the same parameters was measured alike.
+    """Let callbacks measure loss and gradient of the probe set alone, once a model of the same parameters was measured.
 
-    The rest is that of the first measurement, in whatever test. One that fails is not taken for the first.
+    The rest is that of the first measurement made alike, in whatever test. One that fails is not taken for the first.
     """
 
     def quickly(
         objective: Any, config: Any, *, pool: Any, steps: Any, optimizer: Any, step: int, epoch: Any, on_products: Any
     ) -> Any:
-        assert pool is steps is None, "measured quickly, neither would be gone through"
+        assert steps is None, "measured quickly, they would not be gone through"
+        del pool
         batches = [batch.items for batch in objective.local_batches]
         parameters = [(name, p.shape, p.dtype) for name, p in zip(objective.names, objective.parameters, strict=True)]
         alike = dataclasses.replace(config, measure_strategy="no", measure_steps=1, report_dir=None)

@@ -148,12 +148,12 @@ def _frozen(model: nn.Module) -> nn.Module:
 
 def _average_in_place(model: nn.Module, hidden: Tensor) -> Tensor:
     model.average.data.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
-    return model.average.clone()
+    return 0.1 * model.average.clone()
 
 
 def _average_reassigned(model: nn.Module, hidden: Tensor) -> Tensor:
     model.average.data = model.average.data * 0.9 + 0.1 * hidden.detach().mean(0)
-    return model.average.clone()
+    return 0.1 * model.average.clone()
 
 
 def _hooked(model: nn.Module, register: str, hook: Callable[[Counter, Any], Any]) -> nn.Module:
