@@ -21,7 +21,7 @@ MADE: dict[str, Measurement] = {}
 
 
 def measure_quickly(patch: pytest.MonkeyPatch) -> None:
-    """Let callbacks measure loss and gradient of the probe set alone, once a model of the same parameters was measured.
+    """Let callbacks measure loss and gradient of the probe set alone, once a model of these parameters was measured.
 
     The rest is that of the first measurement made alike, in whatever test. One that fails is not taken for the first.
     """
