@@ -53,6 +53,8 @@ LIKE_OTHERS = [
     ("bert", torch.float64, 2, "power_iteration"),
     ("bert", torch.float64, 2, "landscape"),
     ("bert", torch.float64, 2, "forward_over_reverse"),
+    ("bert", torch.float64, 2, "hutch++"),
+    ("bert", torch.float64, 2, "empirical_fisher"),
     ("bert", torch.float32, 2, "all"),
     ("bert", torch.float64, 9, "all"),
     ("gpt2", torch.float32, 2, "all"),

@@ -235,6 +235,7 @@ class TestExamplesLearntByHeart:
                 parameter *= margin
         return model, batch
 
+    @pytest.mark.slow  # the next one goes further
     def test_are_measured_for_all_their_rounding(self):
         """Second derivatives are symmetric to 5e-4 here, and to 1e-13 in float64."""
         model, batch = self.learnt(2.3)

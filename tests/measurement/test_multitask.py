@@ -94,6 +94,7 @@ def test_each_task_is_what_it_is_alone():
     assert head is None or head.value == 0  # each head is one task's own
 
 
+@pytest.mark.slow  # the next but one mixes them, too
 def test_batches_that_mix_tasks_are_cut():
     model, whole = Heads(), rows(12)
     config = OptimizabilityConfig(**PRECISE)
@@ -155,6 +156,7 @@ class TestConflict:
         ]
 
 
+@pytest.mark.slow  # test_measure.py shows the same without tasks
 def test_where_memory_is_short_tasks_stay_apart():
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         if len(batch["labels"]) > 2:

@@ -247,6 +247,7 @@ def test_a_part_of_the_set_as_pool_has_an_error_of_its_own(number: int, least: i
     assert min(held.values()) >= least, held
 
 
+@pytest.mark.slow  # integration tests compare runs to the last bit
 def test_the_same_seed_has_the_same_numbers():
     assert intervals(found(3)) == intervals(found(3)) != intervals(found(4))
 

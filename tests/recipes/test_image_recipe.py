@@ -42,6 +42,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.slow  # test_text_recipe.py shows the same of text
 def test_a_run_ends_with_checkpoint_metrics_card_and_report(
     checkpoint: str, folder: Path, run_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
