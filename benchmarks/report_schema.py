@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hf_optimizability.config import OptimizabilityConfig
-from hf_optimizability.diagnosis.findings import Finding
+from hf_optimizability.diagnosis.findings import Finding, RuleStatus, Verdict
 from hf_optimizability.measurement.results import Measurement, MeasurementFailure
 from hf_optimizability.reasons import WORDS
 from hf_optimizability.report_data.schema import SCHEMA_VERSION
@@ -26,8 +26,16 @@ from hf_optimizability.report_data.schema import SCHEMA_VERSION
 
 FILE = Path(__file__).parents[1] / "hf_optimizability/report_data/report.schema.json"
 
-ROOTS: dict[str, type] = {"measurements": Measurement, "failures": MeasurementFailure, "findings": Finding}
+ROOTS: dict[str, type] = {
+    "measurements": Measurement,
+    "failures": MeasurementFailure,
+    "findings": Finding,
+    "rules": RuleStatus,
+}
 """What the lists of a report hold."""
+
+VERDICT = "verdict"
+"""The field that holds one `Verdict`. Reports of earlier versions have neither it nor `rules`."""
 
 MAY_BE_INFINITE = {
     "Estimate.value", "Estimate.low", "Estimate.high", "CriticalLearningRate.value", "CriticalLearningRate.low",
@@ -164,8 +172,9 @@ def schema() -> dict[str, Any]:
     result["properties"]["schema_version"] = {"enum": [SCHEMA_VERSION]}
     for name, cls in ROOTS.items():
         result["properties"][name] = {"type": "array", "items": {"$ref": f"#/$defs/{cls.__name__}"}}
+    result["properties"][VERDICT] = {"$ref": f"#/$defs/{Verdict.__name__}"}
     by_hand = {name: value for name, value in written["$defs"].items() if not name[0].isupper()}
-    result["$defs"] = by_hand | definitions(*ROOTS.values())
+    result["$defs"] = by_hand | definitions(*ROOTS.values(), Verdict)
     result["properties"]["config"]["properties"] = {
         field.name: dict(OPTION) for field in fields(OptimizabilityConfig) if field.name != "report_dir"
     }

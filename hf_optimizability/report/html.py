@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from ..diagnosis.findings import find
+from ..diagnosis.findings import diagnose
 from ..measurement.results import Measurement
 from ..number_format import MISSING, NOT_CONVERGED, format_estimate, format_number, one_line
 from ..quantities.loss_landscape import LossPlane
@@ -27,8 +27,8 @@ from .templating import SHADES, environment, format_plain, measurement_values, t
 
 
 SECTIONS = (
-    "summary", "convergence", "stability", "generalization", "gradient", "curvature", "tasks", "findings",
-    "blocks", "method",
+    "summary", "findings", "convergence", "stability", "generalization", "gradient", "curvature", "tasks", "blocks",
+    "method",
 )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def to_html(report: ReportData) -> str:
         created=report.created,
         versions=report.versions,
         **measurement_values(report),
-        findings=find(report),
+        diagnosis=diagnose(report),
         last=last,
         gradient_map=_heat_map(report.measurements, _relative_gradient, _rank_on_log_scale),
         trace_map=_heat_map(report.measurements, _trace, _rank_around_zero),

@@ -12,13 +12,13 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..diagnosis.findings import find
+from ..diagnosis.findings import diagnose
 from ..measurement.quantities_table import QUANTITIES
 from ..measurement.results import Measurement
 from ..number_format import NOT_CONVERGED, format_number, one_line
 from ..report_data.data import ReportData
 from .panels import JOINT_PLOTS
-from .tables import card_rows, loss_gap, quantity_cells, span, subject
+from .tables import LABELS, card_rows, loss_gap, quantity_cells, span, subject
 from .templating import environment, first_and_last, format_plain, measurement_values, title_of
 
 
@@ -69,7 +69,7 @@ def to_markdown(report: ReportData, *, plots: Sequence[str] = ()) -> str:
     """
     template = markdown_environment().get_template("report.md.jinja")
     text = template.render(
-        findings=find(report),
+        diagnosis=diagnose(report),
         title=title_of(report),
         plots=plots,
         alt_texts=ALT_TEXTS,
@@ -94,6 +94,8 @@ def card_section(report: ReportData, *, files: Collection[str] = ()) -> str:
         >>> print(card_section(report, files=["report.json"]))
         ## Optimizability
         <BLANKLINE>
+        **No problem and no warning, but 20 of 20 rules could not be checked: ...
+        <BLANKLINE>
         Nothing was measured of org/name on fill-mask.
         <BLANKLINE>
         Measured with hf-optimizability: [all numbers](optimizability/report.json).
@@ -104,7 +106,7 @@ def card_section(report: ReportData, *, files: Collection[str] = ()) -> str:
         .get_template("card.md.jinja")
         .render(
             report=report,
-            findings=find(report),
+            diagnosis=diagnose(report),
             title=title_of(report),
             ends=first_and_last(report.measurements),
             rows=card_rows(first_and_last(report.measurements)),
@@ -119,30 +121,34 @@ def card_section(report: ReportData, *, files: Collection[str] = ()) -> str:
 
 
 def to_summary(report: ReportData) -> str:
-    """Render the report as at most ten aligned lines of plain text, and one more for each problem and warning.
+    """Render the report as at most eleven aligned lines of plain text, and one for each further problem and warning.
 
     Example:
         >>> from hf_optimizability.report_data.provenance import ModelInfo, TaskInfo
         >>> print(to_summary(ReportData(model=ModelInfo(id="org/name"), task=TaskInfo(task="fill-mask"))))
         Optimizability  org/name on fill-mask
+        Verdict         No problem and no warning, but 20 of 20 rules could not be checked: nothing was measured; ...
         Cost            nothing was measured
     """
-    lines = {
-        "Optimizability": title_of(report),
-        **_quantity_lines(report),
-        **_dynamics_lines(report.dynamics),
-        "Cost": _cost_line(report.measurements),
-    }
-    problems = [
-        (finding.severity.capitalize(), finding.sentence)
-        for finding in find(report)
+    diagnosis = diagnose(report)
+    others = [
+        (LABELS[finding.severity], finding.sentence)
+        for finding in diagnosis.findings[1:]
         if finding.severity != "note" and finding.name != "measurement_failed"
+    ]
+    lines = [
+        ("Optimizability", title_of(report)),
+        ("Verdict", str(diagnosis.verdict)),
+        *others,
+        *_quantity_lines(report).items(),
+        *_dynamics_lines(report.dynamics).items(),
+        ("Cost", _cost_line(report.measurements)),
     ]
     if report.failures:
         last = report.failures[-1]
         reason = shorten(last.reason, 160, placeholder=" …")
-        problems.append(("Failed", f"{len(report.failures)}, the last at step {last.step:,}: {reason} {last.remedy}"))
-    return "\n".join(f"{label:<14}  {one_line(text)}" for label, text in [*lines.items(), *problems])
+        lines.append(("Failed", f"{len(report.failures)}, the last at step {last.step:,}: {reason} {last.remedy}"))
+    return "\n".join(f"{label:<14}  {one_line(text)}" for label, text in lines)
 
 
 def escape(text: str) -> str:

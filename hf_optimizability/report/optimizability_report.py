@@ -17,7 +17,7 @@ from ..report_data.schema import parse
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ..diagnosis.findings import Finding
+    from ..diagnosis.findings import Diagnosis, Finding, RuleStatus, Verdict
 
 
 class OptimizabilityReport(ReportData):
@@ -26,13 +26,33 @@ class OptimizabilityReport(ReportData):
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What the numbers say, worst first; computed from them each time."""
-        from ..diagnosis.findings import find
+        return self._diagnosis.findings
 
-        return find(self)
+    @property
+    def rules(self) -> tuple[RuleStatus, ...]:
+        """What came of each rule: its finding's severity, fine, or why it could not be checked."""
+        return self._diagnosis.rules
+
+    @property
+    def verdict(self) -> Verdict:
+        """The conclusion in a sentence, with the one thing to do."""
+        return self._diagnosis.verdict
+
+    @property
+    def _diagnosis(self) -> Diagnosis:
+        from ..diagnosis.findings import diagnose
+
+        return diagnose(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts; not-finite numbers become `None`."""
-        return {**super().to_dict(), "findings": finite([asdict(finding) for finding in self.findings])}
+        found = self._diagnosis
+        derived = {
+            "verdict": asdict(found.verdict),
+            "findings": [asdict(finding) for finding in found.findings],
+            "rules": [asdict(rule) for rule in found.rules],
+        }
+        return {**super().to_dict(), **finite(derived)}
 
     def published(self) -> Self:
         """Return the report as it is written and published: what the schema's marks allow; see docs/security.md."""

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 from ..curvature.eigenvalue_check import EigenvalueCheck
+from ..diagnosis.outcome import SEVERITIES, STATUSES, Status
+from ..diagnosis.verdict import Diagnosis
 from ..linalg.estimate import Estimate
 from ..measurement.quantities_table import QUANTITIES, TASK_QUANTITIES, Form, Quantity, Section, Value
 from ..measurement.results import Measurement, MultitaskMeasurement
@@ -39,6 +42,15 @@ class Table(NamedTuple):
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
+
+LABELS: Mapping[Status, str] = {
+    "problem": "Problem",
+    "warning": "Warning",
+    "note": "Note",
+    "not_checked": "Not checked",
+    "fine": "Fine",
+}
+"""Of the status of a rule."""
 
 TEXTS = {
     "intervals": "In parentheses: 95 % intervals.",
@@ -304,6 +316,28 @@ def error_parts(measurement: Measurement) -> Table:
         if isinstance(one, Estimate)
     ]
     return Table(columns, rows)
+
+
+def rules(diagnosis: Diagnosis) -> Table:
+    """Return what came of each rule; those of findings say where they are."""
+    rows = [
+        (
+            rule.name.replace("_", " ").capitalize(),
+            LABELS[rule.status],
+            rule.because or ("See the finding." if rule.status in SEVERITIES else ""),
+            rule.remedy,
+        )
+        for rule in diagnosis.rules
+    ]
+    return Table(("Rule", "Status", "Because", "To check it"), rows)
+
+
+def count_rules(diagnosis: Diagnosis) -> str:
+    """Return how many rules have each status, in a line."""
+    numbers = Counter(rule.status for rule in diagnosis.rules)
+    plural = {status: "s" * (status in SEVERITIES and numbers[status] > 1) for status in STATUSES}
+    counted = (f"{numbers[status]} {LABELS[status].lower()}{plural[status]}" for status in STATUSES if numbers[status])
+    return f"All {len(diagnosis.rules)} rules: {', '.join(counted)}"
 
 
 def failures(report: ReportData) -> Table:

@@ -41,7 +41,7 @@ def environment(text: Callable[[Any], Markup]) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.globals.update(tables=tables, cosine_map=cosine_map, block_cosines=block_cosines)
+    made.globals.update(tables=tables, labels=tables.LABELS, cosine_map=cosine_map, block_cosines=block_cosines)
     return made
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+DERIVED = ("verdict", "findings", "rules")
+"""What JSON holds that follows from the rest."""
+
+
 @dataclass
 class ReportData:
     """The data of a report on how a checkpoint optimized on a task.
@@ -69,4 +73,4 @@ class ReportData:
             ValueError: If the data was written by a later version of this package, or is damaged.
         """
         data = upgraded(data)
-        return structure(cls, {name: value for name, value in data.items() if name != "findings"})  # derived
+        return structure(cls, {name: value for name, value in data.items() if name not in DERIVED})

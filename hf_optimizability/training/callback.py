@@ -450,7 +450,8 @@ class OptimizabilityCallback(TrainerCallback):
         report.dynamics = compute_dynamics(report.log_history, tasks=tasks, seed=self.config.probe_seed)
         report.training["overhead"] = run.clock.overhead
         report.created = provenance.timestamp()
-        logger.info(f"Optimizability report: {report.save(run.folder)}")
+        report.save(run.folder)
+        logger.warning(f"{report.verdict} The page: {run.folder / 'report.html'}")
 
 
 def _prepare_folder(folder: Path, *, keep_report: bool) -> None:

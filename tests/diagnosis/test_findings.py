@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable
 from functools import cache, partial
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
-from hf_optimizability.diagnosis.findings import FINDINGS, SEVERITIES, Finding, find
+from hf_optimizability.diagnosis.findings import RULES, SEVERITIES, Finding, find
 from hf_optimizability.linalg.estimate import Estimate
 from hf_optimizability.linalg.spectrum_and_trace import HessianEstimates
 from hf_optimizability.reasons import Reason
@@ -107,14 +108,22 @@ def names(report: OptimizabilityReport) -> list[str]:
 
 
 MEASURED_ON_THE_WAY = {"measure_strategy": "steps", "measure_steps": 30}
-ABOUT_THE_RATE = {function.__name__ for function in FINDINGS if function.__name__.startswith("learning_rate")}
+ABOUT_THE_RATE = {rule.__name__ for rule in RULES if rule.__name__.startswith("learning_rate")}
 
 
-def test_a_healthy_run_has_nothing_to_complain_of(train: Train):
+def test_a_healthy_run_has_nothing_to_complain_of(
+    train: Train, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that caplog sees it
     report = train(config=MEASURED_ON_THE_WAY, eval_strategy="steps", eval_steps=15)
     assert names(report) == []
     told = report.summary()
     assert "Warning" not in told and "Problem" not in told
+    assert "No problem and no warning, but" in report.verdict.sentence
+    unchecked = {rule.name: rule.missing for rule in report.rules if rule.status == "not_checked"}
+    assert unchecked == {"batch_below_noise_scale": "probe_batches", "batch_above_noise_scale": "probe_batches"}
+    [last] = [record.getMessage() for record in caplog.records if "report.html" in record.getMessage()]
+    assert last.startswith(f"{report.verdict} The page: ") and last.endswith("optimizability/report.html")
 
 
 def dead_layer() -> Perceptron:
@@ -415,7 +424,7 @@ def test_both_sides_of_the_threshold(name: str, ill: OptimizabilityReport, well:
 
 
 def test_every_finding_has_a_test_of_its_threshold():
-    assert {name for name, *_ in SIDES} == {function.__name__ for function in FINDINGS}
+    assert {name for name, *_ in SIDES} == {rule.__name__ for rule in RULES}
 
 
 def test_worst_first():
@@ -439,7 +448,7 @@ def test_shown_in_the_summary_and_the_markdown_without_markup_from_outside():
         report.failures[0], why=Reason("unexpected", error="<script>alert(1)</script>")
     )
     report.training["loss_scale"] = 3.0
-    assert "\nWarning         The loss that was trained is 3.00 times" in report.summary()
+    assert "\nVerdict         Warning: The loss that was trained is 3.00 times" in report.summary()
     text = to_markdown(report)
     assert "## Findings" in text and "**Warning: The loss that was trained is 3.00 times" in text
     assert "<script>" not in text

@@ -146,6 +146,7 @@ def renamed(old: str) -> Callable[[Data, str], None]:
     return plant
 
 
+FINE = {"status": "fine"}
 FREE_TEXT: dict[str, Callable[[Data, str], None]] = {
     "a note of the dynamics": set_everywhere("note"),
     "words of a failure": set_at("failures", 0, "reason"),
@@ -153,6 +154,8 @@ FREE_TEXT: dict[str, Callable[[Data, str], None]] = {
     "values of a failure": lambda data, text: data["failures"][0]["why"].update(values={"operation": f"at {text}"}),
     "unknown values of a failure": set_at("failures", 0, "why", "values", "text"),
     "findings": lambda data, text: data["findings"][0].update(sentence=text, advice=text, evidence=[text]),
+    "verdict": lambda data, text: data.update(verdict=dict.fromkeys(("sentence", "todo", "more"), text) | FINE),
+    "rules": lambda data, text: data["rules"][0].update(name=text, because=text, remedy=text),
     "a string in the log": logged(lambda text: text, key="note"),
     "a list in the log": logged(lambda text: [text], key="samples"),
     "a dict in the log": logged(lambda text: {text: text}, key="table"),

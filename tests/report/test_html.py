@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hf_optimizability.diagnosis.findings import Finding
+from hf_optimizability.diagnosis.findings import Diagnosis, Finding, Fine, NotChecked
 from hf_optimizability.measurement.results import MeasurementFailure
 from hf_optimizability.number_format import format_estimate, format_interval, format_number
 from hf_optimizability.reasons import Reason
@@ -27,12 +27,13 @@ from tests.support.html_page import read_page
 
 SECTIONS = [
     "Summary",
+    "Findings",
+    "Numbers",
     "Convergence",
     "Stability",
     "Generalization",
     "Gradient",
     "Curvature",
-    "Findings",
     "Blocks",
     "Method and prices",
 ]
@@ -151,15 +152,33 @@ class TestText:
         bare = [dataclasses.replace(measurement, landscape=None) for measurement in report.measurements]
         assert "andscape" not in read_page(dataclasses.replace(report, measurements=bare).to_html()).text
 
-    def test_findings_are_told_in_the_summary_and_in_full(self, monkeypatch):
+    def test_verdict_findings_and_the_status_of_each_rule_stand_above_all_plots(self, monkeypatch):
         told = Finding(
             "too_high", "problem", "The rate is <too> high.", ("η = 3 (2 to 4)",), "Lower it.", "Cohen 2021"
         )
         noted = dataclasses.replace(told, name="saddle", severity="note", sentence="A saddle.")
-        monkeypatch.setattr("hf_optimizability.report.html.find", lambda report: (told, noted))
-        page = read_page(make_report(2).to_html())
+        outcomes = {
+            "saddle": noted,
+            "too_high": told,
+            "overfitting": NotChecked("evaluations", 1, 2),
+            "tasks_conflict": Fine("One task was measured."),
+        }
+        monkeypatch.setattr("hf_optimizability.report.html.diagnose", lambda report: Diagnosis(outcomes))
+        html = make_report(2).to_html()
+        page = read_page(html)
         assert page.text.count("The rate is <too> high.") == 2
         assert page.text.count("A saddle.") == 1
+        assert "Also: 1 note, 1 of 4 rules could not be checked." in page.text.replace("\xa0", " ")
+        assert [row[:3] for row in page.tables["Rules"][1:]] == [
+            ["Too high", "Problem", "See the finding."],
+            ["Saddle", "Note", "See the finding."],
+            ["Overfitting", "Not checked", "the log has too few evaluation losses (1, of 2 needed)"],
+            ["Tasks conflict", "Fine", "One task was measured."],
+        ]
+        order = [
+            html.index(text) for text in ('class="verdict problem"', 'id="finding-too_high"', "<details>", "<figure")
+        ]
+        assert order == sorted(order)
         assert {"finding-too_high", "finding-saddle"} <= set(page.ids)
         for text in ("η = 3 (2 to 4)", "Lower it.", "Source: Cohen 2021"):
             assert text in page.text.replace("\xa0", " ")

@@ -57,6 +57,7 @@ class TestMarkdown:
     def test_sections_in_order(self):
         assert headings(to_markdown(make_report(failures=1))) == [
             "Findings",
+            "Numbers",
             "Convergence",
             "Stability",
             "Generalization",
@@ -74,7 +75,7 @@ class TestMarkdown:
     def test_summary_table_compares_first_and_last(self):
         report = make_report()
         first, last = report.measurements[0].hessian, report.measurements[-1].hessian
-        header, *rows = tables(to_markdown(report))[0]
+        _, (header, *rows), *_ = tables(to_markdown(report))
         assert header[:3] == ["", "step 0", "step 300"]
         cells = {row[0]: row[1:3] for row in rows}
         assert cells["Loss"] == ["0.7000", "0.1774"]
@@ -150,7 +151,7 @@ class TestMarkdown:
     def test_every_table_is_rectangular_and_no_value_is_python_none(self):
         text = to_markdown(make_report(failures=2), plots=list(ALT_TEXTS))
         assert "None" not in text
-        assert len(tables(text)) == 13
+        assert len(tables(text)) == 14
         for table in tables(text):
             assert len({len(row) for row in table}) == 1
 
@@ -173,7 +174,7 @@ class TestMarkdown:
         assert ("Nothing was measured." in text) == (not report.measurements)
         assert ("## Failures" in text) == bool(report.failures)
         assert ("## Gradient and curvature" in text) == bool(report.measurements)
-        assert len(to_summary(report).splitlines()) <= 10
+        assert len(to_summary(report).splitlines()) <= 11
 
     def test_every_dynamics_value_may_be_none(self):
         report = make_report()
@@ -193,7 +194,7 @@ class TestMarkdown:
     def test_dagger_marks_what_did_not_converge_and_nothing_else(self):
         assert "†" not in to_markdown(make_report())
         text = to_markdown(make_report(1, converged=False))
-        rows = {row[0]: row[1] for row in tables(text)[0][1:]}
+        rows = {row[0]: row[1] for row in tables(text)[1][1:]}
         assert {name: value.endswith(" †") for name, value in rows.items()} == {
             "Loss": False,
             "Gradient norm ‖g‖": False,
@@ -208,7 +209,7 @@ class TestMarkdown:
         measurement = make_measurement()
         hessian = dataclasses.replace(measurement.hessian, lambda_min=None, ritz_values=(), ritz_weights=())
         report = OptimizabilityReport(measurements=[dataclasses.replace(measurement, hessian=hessian)])
-        assert ["λ_min", "–"] in [row[:2] for row in tables(to_markdown(report))[0]]
+        assert ["λ_min", "–"] in [row[:2] for row in tables(to_markdown(report))[1]]
         assert "λ_max; λ_min    12.630 (12.598 to 12.662); –" in to_summary(report)
 
     def test_a_block_of_zero_weights_has_no_relative_gradient(self):
@@ -277,12 +278,13 @@ class TestEscaping:
 
 
 class TestSummary:
-    def test_at_most_ten_aligned_lines_and_the_failures(self):
+    def test_at_most_eleven_aligned_lines_and_the_failures(self):
         lines = to_summary(make_report(failures=3, converged=False)).splitlines()
-        assert len(lines) == 11
+        assert len(lines) == 12
         assert all(line[14:16] == "  " and line[16] != " " for line in lines)
         assert [line[:14].strip() for line in lines] == [
             "Optimizability",
+            "Verdict",
             "About",
             "Loss",
             "Gradient norm",
