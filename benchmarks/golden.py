@@ -74,6 +74,7 @@ CHANGED: dict[str, str] = {
     "**failures.*.reason": "reworded: a text",
     "**failures.*.remedy": "reworded: a text",
     "**findings.*.advice": "reworded: a text",
+    "**findings.*.evidence": "reworded: intervals in place of ±; their numbers are compared elsewhere",
     "**findings.*.source": "reworded: a text",
 }
 """Fields that may differ or be missing, and why they must."""
