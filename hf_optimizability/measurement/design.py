@@ -38,7 +38,8 @@ class Design:
         """Return the design of an objective over a population."""
         batches = tuple(batch.drawn for batch in objective.local_batches if batch.drawn is not None)
         chances = np.concatenate([np.ones(0), *(batch.probabilities for batch in batches if not batch.certain)])
-        return cls(batches, 1 - float(chances.mean()) if len(chances) else 0.0)
+        # Most of the variance is that of examples which are unlikely and weigh much: each counts by its weight.
+        return cls(batches, 1 - len(chances) / float((1 / chances).sum()) if len(chances) else 0.0)
 
     @property
     def shares(self) -> Array:

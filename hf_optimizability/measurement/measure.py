@@ -43,7 +43,7 @@ from .multitask import measure_tasks
 from .optimizer_step import OptimizerStep, eigenvector_plane, measure_stability, update_line
 from .out_of_memory import out_of_memory, retry_with_smaller_batches
 from .pool_pass import draw_from_pool
-from .population_estimates import about_population, gradient_of_pool
+from .population_estimates import about_population, gradient_of_pool, noise_scale_of
 from .results import BlockMeasurement, Measurement, PopulationMeasurement
 from .session import measurement_session
 from .slope_check import slope_errors
@@ -233,26 +233,19 @@ def measure_objective(
             objective, lambda objective: _measure_once(objective, config, optimizer, steps)
         )
     else:
-        (drawn, noise), objective = retry_with_smaller_batches(
-            objective, lambda objective: _drawn(objective, pool, config)
-        )
+        drawn, objective = retry_with_smaller_batches(objective, lambda objective: _drawn(objective, pool, config))
         measurement, _ = retry_with_smaller_batches(
             drawn, lambda objective: _measure_once(objective, config, optimizer, steps)
         )
-        measurement = replace(measurement, noise_scale=noise)
     seconds = time.perf_counter() - started
     measurement = replace(measurement, step=step, epoch=epoch, hvps=counter.total, seconds=seconds)
     assert measurement.self_check is not None
     return measurement, objective.counting(None).checked(measurement.self_check)
 
 
-def _drawn(objective: Objective, pool: Pool, config: OptimizabilityConfig) -> tuple[Objective, Estimate | None]:
-    """Return the loss over a pool, on examples drawn from it, and the noise scale.
-
-    The noise scale is that of the objective's own batches, which are random, as in training.
-    """
+def _drawn(objective: Objective, pool: Pool, config: OptimizabilityConfig) -> Objective:
+    """Return the loss over a pool, on examples drawn from it."""
     with measurement_session(objective, config) as (inside, _):
-        noise = noise_scale(inside).noise_scale if inside.parts >= MIN_PARTS else None
         batches, population = draw_from_pool(
             inside,
             pool,
@@ -260,7 +253,7 @@ def _drawn(objective: Objective, pool: Pool, config: OptimizabilityConfig) -> tu
             batch_size=objective.batch_size,
             seed=config.probe_seed,
         )
-    return objective.sampled(batches, population), noise
+    return objective.sampled(batches, population)
 
 
 def _with_checked_mean(objective: Objective, config: OptimizabilityConfig) -> Objective:
@@ -316,9 +309,6 @@ def _measure_once(
         plane = eigenvector_plane(objective, curvature.spectrum) if config.landscape else None
         whole, quadratic, population = _of_whole_set(objective, point, directions, curvature)
         blocks = _measure_blocks(objective, indices, whole, curvature)
-        noise = None  # of a sample by size: its batches are not drawn as in training
-        if objective.parts >= MIN_PARTS and objective.population is None:
-            noise = noise_scale(objective, mean_gradient=point.tensors)
         multitask = measure_tasks(objective, indices, curvature.tasks) if config.task_column is not None else None
         return Measurement(
             step=0,
@@ -332,7 +322,7 @@ def _measure_once(
             blocks=blocks,
             curvature=config.curvature,
             quadratic_model=quadratic,
-            noise_scale=None if noise is None else noise.noise_scale,
+            noise_scale=_noise_scale(objective, whole, population),
             optimizer_stability=stability,
             landscape=Landscape(line, plane) if config.landscape else None,
             multitask=multitask,
@@ -361,6 +351,13 @@ def _of_whole_set(
     squared = population.grad_norm.value**2
     model = QuadraticModel.of(squared, squared * along.curvature)
     return gradient_of_pool(objective.population), model, population
+
+
+def _noise_scale(objective: Objective, whole: Gradient, population: PopulationMeasurement | None) -> Estimate | None:
+    """Return it from random batches: those of the pool, as a sample drawn by size is not what training sees."""
+    if objective.population is not None:
+        return None if population is None else noise_scale_of(objective.population, population.grad_norm)
+    return noise_scale(objective, mean_gradient=whole.tensors).noise_scale if objective.parts >= MIN_PARTS else None
 
 
 def compute_gradient(objective: Objective) -> Gradient:

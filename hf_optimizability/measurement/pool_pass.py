@@ -161,40 +161,34 @@ def _look(objective: Objective, pool: Pool, *, seed: int) -> Look:
         np.concatenate(sizes, axis=1),
         np.concatenate(bends, axis=1),
         gradient=gradients.mean,
-        gradient_variance=gradients.variance(len(pool) / pool.total),
-        gradient_scale=gradients.scale,
+        batch_squares=np.array(gradients.squares),
     )
 
 
 class _GradientSum:
-    """The gradient over a pool, batch by batch, and how much it varies from batch to batch."""
+    """The gradient over a pool, batch by batch.
+
+    Attributes:
+        squares: `‖S‖²/b` of each batch of b items, S the gradient of the sum of its losses.
+    """
 
     def __init__(self, objective: Objective):
         self._objective = objective
         self._totals = [torch.zeros_like(parameter) for parameter in objective.parameters]
-        self._items, self._batches, self._squares = 0.0, 0, 0.0
+        self._items = 0.0
+        self.squares: list[float] = []
 
     def add(self, looked: Sequence[_Looked]) -> None:
         for tensors, _, items in batch_gradients(self._objective.over([one.batch for one in looked])):
             for total, piece in zip(self._totals, tensors, strict=True):
                 total += piece
-            self._items, self._batches = self._items + items, self._batches + 1
-            self._squares += float(norm_of(tensors)) ** 2 / items
+            self._items += items
+            self.squares.append(float(norm_of(tensors)) ** 2 / items)
 
     @property
     def mean(self) -> tuple[Tensor, ...]:
         """The gradient of the mean loss."""
         return tuple(total / self._items for total in self._totals)
-
-    @property
-    def scale(self) -> float:
-        """Root mean square of the norms of the batches' gradients."""
-        return math.sqrt(self._squares / self._items)
-
-    def variance(self, part: float) -> float:
-        """Return the variance that `‖mean‖²` has in it as that of such a part of the data, drawn at random."""
-        spread = max(self.scale**2 - float(norm_of(self.mean)) ** 2, 0.0)
-        return spread * (1 - part) / max(self._batches - 1, 1)
 
 
 class CurvatureAlong(NamedTuple):

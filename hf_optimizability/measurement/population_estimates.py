@@ -9,14 +9,18 @@ import numpy as np
 
 from ..curvature.gradient import Gradient, norm_of
 from ..linalg.estimate import Estimate
-from ..linalg.statistics import NORMAL_QUANTILE
+from ..linalg.statistics import NORMAL_QUANTILE, student_quantile
 from ..objective.population import Population
+from ..quantities.noise_scale import MIN_PARTS
 from .results import PopulationMeasurement
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HARDEST = 10
 METHOD = "pool"
+
+MAX_LOG_RATIO = math.log(1e6)
+"""Logarithm of an upper end over the value beyond which there is none."""
 
 ROUNDING = 1e-6
 """Error of a mean in float32, relative to what the mean is over."""
@@ -62,10 +66,41 @@ def gradient_norm(population: Population, slope_std_error: float) -> Estimate:
     """
     look = population.look
     norm, rounding = float(norm_of(look.gradient)), ROUNDING * look.gradient_scale
-    square = norm**2 - look.gradient_variance
-    error = math.hypot(2 * norm * slope_std_error, look.gradient_variance / 10)
+    square = norm**2 - population.gradient_variance
+    error = math.hypot(2 * norm * slope_std_error, population.gradient_variance / 10)
     margin = NORMAL_QUANTILE * error
     low, value, high = (math.sqrt(max(end, 0.0)) for end in (square - margin, square, square + margin))
     low, high = max(low - rounding, 0.0), high + rounding
     std_error = error / (2 * value) if value else None
     return Estimate(value, low, high, METHOD, 0, low > 0 or high == 0, 0.0, data_std_error=std_error)
+
+
+def noise_scale_of(population: Population, gradient_norm: Estimate) -> Estimate | None:
+    """Return tr Σ/‖g‖² of the training set, in items, from the gradients of the pool's batches; `None` from too few.
+
+    The errors of tr Σ and ‖g‖² add in squares, in logarithms. Where ‖g‖ may be 0, there is no upper end.
+
+    Args:
+        population: The pool, which was looked at in random order.
+        gradient_norm: ‖g‖ of the training set.
+    """
+    look = population.look
+    batches = len(look.batch_squares)
+    if batches < MIN_PARTS:
+        return None
+    trace, norm = look.trace_covariance, gradient_norm
+    margin = student_quantile(batches - 1) * float(look.batch_squares.std(ddof=1)) * math.sqrt(batches) / (batches - 1)
+    if not trace:
+        return Estimate(0.0, 0.0, 0.0, METHOD, 0, True)
+    if not norm.value:
+        low = max(trace - margin, 0.0) / norm.high**2 if norm.high else math.inf
+        return Estimate(math.inf, low, math.inf, METHOD, 0, False)
+    down = math.hypot(_log_ratio(trace, trace - margin), 2 * _log_ratio(norm.high, norm.value))
+    up = math.hypot(_log_ratio(trace + margin, trace), 2 * _log_ratio(norm.value, norm.low))
+    value = trace / norm.value**2
+    high = value * math.exp(up) if up < MAX_LOG_RATIO else math.inf
+    return Estimate(value, value * math.exp(-down), high, METHOD, 0, high < math.inf)
+
+
+def _log_ratio(larger: float, smaller: float) -> float:
+    return math.log(larger / smaller) if smaller > 0 else math.inf

@@ -20,7 +20,7 @@ from ..linalg.statistics import NORMAL_QUANTILE, student_quantile
 from ..linalg.vectors import flatten, norm
 from ..objective.objective import Objective
 from ..objective.population import Population
-from ..objective.sampling import design_std_error, reliability
+from ..objective.sampling import design_std_error, noisy_variance
 from .design import Array, Design
 from .pool_pass import CurvatureAlong, curvature_along
 
@@ -165,15 +165,21 @@ def _traces(spectrum: SpectrumAndTrace, population: Population, design: Design, 
 
     The sample was drawn by the trace of the Gauss-Newton matrix. Of the rest, the pool has an estimate for each
     example, by which the sample is corrected as far as it is not noise: in networks with kinks (ReLU) it mostly is.
+    The error over the data is that of the groups' spread, or what the pool's estimates predict where that is more.
     """
     trace, segments = spectrum.estimates.trace, spectrum.segments
     if spectrum.parts is None:
         return [trace, *segments]
     look, means = population.look, spectrum.parts.means()
-    bends = look.bends * reliability(look.bend_probes, population.sample.probabilities)
+    chances = population.sample.probabilities
+    of_bends = noisy_variance(look.bend_probes, chances)
+    bends = of_bends.reliability * look.bends
+    left = noisy_variance(look.size_probes + (1 - of_bends.reliability) * look.bend_probes, chances).signal
+    by_design = math.sqrt(left + of_bends.reliability**2 * of_bends.noise) / look.items
     shift = population.mean(bends) - design.mean(design.by_batch(bends))
     trace = replace(trace, value=trace.value + shift, low=trace.low + shift, high=trace.high + shift)
     errors = [design.std_error(values) for values in (means.sum(axis=1) - design.by_batch(bends), *means.T)]
+    errors[0] = max(errors[0], by_design)
     known = look.sizes + look.bends
     of_the_pool = population.pool_std_error(known) / (abs(population.mean(known)) or 1.0)
     return [

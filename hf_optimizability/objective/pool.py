@@ -28,7 +28,7 @@ class Pool:
         seed: Seed of the choice of rows, and of augmentation.
 
     Attributes:
-        indices: Their places in the data set, ascending.
+        indices: Their places in the data set, in random order, so that batches of neighbours are as in training.
         total: How many examples the data set has.
 
     Raises:
@@ -37,7 +37,7 @@ class Pool:
     Example:
         >>> pool = Pool(DataLoader([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}]), examples=2, seed=0)
         >>> with pool.reading():
-        ...     [pool.collate(chunk)["x"].tolist() for chunk in pool.chunks(2)], pool.total
+        ...     [sorted(pool.collate(chunk)["x"].tolist()) for chunk in pool.chunks(2)], pool.total
         ([[1.0, 3.0]], 3)
     """
 
@@ -48,7 +48,7 @@ class Pool:
         if (sampler := uneven_sampler(loader)) is not None:
             raise UnmeasurableError("pool_sampler", sampler=type(sampler).__name__)
         self.total = total
-        self.indices = np.sort(probe_indices(total, examples, seed=seed))
+        self.indices = np.array(probe_indices(total, examples, seed=seed), dtype=np.int64)
         self._loader, self._seed = loader, seed
 
     def __len__(self) -> int:
@@ -68,10 +68,9 @@ class Pool:
 
     def random_batches(self, examples: int, *, batch_size: int) -> list[Batch]:
         """Return batches of random examples, as many examples as that."""
-        chosen = probe_indices(len(self), examples, seed=self._seed)
-        parts = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+        number = min(examples, len(self))
         with self.reading():
-            return [self.collate(part) for part in parts]
+            return [self.collate(range(i, min(i + batch_size, number))) for i in range(0, number, batch_size)]
 
     def collate(self, positions: Sequence[int] | NDArray[np.int64], *, draw: int = 0) -> Batch:
         """Return the examples at these positions of the pool as one batch; inside `reading`.

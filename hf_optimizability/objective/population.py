@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..linalg.vectors import dot
 from .pool import Pool
 from .sampling import Sample
 
@@ -58,8 +59,7 @@ class Look:
         size_probes: Its part of the Gauss-Newton matrix along each of a few random vectors, of shape (vectors, N).
         bend_probes: Its part of the rest of the Hessian along each, likewise.
         gradient: The gradient of the mean loss, shaped like the parameters.
-        gradient_variance: By how much `‖gradient‖²` is, in the mean, above that of the data set.
-        gradient_scale: Root mean square of the norms of the gradients of batches, which rounding is relative to.
+        batch_squares: `‖S‖²/b` of each batch of b items, S the gradient of the sum of its losses; of shape (batches,).
     """
 
     losses: Array
@@ -67,8 +67,7 @@ class Look:
     size_probes: Array
     bend_probes: Array
     gradient: tuple[Tensor, ...]
-    gradient_variance: float
-    gradient_scale: float
+    batch_squares: Array
 
     @property
     def sizes(self) -> Array:
@@ -79,6 +78,18 @@ class Look:
     def bends(self) -> Array:
         """Estimates of each example's part of the trace of the rest of the Hessian, of shape (N,)."""
         return np.asarray(self.bend_probes.mean(axis=0))
+
+    @property
+    def gradient_scale(self) -> float:
+        """Root mean square of the norms of the gradients of batches, which rounding is relative to."""
+        return math.sqrt(float(self.batch_squares.sum()) / self.items)
+
+    @property
+    def trace_covariance(self) -> float:
+        """Estimate of tr Σ, the variance of the gradient of one item; 0 from a single batch."""
+        square = sum(float(dot(piece.flatten(), piece.flatten())) for piece in self.gradient)
+        spread = float(self.batch_squares.sum()) - self.items * square
+        return max(spread, 0.0) / max(len(self.batch_squares) - 1, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +120,11 @@ class Population:
     def mean(self, values: Array) -> float:
         """Return the mean over the pool's items, from the sums over those of each example."""
         return float(values.sum()) / self.look.items
+
+    @property
+    def gradient_variance(self) -> float:
+        """By how much `‖gradient‖²` of the pool is, in the mean, above that of the data set."""
+        return self.look.trace_covariance * (1 - len(self.pool) / self.pool.total) / self.look.items
 
     @property
     def mean_loss(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,10 +120,30 @@ def design_std_error(values: Array, probabilities: Array) -> float:
     return math.sqrt(correction * float(((1 / chance - 1) * (value - slope * chance) ** 2).sum()))
 
 
-def reliability(probes: Array, probabilities: Array) -> float:
-    """Return the factor that noisy values get before samples are corrected by their mean.
+class NoisyVariance(NamedTuple):
+    """The design's variance of the mean of noisy values over a sample.
 
-    It is the share of the design's variance that is not the noise's, and leaves the least variance.
+    Attributes:
+        whole: Of the values as they are.
+        noise: The part of it that is noise.
+    """
+
+    whole: float
+    noise: float
+
+    @property
+    def signal(self) -> float:
+        """That of the values without their noise."""
+        return max(self.whole - self.noise, 0.0)
+
+    @property
+    def reliability(self) -> float:
+        """The factor that noisy values get before samples are corrected by them: it leaves the least variance."""
+        return self.signal / self.whole if self.whole else 0.0
+
+
+def noisy_variance(probes: Array, probabilities: Array) -> NoisyVariance:
+    """Return the design's variance of the sum over a pool of values that are known with noise.
 
     Args:
         probes: Independent estimates of the value of each example of the pool, of shape (estimates, N).
@@ -130,12 +151,11 @@ def reliability(probes: Array, probabilities: Array) -> float:
 
     Example:
         >>> values, half = np.array([3.0, 1.0, 1.0, 1.0]), np.full(4, 0.5)
-        >>> reliability(np.stack([values, values]), half)
+        >>> noisy_variance(np.stack([values, values]), half).reliability
         1.0
-        >>> reliability(np.stack([values, -values]), half)
+        >>> noisy_variance(np.stack([values, -values]), half).reliability
         0.0
     """
     number, mean = len(probes), probes.mean(axis=0)
-    whole = design_std_error(mean, probabilities) ** 2
-    noise = math.fsum(design_std_error(probe - mean, probabilities) ** 2 for probe in probes) / (number * (number - 1))
-    return max(1 - noise / whole, 0.0) if whole else 0.0
+    apart = math.fsum(design_std_error(probe - mean, probabilities) ** 2 for probe in probes)
+    return NoisyVariance(design_std_error(mean, probabilities) ** 2, noise=apart / (number * (number - 1)))

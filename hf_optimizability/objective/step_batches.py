@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from .batches import Batch
 from .pool import Pool
-from .probe_set import dataset_of, num_examples, probe_indices
+from .probe_set import dataset_of, num_examples
 
 
 class StepBatches:
@@ -42,7 +42,7 @@ class StepBatches:
         rows = sampler.sampler
         if not isinstance(rows, (RandomSampler, SequentialSampler)):
             raise ValueError(f"{type(rows).__name__} does not draw each row of the training set alike.")
-        self._size, self._parts, self._seed = sampler.batch_size, parts, seed
+        self._size, self._parts = sampler.batch_size, parts
         self._pool = Pool(loader, examples=number * self.examples, seed=seed)
 
     @property
@@ -64,7 +64,6 @@ class StepBatches:
         Raises:
             MeasurementError: If a row can't be read, or the collator refuses them.
         """
-        order = probe_indices(len(self._pool), len(self._pool), seed=self._seed)
         for start in range(0, len(self) * self.examples, self.examples):
             first = range(start, start + self.examples, self._size)
-            yield [self._pool.collate(order[at : at + self._size], draw=at) for at in first]
+            yield [self._pool.collate(range(at, at + self._size), draw=at) for at in first]

@@ -81,6 +81,7 @@ def trained(folder: Path, own: nn.Module | None = None, *, config: dict[str, Any
     }  # fmt: skip
     probing: dict[str, Any] = {
         "profile": "light", "measure_strategy": "no", "max_hvps": 16, "probe_examples": 32, "probe_batch_size": 32,
+        "pool_examples": 0,
     }  # fmt: skip
     trainer = tiny_training.trainer(
         folder,

@@ -239,6 +239,16 @@ def test_training_is_the_same(tmp_path: Path, name: str):
     assert not own.optimizability_report().failures
 
 
+@pytest.mark.slow  # test_hands_off.py has a quick one
+@pytest.mark.parametrize("name", [name for name in CASES if name != "8-bit"])
+def test_training_is_the_same_with_a_pool(tmp_path: Path, name: str):
+    callback = OptimizabilityCallback(OptimizabilityConfig(**{**CONFIG, **AT_BOTH_ENDS, "pool_examples": None}))
+    assert_equal(run(make_trainer(tmp_path, CASES[name], callbacks=[callback])), unmeasured(name))
+    assert callback.report.measurements and not callback.report.failures
+    drawn = [measurement.population is not None for measurement in callback.report.measurements]
+    assert set(drawn) == {callback.report.data.no_pool is None}
+
+
 AT_BOTH_ENDS = {"measure_strategy": "no"}
 
 

@@ -234,7 +234,7 @@ def test_trl_chooses_the_same_checkpoint_by_the_same_metrics(tmp_path: Path, kin
 def test_training_is_the_same_with_examples_drawn_at_each_measurement(tmp_path: Path, name: str, known: bool):
     options: dict[str, Any] = {} if known else {"label_smoothing_factor": 0.1}  # whose losses are not known one by one
     plain = run(tiny_training.trainer(tmp_path, name, **options))
-    config = OptimizabilityConfig(**CONFIG, pool_examples=16)
+    config = OptimizabilityConfig(**{**CONFIG, "pool_examples": 16})
     trainer = tiny_training.trainer(tmp_path, name, OptimizabilityTrainer, optimizability=config, **options)
     assert_equal(run(trainer), plain)
     report = trainer.optimizability_report()

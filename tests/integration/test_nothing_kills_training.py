@@ -28,7 +28,7 @@ from tests.support import tiny_training
 from tests.support.training_outcome import assert_equal, run
 
 
-CONFIG = {"profile": "light", "measure_strategy": "steps", "measure_steps": 2, "probe_examples": 8, "max_hvps": 16}
+CONFIG = {**tiny_training.CONFIG, "probe_examples": 8}
 IN_ORDER = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
 HAND_OVER = "OptimizabilityCallback(config, trainer=trainer)"
 
@@ -209,7 +209,7 @@ def test_rows_that_collate_alone_only(tmp_path: Path):
             return super().logits(x.mean(dim=1))
 
     for report in both(tmp_path, model=Mean, data=lambda: ragged, per_device_train_batch_size=1):
-        assert [m.num_items for m in report.measurements] == [24, 24, 24] and report.data.probe.batches == 8
+        assert [m.num_items for m in report.measurements] == [8, 8, 8] and report.data.probe.batches == 8
 
 
 class Unreadable(Dataset):

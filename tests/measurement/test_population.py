@@ -103,6 +103,33 @@ def test_intervals_hold_the_values_of_all_examples(number: int, least: int):
     assert middle < 0.1
 
 
+@cache
+def true_noise_scale() -> float:
+    model, columns = problem()
+    single = [
+        gradient(Objective(model, [{key: column[i : i + 1] for key, column in columns.items()}])).tensors
+        for i in range(NUMBER)
+    ]
+    gradients = torch.stack([torch.cat([tensor.flatten() for tensor in tensors]) for tensors in single])
+    return float(gradients.var(0).sum() / gradients.mean(0).square().sum())
+
+
+@pytest.mark.parametrize(
+    ("pool", "number", "least"),
+    [
+        (NUMBER, 2, 1),
+        pytest.param(NUMBER, 40, 34, marks=pytest.mark.slow),
+        pytest.param(80, 40, 34, marks=pytest.mark.slow),
+    ],
+)
+def test_the_noise_scale_is_that_of_all_examples(pool: int, number: int, least: int):
+    found_ones = [found(seed, pool_examples=pool).noise_scale for seed in range(number)]
+    assert sum(one.low <= true_noise_scale() <= one.high for one in found_ones) >= least
+    if pool == NUMBER:
+        assert max(one.high / one.low for one in found_ones) < 3
+        assert np.median([abs(one.value / true_noise_scale() - 1) for one in found_ones]) < 0.15
+
+
 def test_of_all_examples_nothing_is_left_to_chance():
     options = {"trace_method": "exact", "eigen_tolerance": 1e-6, "max_hvps": 80}
     measurement = found(0, probe_examples=NUMBER, **options)
@@ -155,7 +182,7 @@ def test_curvature_along_a_vector_is_that_of_each_example():
     outputs, moves = torch.func.jvp(logits, (values,), (tangents,))
     probabilities = outputs.softmax(1)
     expected = (probabilities * moves**2).sum(1) - (probabilities * moves).sum(1) ** 2
-    assert found.tolist() == pytest.approx(expected.tolist(), rel=0.02, abs=1e-9)
+    assert found.tolist() == pytest.approx(expected[pool.indices].tolist(), rel=0.02, abs=1e-9)
     operator = HessianOperator(objective)
     assert whole.sum() / NUMBER == pytest.approx(float(vector @ operator.matvec(vector)), rel=1e-3)
 
@@ -169,7 +196,7 @@ def test_a_pool_has_the_gradient_and_an_estimate_of_the_trace():
     look, operator = population.look, HessianOperator(objective)
     for tensor, expected in zip(look.gradient, gradient(objective).tensors, strict=True):
         assert torch.allclose(tensor, expected, rtol=1e-9, atol=1e-12)
-    assert look.gradient_variance == 0  # the pool is all there is
+    assert population.gradient_variance == 0  # the pool is all there is
     dense = operator.matmat(torch.eye(operator.size, dtype=torch.float64))
     generator, forms = torch.Generator().manual_seed(0), []
     for _ in range(SIZE_PROBES):  # the same vectors
@@ -191,7 +218,8 @@ def test_a_trace_that_the_pool_knows_has_no_error_over_the_data():
     with measurement_session(objective, CONFIG) as (inside, _):
         pool = Pool(loader(), examples=NUMBER, seed=0)
         batches, population = draw_from_pool(inside, pool, examples=40, batch_size=8, seed=0)
-        known = replace(population, look=replace(population.look, bend_probes=np.stack([traces, traces])))
+        both = np.stack([np.array(traces)[pool.indices]] * 2)
+        known = replace(population, look=replace(population.look, size_probes=0 * both, bend_probes=both))
         sampled = inside.sampled(batches, known)
         operator = HessianOperator(sampled)
         segments = [[slice(0, operator.size)]]
@@ -294,7 +322,7 @@ def test_where_all_weights_are_zero(loss: str):
             return nn.functional.mse_loss(outputs, torch.zeros_like(outputs))
         return nn.functional.cross_entropy(outputs, batch["labels"])
 
-    measurement = measure(model, None, CONFIG, dataset=loader(), loss_fn=loss_fn)
+    measurement = measure(model, None, replace(CONFIG, probe_seed=2), dataset=loader(), loss_fn=loss_fn)
     operator = HessianOperator(Objective(model, [columns], loss_fn=loss_fn))
     dense = operator.matmat(torch.eye(operator.size, dtype=torch.float64))
     for estimate, true in [

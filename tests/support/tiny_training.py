@@ -67,8 +67,8 @@ def trainer(
     return cls(model=own or model(name), args=arguments(folder, **options), **settings)
 
 
-QUICK = {"profile": "light", "probe_examples": 4, "max_hvps": 16}
-"""Options of the cheapest measurement."""
+QUICK = {"profile": "light", "probe_examples": 4, "max_hvps": 16, "pool_examples": 0}
+"""Options of the cheapest measurement. With a pool it would be of six batches at least."""
 
 
 IN_TWO_BATCHES = {**QUICK, "probe_batch_size": 2}

@@ -27,7 +27,7 @@ from hf_optimizability.report import SCHEMA_VERSION
 from tests.support import tiny_models, tiny_training
 
 
-QUICK = {"profile": "light", "probe_examples": 4, "max_hvps": 16}
+QUICK = tiny_training.QUICK
 
 
 def run(

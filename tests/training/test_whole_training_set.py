@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
 from transformers import Trainer
 
-from hf_optimizability import OptimizabilityCallback, OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
+from hf_optimizability import OptimizabilityConfig, OptimizabilityReport, OptimizabilityTrainer
+from hf_optimizability.objective.pool import Pool
 from hf_optimizability.report.tables import subject
 from tests.support import tiny_training
 
@@ -124,11 +125,6 @@ def test_a_sampler_that_leaves_rows_out_does_so_in_measuring(tmp_path: Path):
 
 
 def test_samplers_of_the_trainer_are_even(tmp_path: Path):
-    report = report_of(tmp_path, train_sampling_strategy="group_by_length")
-    assert report.measurements[0].population is not None and report.data.no_pool is None
-
-
-def test_a_callback_measures_the_models_own_loss_over_the_whole_set(tmp_path: Path):
-    callback = OptimizabilityCallback(OptimizabilityConfig(**CONFIG, measure_strategy="no"))
-    tiny_training.trainer(tmp_path, callbacks=[callback], max_steps=1).train()
-    assert all(measurement.population is not None for measurement in callback.report.measurements)
+    for strategy in ("random", "sequential", "group_by_length"):
+        trainer = tiny_training.trainer(tmp_path, train_sampling_strategy=strategy)
+        assert Pool(trainer.get_train_dataloader(), examples=9, seed=0).total == 24
