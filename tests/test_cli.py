@@ -52,7 +52,7 @@ def save_arguments(checkpoint: str, folder: Path) -> str:
         "model_name_or_path": checkpoint, "train_file": data, "validation_file": data,
         "text_column_name": ["sentence"], "ignore_mismatched_sizes": True, "cache_dir": str(folder / "cache"),
         "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "profile": "light",
-        "probe_examples": 4, "max_hvps": 16, "dataloader_pin_memory": False, "disable_tqdm": True,
+        "probe_examples": 4, "max_hvps": 16, "pool_examples": 0, "dataloader_pin_memory": False, "disable_tqdm": True,
     }  # fmt: skip
     file = folder / "arguments.json"
     file.write_text(json.dumps(values))
@@ -184,7 +184,7 @@ def test_measure_finds_what_run_finds_before_its_first_step(ran: Ran) -> None:
 
 def test_measure_prints_a_table_and_keeps_earlier_reports(arguments: str) -> None:
     for _ in range(2):
-        printed = succeed("measure", arguments, "--output_dir", "out")
+        printed = succeed("measure", arguments, "--pool_examples", "16", "--output_dir", "out")
     report = OptimizabilityReport.load("out/optimizability")
     trace = format_estimate(report.measurements[0].hessian.trace)
     assert f"\nHessian trace         {trace}\n" in printed

@@ -34,7 +34,13 @@ from tests.support import tiny_training
 
 
 CONFIG = OptimizabilityConfig(
-    profile="light", probe_examples=6, probe_batch_size=3, max_hvps=16, measure_strategy="steps", measure_steps=2
+    profile="light",
+    probe_examples=6,
+    probe_batch_size=3,
+    max_hvps=16,
+    pool_examples=0,
+    measure_strategy="steps",
+    measure_steps=2,
 )
 OURS = ("optimizability/train_grad_norm/", "_runtime", "_per_second")
 

@@ -323,7 +323,7 @@ from pathlib import Path
 from tests.support import tiny_training
 from hf_optimizability import OptimizabilityConfig, OptimizabilityTrainer
 folder, checkpoint = Path(sys.argv[1]), sys.argv[2] or None
-quick = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 2}
+quick = {"probe_examples": 6, "max_hvps": 16, "probe_batch_size": 2, "pool_examples": 0}
 config = OptimizabilityConfig(measure_strategy="steps", measure_steps=2, **quick)
 options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_steps": 12}
 options["logging_steps"] = 1  # a Trainer forgets the losses since the last log

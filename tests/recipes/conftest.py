@@ -21,6 +21,7 @@ TINY_RUN = {
     "profile": "light",
     "probe_examples": 4,
     "max_hvps": 16,
+    "pool_examples": 0,
     "dataloader_pin_memory": False,
     "disable_tqdm": True,
 }

@@ -43,6 +43,7 @@ def comparison(folder: Path, inputs: Path) -> None:
         learning_rate=1e-3,
         probe_examples=4,
         max_hvps=16,
+        pool_examples=0,
         dataloader_pin_memory=False,
     )
 

@@ -22,6 +22,7 @@ def flags_of(inputs: Path, output: Path) -> dict[str, Any]:
         "text_column_name": ["sentence"], "ignore_mismatched_sizes": True, "cache_dir": str(inputs / "cache"),
         "output_dir": str(output), "budget_steps": 4, "seeds": 2, "measured_seeds": 0,
         "per_device_train_batch_size": 4, "learning_rate": 1e-3, "probe_examples": 4, "max_hvps": 16,
+        "pool_examples": 0,
         "dataloader_pin_memory": False,
     }  # fmt: skip
 

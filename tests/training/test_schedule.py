@@ -58,7 +58,7 @@ def test_prices_that_rise_do_not_break_the_budget():
 @pytest.mark.usefixtures("quickly")
 def test_the_callback_goes_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Steps of a minute, as it seems, pay for measurements in between."""
-    options = {"probe_examples": 4, "max_hvps": 16, "overhead_budget": 0.5}
+    options = {"probe_examples": 4, "max_hvps": 16, "overhead_budget": 0.5, "pool_examples": 0}
     rare, often = (OptimizabilityCallback(OptimizabilityConfig(**options)) for _ in range(2))
     tiny_training.trainer(tmp_path, callbacks=[rare], max_steps=8).train()
     assert [measurement.step for measurement in rare.report.measurements] == [0, 8]
@@ -76,7 +76,7 @@ def test_what_failed_at_the_start_is_not_tried_again_before_the_end(tmp_path: Pa
 
     monkeypatch.setattr("hf_optimizability.training.clock.Clock.step_seconds", 60.0)
     monkeypatch.setattr("hf_optimizability.measurement.measure.gradient", fail)
-    callback = OptimizabilityCallback(OptimizabilityConfig(probe_examples=4, max_hvps=16))
+    callback = OptimizabilityCallback(OptimizabilityConfig(probe_examples=4, max_hvps=16, pool_examples=0))
     tiny_training.trainer(tmp_path, callbacks=[callback], max_steps=8).train()
     assert [failure.step for failure in callback.report.failures] == [0, 8]
 
