@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import LabelSmoother
 
 from ..errors import MeasurementError
 from ..objective.batches import Batch, count_items
@@ -33,7 +35,8 @@ def trainer_loss(trainer: Trainer) -> LossFunction:
 
     Includes label smoothing, `compute_loss_func` and an overridden `compute_loss`, but not the scaling for gradient
     accumulation and several processes. Fused losses without a second derivative (TRL's LM head, gradient caches of
-    sentence-transformers) are computed in their plain form, which gives the same number.
+    sentence-transformers) are computed in their plain form, which gives the same number; and label smoothing by one
+    call of torch's `cross_entropy`, out of which the losses of single examples can be read.
 
     Raises:
         MeasurementError: If the Trainer generates the inputs of its loss; see `require_measurable_loss`.
@@ -43,7 +46,7 @@ def trainer_loss(trainer: Trainer) -> LossFunction:
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         inputs = copy(batch)  # `compute_loss` pops the labels
         loss: Any
-        with unfused_losses():
+        with unfused_losses(), _smoothing_in_one_call(trainer):
             if trainer.compute_loss_func is None:
                 loss = trainer.compute_loss(model, inputs)
             else:
@@ -56,6 +59,45 @@ def trainer_loss(trainer: Trainer) -> LossFunction:
         return loss
 
     return loss_fn
+
+
+class CrossEntropySmoother(LabelSmoother):
+    """Transformers' label smoothing, by one call of torch's `cross_entropy`."""
+
+    def __call__(
+        self,
+        model_output: Any,
+        labels: Tensor,
+        shift_labels: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the smoothed loss, with the arguments of the class above."""
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        labels = torch.where(labels == self.ignore_index, labels, labels.clamp(min=0)).flatten()
+        loss = nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            labels,
+            ignore_index=self.ignore_index,
+            reduction="mean" if num_items_in_batch is None else "sum",
+            label_smoothing=self.epsilon,
+        )
+        return loss if num_items_in_batch is None else loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+
+
+@contextmanager
+def _smoothing_in_one_call(trainer: Trainer) -> Iterator[None]:
+    """Let a Trainer smooth labels by `cross_entropy` inside, if it does so by Transformers' own class."""
+    smoother = vars(trainer).get("label_smoother")
+    if type(smoother) is not LabelSmoother:
+        yield
+        return
+    trainer.label_smoother = CrossEntropySmoother(smoother.epsilon, smoother.ignore_index)
+    try:
+        yield
+    finally:
+        trainer.label_smoother = smoother
 
 
 def require_measurable_loss(trainer: Trainer) -> None:

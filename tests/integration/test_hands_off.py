@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertTokenizer, DataCollatorForLanguageModeling, Trainer
 
 from hf_optimizability import (
@@ -228,11 +229,22 @@ def test_trl_chooses_the_same_checkpoint_by_the_same_metrics(tmp_path: Path, kin
     assert measured.optimizability_report().measurements
 
 
+def weighted(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A loss whose examples are not known one by one."""
+    return nn.functional.cross_entropy(outputs.logits, labels, weight=torch.tensor([0.2, 1.0, 3.0]))
+
+
 @pytest.mark.parametrize(
-    ("name", "known"), [("bert", True), pytest.param("mobilenet", True, marks=pytest.mark.slow), ("bert", False)]
+    ("name", "options", "known"),
+    [
+        ("bert", {"label_smoothing_factor": 0.1}, True),
+        pytest.param("mobilenet", {}, True, marks=pytest.mark.slow),
+        ("bert", {"compute_loss_func": weighted}, False),
+    ],
 )
-def test_training_is_the_same_with_examples_drawn_at_each_measurement(tmp_path: Path, name: str, known: bool):
-    options: dict[str, Any] = {} if known else {"label_smoothing_factor": 0.1}  # whose losses are not known one by one
+def test_training_is_the_same_with_examples_drawn_at_each_measurement(
+    tmp_path: Path, name: str, options: dict[str, Any], known: bool
+):
     plain = run(tiny_training.trainer(tmp_path, name, **options))
     config = OptimizabilityConfig(**{**CONFIG, "pool_examples": 16})
     trainer = tiny_training.trainer(tmp_path, name, OptimizabilityTrainer, optimizability=config, **options)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BatchEncoding, Trainer
+from transformers import BatchEncoding, BertConfig, BertForTokenClassification, Trainer
+from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_optimizability.errors import MeasurementError
+from hf_optimizability.objective.example_losses import ExampleLosses
 from hf_optimizability.training.trainer_loss import trainer_loss
 from tests.support import tiny_models, tiny_training
 
@@ -114,3 +116,60 @@ def test_a_loss_whose_gradient_is_a_hook_is_refused(tmp_path: Path):
     trainer = tiny_training.trainer(tmp_path, cls=Cached)
     with pytest.raises(MeasurementError, match="GradCache"):
         trainer_loss(trainer)(trainer.model, batch)
+
+
+def bert_for_tokens() -> BertForTokenClassification:
+    options = {"vocab_size": 13, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForTokenClassification(BertConfig(**options, intermediate_size=6, num_labels=3))
+
+
+def half_ignored(name: str, number: int = 6) -> dict[str, Tensor]:
+    """A batch with ignored labels, more in one example than in another, and in the last none but these."""
+    [batch] = tiny_models.cut(tiny_models.examples("gpt2" if name == "tokens" else name, number), number)
+    if name == "tokens":
+        batch["labels"] = batch["input_ids"] % 3
+    if batch["labels"].ndim == 2:
+        for row, labels in enumerate(batch["labels"]):
+            labels[: row + 1] = -100
+    batch["labels"][-1] = -100
+    return batch
+
+
+@pytest.mark.parametrize("name", ["bert", "tokens", "llama"])
+def test_label_smoothing_tells_examples_apart(tmp_path: Path, name: str):
+    """The Trainer's own number, item by item, from a Trainer that stays as it was."""
+    own = bert_for_tokens() if name == "tokens" else tiny_training.model(name)
+    trainer = tiny_training.trainer(
+        tmp_path, "bert" if name == "tokens" else name, own=own, label_smoothing_factor=0.2
+    )
+    model, batch, attributes = own.double().eval(), half_ignored(name), list(vars(trainer).items())
+
+    def truth(batch: dict[str, Tensor]) -> float:
+        return float(trainer.compute_loss(model, dict(batch)).detach())
+
+    assert type(trainer.label_smoother) is LabelSmoother
+    with ExampleLosses(6) as apart:
+        loss = trainer_loss(trainer)(model, batch)
+    assert float(loss.detach()) == pytest.approx(truth(batch), rel=1e-6)
+    labels = batch["labels"][..., 1:] if name == "llama" else batch["labels"].reshape(6, -1)
+    items = (labels != -100).sum(1).tolist()
+    sums = [
+        truth({key: value[i : i + 1] for key, value in batch.items()}) * n if n else 0.0 for i, n in enumerate(items)
+    ]
+    assert (apart.by_example(loss) * sum(items)).tolist() == pytest.approx(sums, rel=1e-5)
+    with pytest.raises(IndexError):
+        trainer_loss(trainer)(model, {**batch, "input_ids": batch["input_ids"] + 99})
+    assert [(key, id(value)) for key, value in vars(trainer).items()] == [(key, id(v)) for key, v in attributes]
+
+
+def test_label_smoothing_of_ones_own_is_left_alone(tmp_path: Path):
+    class Halved(LabelSmoother):
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().__call__(*args, **kwargs) / 2
+
+    trainer, batch = tiny_training.trainer(tmp_path, label_smoothing_factor=0.2), half_ignored("bert")
+    model, loss_fn = trainer.model.eval(), trainer_loss(trainer)
+    with torch.no_grad():
+        whole = float(loss_fn(model, batch))
+        trainer.label_smoother = Halved(0.2)
+        assert float(loss_fn(model, batch)) == pytest.approx(whole / 2, rel=1e-6)
