@@ -76,11 +76,25 @@ def draw_from_pool(
     """
     _require_apart(objective)
     look = _look(objective, pool, seed=seed)
-    probabilities = inclusion_probabilities(_importance(look), examples)
+    probabilities = _chances(look, examples)
     groups = max(MIN_GROUPS, round(examples / batch_size))
     sample = draw_sample(probabilities, groups=groups, generator=np.random.default_rng(seed))
     population = Population(pool, look, sample)
     return list(_sampled_batches(objective, population, batch_size)), population
+
+
+def _chances(look: Look, number: int) -> Array:
+    """Return the probability of each example to be in a sample of that many.
+
+    One with neither loss nor curvature (all of its labels are ignored) adds nothing to any sum. It is never drawn: a
+    group of such examples has no mean loss, and its share of the items would be lost.
+    """
+    counted = (look.losses != 0) | (look.sizes != 0) | (look.bends != 0)
+    if not counted.any():
+        counted[:] = True
+    chances = np.zeros(len(counted))
+    chances[counted] = inclusion_probabilities(_importance(look)[counted], number)
+    return chances
 
 
 def _importance(look: Look) -> Array:

@@ -160,6 +160,24 @@ def test_a_weighted_sample_is_unbiased():
     assert errors.abs().max() < 5
 
 
+def test_examples_without_labels_leave_a_sample_unbiased():
+    """Where most have none, groups of the others alone would be lost, and the mean be too high."""
+    model, columns = problem()
+    kept = {key: column[:60].clone() for key, column in columns.items()}
+    kept["labels"][torch.arange(60) % 5 > 0] = -100
+    rows = DataLoader([{key: column[i] for key, column in kept.items()} for i in range(60)])
+    objective, losses, groups = Objective(model, [kept]), [], []
+    with measurement_session(objective, CONFIG) as (inside, _):
+        for seed in range(60):
+            batches, population = draw_from_pool(
+                inside, Pool(rows, examples=60, seed=seed), examples=7, batch_size=4, seed=seed
+            )
+            groups.append(len(population.sample.groups))
+            losses.append(gradient(inside.sampled(batches, population)).loss)
+    assert np.mean(losses) == pytest.approx(gradient(objective).loss, abs=4 * np.std(losses) / 60**0.5)
+    assert np.std(losses) > 0 and min(groups) > 3
+
+
 def test_curvature_along_a_vector_is_that_of_each_example():
     """Against the Gauss-Newton form of each example, from its Jacobian."""
     model, columns = problem()
