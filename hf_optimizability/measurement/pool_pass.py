@@ -265,8 +265,8 @@ def _looked_at(objective: Objective, pool: Pool) -> Iterator[list[_Looked]]:
     Inside `reading`, which is not held here: a generator that is left in the middle would restore late.
     """
     looked, held = [], 0
-    for index, chunk in enumerate(pool.chunks(objective.batch_size)):
-        batch = objective.probe_batch(pool.collate(chunk), index)
+    for index, inputs in enumerate(pool.batches(objective.batch_size)):
+        batch = objective.probe_batch(inputs, index)
         looked.append(_Looked(batch, *_apart(objective, batch)))
         held += sum(outputs.numel() for outputs in looked[-1].outputs)
         if held >= MAX_HELD:

@@ -14,13 +14,23 @@ from torch.utils.data import DataLoader
 from ..errors import MeasurementError, UnmeasurableError
 from ..model_state.measuring import preserved_rng, seed_all
 from .batches import Batch
-from .probe_set import copied_row, dataset_of, num_examples, preserved_loader, probe_indices, uneven_sampler
+from .probe_set import (
+    copied_row,
+    dataset_of,
+    num_examples,
+    preserved_loader,
+    probe_indices,
+    readable_rows,
+    require_readable,
+    uneven_sampler,
+)
 
 
 class Pool:
     """Rows of a data set, collated when they are asked for and not held.
 
-    What augmentation draws for a row depends on the seed and the row alone.
+    What augmentation draws for a row depends on the seed and the row alone. Rows that can't be read are found by the
+    first pass over all, and are no part of the pool from then on.
 
     Args:
         loader: Its data set and its collator are used.
@@ -29,7 +39,7 @@ class Pool:
 
     Attributes:
         indices: Their places in the data set, in random order, so that batches of neighbours are as in training.
-        total: How many examples the data set has.
+        total: How many examples the data set has, without those that can't be read.
 
     Raises:
         UnmeasurableError: If the loader has no data set with a length, or a sampler that may draw rows unevenly.
@@ -37,7 +47,7 @@ class Pool:
     Example:
         >>> pool = Pool(DataLoader([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}]), examples=2, seed=0)
         >>> with pool.reading():
-        ...     [sorted(pool.collate(chunk)["x"].tolist()) for chunk in pool.chunks(2)], pool.total
+        ...     [sorted(batch["x"].tolist()) for batch in pool.batches(2)], pool.total
         ([[1.0, 3.0]], 3)
     """
 
@@ -50,6 +60,7 @@ class Pool:
         self.total = total
         self.indices = np.array(probe_indices(total, examples, seed=seed), dtype=np.int64)
         self._loader, self._seed = loader, seed
+        self._all_read = False
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -61,16 +72,38 @@ class Pool:
         with preserved_rng(self._seed), preserved_loader(self._loader):
             yield
 
-    def chunks(self, size: int) -> Iterator[NDArray[np.int64]]:
-        """Yield the positions of the pool's examples, so many at a time."""
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Yield all examples in batches, in order; inside `reading`.
+
+        Raises:
+            MeasurementError: If hardly a row can be read, or one that could be can't any more.
+        """
+        kept: list[int] = []
+        failures: list[Exception] = []
         for start in range(0, len(self), size):
-            yield np.arange(start, min(start + size, len(self)))
+            rows, failed = readable_rows(self._row, self.indices[start : start + size].tolist())
+            if failed and self._all_read:
+                raise MeasurementError("rows_unreadable", error=failed[0]) from failed[0]
+            kept += rows
+            failures += failed
+            if rows:
+                yield self._collated(list(rows.values()))
+        require_readable(kept, failures, drawn_for="the pool")
+        self.indices, self.total = np.array(kept, dtype=np.int64), self.total - len(failures)
+        self._all_read = True
 
     def random_batches(self, examples: int, *, batch_size: int) -> list[Batch]:
-        """Return batches of random examples, as many examples as that."""
-        number = min(examples, len(self))
+        """Return batches of random examples, as many examples as that if they can be read.
+
+        Raises:
+            MeasurementError: If none can be read.
+        """
         with self.reading():
-            return [self.collate(range(i, min(i + batch_size, number))) for i in range(0, number, batch_size)]
+            found, failures = readable_rows(self._row, self.indices[:examples].tolist())
+            if not found:
+                raise MeasurementError("rows_unreadable", error=failures[0]) from failures[0]
+            rows = list(found.values())
+            return [self._collated(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
     def collate(self, positions: Sequence[int] | NDArray[np.int64], *, draw: int = 0) -> Batch:
         """Return the examples at these positions of the pool as one batch; inside `reading`.
@@ -82,7 +115,15 @@ class Pool:
         Raises:
             MeasurementError: If a row can't be read, or the collator refuses them.
         """
-        rows = [self._row(int(self.indices[position])) for position in positions]
+        rows = []
+        for position in positions:
+            try:
+                rows.append(self._row(int(self.indices[position])))
+            except Exception as error:
+                raise MeasurementError("rows_unreadable", error=error) from error
+        return self._collated(rows, draw=draw)
+
+    def _collated(self, rows: list[Any], *, draw: int = 0) -> Batch:
         seed_all(self._seed + draw)
         try:
             return self._loader.collate_fn(rows)
@@ -91,7 +132,4 @@ class Pool:
 
     def _row(self, index: int) -> Any:
         seed_all(self._seed + index)
-        try:
-            return copied_row(self._loader.dataset[index])
-        except Exception as error:
-            raise MeasurementError("rows_unreadable", error=error) from error
+        return copied_row(self._loader.dataset[index])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -251,22 +251,37 @@ def _rows(stream: Any, state: DataState) -> Iterator[Any]:
 
 def _readable_rows(dataset: Any, indices: Sequence[int]) -> tuple[list[int], list[Any]]:
     """Return the rows that can be read, and their indices; training may never read the others."""
+    rows, failures = readable_rows(lambda index: dataset[index], indices)
+    readable = [index for index in indices if index in rows]  # a weighted row may be drawn more than once
+    require_readable(readable, failures, drawn_for="the probe set")
+    return readable, [rows[index] for index in readable]
+
+
+def readable_rows(read: Callable[[int], Any], indices: Iterable[int]) -> tuple[dict[int, Any], list[Exception]]:
+    """Return the rows that can be read, by index, and the errors of the others."""
     rows: dict[int, Any] = {}
     failures: list[Exception] = []
     for index in indices:
         try:
-            rows[index] = dataset[index]
+            rows[index] = read(index)
         except Exception as error:
             failures.append(error)
-    readable = [index for index in indices if index in rows]  # a weighted row may be drawn more than once
-    if failures and len(rows) < MIN_EXAMPLES:
+    return rows, failures
+
+
+def require_readable(readable: Collection[int], failures: Sequence[Exception], *, drawn_for: str) -> None:
+    """Warn if some rows can't be read.
+
+    Raises:
+        MeasurementError: If there are too few others.
+    """
+    if failures and len(set(readable)) < MIN_EXAMPLES:
         raise MeasurementError("rows_unreadable", error=failures[0]) from failures[0]
     if failures:
         logger.warning_once(
-            f"{len(failures)} of {len(indices)} rows drawn for the probe set can't be read and are left out; the "
-            f"first one: {redact_secrets(f'{type(failures[0]).__name__}: {failures[0]}')}."
+            f"{len(failures):,} of {len(readable) + len(failures):,} rows drawn for {drawn_for} can't be read and are "
+            f"left out; the first one: {redact_secrets(f'{type(failures[0]).__name__}: {failures[0]}')}."
         )
-    return readable, [rows[index] for index in readable]
 
 
 def _collated(dataloader: DataLoader, rows: list[Any], size: int) -> list[Any]:

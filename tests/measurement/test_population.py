@@ -293,6 +293,26 @@ def test_a_part_of_the_set_as_pool_has_an_error_of_its_own(number: int, least: i
     assert min(held.values()) >= least, held
 
 
+class Torn(list):
+    """Rows of which one can't be read."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index == 7:
+            raise OSError("torn off")
+        return super().__getitem__(index)
+
+
+def test_a_row_that_cannot_be_read_is_left_out():
+    model, columns = problem()
+    population = measure(model, None, CONFIG, dataset=DataLoader(Torn(loader().dataset), batch_size=8)).population
+    rest = torch.arange(NUMBER) != 7
+    assert population is not None and population.examples == population.pool_examples == NUMBER - 1
+    losses = nn.functional.cross_entropy(model.layers(columns["x"]), columns["labels"], reduction="none")[rest]
+    assert population.loss.value == pytest.approx(float(losses.mean().detach()), rel=1e-6)
+    hardest = torch.arange(NUMBER)[rest][losses.argsort(descending=True)]
+    assert list(population.hardest) == hardest[:10].tolist()
+
+
 @pytest.mark.slow  # integration tests compare runs to the last bit
 def test_the_same_seed_has_the_same_numbers():
     assert intervals(found(3)) == intervals(found(3)) != intervals(found(4))

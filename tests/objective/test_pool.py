@@ -33,7 +33,7 @@ def read(pool: Pool, positions: list[int]) -> dict[str, Any]:
 def test_a_row_is_the_same_in_whatever_batch():
     pool = Pool(DataLoader(Augmented()), examples=10, seed=0)
     with pool.reading():
-        whole = torch.cat([pool.collate(chunk)["noise"] for chunk in pool.chunks(4)])
+        whole = torch.cat([batch["noise"] for batch in pool.batches(4)])
     assert len(whole) == len(pool) == 10 and pool.total == 30
     assert len(set(whole.tolist())) == 10
     assert read(pool, [7, 2])["noise"].tolist() == [whole[7], whole[2]]
@@ -52,6 +52,41 @@ def test_other_seeds_have_other_rows():
     assert sorted(everything) == list(range(30)) != everything  # neighbours are no batch of training
 
 
+class Torn(Augmented):
+    """Some rows can't be read."""
+
+    def __getitem__(self, index: int) -> dict[str, float]:
+        if index in (3, 4, 11):
+            raise OSError("torn off")
+        return super().__getitem__(index)
+
+
+def test_rows_that_cannot_be_read_are_left_out_once_and_for_all(caplog: pytest.LogCaptureFixture):
+    pool = Pool(DataLoader(Torn()), examples=99, seed=0)
+    assert sum(len(batch["x"]) for batch in pool.random_batches(30, batch_size=8)) == 27
+    passes = []
+    for _ in range(2):
+        with pool.reading():
+            passes.append(torch.cat([batch["x"] for batch in pool.batches(2)]).tolist())
+    assert passes[0] == passes[1] == pool.indices.tolist() == [i for i in range(30) if i not in (3, 4, 11)]
+    assert len(pool) == pool.total == 27
+    assert read(pool, [3, 9])["x"].tolist() == [5, 12]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert warnings == [
+        "3 of 30 rows drawn for the pool can't be read and are left out; the first one: OSError: torn off."
+    ]
+
+
+def test_a_row_that_was_read_before_must_stay_readable():
+    dataset = Augmented()
+    pool = Pool(DataLoader(dataset), examples=99, seed=0)
+    with pool.reading():
+        assert len(list(pool.batches(8))) == 4
+    dataset.__class__ = Torn
+    with pytest.raises(MeasurementError, match="torn off"), pool.reading():
+        list(pool.batches(8))
+
+
 def test_streams_and_rows_that_fail_are_refused():
     class Stream(IterableDataset):
         def __iter__(self):
@@ -64,5 +99,11 @@ def test_streams_and_rows_that_fail_are_refused():
     for loader in (DataLoader(Stream()), DataLoader([])):
         with pytest.raises(ValueError, match="a stream, or has no rows that can be drawn by index"):
             Pool(loader, examples=10, seed=0)
-    with pytest.raises(MeasurementError, match="can't be read"):
-        read(Pool(DataLoader(Broken()), examples=10, seed=0), [0])
+    broken = Pool(DataLoader(Broken()), examples=10, seed=0)
+    for reading in (
+        lambda: read(broken, [0]),
+        lambda: broken.random_batches(4, batch_size=2),
+        lambda: list(broken.batches(4)),
+    ):
+        with pytest.raises(MeasurementError, match="can't be read"):
+            reading()
