@@ -35,6 +35,9 @@ MIN_GROUPS = 6
 SAME_LOSS = 1e-3
 """Relative difference of losses that rounding may make."""
 
+HALVED = 4
+"""Batches whose halves are compared with them."""
+
 ASIDE_STEP, OTHER_TERM = 0.1, 1e-4
 """How far to go from the parameters, relative to them, to see a loss that is not the examples'; its gradient, relative
 to the whole one, above that of rounding."""
@@ -109,8 +112,26 @@ def _importance(look: Look) -> Array:
 
 
 def _require_apart(objective: Objective) -> None:
+    """Raise unless the loss of a batch is the sum of those of its examples, by themselves, as far as passes can tell.
+
+    The halves of a few batches must have the losses that their examples have in the whole, and the first batch no
+    other term with a gradient. In the pass over the pool an item's loss must count by the same in each batch
+    (`_require_same_weights`). Unseen remains a loss function of torch that is called alike on all batches, on outputs
+    that depend on other examples in few of them.
+    """
+    for batch in objective.local_batches[:HALVED]:
+        _require_same_in_halves(objective, batch)
+    parameters = objective.parameters
+    generator = torch.Generator().manual_seed(0)
+    aside = [torch.randn(p.shape, generator=generator) for p in parameters]
+    step = ASIDE_STEP * _length(parameters) / math.sqrt(sum(p.numel() for p in parameters))
+    for length in (0.0, step):  # a penalty has no gradient at its centre
+        with displaced(parameters, aside, [length] * len(parameters)):
+            _require_no_other_term(objective, objective.local_batches[0])
+
+
+def _require_same_in_halves(objective: Objective, batch: ProbeBatch) -> None:
     """Raise unless the losses of a batch's examples are those that its halves have."""
-    batch = objective.local_batches[0]
     try:
         halves = objective.pieces(batch, -(-objective.examples(batch.inputs) // 2))
     except ValueError as error:
@@ -120,16 +141,19 @@ def _require_apart(objective: Objective) -> None:
     losses = _known(apart.by_example(loss))
     ends = np.cumsum([objective.examples(half.inputs) for half in halves])
     parts = [part.sum() for part in np.split(losses, ends[:-1])]
-    sums = [float(_apart(objective, half)[0]) for half in halves]
+    sums = [float(_apart(objective, half)[0]) if half.items else 0.0 for half in halves]
     if not np.allclose(parts, sums, rtol=SAME_LOSS, atol=SAME_LOSS * abs(float(loss))):
         raise MeasurementError("losses_not_apart")
-    parameters = objective.parameters
-    generator = torch.Generator().manual_seed(0)
-    aside = [torch.randn(p.shape, generator=generator) for p in parameters]
-    step = ASIDE_STEP * _length(parameters) / math.sqrt(sum(p.numel() for p in parameters))
-    for length in (0.0, step):  # a penalty has no gradient at its centre
-        with displaced(parameters, aside, [length] * len(parameters)):
-            _require_no_other_term(objective, batch)
+
+
+def _require_same_weights(batches: Sequence[Sequence[float]]) -> None:
+    """Raise unless an item's loss counts in the sum over a batch by the same in each, for each call of a loss."""
+    if len(set(map(len, batches))) > 1:
+        raise MeasurementError("losses_not_apart")
+    for weights in zip(*batches, strict=True):
+        known = [weight for weight in weights if weight]
+        if known and max(known) - min(known) > SAME_LOSS * abs(known[0]):
+            raise MeasurementError("losses_not_apart")
 
 
 def _require_no_other_term(objective: Objective, batch: ProbeBatch) -> None:
@@ -157,11 +181,13 @@ def _look(objective: Objective, pool: Pool, *, seed: int) -> Look:
         [2.0 * torch.randint(2, p.shape, generator=generator) - 1 for p in parameters] for _ in range(SIZE_PROBES)
     ]
     step = SIZE_STEP * _length(parameters) / math.sqrt(sum(p.numel() for p in parameters))
-    losses, sizes, bends, items = [], [], [], 0
+    losses, sizes, bends, weights, items = [], [], [], [], 0
     gradients = _GradientSum(objective)
     with pool.reading():
         for looked in _looked_at(objective, pool):
             losses += [_known(one.apart.by_example(one.loss)) for one in looked]
+            weights += [one.apart.item_weights(one.loss) for one in looked]
+            _require_same_weights(weights)
             items += sum(one.batch.items for one in looked)
             parts = [_along(objective, looked, vector, step) for vector in vectors]
             for of_batch in zip(*parts, strict=True):

@@ -104,6 +104,15 @@ class ExampleLosses(TorchFunctionMode):
         """
         return self._parts(loss, [call.losses for call in self.calls])
 
+    def item_weights(self, loss: Tensor) -> list[float]:
+        """Return by how much the loss of an item of each call counts in a batch's loss; 0 for a call without a loss.
+
+        Args:
+            loss: As for `by_example`.
+        """
+        factor = self._factor(loss) or 0.0
+        return [factor / call.count if call.losses.any() else 0.0 for call in self.calls]
+
     def rest(self, loss: Tensor) -> Tensor | None:
         """Return what a loss has beyond the calls, with its graph; `None` where that is not known.
 

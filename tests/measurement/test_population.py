@@ -329,6 +329,44 @@ def test_losses_that_depend_on_several_examples_are_refused():
         measure(model, None, CONFIG, dataset=loader(), loss_fn=coupled)
 
 
+def test_a_term_of_a_few_batches_is_refused():
+    """One that the batches to draw from do not have, but one of the pool: of examples that are alike."""
+    model, columns = problem()
+    batches = [{key: column[start : start + 8] for key, column in columns.items()} for start in (32, 40)]
+
+    def contrastive(model: Net, batch: dict[str, Tensor], *, coupled: bool) -> Tensor:
+        logits = model.layers(batch["x"])
+        loss = nn.functional.cross_entropy(logits, batch["labels"])
+        if coupled and (batch["x"] == columns["x"][0]).all(1).any():
+            loss = loss + 0.1 * (logits @ logits.T).mean()
+        return loss
+
+    def drawn(*, coupled: bool) -> None:
+        objective = Objective(model, batches, loss_fn=partial(contrastive, coupled=coupled))
+        with measurement_session(objective, CONFIG) as (inside, _):
+            draw_from_pool(inside, Pool(loader(), examples=NUMBER, seed=0), examples=40, batch_size=8, seed=0)
+
+    drawn(coupled=False)
+    with pytest.raises(MeasurementError, match="losses of single examples"):
+        drawn(coupled=True)
+
+
+def test_a_term_that_halves_show_is_refused_from_any_batch():
+    """The first batch does not show it, nor by how much an item's loss counts."""
+    model, columns = problem()
+    batches = [{key: column[start : start + 8] for key, column in columns.items()} for start in (32, 0)]
+
+    def centred(model: Net, batch: dict[str, Tensor]) -> Tensor:
+        logits = model.layers(batch["x"])
+        if (batch["x"] == columns["x"][0]).all(1).any():
+            logits = logits - logits.mean(0)
+        return nn.functional.cross_entropy(logits, batch["labels"])
+
+    objective = Objective(model, batches, loss_fn=centred)
+    with measurement_session(objective, CONFIG) as (inside, _), pytest.raises(MeasurementError, match="more than one"):
+        draw_from_pool(inside, Pool(loader(), examples=NUMBER, seed=0), examples=40, batch_size=8, seed=0)
+
+
 def penalized(model: Net, batch: dict[str, Tensor], *, centre: dict[str, Tensor]) -> Tensor:
     distance = sum((p - centre[name]).square().sum() for name, p in model.named_parameters())
     return model(**batch)["loss"] + 50 * distance
