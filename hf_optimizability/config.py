@@ -29,7 +29,9 @@ class Budget:
     block_eigenvalues: bool
     task_eigenvalues: bool
 
-    def allocate(self, *, sharpness: bool, blocks: bool, tasks: bool, differences: bool) -> HvpAllocation:
+    def allocate(
+        self, *, sharpness: bool, blocks: bool, tasks: bool, differences: bool, population: bool = False
+    ) -> HvpAllocation:
         """Divide the products among the parts of a measurement.
 
         Args:
@@ -38,12 +40,15 @@ class Budget:
             tasks: Whether those of the tasks do. One product with each task's Hessian counts as one: each goes over
                 that task's batches.
             differences: Whether eigenvalues are checked along their vectors, by one product unless that fails.
+            population: Whether the batches are a sample, whose curvature along λ_max, λ_min and the gradient of the
+                whole set takes three.
         """
         each = self.max_hvps // 5
         allocation = HvpAllocation(
             spectrum=0,
             along_gradient=2,
             along_eigenvectors=int(differences),
+            of_sample=3 * population,
             sharpness=each * sharpness,
             blocks=each * blocks,
             tasks=each * tasks,
@@ -58,6 +63,7 @@ class HvpAllocation(NamedTuple):
         spectrum: For extreme eigenvalues, density and trace.
         along_gradient: For the curvature along the gradient.
         along_eigenvectors: For checking eigenvalues along their vectors.
+        of_sample: For the curvature of a sample along vectors that a whole set is compared with it along.
         sharpness: For the sharpness that the optimizer sees.
         blocks: For the eigenvalues of the blocks.
         tasks: For the eigenvalues of the tasks.
@@ -66,6 +72,7 @@ class HvpAllocation(NamedTuple):
     spectrum: int
     along_gradient: int
     along_eigenvectors: int
+    of_sample: int
     sharpness: int
     blocks: int
     tasks: int

@@ -55,7 +55,7 @@ class HvpBudget(NamedTuple):
     blocks: int
     tasks: int
     sharpness: int
-    checks: int  # along the gradient, another with it, along the update, along eigenvectors; of central differences
+    checks: int  # along gradients, another with it, along the update, along eigenvectors; of central differences
 
     @property
     def number(self) -> int:
@@ -63,13 +63,16 @@ class HvpBudget(NamedTuple):
         return sum(self)
 
 
-def allocate_hvps(config: OptimizabilityConfig, engine: HvpEngine, *, preconditions: bool) -> HvpAllocation:
+def allocate_hvps(
+    config: OptimizabilityConfig, engine: HvpEngine, *, preconditions: bool, population: bool = False
+) -> HvpAllocation:
     """Return what each part of a measurement may spend with an engine.
 
     Args:
         config: What is measured.
         engine: How products are computed.
         preconditions: Whether the sharpness that the optimizer sees takes products of its own.
+        population: Whether the batches are a sample of a larger set.
     """
     by_task = config.task_column is not None and engine.separates_batches
     return config.budget.allocate(
@@ -77,6 +80,7 @@ def allocate_hvps(config: OptimizabilityConfig, engine: HvpEngine, *, preconditi
         blocks=engine.differentiates_hessian and config.budget.block_eigenvalues,
         tasks=by_task and config.budget.task_eigenvalues,
         differences=engine.curvature == "hessian",
+        population=population,
     )
 
 
@@ -100,7 +104,7 @@ def count_hvps(
         blocks=shares.blocks,
         tasks=shares.tasks,
         sharpness=shares.sharpness,
-        checks=shares.along_gradient + shares.along_eigenvectors + update + compared,
+        checks=shares.along_gradient + shares.along_eigenvectors + shares.of_sample + update + compared,
     )
 
 

@@ -131,7 +131,8 @@ def estimate_curvature(
 ) -> CurvatureEstimates:
     """Estimate all that is asked of a curvature matrix, with an engine that is active."""
     preconditions = step is not None and step.preconditions(objective)
-    allocation = allocate_hvps(config, engine, preconditions=preconditions)
+    sampled = objective.population is not None
+    allocation = allocate_hvps(config, engine, preconditions=preconditions, population=sampled)
     by_task = config.task_column is not None and engine.separates_batches
     of_sample: SampleForms | None = None
     with drop_unused_embedding_rows(objective) as used:
@@ -154,7 +155,7 @@ def estimate_curvature(
                 eigen_tolerance=config.budget.eigen_tolerance,
                 trace_tolerance=config.budget.trace_tolerance,
             )
-        if objective.population is not None:
+        if sampled:
             of_sample = sample_forms(spectrum, objective, engine.operator(objective), used)
         task_maxima = {}
         if allocation.tasks:

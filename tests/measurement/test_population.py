@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from functools import cache, partial
@@ -291,6 +292,16 @@ def test_a_part_of_the_set_as_pool_has_an_error_of_its_own(number: int, least: i
         for name, (low, _, high) in intervals(measurement).items():
             held[name] += low <= truth()[name] <= high
     assert min(held.values()) >= least, held
+
+
+@pytest.mark.parametrize("preconditions", [False, True])
+def test_no_more_products_than_are_asked_for(preconditions: bool):
+    model = copy.deepcopy(problem()[0])
+    optimizer = torch.optim.Adam(model.parameters()) if preconditions else None
+    config = replace(CONFIG, max_hvps=16, trace_tolerance=1e-6, eigen_tolerance=1e-6)
+    found = measure(model, None, config, dataset=loader(), optimizer=optimizer)
+    assert 12 <= found.hvps <= 16 and math.isfinite(found.hessian.trace.high - found.hessian.trace.low)
+    assert (found.optimizer_stability is not None) == preconditions
 
 
 class Torn(list):
