@@ -187,6 +187,7 @@ WORDS: Mapping[str, Words] = {
         "The training set is a stream, or has no rows that can be drawn by index.",
         "Pass a `DataLoader` over a data set with a length, or a few batches of the stream as `batches`.",
     ),
+    "pool_empty": Words("The training set is empty.", "Pass a `DataLoader` over a data set with rows."),
     "pool_sampler": Words(
         "The sampler `{sampler}` decides which examples training sees, how often, or together.",
         "Pass a `DataLoader` without it to measure the plain mean over all rows, or `batches`.",

@@ -42,7 +42,8 @@ class Pool:
         total: How many examples the data set has, without those that can't be read.
 
     Raises:
-        UnmeasurableError: If the loader has no data set with a length, or a sampler that may draw rows unevenly.
+        UnmeasurableError: If the loader has no data set with a length, that is empty, or a sampler may draw its rows
+            unevenly.
 
     Example:
         >>> pool = Pool(DataLoader([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}]), examples=2, seed=0)
@@ -53,8 +54,10 @@ class Pool:
 
     def __init__(self, loader: DataLoader, *, examples: int, seed: int):
         total = num_examples(dataset_of(loader))
-        if not total:
+        if total is None:
             raise UnmeasurableError("pool_no_rows")
+        if total == 0:
+            raise UnmeasurableError("pool_empty")
         if (sampler := uneven_sampler(loader)) is not None:
             raise UnmeasurableError("pool_sampler", sampler=type(sampler).__name__)
         self.total = total

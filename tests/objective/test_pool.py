@@ -96,8 +96,8 @@ def test_streams_and_rows_that_fail_are_refused():
         def __getitem__(self, index: int) -> dict[str, float]:
             raise OSError("no such file")
 
-    for loader in (DataLoader(Stream()), DataLoader([])):
-        with pytest.raises(ValueError, match="a stream, or has no rows that can be drawn by index"):
+    for loader, reason in ((DataLoader(Stream()), "rows that can be drawn by index"), (DataLoader([]), "is empty")):
+        with pytest.raises(ValueError, match=reason):
             Pool(loader, examples=10, seed=0)
     broken = Pool(DataLoader(Broken()), examples=10, seed=0)
     for reading in (
