@@ -76,7 +76,7 @@ def measure(
             does not name the key gets its batches without it; a `loss_fn` gets them as they are.
         dataset: In place of `batches`, a loader over the whole training set. Examples are drawn from it by their
             curvature, out of `config.pool_size` that are looked at, and the intervals of loss, gradient, traces, λ_max
-            and λ_min are about the loss over all of it.
+            and λ_min are about the loss over all of it. Its sampler draws the batches of batch sharpness.
         config: Precision and budget; when to measure does not matter here.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.

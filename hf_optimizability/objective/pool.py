@@ -26,11 +26,59 @@ from .probe_set import (
 )
 
 
-class Pool:
+class Rows:
     """Rows of a data set, collated when they are asked for and not held.
 
-    What augmentation draws for a row depends on the seed and the row alone. Rows that can't be read are found by the
-    first pass over all, and are no part of the pool from then on.
+    What augmentation draws for a row depends on the seed and the row alone.
+
+    Args:
+        loader: Its data set and its collator are used.
+        seed: Seed of augmentation.
+    """
+
+    def __init__(self, loader: DataLoader, *, seed: int):
+        self._loader, self._seed = loader, seed
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Hold around whatever reads rows: random states, data set and collator come back as they were."""
+        with preserved_rng(self._seed), preserved_loader(self._loader):
+            yield
+
+    def batch(self, indices: Sequence[int], *, draw: int = 0) -> Batch:
+        """Return the rows with these indices as one batch; inside `reading`.
+
+        Args:
+            indices: Their places in the data set.
+            draw: Which of the collator's random draws (masks) to take.
+
+        Raises:
+            MeasurementError: If a row can't be read, or the collator refuses them.
+        """
+        rows = []
+        for index in indices:
+            try:
+                rows.append(self._row(index))
+            except Exception as error:
+                raise MeasurementError("rows_unreadable", error=error) from error
+        return self._collated(rows, draw=draw)
+
+    def _collated(self, rows: list[Any], *, draw: int = 0) -> Batch:
+        seed_all(self._seed + draw)
+        try:
+            return self._loader.collate_fn(rows)
+        except Exception as error:
+            raise MeasurementError("rows_refused", error=error) from error
+
+    def _row(self, index: int) -> Any:
+        seed_all(self._seed + index)
+        return copied_row(self._loader.dataset[index])
+
+
+class Pool(Rows):
+    """Rows of a data set that examples are drawn from.
+
+    Rows that can't be read are found by the first pass over all, and are no part of the pool from then on.
 
     Args:
         loader: Its data set and its collator are used.
@@ -53,6 +101,7 @@ class Pool:
     """
 
     def __init__(self, loader: DataLoader, *, examples: int, seed: int):
+        super().__init__(loader, seed=seed)
         total = num_examples(dataset_of(loader))
         if total is None:
             raise UnmeasurableError("pool_no_rows")
@@ -62,18 +111,11 @@ class Pool:
             raise UnmeasurableError("pool_sampler", sampler=type(sampler).__name__)
         self.total = total
         self.indices = np.array(probe_indices(total, examples, seed=seed), dtype=np.int64)
-        self._loader, self._seed = loader, seed
         self._all_read = False
 
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.indices)
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Hold around whatever reads rows: random states, data set and collator come back as they were."""
-        with preserved_rng(self._seed), preserved_loader(self._loader):
-            yield
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield all examples in batches, in order; inside `reading`.
@@ -108,31 +150,10 @@ class Pool:
             rows = list(found.values())
             return [self._collated(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
-    def collate(self, positions: Sequence[int] | NDArray[np.int64], *, draw: int = 0) -> Batch:
+    def collate(self, positions: Sequence[int] | NDArray[np.int64]) -> Batch:
         """Return the examples at these positions of the pool as one batch; inside `reading`.
 
-        Args:
-            positions: Their places in the pool.
-            draw: Which of the collator's random draws (masks) to take.
-
         Raises:
-            MeasurementError: If a row can't be read, or the collator refuses them.
+            MeasurementError: As `batch`.
         """
-        rows = []
-        for position in positions:
-            try:
-                rows.append(self._row(int(self.indices[position])))
-            except Exception as error:
-                raise MeasurementError("rows_unreadable", error=error) from error
-        return self._collated(rows, draw=draw)
-
-    def _collated(self, rows: list[Any], *, draw: int = 0) -> Batch:
-        seed_all(self._seed + draw)
-        try:
-            return self._loader.collate_fn(rows)
-        except Exception as error:
-            raise MeasurementError("rows_refused", error=error) from error
-
-    def _row(self, index: int) -> Any:
-        seed_all(self._seed + index)
-        return copied_row(self._loader.dataset[index])
+        return self.batch(self.indices[list(positions)].tolist())

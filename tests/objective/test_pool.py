@@ -68,9 +68,10 @@ def test_rows_that_cannot_be_read_are_left_out_once_and_for_all(caplog: pytest.L
     for _ in range(2):
         with pool.reading():
             passes.append(torch.cat([batch["x"] for batch in pool.batches(2)]).tolist())
-    assert passes[0] == passes[1] == pool.indices.tolist() == [i for i in range(30) if i not in (3, 4, 11)]
+    assert passes[0] == passes[1] == pool.indices.tolist()
+    assert sorted(passes[0]) == [i for i in range(30) if i not in (3, 4, 11)]
     assert len(pool) == pool.total == 27
-    assert read(pool, [3, 9])["x"].tolist() == [5, 12]
+    assert read(pool, [3, 9])["x"].tolist() == [passes[0][3], passes[0][9]]
     warnings = [record.getMessage() for record in caplog.records]
     assert warnings == [
         "3 of 30 rows drawn for the pool can't be read and are left out; the first one: OSError: torn off."
