@@ -472,6 +472,30 @@ WORDS: Mapping[str, Words] = {
         "Lower --per_device_train_batch_size, and raise --gradient_accumulation_steps by as much.",
     ),
     "score_failed": Words("The score can't be computed{error}.", "The log has the whole reason."),
+    # Batch sharpness
+    "batches_given": Words(
+        "How training draws its batches is not known from `batches`.",
+        "Pass `dataset`, a loader with the batch size of training, in their place.",
+    ),
+    "batches_of_another_kind": Words(
+        "The training set is a stream, or a batch sampler decides what may share a batch: rows drawn at random would "
+        "not be batches of training.",
+        "Train on a data set with a length, by torch's own `BatchSampler`.",
+    ),
+    "sampler_unknown": Words(
+        "How `{sampler}` draws rows is not known.",
+        "Take one of torch's samplers (random, weighted, of a subset, or in order).",
+    ),
+    "too_few_batches": Words(
+        "It takes {least} batches of {examples} examples; an epoch has {number}.",
+        "Lower the batch size or gradient accumulation, or leave `batch_sharpness` off.",
+    ),
+    "several_processes": Words(
+        "It is not measured where several processes train together.", "Measure the checkpoint by one process."
+    ),
+    "batch_sharpness_failed": Words(
+        "The curvature of the batches of a step could not be computed{error}.", "The log has the whole reason."
+    ),
     "no_best_step": Words("Along −g the loss curves downward (gᵀHg ≤ 0): there is no best step."),
     "unexpected": Words(
         "The measurement failed{error}.",

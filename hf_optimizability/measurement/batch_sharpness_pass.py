@@ -10,11 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
 from ..distributed.process_group import RankLostError
-from ..errors import MeasurementInterruptedError
+from ..errors import ExplainedError, MeasurementError, MeasurementInterruptedError
 from ..model_state.measuring import batch_statistics
 from ..objective.objective import Objective, ProbeBatch
 from ..objective.step_batches import StepBatches
 from ..quantities.batch_sharpness import BatchSharpness, batch_sharpness
+from ..reasons import Reason
 from ..redaction import redact_secrets
 from .engines import HvpEngine
 from .optimizer_step import OptimizerStep
@@ -26,8 +27,8 @@ logger = logging.get_logger(__name__)
 
 def measure_batch_sharpness(
     objective: Objective, engine: HvpEngine, steps: StepBatches, optimizer: OptimizerStep | None, *, size: int
-) -> BatchSharpness | None:
-    """Measure batch sharpness, where the engine is active; say why not in a warning where that fails.
+) -> BatchSharpness | Reason:
+    """Measure batch sharpness, where the engine is active; where that fails, warn and return why.
 
     Normalization layers that training runs on the statistics of the batch do so here, and their buffers come back.
 
@@ -54,10 +55,18 @@ def measure_batch_sharpness(
             raise
         except Exception as error:  # whatever the model's code raises
             if not out_of_memory(error) or size <= 1:
-                logger.warning_once(f"Batch sharpness is not measured. {redact_secrets(str(error))}")
-                return None
+                failure = error
+                if not isinstance(failure, ExplainedError):
+                    failure = MeasurementError("batch_sharpness_failed", error=error)
+                return not_measured(failure)
         clear_device_cache(garbage_collection=True)
         size = -(-size // 2)
+
+
+def not_measured(error: ExplainedError) -> Reason:
+    """Warn that there will be no batch sharpness, and return why."""
+    logger.warning_once(f"Batch sharpness is not measured. {redact_secrets(str(error))}")
+    return error.why
 
 
 def _can_cut(objective: Objective) -> bool:

@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..config import OptimizabilityConfig
 from ..curvature.empirical_risk import HvpCounter
@@ -21,7 +20,7 @@ from ..curvature.gradient import Gradient, gradient, norm_of
 from ..distributed.process_group import training_process_group
 from ..distributed.supported import require_supported
 from ..distributed.tensors import is_sharded
-from ..errors import MeasurementError
+from ..errors import MeasurementError, UnmeasurableError
 from ..linalg.estimate import Estimate
 from ..objective.objective import Batch, LossFunction, Objective
 from ..objective.parameter_blocks import block_indices
@@ -29,12 +28,13 @@ from ..objective.pool import Pool
 from ..objective.self_check import SelfCheck
 from ..objective.step_batches import StepBatches
 from ..objective.task_labels import assign_tasks, require_several
-from ..quantities.batch_sharpness import MIN_BATCHES
+from ..quantities.batch_sharpness import MIN_BATCHES, BatchSharpness
 from ..quantities.loss_landscape import Landscape
 from ..quantities.noise_scale import MIN_PARTS, noise_scale
 from ..quantities.preconditioner import unwrapped as unwrapped_optimizer
 from ..quantities.step_size import QuadraticModel
-from .batch_sharpness_pass import measure_batch_sharpness
+from ..reasons import Reason
+from .batch_sharpness_pass import measure_batch_sharpness, not_measured
 from .curvature_pass import CurvatureEstimates, DirectionalCurvature, estimate_curvature, measure_directions
 from .eigenvector_check import engine_error
 from .engines import HvpEngine, choose_engine
@@ -48,8 +48,6 @@ from .results import BlockMeasurement, Measurement, PopulationMeasurement
 from .session import measurement_session
 from .slope_check import slope_errors
 
-
-logger = logging.get_logger(__name__)
 
 POOL_FAILURES = ("losses_not_apart", "products_not_apart", "rows_unreadable", "rows_refused")
 """Reasons why examples can't be drawn from a pool; random ones may do."""
@@ -102,7 +100,9 @@ def measure(
     """
     config = config or OptimizabilityConfig()
     batches, pool = batches_and_pool(model, batches, dataset, config)
-    steps = step_batches(dataset, config) if dataset is not None and config.batch_sharpness else None
+    steps: StepBatches | Reason | None = None
+    if config.batch_sharpness:
+        steps = not_measured(UnmeasurableError("batches_given")) if dataset is None else step_batches(dataset, config)
     objective, optimizer = build_objective(model, batches, config, loss_fn=loss_fn, optimizer=optimizer)
     with progress_bar(config, disable=not progress) as bar:
         return measure_objective(
@@ -138,18 +138,17 @@ def batches_and_pool(
     return pool.random_batches(config.budget.probe_examples, batch_size=config.probe_batch_size), pool
 
 
-def step_batches(loader: DataLoader, config: OptimizabilityConfig, *, parts: int = 1) -> StepBatches | None:
-    """Return batches of one optimizer step each, of so many batches of the loader; say so if there are none."""
+def step_batches(loader: DataLoader, config: OptimizabilityConfig, *, parts: int = 1) -> StepBatches | Reason:
+    """Return batches of one optimizer step each, of so many batches of the loader; or warn, and return why not."""
     try:
         steps = StepBatches(loader, parts=parts, seed=config.probe_seed)
-        if len(steps) < MIN_BATCHES:
-            raise ValueError(
-                f"It takes {MIN_BATCHES} batches of {steps.examples} examples; the training set has fewer."
-            )
-    except ValueError as error:
-        logger.warning_once(f"Batch sharpness is not measured. {error}")
-        return None
-    return steps
+    except UnmeasurableError as error:
+        return not_measured(error)
+    if len(steps) >= MIN_BATCHES:
+        return steps
+    return not_measured(
+        UnmeasurableError("too_few_batches", least=MIN_BATCHES, examples=steps.examples, number=len(steps))
+    )
 
 
 def build_objective(
@@ -196,7 +195,7 @@ def measure_objective(
     config: OptimizabilityConfig,
     *,
     pool: Pool | None = None,
-    steps: StepBatches | None = None,
+    steps: StepBatches | Reason | None = None,
     optimizer: Optimizer | None = None,
     step: int = 0,
     epoch: float | None = None,
@@ -211,7 +210,7 @@ def measure_objective(
         objective: What to measure.
         config: Precision and budget.
         pool: Examples of the data set, or all, to draw those to measure on from; by default the objective's own.
-        steps: Batches of one optimizer step each, for batch sharpness.
+        steps: Batches of one optimizer step each, for batch sharpness, or why there are none.
         optimizer: The optimizer in use, to measure how far it may step.
         step: Recorded in the measurement.
         epoch: Recorded in the measurement.
@@ -276,7 +275,10 @@ def _with_checked_mean(objective: Objective, config: OptimizabilityConfig) -> Ob
 
 
 def _measure_once(
-    objective: Objective, config: OptimizabilityConfig, optimizer: Optimizer | None, steps: StepBatches | None
+    objective: Objective,
+    config: OptimizabilityConfig,
+    optimizer: Optimizer | None,
+    steps: StepBatches | Reason | None,
 ) -> Measurement:
     """Return a measurement whose step and cost are still to be filled in."""
     trained = objective.parameters  # whole or float32 ones may take their place
@@ -297,9 +299,11 @@ def _measure_once(
             curvature = estimate_curvature(
                 engine, objective, config, point=point, directions=directions, step=step, blocks=indices
             )
-            batches = None
-            if steps is not None:
+            batches: BatchSharpness | Reason | None = None
+            if isinstance(steps, StepBatches):
                 batches = measure_batch_sharpness(objective, engine, steps, step, size=config.probe_batch_size)
+            else:
+                batches = steps
         stability = line = None
         if step is not None and curvature.sharpness is not None:
             update = step.update()
@@ -336,7 +340,8 @@ def _measure_once(
             unused_embedding_parameters=curvature.unused_parameters,
             self_check=check,
             population=population,
-            batch_sharpness=batches,
+            batch_sharpness=batches if isinstance(batches, BatchSharpness) else None,
+            batch_sharpness_failure=batches if isinstance(batches, Reason) else None,
         )
 
 

@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 from ..linalg.estimate import Estimate
 from ..quantities.loss_landscape import Landscape
 from ..quantities.step_size import CriticalLearningRate
+from ..reasons import Reason
 from .results import Measurement, TaskMeasurement
 
 
@@ -49,6 +50,7 @@ class Quantity:
         plot: The plot over optimizer steps that shows it; quantities may share one, if they are neighbours.
         log_scale: Whether that plot has a logarithmic axis.
         unit: Unit of the value.
+        failure: Why it was not measured where it was asked for; `None` if it was, or was not asked for.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Quantity:
     plot: str | None = None
     log_scale: bool = False
     unit: str = ""
+    failure: Callable[[Measurement], Reason | None] = lambda measurement: None
 
     def number(self, measurement: Measurement) -> float | None:
         """Return the value without its error."""
@@ -273,6 +276,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         "holds it near 2/η. Its interval is over such batches.",
         section="step",
         scope="batches",
+        failure=lambda m: m.batch_sharpness_failure,
     ),
     Quantity(
         name="batch_sharpness_rate",

@@ -223,6 +223,7 @@ class Measurement:
         population: The training set that the examples were drawn from; `None` where the batches were given.
         batch_sharpness: Curvature of batches of one optimizer step along their own gradients, as trained; `None`
             unless `batch_sharpness` asks for it.
+        batch_sharpness_failure: Why there is none, where it was asked for.
     """
 
     step: int
@@ -251,6 +252,7 @@ class Measurement:
     eigenvalue_checks: tuple[EigenvalueCheck, ...] = ()
     population: PopulationMeasurement | None = None
     batch_sharpness: BatchSharpness | None = None
+    batch_sharpness_failure: Reason | None = None
 
     @property
     def converged(self) -> bool:

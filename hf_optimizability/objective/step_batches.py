@@ -19,6 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from ..errors import UnmeasurableError
 from .batches import Batch
 from .pool import Rows
 from .probe_set import dataset_of, num_examples, probe_indices
@@ -37,8 +38,8 @@ class StepBatches:
         seed: Seed of the draw, and of augmentation.
 
     Raises:
-        ValueError: If it is not known how training draws its batches: from a stream, or by a sampler or batch sampler
-            that is not torch's own.
+        UnmeasurableError: If it is not known how training draws its batches: from a stream, or by a sampler or batch
+            sampler that is not torch's own.
 
     Example:
         >>> steps = StepBatches(DataLoader([{"x": float(i)} for i in range(9)], batch_size=2), parts=2, seed=0)
@@ -50,7 +51,7 @@ class StepBatches:
     def __init__(self, loader: DataLoader, *, parts: int = 1, number: int = 30, seed: int):
         sampler = loader.batch_sampler
         if num_examples(dataset_of(loader)) is None or type(sampler) is not BatchSampler:
-            raise ValueError("The training set is a stream, or a batch sampler decides what may share a batch.")
+            raise UnmeasurableError("batches_of_another_kind")
         self._size, self._parts = sampler.batch_size, parts
         self._drawn = _drawn_rows(sampler.sampler, number, self.examples, seed=seed)
         self._rows = Rows(loader, seed=seed)
@@ -96,5 +97,5 @@ def _drawn_rows(sampler: Any, steps: int, examples: int, *, seed: int) -> list[i
     elif type(sampler) is SubsetRandomSampler:
         rows = SubsetRandomSampler(sampler.indices, generator)
     else:
-        raise ValueError(f"{type(sampler).__name__} draws rows in a way that is not known.")
+        raise UnmeasurableError("sampler_unknown", sampler=type(sampler).__name__)
     return list(islice(rows, number))

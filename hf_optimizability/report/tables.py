@@ -128,12 +128,15 @@ def about(report: ReportData, *sections: Section | Literal["tile"]) -> str:
 
 
 def quantity_rows(measurements: Sequence[Measurement], *sections: Section) -> list[Row]:
-    """Return the rows of the quantities of these sections, without those that no measurement has."""
-    return [
-        Row(quantity.label, quantity.reading, quantity_cells(quantity, measurements))
-        for quantity in QUANTITIES
-        if quantity.section in sections and (quantity.always or _is_known(quantity, measurements))
-    ]
+    """Return the rows of the quantities of these sections, without those that no measurement has or was to have."""
+    rows = []
+    for quantity in QUANTITIES:
+        failure = next(filter(None, map(quantity.failure, measurements)), None)
+        shown = quantity.always or failure is not None or _is_known(quantity, measurements)
+        if quantity.section in sections and shown:
+            reading = quantity.reading if failure is None else f"{quantity.reading} {MISSING}: {failure}"
+            rows.append(Row(quantity.label, reading, quantity_cells(quantity, measurements)))
+    return rows
 
 
 def card_rows(measurements: Sequence[Measurement]) -> list[Row]:

@@ -22,6 +22,7 @@ from ..distributed.tensors import class_name, is_sharded
 from ..errors import ExplainedError, MeasurementError, MeasurementInterruptedError, UnmeasurableError
 from ..files import back_up, require_writable
 from ..linalg.communicator import ProcessGroup
+from ..measurement.batch_sharpness_pass import not_measured
 from ..measurement.measure import POOL_FAILURES, measure_objective, progress_bar, step_batches
 from ..measurement.results import Measurement, MeasurementFailure, TaskMeasurement
 from ..model_state.measuring import pretrained
@@ -31,6 +32,7 @@ from ..objective.pool import Pool
 from ..objective.probe_set import ProbeSpec, dataset_of, draw_probe_set
 from ..objective.step_batches import StepBatches
 from ..quantities.preconditioner import unwrapped
+from ..reasons import Reason
 from ..redaction import redact_secrets
 from ..report import OptimizabilityReport
 from . import provenance
@@ -67,7 +69,7 @@ class _Run:
         trackers: Where the numbers are logged.
         loss: The loss on the probe set; `None` if no probe set could be drawn.
         pool: The examples to draw from at each measurement; `None` if the probe set is measured on.
-        steps: Batches of one optimizer step each; `None` if batch sharpness is not measured.
+        steps: Batches of one optimizer step each, or why there are none; `None` if batch sharpness is not asked for.
         gap: Log entries of the generalization gap.
         ended: Whether training has ended.
     """
@@ -83,7 +85,7 @@ class _Run:
     trackers: TrackerLog
     loss: ProbeObjective | None = None
     pool: Pool | None = None
-    steps: StepBatches | None = None
+    steps: StepBatches | Reason | None = None
     gap: list[dict[str, Any]] = field(default_factory=list)
     ended: bool = False
 
@@ -318,13 +320,12 @@ class OptimizabilityCallback(TrainerCallback):
             f"about the whole training set. {error.why}"
         )
 
-    def _new_steps(self, run: _Run, loader: DataLoader) -> StepBatches | None:
-        """Return batches of one optimizer step each, if batch sharpness is asked for and possible."""
+    def _new_steps(self, run: _Run, loader: DataLoader) -> StepBatches | Reason | None:
+        """Return batches of one optimizer step each, if batch sharpness is asked for; or why there are none."""
         if not self.config.batch_sharpness:
             return None
         if run.group.world_size > 1 or is_sharded(run.model):
-            logger.warning_once("Batch sharpness is not measured where several processes train together.")
-            return None
+            return not_measured(UnmeasurableError("several_processes"))
         return step_batches(loader, self.config, parts=run.accumulation)
 
     def _find_loss_scale(self, run: _Run, trainer: Trainer, objective: Objective) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hf_optimizability import Measurement, OptimizabilityConfig, measure
+from hf_optimizability import Measurement, OptimizabilityConfig, OptimizabilityReport, measure
 from hf_optimizability.objective.step_batches import StepBatches
+from hf_optimizability.report.markdown import to_markdown
 
 
 CONFIG = OptimizabilityConfig(profile="light", max_hvps=16, probe_examples=16, batch_sharpness=True)
@@ -134,9 +136,17 @@ def test_adam_meets_it_through_its_preconditioner():
 
 def test_where_it_is_not_measured(caplog: pytest.LogCaptureFixture):
     model, data = net(normalize=False), loader()
-    assert measured(model, data, batch_sharpness=False).batch_sharpness is None
-    assert measure(model, [next(iter(data))], CONFIG).batch_sharpness is None
-    assert measured(model, loader(size=24)).batch_sharpness is None  # two batches
+    unasked = measured(model, data, batch_sharpness=False)
+    assert unasked.batch_sharpness is unasked.batch_sharpness_failure is None
+    for found, reason in [
+        (measure(model, [next(iter(data))], CONFIG), "How training draws its batches is not known"),
+        (measured(model, loader(size=24)), "It takes 3 batches of 24 examples; an epoch has 2."),
+    ]:
+        assert found.batch_sharpness is None and reason in str(found.batch_sharpness_failure)
+        assert f"Batch sharpness is not measured. {found.batch_sharpness_failure}" in caplog.text
+        report = to_markdown(OptimizabilityReport(measurements=[found]))
+        assert [reason in line for line in report.splitlines() if line.startswith("| Batch sharpness")] == [True]
+        assert Measurement.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     with pytest.raises(ValueError, match="`batch_sharpness` is that of the Hessian"):
         replace(CONFIG, curvature="gauss_newton")
 
@@ -159,6 +169,7 @@ def test_a_failure_leaves_the_rest_of_the_measurement():
     assert whole.batch_sharpness is not None  # pieces of four
     found = measured(Broken(RuntimeError("broken on purpose")), loader(size=7), probe_batch_size=8)
     assert found.batch_sharpness is None and found.hessian.lambda_max.converged
+    assert str(found.batch_sharpness_failure).endswith("could not be computed (RuntimeError).")
 
 
 def test_without_memory_for_its_batches_smaller_ones_are_taken():

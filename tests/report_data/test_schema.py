@@ -35,7 +35,13 @@ VERSION_1 = OLDER[0]
 WITH_TASKS = Path(__file__).parent / "versions" / "version_4_tasks.json"
 PUBLISHED = sorted(Path(__file__).parents[2].glob("model_cards/*/optimizability/report.json"))
 
-CHECKS: dict[str, Any] = {"self_check": None, "eigenvalue_checks": [], "population": None, "batch_sharpness": None}
+CHECKS: dict[str, Any] = {
+    "self_check": None,
+    "eigenvalue_checks": [],
+    "population": None,
+    "batch_sharpness": None,
+    "batch_sharpness_failure": None,
+}
 """Fields that came later."""
 
 REPORT: dict[str, Any] = json.loads(json.dumps(make_report(2, blocks=3, failures=1).to_dict()))
@@ -263,6 +269,7 @@ class TestOlderVersions:
                 old["self_check"].setdefault(name, value)  # came later
             old.setdefault("population", None)
             old.setdefault("batch_sharpness", None)
+            old.setdefault("batch_sharpness_failure", None)
             assert renamed_back(measurement) == old
 
     @pytest.mark.parametrize("file", [WITH_TASKS, *PUBLISHED], ids=lambda file: file.parents[1].name)
