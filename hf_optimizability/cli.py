@@ -402,6 +402,7 @@ def _print_report(report: OptimizabilityReport, folder: Path | None, text: str, 
 
 def _table(report: OptimizabilityReport) -> str:
     """Format the numbers of the only measurement of a report, with their intervals."""
+    from .measurement.results import NOT_CONVERGED_NOTE
     from .number_format import format_number
     from .report.tables import card_rows, subject
 
@@ -409,7 +410,7 @@ def _table(report: OptimizabilityReport) -> str:
     lines = [f"Of {subject(report)}; in parentheses: 95 % intervals.", ""]
     lines += [f"{row.label:<22}{row.cells[0]}" for row in card_rows([measurement])]
     if not measurement.converged:
-        lines += ["", "† Not converged: the interval is wider than asked for. Raise max_hvps."]
+        lines += ["", NOT_CONVERGED_NOTE]
     cost = f"{measurement.hvps} products in {format_number(measurement.seconds, digits=3)} s ({measurement.engine})"
     return "\n".join([*lines, "", f"{measurement.num_items} items, {cost}"])
 

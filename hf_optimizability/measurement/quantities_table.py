@@ -8,19 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from ..linalg.estimate import Estimate
 from ..quantities.loss_landscape import Landscape
-from ..quantities.step_size import CriticalLearningRate
 from ..reasons import Reason
 from .results import Measurement, TaskMeasurement
+from .values import Form, Value, number_of
 
 
 T = TypeVar("T")
-
-Value = Estimate | CriticalLearningRate | float | None
-
-Form = Literal["number", "interval", "share"]
-"""How a value is printed: 0.69; 360 (270 to 450), or the former where it has no interval; 42 % (36 to 50 %)."""
 
 Section = Literal["loss", "gradient", "curvature", "spectrum", "step"]
 """The table of the report that holds the quantity's row."""
@@ -101,11 +95,6 @@ class TaskQuantity:
     form: Form = "interval"
     nonnegative: bool = False
     log_key: str | None = None
-
-
-def number_of(value: Value) -> float | None:
-    """Return a value without its error."""
-    return value.value if isinstance(value, (Estimate, CriticalLearningRate)) else value
 
 
 def _of(part: T | None, get: Callable[[T], Value]) -> Value:

@@ -10,6 +10,7 @@ from typing import Any
 from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..linalg.estimate import Estimate
 from ..linalg.spectrum_and_trace import HessianEstimates
+from ..number_format import NOT_CONVERGED
 from ..objective.self_check import SelfCheck
 from ..quantities.batch_sharpness import BatchSharpness
 from ..quantities.loss_landscape import Landscape
@@ -17,6 +18,10 @@ from ..quantities.step_size import CriticalLearningRate, QuadraticModel
 from ..quantities.task_conflict import WITH_ITSELF
 from ..reasons import Reason
 from ..serialization import structure
+from .values import formatted
+
+
+NOT_CONVERGED_NOTE = f"{NOT_CONVERGED} Not converged: the interval is wider than asked for. Raise max_hvps."
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,23 @@ class Measurement:
         batch_sharpness: Curvature of batches of one optimizer step along their own gradients, as trained; `None`
             unless `batch_sharpness` asks for it.
         batch_sharpness_failure: Why there is none, where it was asked for.
+
+    Example:
+        >>> import torch
+        >>> from hf_optimizability import measure
+        >>> model, batch = torch.nn.Linear(2, 1, bias=False), (torch.diag(torch.tensor([1.0, 3.0])), torch.ones(2, 1))
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> def loss_fn(model, batch):
+        ...     return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> print(measure(model, [batch], loss_fn=loss_fn))
+        Of the mean loss over these 2 items; in parentheses: 95 % intervals.
+        <BLANKLINE>
+        Loss                  1.000
+        Gradient norm ‖g‖     3.162
+        Hessian trace         10.000
+        λ_max                 9.0000
+        λ_min                 1.0000
+        Gradient noise scale  –
     """
 
     step: int
@@ -253,6 +275,33 @@ class Measurement:
     population: PopulationMeasurement | None = None
     batch_sharpness: BatchSharpness | None = None
     batch_sharpness_failure: Reason | None = None
+
+    def __str__(self) -> str:
+        """Return the main numbers with their 95 % intervals, and what they are about."""
+        about, whole = self.subject, self.population
+        if whole is not None:
+            about += f", measured on {whole.sampled_examples:,} of them"
+        rows = {
+            "Loss": formatted(self.loss if whole is None else whole.loss),
+            "Gradient norm ‖g‖": formatted(self.grad_norm if whole is None else whole.grad_norm, nonnegative=True),
+            "Hessian trace": formatted(self.hessian.trace),
+            "λ_max": formatted(self.hessian.lambda_max),
+            "λ_min": formatted(self.hessian.lambda_min),
+            "Gradient noise scale": formatted(self.noise_scale, nonnegative=True),
+        }
+        lines = [f"Of {about}; in parentheses: 95 % intervals.", ""]
+        lines += [f"{label:<22}{text}" for label, text in rows.items()]
+        return "\n".join(lines if self.converged else [*lines, "", NOT_CONVERGED_NOTE])
+
+    @property
+    def subject(self) -> str:
+        """What the numbers are about."""
+        if self.population is None:
+            return f"the mean loss over these {self.num_items:,} items"
+        pool, whole = self.population.pool_examples, self.population.examples
+        if pool == whole:
+            return f"the training loss over all {whole:,} examples"
+        return f"the training loss, from a random {pool:,} of {whole:,} examples"
 
     @property
     def converged(self) -> bool:

@@ -9,13 +9,13 @@ from dataclasses import fields
 from typing import Any
 
 from ..linalg.estimate import Estimate
+from ..measurement.values import formatted
 from ..number_format import one_line
 from ..quantities.step_size import CriticalLearningRate
 from ..report_data.data import ReportData
 from ..report_data.series import Points, landscapes
 from . import panels
 from .panels import Line, Panel, along_eigenvectors, along_update
-from .tables import formatted
 
 
 Chart = dict[str, Any]

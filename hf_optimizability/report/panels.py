@@ -10,8 +10,9 @@ from typing import Literal
 
 from ..linalg.estimate import Estimate
 from ..log_keys import PREFIX
-from ..measurement.quantities_table import QUANTITIES, Quantity, number_of
+from ..measurement.quantities_table import QUANTITIES, Quantity
 from ..measurement.results import Measurement, OptimizerStability
+from ..measurement.values import number_of
 from ..quantities.loss_landscape import LossLine, LossPlane
 from ..quantities.step_size import CriticalLearningRate
 from ..report_data.data import ReportData

@@ -12,8 +12,9 @@ from ..curvature.eigenvalue_check import EigenvalueCheck
 from ..diagnosis.outcome import SEVERITIES, STATUSES, Status
 from ..diagnosis.verdict import Diagnosis
 from ..linalg.estimate import Estimate
-from ..measurement.quantities_table import QUANTITIES, TASK_QUANTITIES, Form, Quantity, Section, Value
-from ..measurement.results import Measurement, MultitaskMeasurement
+from ..measurement.quantities_table import QUANTITIES, TASK_QUANTITIES, Quantity, Section
+from ..measurement.results import NOT_CONVERGED_NOTE, Measurement, MultitaskMeasurement
+from ..measurement.values import formatted
 from ..number_format import (
     MISSING,
     format_estimate,
@@ -23,7 +24,6 @@ from ..number_format import (
     format_share,
 )
 from ..quantities.loss_landscape import Landscape
-from ..quantities.step_size import CriticalLearningRate
 from ..report_data.data import ReportData
 from ..report_data.provenance import ProbeSetInfo
 
@@ -59,7 +59,7 @@ TEXTS = {
     "Residual: an eigenvalue lies within this distance.",
     "local": "All of this is local: what λ_max says about the learning rate holds here and now, and does not judge "
     "the run.",
-    "not_converged": "† Not converged: the interval is wider than asked for. Raise max_hvps.",
+    "not_converged": NOT_CONVERGED_NOTE,
     "setbacks": "A setback is a step in the wrong direction from one logged value to the next. If half of the "
     "comparisons are setbacks, this is noise around a standstill; large ones and spikes are instability.",
     "landscape": "The loss at θ − s·u, u the optimizer's next update and s the learning rate of the step; and at "
@@ -79,38 +79,14 @@ TEXTS = {
 """Sentences of the report around its tables."""
 
 
-def formatted(value: Value, form: Form = "interval", *, nonnegative: bool = False) -> str:
-    """Return a value with its interval as text.
-
-    Example:
-        >>> formatted(0.25), formatted(None), formatted(1234, "number")
-        ('0.2500', '–', '1,234')
-    """
-    if isinstance(value, int):
-        return f"{value:,}"
-    if not isinstance(value, (Estimate, CriticalLearningRate)):
-        return format_number(value)
-    if form == "share":
-        return format_share(value.value, value.low, value.high)
-    if isinstance(value, Estimate) and value.hvps:  # only of these does a dagger say what to do
-        return format_estimate(value, nonnegative=nonnegative)
-    return format_interval(value.value, value.low, value.high, nonnegative=nonnegative)
-
-
 def subject(report: ReportData) -> str:
     """Return what the numbers of the last measurement are about."""
     last, probe = report.measurements[-1], report.data.probe
-    if last.population is None:
-        examples = None if probe is None else probe.examples
-        if examples is None:
-            return f"the mean loss over these {last.num_items:,} items"
-        if examples == report.data.train_examples:
-            return f"the training loss over all {examples:,} examples"
-        return f"the mean loss over these {examples:,} examples"
-    pool, whole = last.population.pool_examples, last.population.examples
-    if pool == whole:
-        return f"the training loss over all {whole:,} examples"
-    return f"the training loss, from a random {pool:,} of {whole:,} examples"
+    if last.population is not None or probe is None or probe.examples is None:
+        return last.subject
+    if probe.examples == report.data.train_examples:
+        return f"the training loss over all {probe.examples:,} examples"
+    return f"the mean loss over these {probe.examples:,} examples"
 
 
 def about(report: ReportData, *sections: Section | Literal["tile"]) -> str:

@@ -7,8 +7,9 @@ import math
 
 from ..linalg.estimate import Estimate
 from ..log_keys import PREFIX
-from ..measurement.quantities_table import QUANTITIES, TASK_QUANTITIES, number_of
+from ..measurement.quantities_table import QUANTITIES, TASK_QUANTITIES
 from ..measurement.results import Measurement, MultitaskMeasurement
+from ..measurement.values import number_of
 
 
 def log_entry(measurement: Measurement) -> dict[str, float]:

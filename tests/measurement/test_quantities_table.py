@@ -10,6 +10,7 @@ import pytest
 from hf_optimizability import cli
 from hf_optimizability.measurement import quantities_table
 from hf_optimizability.measurement.quantities_table import QUANTITIES, Quantity
+from hf_optimizability.measurement.results import NOT_CONVERGED_NOTE, PopulationMeasurement
 from hf_optimizability.publishing import model_card
 from hf_optimizability.report import OptimizabilityReport, charts, figures, markdown, panels, tables
 from hf_optimizability.training import log_entry
@@ -67,6 +68,22 @@ def test_an_optional_quantity_that_was_not_measured_has_no_row(report: Optimizab
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "QUANTITIES", (*QUANTITIES, row))
         assert "skewness" not in markdown.to_markdown(report).lower()
+
+
+@pytest.mark.parametrize("converged", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_printed_measurement_has_the_numbers_of_the_card(converged: bool, sampled: bool):
+    measurement, about = make_measurement(converged=converged), "the mean loss over these 64 items"
+    if sampled:
+        loss, norm = make_estimate(0.5, 0.1, kind="std_error"), make_estimate(3.0, 0.2, kind="std_error")
+        population = PopulationMeasurement(60_000, 2560, 64, 7, loss, norm, (0.1, 0.2, 0.3, 0.4, 0.5), (3, 1))
+        measurement = dataclasses.replace(measurement, population=population)
+        about = "the training loss, from a random 2,560 of 60,000 examples, measured on 64 of them"
+    lines = str(measurement).splitlines()
+    assert lines[:2] == [f"Of {about}; in parentheses: 95 % intervals.", ""]
+    rows = [f"{row.label:<22}{row.cells[0]}" for row in tables.card_rows([measurement])]
+    assert lines[2:] == rows + ([] if measurement.converged else ["", NOT_CONVERGED_NOTE])
+    assert measurement.converged == converged
 
 
 def test_names_are_unique():
