@@ -11,6 +11,9 @@ from typing import Any
 from libraries import LIBRARIES
 from workloads import TITLES
 
+from hf_optimizability.linalg.statistics import NORMAL_QUANTILE
+from hf_optimizability.number_format import format_interval
+
 
 OURS = "ours"
 PROMISED_ERROR = 0.01
@@ -190,11 +193,16 @@ def _truth(truth: dict[str, Any]) -> str:
     text = f"λ_max {truth['lambda_max']:.4g}, λ_min {truth['lambda_min']:.4g}"
     text += " (residuals {:.1g} and {:.1g})".format(*truth["residuals"])
     if truth["trace"] is not None:
-        text += "; trace {value:.4g} ± {std_error:.2g}".format(**truth["trace"])
-        text += " (by plain probes {value:.4g} ± {std_error:.2g}".format(**truth["plain_trace"])
-        text += f", which {'agrees' if truth['traces_agree'] else 'does not agree'})"
+        text += f"; trace {_interval(truth['trace'])}; by plain probes {_interval(truth['plain_trace'])}"
+        text += f", which {'agrees' if truth['traces_agree'] else 'does not agree'}"
         text += f"; density known to a distance of {truth['density_noise']:.2g}"
     return text + "."
+
+
+def _interval(mean: dict[str, float]) -> str:
+    """Return a mean with its 95 % interval."""
+    margin = NORMAL_QUANTILE * mean["std_error"]
+    return format_interval(mean["value"], mean["value"] - margin, mean["value"] + margin)
 
 
 def _each(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

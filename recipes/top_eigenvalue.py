@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["hf-optimizability[vision]"]
 # ///
-r"""Track the top eigenvalue of the Hessian on the full training set, epoch by epoch, with its residual bound.
+r"""Track the top eigenvalue of the Hessian on the full training set, epoch by epoch, with its interval.
 
     python recipes/top_eigenvalue.py recipes/demo/top_eigenvalue.json
 
@@ -34,6 +34,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_optimizability import Measurement, OptimizabilityConfig, OptimizabilityTrainer
 from hf_optimizability.files import write_atomically
+from hf_optimizability.number_format import format_estimate
 from hf_optimizability.report.figures import BLUE, GREY, VERMILLION
 from hf_optimizability.tasks import image_classification
 from hf_optimizability.tasks.fine_tuning import fine_tune, load, parse_flags
@@ -134,11 +135,11 @@ def _count_products(computation: Any) -> list[None]:
 
 def table(measurements: Sequence[Measurement], results: dict[int, PyHessianResult]) -> str:
     """Format all epochs as Markdown."""
-    head = ["step", "loss", "λ_max", "within", "products"]
+    head = ["step", "loss", "λ_max", "products"]
     rows = []
     for one in measurements:
         top = one.hessian.lambda_max
-        row = [f"{one.step}", f"{one.loss:.4g}", f"{top.value:.5g}", f"± {top.residual:.2g}", f"{top.hvps}"]
+        row = [f"{one.step}", f"{one.loss:.4g}", format_estimate(top), f"{top.hvps}"]
         if one.step in results:
             result = results[one.step]
             row += [f"{result.lambda_max:.5g}", f"{result.hvps}"]

@@ -78,7 +78,7 @@ class Rows:
 class Pool(Rows):
     """Rows of a data set that examples are drawn from.
 
-    Rows that can't be read are found by the first pass over all, and are no part of the pool from then on.
+    Rows that can't be read are found by the first pass over all, and do not belong to the pool from then on.
 
     Args:
         loader: Its data set and its collator are used.

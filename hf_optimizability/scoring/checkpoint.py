@@ -15,6 +15,7 @@ from ..config import OptimizabilityConfig
 from ..errors import MeasurementError, type_name
 from ..measurement.engines import HvpEngine, choose_engine
 from ..model_state.measuring import full_precision, measuring
+from ..number_format import format_interval
 from ..objective.batches import cut_batch
 from ..objective.objective import LossFunction, Objective
 from ..reasons import Reason
@@ -63,7 +64,9 @@ class CheckpointScores:
     def result(self) -> str:
         """The scores in a few words, or why there are none."""
         held = {name: self.of(name) for name in NAMES}
-        parts = [f"{name} {score.value:.4g} ± {score.std_error:.2g}" for name, score in held.items() if score]
+        parts = [
+            f"{name} {format_interval(score.value, score.low, score.high)}" for name, score in held.items() if score
+        ]
         return ", ".join(parts) or f"not scored: {'; '.join(dict.fromkeys(map(str, self.notes.values())))}"
 
     def of(self, name: str) -> Score | None:

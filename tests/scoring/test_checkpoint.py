@@ -16,6 +16,7 @@ from transformers import GPT2ForSequenceClassification, RobertaConfig, RobertaFo
 from hf_optimizability.reasons import Reason
 from hf_optimizability.scoring.checkpoint import CheckpointScores, score_checkpoint
 from hf_optimizability.scoring.features import head_features
+from hf_optimizability.scoring.score import Score
 from hf_optimizability.serialization import structure
 from hf_optimizability.tasks.peft_methods import with_lora
 from tests.support import tiny_models
@@ -85,7 +86,8 @@ def test_scores_go_through_json_and_tell_their_cost():
     assert structure(CheckpointScores, json.loads(json.dumps(scores.to_dict()))) == scores
     assert scores.linear_probe.passes == 1 and scores.alignment.passes == 4
     assert 0 < scores.logme.seconds <= scores.linear_probe.seconds < scores.seconds
-    assert "linear_probe 0." in scores.result
+    few = CheckpointScores(logme=Score(-1.234, -1.31, -1.1, 0.05, 40), alignment=Score(0.3, -0.2, 0.8, 0.2, 40))
+    assert few.result == "logme -1.23 (-1.31 to -1.10), alignment between -0.2 and 0.8"
 
 
 def test_one_seed_one_answer():
