@@ -167,8 +167,7 @@ def _forecast(
         engine, costs = choose_engine(objective, config, lambda engine: _time_products(engine, objective, config))
         copied = sum(_size(tensor) for tensor in _tensors(objective.model) if id(tensor) not in before)
     steps = optimizer is not None
-    sampled = config.pool_examples is not None
-    shares = allocate_hvps(config, engine, preconditions=preconditions, population=sampled)
+    shares = allocate_hvps(config, engine, preconditions=preconditions, population=pool is not None)
     hvps = count_hvps(config, engine, shares, size=costs.size, update=config.landscape and steps)
     examples = sum(batch_size(batch) for batch in objective.batches)
     gradients = float(_GRADIENTS + _STEP_GRADIENTS * steps + 2 * (config.task_column is not None))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, measure
+from hf_optimizability import Measurement, MeasurementError, OptimizabilityConfig, forecast, measure
 from hf_optimizability.curvature.gradient import gradient
 from hf_optimizability.curvature.hessian import HessianOperator
 from hf_optimizability.linalg.estimate import Estimate
@@ -302,6 +302,12 @@ def test_no_more_products_than_are_asked_for(preconditions: bool):
     found = measure(model, None, config, dataset=loader(), optimizer=optimizer)
     assert 12 <= found.hvps <= 16 and math.isfinite(found.hessian.trace.high - found.hessian.trace.low)
     assert (found.optimizer_stability is not None) == preconditions
+
+
+def test_no_more_products_than_forecast_with_an_exact_trace():
+    model, config = problem()[0], replace(CONFIG, max_hvps=16, trace_method="exact", eigen_tolerance=1e-9)
+    expected = forecast(model, None, config, dataset=loader())
+    assert measure(model, None, config, dataset=loader()).hvps == expected.hvps == 5 + expected.parameters + 6
 
 
 class Torn(list):

@@ -119,7 +119,7 @@ class Stream(IterableDataset):
     [
         (DataLoader(Stream(), batch_size=2), "stream"),
         (DataLoader(ROWS, batch_sampler=type("Own", (BatchSampler,), {})(SequentialSampler(ROWS), 2, False)), "share"),
-        (DataLoader(ROWS, sampler=Own(ROWS), batch_size=2), "Own draws rows"),
+        (DataLoader(ROWS, sampler=Own(ROWS), batch_size=2), "How `Own` draws rows is not known"),
     ],
 )
 def test_what_training_draws_in_another_way_is_refused(loader: DataLoader, reason: str):
