@@ -65,6 +65,7 @@ CHANGED: dict[str, str] = {
     "**config.pool_examples": "added: an option",
     "**config.batch_sharpness": "added: an option",
     "**measurements.*.batch_sharpness": "added: measured on request alone",
+    "**measurements.*.batch_sharpness_failure": "added: why there is none, where it was asked for",
     "**measurements.*.optimizer_stability.peak_learning_rate": "added: of the schedule",
     "setting.settings.*": "of flags, those in one table are recorded alone",
     "**.population": "added: the training set that examples were drawn from",
