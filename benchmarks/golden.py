@@ -77,6 +77,10 @@ CHANGED: dict[str, str] = {
     "**findings.*.advice": "reworded: a text",
     "**findings.*.evidence": "reworded: intervals in place of ±; their numbers are compared elsewhere",
     "**findings.*.source": "reworded: a text",
+    "**verdict": "added: the conclusion in a sentence",
+    "**rules": "added: the status of each rule",
+    "**model.classes": "added: what the loss of a guess follows from",
+    "**data.majority_share": "added: what the accuracy of a guess follows from",
 }
 """Fields that may differ or be missing, and why they must."""
 

@@ -7,6 +7,7 @@ from ..number_format import format_interval, format_number
 from ..report_data.data import ReportData
 from ..report_data.series import batch_items
 from .evidence import MAX_NAMED
+from .learning_rate import against_raising
 from .outcome import Finding, Fine, NotChecked, Outcome
 
 
@@ -32,8 +33,9 @@ def batch_below_noise_scale(report: ReportData) -> Outcome:
         severity="note",
         sentence="The batch is far below the gradient noise scale: a step's gradient is mostly noise.",
         evidence=_batch_evidence(report, batch),
-        advice="A larger batch (or more accumulation steps) takes almost proportionally fewer steps, at a higher "
-        "learning rate. If the price counts in examples, leave it.",
+        advice="A larger batch (or more accumulation steps) takes almost proportionally fewer steps"
+        f"{'' if against_raising(report) else ', at a higher learning rate'}. If the price counts in examples, leave "
+        "it.",
         source=NOISE_SOURCE,
     )
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 from ..linalg.statistics import NORMAL_QUANTILE
 from ..measurement.results import Measurement
 from ..number_format import format_estimate, format_percent
+from ..objective.parameter_blocks import HEAD
 from ..report_data.data import ReportData
-from .evidence import error_of, final_measurement, last_measurement
+from .evidence import dead_blocks, error_of, final_measurement, last_measurement
 from .outcome import Finding, Fine, NotChecked, Outcome
 
 
@@ -32,6 +34,8 @@ def curvature_concentrated(report: ReportData) -> Outcome:
         return NotChecked("blocks", len(last.blocks), MIN_BLOCKS)
     if not all(math.isfinite(error_of(block.trace)) for block in last.blocks.values()):
         return NotChecked("block_errors")
+    if dead_blocks(last):
+        return Fine("Blocks without a gradient have no curvature either.")
     shares = _least_shares(last)
     name = max(shares, key=shares.__getitem__)
     if shares[name] <= CONCENTRATED_SHARE:
@@ -47,8 +51,8 @@ def curvature_concentrated(report: ReportData) -> Outcome:
             f"that is {format_percent(abs(block.trace.value) / total)} of all blocks' (at least "
             f"{format_percent(shares[name])}), in {format_percent(block.parameters / parameters)} of the parameters",
         ),
-        advice=f"It is what limits the learning rate. Give {name} a lower one, or freeze it, and the rest may "
-        "take longer steps.",
+        advice=f"Give {name} a lower learning rate{_or_freeze(last, name)}, and the rest may take longer steps: it is "
+        "what limits them.",
         source="95 % intervals of the block traces; Dong et al., arXiv 1911.03852, rank layers by them",
     )
 
@@ -73,6 +77,14 @@ def saddle(report: ReportData) -> Outcome:
         advice="Usual after a short fine-tuning. Train longer if the loss still falls.",
         source="Sagun et al., arXiv 1706.04454: after long training, negative eigenvalues are small relative to λ_max",
     )
+
+
+def _or_freeze(measurement: Measurement, name: str) -> str:
+    """Return that a block may be frozen: neither a head, which may be new, nor a block where training happens."""
+    relative = {key: b.grad_norm / b.weight_norm for key, b in measurement.blocks.items() if b.weight_norm > 0}
+    if name == HEAD or name not in relative or relative[name] >= statistics.median(relative.values()):
+        return ""
+    return ", or freeze it"
 
 
 def _least_shares(measurement: Measurement) -> dict[str, float]:

@@ -17,6 +17,9 @@ from .outcome import NotChecked
 MAX_NAMED = 3
 """Names to list before \"and 2 more\"."""
 
+DEAD_GRADIENT_SHARE = 2.0**-23
+"""Share of the whole gradient's norm below which a block's norm is rounding in float32."""
+
 
 def last_measurement(report: ReportData) -> Measurement | NotChecked:
     """Return the last measurement, whether or not training has ended."""
@@ -33,6 +36,20 @@ def final_measurement(report: ReportData) -> Measurement | NotChecked:
     if last.step == 0 or (report.failures and report.failures[-1].step > last.step):
         return NotChecked("final_measurement")
     return last
+
+
+def dead_blocks(measurement: Measurement) -> list[str]:
+    """Return the blocks that no gradient reaches; none where there is no gradient at all, as at a loss of 0."""
+    least = DEAD_GRADIENT_SHARE * measurement.grad_norm
+    return [name for name, block in measurement.blocks.items() if least > 0 and block.grad_norm <= least]
+
+
+def died_blocks(report: ReportData) -> list[str]:
+    """Return the blocks that a gradient reached at the first measurement, and not at the last."""
+    if not report.measurements:
+        return []
+    before = dead_blocks(report.measurements[0])
+    return [name for name in dead_blocks(report.measurements[-1]) if name not in before]
 
 
 def error_of(estimate: Estimate) -> float:

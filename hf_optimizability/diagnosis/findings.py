@@ -17,6 +17,7 @@ from .learning_rate import learning_rate_above_limit, learning_rate_far_below_li
 from .measurement_quality import central_differences_off, errors_wide, loss_scaled, measurement_failed
 from .outcome import SEVERITIES, Finding, Fine, NotChecked, Outcome, Rule, Severity
 from .progress import not_converged, underfitting
+from .quality import batch_norm_statistics, no_better_than_chance
 from .tasks import one_task_dominates, tasks_conflict
 from .verdict import Diagnosis, RuleStatus, Verdict
 
@@ -32,7 +33,9 @@ __all__ = [
 RULES: tuple[Rule, ...] = (
     learning_rate_above_limit,
     training_unstable,
+    batch_norm_statistics,
     gradients_dead,
+    no_better_than_chance,
     loss_scaled,
     overfitting,
     underfitting,

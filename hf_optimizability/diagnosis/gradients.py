@@ -6,16 +6,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from ..measurement.results import Measurement
 from ..number_format import format_number
 from ..objective.parameter_blocks import EMBEDDINGS, HEAD
 from ..report_data.data import ReportData
-from .evidence import MAX_NAMED, enumeration, last_measurement
+from .evidence import MAX_NAMED, dead_blocks, died_blocks, enumeration, last_measurement
+from .learning_rate import against_raising
 from .outcome import Finding, Fine, NotChecked, Outcome
 
-
-DEAD_GRADIENT_SHARE = 2.0**-23
-"""Share of the whole gradient's norm below which a block's norm is rounding in float32."""
 
 LAYER_GRADIENT_RATIO = 1000.0
 """Factor between one layer's ‖g_b‖/‖θ_b‖ and another's. Layers of healthy small runs stayed within 5; not yet measured
@@ -42,9 +39,22 @@ def gradients_dead(report: ReportData) -> Outcome:
             f"‖g‖ = {format_number(last.grad_norm, digits=3)}"
             for name in dead[:MAX_NAMED]
         ),
-        advice="Look for units stuck at 0 behind a ReLU (too high a learning rate, a bias far below 0), and for "
-        "parameters that the loss does not depend on; freeze those.",
+        advice=_revive(report, dead),
         source="rounding of float32; Lu et al., arXiv 1903.06733, on dying ReLUs",
+    )
+
+
+def _revive(report: ReportData, dead: Sequence[str]) -> str:
+    """Return what to do about dead blocks, by when they died."""
+    if died_blocks(report):
+        return (
+            "Start again with a lower learning rate or a longer warm-up. A gradient reached these blocks at the "
+            "start: their units are now stuck, at 0 behind a ReLU or where an activation saturates."
+        )
+    freeze = "" if HEAD in dead else "; freeze those"
+    return (
+        "Look for units stuck at 0 behind a ReLU (a bias far below 0), and for parameters that the loss does not "
+        f"depend on{freeze}."
     )
 
 
@@ -63,8 +73,9 @@ def gradients_vanishing(report: ReportData) -> Outcome:
         [name for name, value in relative.items() if value < least],
         name="gradients_vanishing",
         sentence="The gradient all but vanishes in {}.",
-        advice="These layers hardly learn with SGD. Give them a higher learning rate, a normalization or a residual "
-        "connection; or freeze them and save their price.",
+        advice="These layers hardly learn with SGD. Give them "
+        f"{'' if against_raising(report) else 'a higher learning rate, '}a normalization or a residual connection; or "
+        "freeze them and save their price.",
     )
 
 
@@ -82,15 +93,6 @@ def gradients_exploding(report: ReportData) -> Outcome:
         advice="Give these layers a lower learning rate, a normalization or a smaller initial scale. Clipping by the "
         "norm of the whole gradient makes them starve the rest.",
     )
-
-
-def dead_blocks(measurement: Measurement) -> list[str]:
-    """Return the blocks that no gradient reaches."""
-    return [
-        name
-        for name, block in measurement.blocks.items()
-        if block.grad_norm <= DEAD_GRADIENT_SHARE * measurement.grad_norm
-    ]
 
 
 def relative_gradients(report: ReportData) -> dict[str, float] | NotChecked:

@@ -10,8 +10,16 @@ from ..measurement.results import OptimizerStability
 from ..number_format import format_number
 from ..quantities.step_size import stability_limit
 from ..report_data.data import ReportData
-from .evidence import MAX_NAMED
-from .loss_curve import MIN_LOGGED_LOSSES, instability, logged_losses, still_falling, unchanged_loss
+from .evidence import MAX_NAMED, dead_blocks
+from .loss_curve import (
+    MIN_LOGGED_LOSSES,
+    instability,
+    logged_losses,
+    risen_measurements,
+    rose_above_start,
+    still_falling,
+    unchanged_loss,
+)
 from .outcome import Finding, Fine, NotChecked, Outcome
 
 
@@ -30,13 +38,15 @@ def learning_rate_above_limit(report: ReportData) -> Outcome:
     if isinstance(peak, NotChecked):
         return peak
     unstable = instability(report)
-    if not unstable or peak <= stable.low:
+    if peak <= stable.low:
         return Fine()
+    if not unstable:
+        return _enough_logged(report)
     return Finding(
         name="learning_rate_above_limit",
         severity="problem",
         sentence="The learning rate was above its stability limit, and training was unstable.",
-        evidence=(*unstable, *stable.evidence(peak)),
+        evidence=(*unstable, *stable.evidence(peak), *passed_critical(report, peak)),
         advice=f"Start again at {format_number(stable.low, digits=2)} or less, or with a longer warm-up.",
         source=LIMIT_SOURCE,
     )
@@ -57,8 +67,7 @@ def training_unstable(report: ReportData) -> Outcome:
             "where the loss jumps.",
             source="this run's log",
         )
-    logged = len(logged_losses(report))
-    return Fine() if logged >= MIN_LOGGED_LOSSES else NotChecked("logged_losses", logged, MIN_LOGGED_LOSSES)
+    return _enough_logged(report)
 
 
 def learning_rate_far_below_limit(report: ReportData) -> Outcome:
@@ -68,8 +77,10 @@ def learning_rate_far_below_limit(report: ReportData) -> Outcome:
         return stable
     if isinstance(peak, NotChecked):
         return peak
-    if peak >= stable.low / FAR_BELOW_LIMIT or instability(report):
+    if peak >= stable.low / FAR_BELOW_LIMIT:
         return Fine()
+    if instability(report) or against_raising(report):
+        return Fine("A higher rate is not the cure.")
     slow = _slow(report)
     if not isinstance(slow, str):
         return slow
@@ -81,6 +92,65 @@ def learning_rate_far_below_limit(report: ReportData) -> Outcome:
         advice="Raise it by a factor 3 at a time. Do not aim at the limit: the best rate may lie well below it.",
         source=LIMIT_SOURCE,
     )
+
+
+def against_raising(report: ReportData) -> tuple[str, ...]:
+    """Return the evidence that a higher learning rate is not the cure, whatever else is wrong."""
+    peak = peak_rate(report)
+    passed = () if isinstance(peak, NotChecked) else (*_passed_limit(report, peak), *passed_critical(report, peak))
+    dead = [f"no gradient reaches some blocks at step {m.step:,}" for m in report.measurements if dead_blocks(m)]
+    codes = {failure.why.code: failure.step for failure in report.failures}
+    failed = [f"{words} at step {codes[code]:,}" for code, words in _NO_RATE_HELPS.items() if code in codes]
+    return (*passed, *rose_above_start(report), *dead[:1], *failed, *_gradient_below_epsilon(report))
+
+
+_NO_RATE_HELPS = {
+    "loss_not_finite": "the loss is not finite",
+    "gradient_not_finite": "the gradient is not finite",
+    "gradient_zero": "the gradient is 0",
+    "gradient_zero_in_part": "the gradient is 0 in part",
+    "loss_near_zero": "the loss is lost in rounding",
+}
+"""Failures of a measurement that a higher rate does not cure, in words."""
+
+
+def passed_critical(report: ReportData, peak: float) -> tuple[str, ...]:
+    """Return the evidence that the schedule's peak was above the critical learning rate at some measurement."""
+    found = {m.step: m.optimizer_stability.critical for m in report.measurements if m.optimizer_stability is not None}
+    passed = {step: one.value for step, one in found.items() if math.isfinite(one.high) and one.value <= peak}
+    if not passed:
+        return ()
+    step = min(passed, key=passed.__getitem__)
+    return (f"critical learning rate at step {step:,}, passed by the peak: {format_number(passed[step], digits=2)}",)
+
+
+def _passed_limit(report: ReportData, peak: float) -> tuple[str, ...]:
+    """Return the evidence that the schedule's peak was above the stability limit at some measurement."""
+    limit = _limit_at_rate_1(report)
+    ratios = {step: one.sharpness.value * peak / limit for step, one in _positive_sharpness(report).items()}
+    step = max(ratios, key=ratios.__getitem__, default=None)
+    if step is None or ratios[step] <= 1:
+        return ()
+    ratio = format_number(ratios[step], digits=2)
+    return (f"sharpness at step {step:,}, relative to its limit at the peak learning rate: {ratio}",)
+
+
+def _gradient_below_epsilon(report: ReportData) -> tuple[str, ...]:
+    """Return the evidence that an Adam's ε outweighs the gradient, or that there is none."""
+    if not report.measurements:
+        return ()
+    last, epsilon = report.measurements[-1], _optimizer_numbers(report).get("eps", 0.0)
+    root_mean_square = last.grad_norm / math.sqrt(max(1, last.trainable_parameters))
+    if root_mean_square > epsilon:
+        return ()
+    size, least = (format_number(number, digits=2) for number in (root_mean_square, epsilon))
+    return (f"root mean square of the gradient at step {last.step:,}: {size}, the optimizer's ε: {least}",)
+
+
+def _enough_logged(report: ReportData) -> Fine | NotChecked:
+    """Return whether the log is long enough to show an instability."""
+    logged = len(logged_losses(report))
+    return Fine() if logged >= MIN_LOGGED_LOSSES else NotChecked("logged_losses", logged, MIN_LOGGED_LOSSES)
 
 
 def _slow(report: ReportData) -> str | Fine | NotChecked:
@@ -118,11 +188,15 @@ class StableRate:
 
 
 def largest_stable_rate(report: ReportData) -> StableRate | NotChecked:
-    """Return the largest stable learning rate, by the sharpness measured after the start."""
+    """Return the largest stable learning rate, by the sharpness measured after the start.
+
+    A network that has broken down has another sharpness than it broke down with: then the start has to do.
+    """
     if not report.measurements:
         return NotChecked("measurement")
     found = _positive_sharpness(report)
-    found = {step: stability for step, stability in found.items() if step > 0} or found
+    broken = {m.step for m in (*risen_measurements(report), *filter(dead_blocks, report.measurements))}
+    found = {step: stability for step, stability in found.items() if step not in {0, *broken}} or found
     if not found:
         return NotChecked("optimizer_state")
     if report.model.batch_norm is not False:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from ..number_format import format_estimate, format_number, format_percent
 from ..report_data.data import ReportData
 from .evidence import enumeration, error_of, last_measurement
-from .outcome import Finding, Fine, NotChecked, Outcome
+from .outcome import Finding, Fine, NotChecked, Outcome, Severity
 
 
 MAX_RELATIVE_ERROR = 0.5
@@ -39,10 +39,14 @@ def measurement_failed(report: ReportData) -> Outcome:
     if not report.failures:
         return Fine() if report.measurements else NotChecked("measurement")
     made, last = len(report.measurements), report.failures[-1]
+    severity: Severity = "warning" if made else "problem"
+    sentence = "Some measurements could not be made." if made else "No measurement could be made."
+    if made and all(failure.why.code == "loss_near_zero" for failure in report.failures):
+        severity, sentence = "note", "The loss came so near 0 that its curvature could not be measured any more."
     return Finding(
         name="measurement_failed",
-        severity="warning" if made else "problem",
-        sentence="Some measurements could not be made." if made else "No measurement could be made.",
+        severity=severity,
+        sentence=sentence,
         evidence=(f"{len(report.failures)} failed, {made} made", f"the last, at step {last.step:,}: {last.reason}"),
         advice=last.remedy,
         source="the failures in this report",

@@ -21,6 +21,7 @@ STATUSES: tuple[Status, ...] = (*SEVERITIES, "not_checked", "fine")
 
 Missing = Literal[
     "measurement",
+    "first_measurement",
     "training",
     "final_measurement",
     "logged_losses",
@@ -31,6 +32,8 @@ Missing = Literal[
     "training_mode_sharpness",
     "learning_rate",
     "trainer",
+    "model",
+    "classes",
     "blocks",
     "block_errors",
     "lambda_min",
@@ -56,6 +59,9 @@ class Words(NamedTuple):
 
 WORDS: Mapping[Missing, Words] = {
     "measurement": Words("nothing was measured", "Measure it; where that failed, the failures say what to do."),
+    "first_measurement": Words(
+        "nothing was measured before the first step", "Measure from the start: a run that is resumed has no start."
+    ),
     "training": Words("no training has ended", "Judge a run when it has ended."),
     "final_measurement": Words(
         "the final weights were not measured", "Look at the failures: the last one says what to do."
@@ -86,6 +92,11 @@ WORDS: Mapping[Missing, Words] = {
         "the callback does not know the Trainer's loss",
         "Pass `trainer=` to the callback, or train with `OptimizabilityTrainer`.",
     ),
+    "model": Words("it is not known whether the model has BatchNorm", "Let a callback describe the model."),
+    "classes": Words(
+        "neither the number of classes is known, nor accuracy and label counts",
+        "Give the Trainer a `compute_metrics` with an accuracy.",
+    ),
     "blocks": Words(
         "the model has too few blocks to compare ({found}, of {needed} needed)",
         "Name more blocks of parameters: set `blocks`.",
@@ -94,7 +105,7 @@ WORDS: Mapping[Missing, Words] = {
     "lambda_min": Words("λ_min was not measured", "Leave `eigen_method` at 'lanczos'."),
     "hessian": Words("the matrix that was measured is not the Hessian", "Leave `curvature` at 'hessian'."),
     "probe_batches": Words(
-        "{found} probe batches are too few to bound the noise scale",
+        "so few probe batches ({found}) do not bound the noise scale",
         "Raise `probe_examples`, or lower `probe_batch_size`.",
     ),
     "batch_items": Words("the number of items in a step is not known"),
@@ -175,7 +186,10 @@ class NotChecked:
     @property
     def reason(self) -> str:
         """What follows "could not be checked, because"."""
-        return WORDS[self.missing].reason.format(found=self.found, needed=self.needed)
+        text = WORDS[self.missing].reason
+        if self.found is None:
+            text = text.replace(" ({found})", "")
+        return text.format(found=self.found, needed=self.needed)
 
     @property
     def remedy(self) -> str:

@@ -7,8 +7,8 @@ from ..number_format import format_number
 from ..report_data.data import ReportData
 from .evidence import final_measurement
 from .generalization import gap_with_error, loss_gap
-from .learning_rate import learning_rate_far_below_limit
-from .loss_curve import UNDERFIT_SHARE, instability, still_falling, unchanged_loss
+from .learning_rate import against_raising, learning_rate_far_below_limit
+from .loss_curve import UNDERFIT_SHARE, instability, mean_loss, still_falling, unchanged_loss
 from .outcome import Finding, Fine, NotChecked, Outcome
 
 
@@ -19,16 +19,20 @@ def not_converged(report: ReportData) -> Outcome:
         return last
     if not isinstance(falling, str):
         return falling
+    if instability(report):
+        return Fine("Training was unstable.")
     evidence = [falling, f"gradient norm at step {last.step:,}: {format_number(last.grad_norm)}"]
-    if last.quadratic_model is not None and last.quadratic_model.predicted_decrease is not None:
-        gain = format_number(last.quadratic_model.predicted_decrease)
-        evidence.append(f"one best step along it would lower the loss of {format_number(last.loss)} by {gain}")
+    gain = None if last.quadratic_model is None else last.quadratic_model.predicted_decrease
+    if gain is not None and gain <= last.loss:
+        lower = f"would lower the loss of {format_number(last.loss)} by {format_number(gain)}"
+        evidence.append(f"one best step along it {lower}")
+    higher = "" if against_raising(report) else ", or at a higher learning rate if it was steady"
     return Finding(
         name="not_converged",
         severity="warning",
         sentence="The loss was still falling when training ended.",
         evidence=tuple(evidence),
-        advice="Train for more steps, or at a higher learning rate if it was steady.",
+        advice=f"Train for more steps{higher}.",
         source="95 % interval of a fit to this run's log, as in dynamics/convergence_speed.py",
     )
 
@@ -42,7 +46,7 @@ def underfitting(report: ReportData) -> Outcome:
         return unchanged
     if isinstance(gap, NotChecked):
         return gap
-    if gap["high"] > (1 - UNDERFIT_SHARE) * last.loss:
+    if gap["high"] > (1 - UNDERFIT_SHARE) * mean_loss(last):
         return Fine()
     explained = (not_converged, learning_rate_far_below_limit)
     if instability(report) or any(isinstance(rule(report), Finding) for rule in explained):
@@ -52,8 +56,15 @@ def underfitting(report: ReportData) -> Outcome:
         severity="warning",
         sentence="The model has learnt next to nothing: its loss is about where it started.",
         evidence=(unchanged, f"eval loss − train loss: {loss_gap(gap)}"),
-        advice="Check that the labels belong to the inputs and that nothing needed is frozen; then try a higher "
-        "learning rate, more steps, or a larger model.",
+        advice=f"Check that the labels belong to the inputs and that nothing needed is frozen. {_then_try(report)}",
         source="less than a tenth of the starting loss is gone, with no gap to new data; Goodfellow et al. 2016, "
         "section 5.2",
     )
+
+
+def _then_try(report: ReportData) -> str:
+    """Return what else may help a model that has learnt nothing, by what is known of its learning rate."""
+    against = against_raising(report)
+    if not against:
+        return "Then try a higher learning rate, more steps, or a larger model."
+    return f"Then try more steps, or a larger model; not a higher learning rate: {against[0]}."

@@ -107,7 +107,8 @@ class Diagnosis:
         shown = "; ".join(reason for reason, _ in reasons[:2])
         rest = f"; and {len(reasons) - 2} more reasons" if len(reasons) > 3 else "; and one more" * (len(reasons) == 3)
         sentence = f"No problem and no warning, but {counted}: {shown}{rest}."
-        return Verdict("not_checked", sentence, remedies[reasons[0][0]], notes)
+        todo = next((remedies[reason] for reason, _ in reasons if remedies[reason]), "")
+        return Verdict("not_checked", sentence, todo, notes)
 
     def _unchecked(self) -> list[str]:
         """Return how many rules could not be checked, if any."""

@@ -107,6 +107,11 @@ def _peak_beside_batch_sharpness(measurement: Measurement) -> float | None:
     return None if stability is None or measurement.batch_sharpness is None else stability.peak_learning_rate
 
 
+def _predicted_decrease(measurement: Measurement) -> float | None:
+    decrease = None if measurement.quadratic_model is None else measurement.quadratic_model.predicted_decrease
+    return math.nan if decrease is not None and 0 <= measurement.loss < decrease else decrease
+
+
 def _quadratic_return(landscape: Landscape) -> float | None:
     if landscape.update is None:
         return None
@@ -319,9 +324,9 @@ QUANTITIES: tuple[Quantity, ...] = (
     ),
     Quantity(
         name="predicted_decrease",
-        get=lambda m: _of(m.quadratic_model, lambda model: model.predicted_decrease),
+        get=_predicted_decrease,
         label="Its predicted decrease",
-        reading="½‖g‖⁴/gᵀHg, of the loss.",
+        reading="½‖g‖⁴/gᵀHg, of the loss; –: more than the loss itself, so that the model does not hold that far.",
         section="step",
         form="number",
         always=True,

@@ -27,8 +27,8 @@ from .templating import SHADES, environment, format_plain, measurement_values, t
 
 
 SECTIONS = (
-    "summary", "findings", "convergence", "stability", "generalization", "gradient", "curvature", "tasks", "blocks",
-    "method",
+    "summary", "findings", "numbers", "convergence", "stability", "generalization", "gradient", "curvature", "tasks",
+    "blocks", "method",
 )  # fmt: skip
 
 

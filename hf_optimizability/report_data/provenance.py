@@ -22,6 +22,8 @@ class ModelInfo:
         id: Its name on the Hub, or of its folder; empty if it has none.
         class_name: Its class; `class` in JSON.
         batch_norm: Whether it has BatchNorm; `None` if unknown.
+        classes: Classes that its loss chooses among: labels of a classifier, tokens of a language model; `None` if
+            unknown.
         parameters: Number of its parameters.
         trainable_parameters: Number of those that are trained.
     """
@@ -29,6 +31,7 @@ class ModelInfo:
     id: str = ""
     class_name: str = ""
     batch_norm: bool | None = None
+    classes: int | None = None
     parameters: int | None = None
     trainable_parameters: int | None = None
 
@@ -86,6 +89,7 @@ class DataInfo:
         dataset: Name of the data set; empty if unknown.
         train_examples: Number of training examples; `None` if they are streamed, or absent.
         eval_examples: Number of evaluation examples; likewise.
+        majority_share: Share of evaluation examples that have the most frequent label; `None` if unknown.
         probe: The probe set; `None` if there is none. In JSON its fields are among the others, as `probe_examples` and
             so on.
         no_pool: Why examples were not drawn from the whole training set; `None` if they were, or that was not asked
@@ -95,6 +99,7 @@ class DataInfo:
     dataset: str | None = ""
     train_examples: int | None = None
     eval_examples: int | None = None
+    majority_share: float | None = None
     probe: ProbeSetInfo | None = None
     no_pool: Reason | None = None
 

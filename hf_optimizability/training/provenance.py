@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import platform
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -32,6 +34,17 @@ _ARGUMENTS = (
     "max_grad_norm", "label_smoothing_factor", "num_train_epochs", "bf16", "fp16", "seed",
 )  # fmt: skip
 """Training arguments that a reader needs to repeat or to judge the run."""
+
+_CLASSIFICATION_TASKS = (
+    "text-classification", "image-classification", "token-classification", "audio-classification",
+)  # fmt: skip
+"""Tasks whose loss chooses among the labels of the head."""
+
+_LANGUAGE_TASKS = ("text-generation", "fill-mask", "text2text-generation")
+"""Tasks whose loss chooses among the tokens of the vocabulary."""
+
+_LABEL_COLUMNS = ("labels", "label")
+"""Columns that hold the label of a row; collators rename the second to the first."""
 
 
 def new_report(
@@ -66,16 +79,30 @@ def timestamp() -> str:
 
 
 def describe_model(model: nn.Module) -> ModelInfo:
-    """Return model id (of a local checkpoint, its folder's name), class, size, and whether it has BatchNorm."""
+    """Return model id (of a local checkpoint, its folder's name), class, sizes, and whether it has BatchNorm."""
     inner = pretrained(model)
     parameters = list(model.parameters())
     return ModelInfo(
         id=public_id(str(inner.name_or_path) if inner is not None else ""),
         class_name=class_name(inner or model),
         batch_norm=any(isinstance(module, _BatchNorm) for module in model.modules()),
+        classes=_count_classes(model),
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     )
+
+
+def _count_classes(model: nn.Module) -> int | None:
+    """Return among how many classes the loss of a model's own head chooses, if its task has classes."""
+    inner, task = pretrained(model), describe_task(model, own_loss=True).task
+    if inner is None:
+        return None
+    config = inner.config
+    if task in _CLASSIFICATION_TASKS and config.problem_type in (None, "single_label_classification"):
+        classes = config.num_labels
+    else:
+        classes = config.to_dict().get("vocab_size") if task in _LANGUAGE_TASKS else None
+    return classes if classes and classes > 1 else None
 
 
 def public_id(identifier: str) -> str:
@@ -105,7 +132,27 @@ def describe_data(train_dataset: Dataset | None, eval_dataset: Dataset | None) -
         dataset=_dataset_name(train_dataset),
         train_examples=num_examples(train_dataset),
         eval_examples=num_examples(eval_dataset),
+        majority_share=_majority_share(eval_dataset),
     )
+
+
+def _majority_share(dataset: Dataset | None) -> float | None:
+    """Return the share of the most frequent label, where labels are integers that can be read without the rows."""
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset):
+        name = next((name for name in _LABEL_COLUMNS if name in dataset.column_names), None)
+        if name is None or not len(dataset):
+            return None
+        column: Any = dataset.select_columns(name).with_format("arrow")[:][name]
+        if not str(column.type).startswith(("int", "uint")):
+            return None
+        return float(max(column.value_counts().field("counts").to_pylist()) / len(column))
+    rows: Sequence[Any] = dataset if isinstance(dataset, list) else ()
+    labels = [row[name] for row in rows for name in _LABEL_COLUMNS if isinstance(row, dict) and name in row]
+    if not labels or not all(isinstance(label, int) for label in labels):
+        return None
+    return max(Counter(labels).values()) / len(labels)
 
 
 def describe_probe_set(batches: list[Any], model: nn.Module) -> ProbeSetInfo:

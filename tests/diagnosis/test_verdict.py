@@ -24,7 +24,7 @@ VERSIONS = sorted((Path(__file__).parents[1] / "report_data" / "versions").glob(
 def whole() -> OptimizabilityReport:
     """The report of a healthy run in which nothing is missing."""
     report = make_report()
-    report.model = dataclasses.replace(report.model, batch_norm=False)
+    report.model = dataclasses.replace(report.model, batch_norm=False, classes=2)
     report.training |= {"loss_scale": 1.0, "examples_per_step": 16}
     report.training["optimizer_settings"] |= {"lr": 5e-5}
     scale = dataclasses.replace(make_estimate(35.0, 10.0), low=20.0, high=88.0)
@@ -121,6 +121,21 @@ NOT_CHECKED: list[tuple[tuple[str, ...], NotChecked, OptimizabilityReport]] = [
             note="The loss fell, but its scatter is too large to tell how fast.",
         ),
     ),
+    (
+        ("no_better_than_chance",),
+        NotChecked("classes"),
+        without(lambda r: setattr(r, "model", dataclasses.replace(r.model, classes=None))),
+    ),
+    (
+        ("batch_norm_statistics",),
+        NotChecked("model"),
+        without(lambda r: setattr(r, "model", dataclasses.replace(r.model, batch_norm=None))),
+    ),
+    (
+        ("no_better_than_chance", "underfitting"),
+        NotChecked("first_measurement"),
+        without(lambda r: r.measurements.__delitem__(0)),
+    ),
     (("loss_scaled",), NotChecked("trainer"), without(lambda report: report.training.pop("loss_scale"))),
     (("curvature_concentrated",), NotChecked("blocks", 3, 4), with_blocks(3)),
     (("curvature_concentrated",), NotChecked("block_errors"), unknown_traces()),
@@ -197,6 +212,11 @@ def finding(name: str, severity: Any, advice: str = "Do this at 1.5e-3. Then tha
 )
 def test_the_verdict_is_one_sentence_with_one_thing_to_do(outcomes: list[Any], verdict: str):
     assert str(Diagnosis({str(index): outcome for index, outcome in enumerate(outcomes)}).verdict) == verdict
+
+
+def test_a_number_that_is_not_known_is_left_out_of_the_reason():
+    assert NotChecked("probe_batches", 4).reason == "so few probe batches (4) do not bound the noise scale"
+    assert NotChecked("probe_batches").reason == "so few probe batches do not bound the noise scale"
 
 
 def test_rules_that_need_attention_come_first():

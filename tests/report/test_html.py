@@ -72,6 +72,11 @@ class TestText:
         ]
         assert [text for level, text in page.headings if level == 2] == SECTIONS
         assert page.title == page.headings[0][1]
+        sections = [section.replace("Method and prices", "Method").lower() for section in SECTIONS]
+        assert [link for link in page.links if link.startswith("#") and "finding-" not in link] == [
+            "#summary",
+            *(f"#{section}" for section in sections),
+        ]
 
     @pytest.mark.parametrize(
         "report",
