@@ -41,16 +41,16 @@ class Budget:
                 that task's batches.
             differences: Whether eigenvalues are checked along their vectors, by one product unless that fails.
             population: Whether the batches are a sample, whose curvature along λ_max, λ_min and the gradient of the
-                whole set takes three.
+                whole set takes three, along the vector of the sharpness one, and two along those of the blocks.
         """
         each = self.max_hvps // 5
         allocation = HvpAllocation(
             spectrum=0,
             along_gradient=2,
             along_eigenvectors=int(differences),
-            of_sample=3 * population,
-            sharpness=each * sharpness,
-            blocks=each * blocks,
+            of_sample=population * (3 + sharpness + 2 * blocks),
+            sharpness=(each - population) * sharpness,
+            blocks=(each - 2 * population) * blocks,
             tasks=each * tasks,
         )
         return allocation._replace(spectrum=self.max_hvps - sum(allocation))

@@ -122,6 +122,10 @@ class BatchTraces:
         assert means is not None
         return means
 
+    def probed(self) -> Array:
+        """Return the same of what was not known exactly; of all if everything was."""
+        return np.array(self._forms).mean(axis=0) if self._forms else self.means()
+
     def _all_forms(self) -> Array:
         """Return a sample of each batch's traces from each probe, of shape (probes, batches, segments)."""
         forms = np.array(self._forms)

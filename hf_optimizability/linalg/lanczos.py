@@ -19,7 +19,7 @@ from .krylov import KrylovDecomposition
 from .operator import SymmetricOperator
 from .probe_vectors import normal_rows, start_rows
 from .row_partition import RowPartition
-from .vectors import as_rows
+from .vectors import as_rows, scatter
 
 
 Array = NDArray[np.float64]
@@ -175,14 +175,12 @@ def lanczos(
             break
         if len(krylov.basis) + krylov.width > max_basis:
             krylov.restart(keep=max(2 * num_eigenvalues, (max_basis - krylov.width) // 2))
-    nodes, residuals, weights = krylov.first_cycle()
-    spectrum = _spectrum(krylov, tolerance, num_eigenvalues, hvps, nodes, weights)
-    return LanczosRun(spectrum, nodes, residuals, weights, hvps, krylov)
+    return _run(krylov, tolerance, num_eigenvalues, hvps)
 
 
 def lanczos_by_segment(
     operator: SymmetricOperator, segments: Sequence[Sequence[slice]], *, tolerance: float, max_hvps: int, seed: int
-) -> tuple[Spectrum, ...]:
+) -> tuple[LanczosRun, ...]:
     """Estimate both ends of the spectrum of each diagonal block of an operator, all from the same products.
 
     One Lanczos process per block. Their vectors are concatenated into one of length n, so that a product serves all of
@@ -197,7 +195,7 @@ def lanczos_by_segment(
         seed: Seed of the start vector.
 
     Returns:
-        The spectrum of each block; the number of products in them is that of the whole.
+        The run of each block; the number of products in them is that of the whole.
 
     Example:
         >>> from hf_optimizability.linalg.operator import DenseOperator
@@ -218,7 +216,7 @@ def lanczos_by_segment(
     while active and hvps < max_hvps:
         vector.zero_()
         for index, process in active.items():
-            _scatter(process.extend(), segments[index], vector)
+            scatter(process.extend(), segments[index], vector)
         product = operator.matvec(vector)[None]
         hvps += 1
         for index, process in list(active.items()):
@@ -226,19 +224,14 @@ def lanczos_by_segment(
             small = len(starts[index][0]) <= SMALL_BLOCK
             if process.exhausted or (not small and process.converged(tolerance, 1)):
                 del active[index]
-    cycles = [process.first_cycle() for process in processes]
-    return tuple(
-        _spectrum(process, tolerance, 1, hvps, nodes, weights)
-        for process, (nodes, _, weights) in zip(processes, cycles, strict=True)
-    )
+    return tuple(_run(process, tolerance, 1, hvps) for process in processes)
 
 
-def _spectrum(
-    krylov: KrylovDecomposition, tolerance: float, number: int, hvps: int, nodes: Array, weights: Array
-) -> Spectrum:
+def _run(krylov: KrylovDecomposition, tolerance: float, number: int, hvps: int) -> LanczosRun:
+    nodes, residuals, weights = krylov.first_cycle()
     top = krylov.eigenvalues(1, tolerance, number, hvps)
     bottom = krylov.eigenvalues(-1, tolerance, number, hvps)
-    return Spectrum(
+    spectrum = Spectrum(
         lambda_max=top[0],
         lambda_min=bottom[0],
         top=top,
@@ -246,6 +239,7 @@ def _spectrum(
         ritz_values=tuple(nodes.tolist()),
         ritz_weights=tuple(weights.mean(axis=0).tolist()),
     )
+    return LanczosRun(spectrum, nodes, residuals, weights, hvps, krylov)
 
 
 def _roomy_device(operator: SymmetricOperator, vectors: int) -> torch.device:
@@ -263,11 +257,3 @@ def _vectors_that_fit(operator: SymmetricOperator, device: torch.device) -> int:
 
 def _gather(row: Tensor, segment: Sequence[slice]) -> Tensor:
     return torch.cat([row[:, part] for part in segment], dim=1)
-
-
-def _scatter(row: Tensor, segment: Sequence[slice], vector: Tensor) -> None:
-    first = 0
-    for part in segment:
-        place = vector[part]
-        place.copy_(row[0, first : first + len(place)])
-        first += len(place)

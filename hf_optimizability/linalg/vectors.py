@@ -110,6 +110,22 @@ def segment_dots(x: Tensor, y: Tensor, segments: Segments) -> list[float]:
     return [float(sum(over(part) for part in segment)) for segment in segments]
 
 
+def scatter(row: Tensor, segment: Sequence[slice], vector: Tensor) -> None:
+    """Write the entries of a row, of shape (1, k), to the places of a segment in a vector.
+
+    Example:
+        >>> vector = torch.zeros(4)
+        >>> scatter(torch.tensor([[1.0, 2.0, 3.0]]), [slice(0, 1), slice(2, 4)], vector)
+        >>> vector
+        tensor([1., 0., 2., 3.])
+    """
+    first = 0
+    for part in segment:
+        place = vector[part]
+        place.copy_(row[0, first : first + len(place)])
+        first += len(place)
+
+
 def quadratic_forms(vectors: Tensor, products: Tensor, segments: Segments, group: ProcessGroup) -> NDArray[np.float64]:
     """Return `v_sᵀ(Av)_s` for each row v, its product Av and each segment s, of shape (k, segments)."""
     forms = [segment_dots(v, row, segments) for v, row in zip(vectors, products, strict=True)]

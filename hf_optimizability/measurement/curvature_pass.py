@@ -26,7 +26,7 @@ from ..linalg.operator import ColumnParallelOperator, PreconditionedOperator, Sy
 from ..linalg.probe_vectors import PROBE_BLOCK_SIZE, random_rows
 from ..linalg.spectrum_and_trace import SpectrumAndTrace, estimate_spectrum, estimate_trace
 from ..linalg.trace_result import TraceResult
-from ..linalg.vectors import Segments, dot, flatten, norm
+from ..linalg.vectors import Segments, dot, flatten, norm, scatter
 from ..objective.objective import Objective
 from ..quantities.step_size import QuadraticModel, quadratic_model
 from .cost_model import allocate_hvps
@@ -34,7 +34,14 @@ from .eigenvector_check import check_along_eigenvectors, product_error, require_
 from .engines import HvpEngine
 from .multitask import TaskCurvature, eigenvalues_by_task, means_by_task, traces_by_task
 from .optimizer_step import OptimizerStep
-from .two_sided import AlongGradient, SampleForms, about_the_whole_set, sample_forms
+from .two_sided import (
+    AlongGradient,
+    Directions,
+    about_the_whole_set,
+    blocks_of_the_whole_set,
+    directions_of,
+    sharpest_direction,
+)
 
 
 POPULATION_EIGEN_TOLERANCE = 0.02
@@ -134,7 +141,7 @@ def estimate_curvature(
     sampled = objective.population is not None
     allocation = allocate_hvps(config, engine, preconditions=preconditions, population=sampled)
     by_task = config.task_column is not None and engine.separates_batches
-    of_sample: SampleForms | None = None
+    found: Directions | None = None
     with drop_unused_embedding_rows(objective) as used:
         segments = block_segments(objective, blocks.values())
         spectrum = _estimate_spectrum(
@@ -156,29 +163,39 @@ def estimate_curvature(
                 trace_tolerance=config.budget.trace_tolerance,
             )
         if sampled:
-            of_sample = sample_forms(spectrum, objective, engine.operator(objective), used)
+            found = directions_of(spectrum, objective, engine.operator(objective), used)
         task_maxima = {}
         if allocation.tasks:
             task_maxima = eigenvalues_by_task(objective, engine, config, max_hvps=allocation.tasks)
-        by_block = None
+        by_block: tuple[Spectrum, ...] | None = None
+        ends: tuple[Tensor, ...] = ()
         if allocation.blocks:
-            by_block = lanczos_by_segment(
-                BlockDiagonalHessian(objective, list(blocks.values())),
-                segments,
-                tolerance=config.budget.eigen_tolerance,
-                max_hvps=allocation.blocks,
-                seed=config.probe_seed,
+            by_block, ends = _block_spectra(objective, config, blocks, segments, max_hvps=allocation.blocks)
+        ends = tuple(map(used.expanded, ends))
+    sharpness = sharpest = along_gradient = None
+    if step is not None and preconditions:
+        sharpness, sharpest = _preconditioned_sharpness(engine, objective, config, step, max_hvps=allocation.sharpness)
+    if found is not None:
+        if by_block is not None:
+            places = block_segments(objective, blocks.values())
+            by_block = blocks_of_the_whole_set(
+                by_block, ends, objective, list(blocks.values()), places, seed=config.probe_seed + 1
             )
-    along_gradient = None
-    if of_sample is not None:
-        spectrum, along_gradient = about_the_whole_set(
-            spectrum, objective, of_sample, trace_tolerance=config.budget.trace_tolerance
+        if step is not None and sharpest is not None:
+            direction = sharpest_direction(
+                sharpest,
+                objective,
+                engine.operator(objective),
+                of_sample=point.tensors,
+                preconditioner=step.preconditioner.diagonal,
+            )
+            found = replace(found, sharpest=direction)
+        whole = about_the_whole_set(
+            spectrum, sharpness, objective, found, trace_tolerance=config.budget.trace_tolerance
         )
-    sharpness = None
-    if step is not None:
+        spectrum, sharpness, along_gradient = whole.spectrum, whole.sharpness, whole.along_gradient
+    if step is not None and not preconditions:
         sharpness = spectrum.estimates.lambda_max
-        if preconditions:
-            sharpness = _preconditioned_sharpness(engine, objective, config, step, max_hvps=allocation.sharpness)
     # Vectors as long as the parameters are released here, except for those that the landscape needs.
     spectrum = replace(spectrum, eigenvectors=spectrum.eigenvectors if config.landscape else None, extremal=())
     tasks = TaskCurvature({}, {}, {})
@@ -203,12 +220,9 @@ def _estimate_spectrum(
 
     Each stage has an operator of its own and lets it go, so that no two of them hold a graph at once.
     """
-    tolerance = config.budget.eigen_tolerance
-    if objective.population is not None:  # more precision would be about the sample
-        tolerance = max(tolerance, POPULATION_EIGEN_TOLERANCE)
     spectrum = estimate_spectrum(
         engine.operator(objective),
-        tolerance=tolerance,
+        tolerance=_eigen_tolerance(objective, config),
         max_hvps=max_hvps // 2,
         seed=config.probe_seed,
         method=config.eigen_method,
@@ -268,11 +282,49 @@ def _trace_operator(engine: HvpEngine, objective: Objective) -> SymmetricOperato
 
 def _preconditioned_sharpness(
     engine: HvpEngine, objective: Objective, config: OptimizabilityConfig, step: OptimizerStep, *, max_hvps: int
-) -> Estimate:
-    """Return λ_max(P^-½ H P^-½)."""
-    operator = PreconditionedOperator(engine.operator(objective), step.preconditioner.diagonal)
+) -> tuple[Estimate, Tensor | None]:
+    """Return λ_max(P^-½HP^-½) and, of a sample, P^-½u for a vector u of norm 1 along which that matrix is as large.
+
+    u is the product with the Ritz vector, which has nothing where the rows of H are zero (dead units, words that the
+    sample lacks). There the Ritz vector has what is left of its start, and as P is small there, P^-½ makes that long.
+    """
+    diagonal = step.preconditioner.diagonal
+    operator = PreconditionedOperator(engine.operator(objective), diagonal)
+    run = lanczos(operator, tolerance=_eigen_tolerance(objective, config), max_hvps=max_hvps, seed=config.probe_seed)
+    if objective.population is None:
+        return run.lambda_max, None
+    [product] = run.ritz_products([-1]).to(operator.device)
+    return run.lambda_max, product.div_(norm(product) or 1.0).mul_(diagonal.to(product).rsqrt())
+
+
+def _block_spectra(
+    objective: Objective,
+    config: OptimizabilityConfig,
+    blocks: Mapping[str, list[int]],
+    segments: Segments,
+    *,
+    max_hvps: int,
+) -> tuple[tuple[Spectrum, ...], tuple[Tensor, ...]]:
+    """Return both ends of each block's spectrum; of a sample also the Ritz vectors, those of all blocks in one.
+
+    The first of them has those of the blocks' λ_max, the second those of λ_min.
+    """
+    operator = BlockDiagonalHessian(objective, list(blocks.values()))
+    tolerance = _eigen_tolerance(objective, config)
+    runs = lanczos_by_segment(operator, segments, tolerance=tolerance, max_hvps=max_hvps, seed=config.probe_seed)
+    ends = []
+    if objective.population is not None:
+        for index in (-1, 0):
+            ends.append(torch.zeros(operator.size, dtype=operator.dtype, device=operator.device))
+            for run, segment in zip(runs, segments, strict=True):
+                scatter(run.ritz_vectors([index]), segment, ends[-1])
+    return tuple(run.spectrum for run in runs), tuple(ends)
+
+
+def _eigen_tolerance(objective: Objective, config: OptimizabilityConfig) -> float:
+    """Return the relative residual of eigenvalues to stop at: of a sample, more precision would be about itself."""
     tolerance = config.budget.eigen_tolerance
-    return lanczos(operator, tolerance=tolerance, max_hvps=max_hvps, seed=config.probe_seed).lambda_max
+    return tolerance if objective.population is None else max(tolerance, POPULATION_EIGEN_TOLERANCE)
 
 
 def _rows_on_all_ranks(objective: Objective, segments: Segments) -> list[float]:

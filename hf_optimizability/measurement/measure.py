@@ -73,8 +73,9 @@ def measure(
             key, with the task of each example or one for all; batches that mix tasks are cut. A model whose `forward`
             does not name the key gets its batches without it; a `loss_fn` gets them as they are.
         dataset: In place of `batches`, a loader over the whole training set. Examples are drawn from it by their
-            curvature, out of `config.pool_size` that are looked at, and the intervals of loss, gradient, traces, λ_max
-            and λ_min are about the loss over all of it. Its sampler draws the batches of batch sharpness.
+            curvature, out of `config.pool_size` that are looked at, and the intervals of loss, gradient, traces,
+            eigenvalues and sharpness are about the loss over all of it. Its sampler draws the batches of batch
+            sharpness.
         config: Precision and budget; when to measure does not matter here.
         loss_fn: `loss_fn(model, batch)` returns the batch's mean loss, or the pair (sum of losses, number of items).
             By default the model's own loss.
@@ -285,7 +286,8 @@ def _measure_once(
     with measurement_session(objective, config) as (objective, read_tensor):
         point = compute_gradient(objective)
         check = _check_slopes(objective, point)
-        step = OptimizerStep.read(optimizer, trained, objective, point, read_tensor)
+        met = point if objective.population is None else gradient_of_pool(objective.population)
+        step = OptimizerStep.read(optimizer, trained, objective, met, read_tensor)
 
         def first_product(engine: HvpEngine) -> DirectionalCurvature:
             update = step.update() if config.landscape and step is not None else None

@@ -21,7 +21,7 @@ from ..objective.example_losses import ExampleLosses
 from ..objective.objective import Objective, ProbeBatch
 from ..objective.pool import Pool
 from ..objective.population import Drawn, Look, Population
-from ..objective.sampling import draw_sample, inclusion_probabilities
+from ..objective.sampling import Sample, draw_sample, inclusion_probabilities
 
 
 Array = NDArray[np.float64]
@@ -80,10 +80,27 @@ def draw_from_pool(
     _require_apart(objective)
     look = _look(objective, pool, seed=seed)
     probabilities = _chances(look, examples)
-    groups = max(MIN_GROUPS, round(examples / batch_size))
-    sample = draw_sample(probabilities, groups=groups, generator=np.random.default_rng(seed))
-    population = Population(pool, look, sample)
+    population = Population(pool, look, _drawn(probabilities, batch_size, seed=seed))
     return list(_sampled_batches(objective, population, batch_size)), population
+
+
+def drawn_again(objective: Objective, *, seed: int) -> Objective:
+    """Return the loss over the population of an objective, on other examples, drawn alike.
+
+    Args:
+        objective: The loss over a sample.
+        seed: Seed of the draw; another one than that of the sample.
+    """
+    assert objective.population is not None
+    size, before = objective.batch_size, objective.population
+    population = replace(before, sample=_drawn(before.sample.probabilities, size, seed=seed))
+    return objective.sampled(list(_sampled_batches(objective, population, size)), population)
+
+
+def _drawn(probabilities: Array, batch_size: int, *, seed: int) -> Sample:
+    """Return a sample with these inclusion probabilities, in groups of about as many examples as a batch has."""
+    groups = max(MIN_GROUPS, round(round(float(probabilities.sum())) / batch_size))
+    return draw_sample(probabilities, groups=groups, generator=np.random.default_rng(seed))
 
 
 def _chances(look: Look, number: int) -> Array:

@@ -33,7 +33,7 @@ class Quantity:
         form: How its value is printed.
         nonnegative: Whether it can't be below 0.
         scope: What it is about where the measured examples were drawn from a pool: these examples alone, the training
-            loss, or the training's batches.
+            loss (or the optimizer, whatever the examples), or the training's batches.
         always: Whether the row stays, with a dash, where it was not measured.
         logged: Whether the value goes to the log and the trackers.
         logged_error: Error of an estimate that is logged as well, as `<name>_<error>`.
@@ -243,6 +243,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         label="Learning rate η",
         reading="The largest among the optimizer's parameter groups at the measurement.",
         section="step",
+        scope="loss",
         form="number",
         logged=False,
     ),
@@ -252,6 +253,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         label="Sharpness",
         reading="λ_max(P^-½HP^-½), the sharpest direction as the optimizer scales it (P = 1 for SGD).",
         section="step",
+        scope="loss",
     ),
     Quantity(
         name="sharpness_limit",
@@ -260,6 +262,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         reading="Above it, the optimizer would diverge on a quadratic; training often hovers there without harm. "
         "–: η was 0.",
         section="step",
+        scope="loss",
         form="number",
     ),
     Quantity(
@@ -289,6 +292,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         label="Learning rate at the peak of the schedule",
         reading="What steps come to, where η is still warmed up, or already decayed.",
         section="step",
+        scope="loss",
         form="number",
         logged=False,
     ),
@@ -318,6 +322,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         reading="‖g‖²/gᵀHg, the learning rate of plain gradient descent that gains most; –: no minimum in that "
         "direction.",
         section="step",
+        scope="loss",
         form="number",
         always=True,
         logged=False,
@@ -328,6 +333,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         label="Its predicted decrease",
         reading="½‖g‖⁴/gᵀHg, of the loss; –: more than the loss itself, so that the model does not hold that far.",
         section="step",
+        scope="loss",
         form="number",
         always=True,
         logged=False,

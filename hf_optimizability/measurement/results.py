@@ -186,8 +186,8 @@ class PopulationMeasurement:
         looked_at = "all" if self.pool_examples == self.examples else f"{self.pool_examples:,} of them"
         return (
             f"{self.sampled_examples:,} of {self.examples:,} examples, drawn by their curvature after forward passes "
-            f"over {looked_at}; loss, gradient, trace, λ_max and λ_min, with their intervals, are those of the "
-            "training loss"
+            f"over {looked_at}; loss, gradient, traces, extreme eigenvalues and sharpness, with their intervals, are "
+            "those of the training loss"
         )
 
 

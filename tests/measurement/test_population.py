@@ -41,18 +41,22 @@ class Net(nn.Module):
 
 
 @cache
-def problem() -> tuple[Net, dict[str, Tensor]]:
+def trained(steps: int = 60) -> tuple[Net, dict[str, Tensor], torch.optim.Optimizer]:
     """A net half trained on examples some of which are far from the others."""
     torch.manual_seed(0)
     model, x = Net().double(), torch.randn(NUMBER, 4, dtype=torch.float64)
     x[:6] *= 6
     labels = torch.randint(3, (NUMBER,))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    for _ in range(60):
+    for _ in range(steps):
         optimizer.zero_grad()
         model(x, labels)["loss"].backward()
         optimizer.step()
-    return model.eval(), {"x": x, "labels": labels}
+    return model.eval(), {"x": x, "labels": labels}, optimizer
+
+
+def problem() -> tuple[Net, dict[str, Tensor]]:
+    return trained()[:2]
 
 
 def loader() -> DataLoader:
@@ -282,6 +286,122 @@ def test_words_that_the_sample_lacks_are_left_out_of_the_products_alone():
     assert measurement.quadratic_model.curvature == pytest.approx(float(vector @ dense @ vector), rel=0.05)
 
 
+@cache
+def trained_bag() -> tuple[Bag, dict[str, Tensor], torch.optim.Optimizer]:
+    """Words of which many are rare, and steps of a few sentences each, so that Adam has seen them seldom."""
+    torch.manual_seed(0)
+    model, frequency = Bag().double(), 1 / torch.arange(1, 61)
+    words = torch.multinomial(frequency, 3 * NUMBER, replacement=True).view(NUMBER, 3)
+    columns = {"input_ids": words, "labels": torch.randint(2, (NUMBER,))}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(30):
+        chosen = torch.randint(NUMBER, (8,))
+        optimizer.zero_grad()
+        model(words[chosen], columns["labels"][chosen])["loss"].backward()
+        optimizer.step()
+    return model.eval(), columns, optimizer
+
+
+WITH_ADAM = {"trained": trained, "before the first step": partial(trained, 0), "rare words": trained_bag}
+
+
+@cache
+def dense_hessian(name: str) -> Tensor:
+    """The Hessian over all examples, by torch."""
+    model, columns, _ = WITH_ADAM[name]()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def loss(vector: Tensor) -> Tensor:
+        pieces = vector.split([p.numel() for p in parameters])
+        tensors = {n: piece.view_as(p) for n, piece, p in zip(names, pieces, parameters, strict=True)}
+        return torch.func.functional_call(model, tensors, (), columns)["loss"]
+
+    return torch.func.hessian(loss)(torch.cat([p.detach().flatten() for p in parameters]))
+
+
+@cache
+def true_sharpness(name: str) -> float:
+    """Of P = √v̂ + ε, from the second moment v of all examples' gradients; before the first step, v̂ = g²."""
+    model, columns, optimizer = WITH_ADAM[name]()
+    squares = []
+    for parameter, slope in zip(
+        model.parameters(), torch.autograd.grad(model(**columns)["loss"], list(model.parameters())), strict=True
+    ):
+        state = optimizer.state.get(parameter)
+        squares.append(slope**2 if not state else state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"])))
+    scale = (torch.cat([square.flatten() for square in squares]).sqrt() + 1e-8).rsqrt()
+    return float(torch.linalg.eigvalsh(scale[:, None] * dense_hessian(name) * scale)[-1])
+
+
+def drawn_with_adam(name: str, seed: int, **options: object) -> Measurement:
+    model, columns, optimizer = WITH_ADAM[name]()
+    rows = [{key: column[i] for key, column in columns.items()} for i in range(NUMBER)]
+    config = replace(CONFIG, block_eigenvalues=True, probe_seed=seed, **{"max_hvps": 60, **options})
+    return measure(model, None, config, dataset=DataLoader(rows), optimizer=optimizer)
+
+
+def sharpness_and_blocks(name: str, measurement: Measurement) -> dict[str, tuple[Estimate, float]]:
+    """Each estimate, and what it is over all examples."""
+    assert measurement.optimizer_stability is not None
+    found = {"sharpness": (measurement.optimizer_stability.sharpness, true_sharpness(name))}
+    end = 0
+    for block_name, block in measurement.blocks.items():
+        start, end = end, end + block.parameters
+        dense = dense_hessian(name)[start:end, start:end]
+        smallest, *_, largest = torch.linalg.eigvalsh(dense).tolist()
+        assert block.lambda_max is not None and block.lambda_min is not None
+        found[f"trace of {block_name}"] = block.trace, float(dense.trace())
+        found[f"λ_max of {block_name}"] = block.lambda_max, largest
+        found[f"λ_min of {block_name}"] = block.lambda_min, smallest
+    return found
+
+
+@pytest.mark.parametrize("name", WITH_ADAM)
+def test_sharpness_and_blocks_of_all_examples_have_no_error_over_the_data(name: str):
+    options = {"trace_method": "exact", "eigen_tolerance": 1e-6, "max_hvps": 100, "probe_batch_size": 40}
+    measurement = drawn_with_adam(name, 0, probe_examples=NUMBER, **options)
+    for of_what, (estimate, true) in sharpness_and_blocks(name, measurement).items():
+        room = 0.03 * max(abs(true), 0.1 * measurement.hessian.lambda_max.value)
+        assert true - room <= estimate.low <= true + room / 20, of_what
+        assert true - room / 20 <= estimate.high <= true + room, of_what
+        assert estimate.data_std_error == 0, of_what
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "widest"), [("trained", 1.5), ("before the first step", 2), ("rare words", math.inf)]
+)
+def test_intervals_hold_sharpness_and_blocks_of_all_examples(name: str, widest: float):
+    held, widths = [], []
+    for seed in range(60):
+        found = sharpness_and_blocks(name, drawn_with_adam(name, seed))
+        held.append([e.low - 1e-6 * abs(true) <= true <= e.high + 1e-6 * abs(true) for e, true in found.values()])
+        widths.append(found["sharpness"][0].high / found["sharpness"][0].low)
+    shares = dict(zip(found, np.mean(held, axis=0), strict=True))
+    assert shares["sharpness"] >= 0.93 and min(shares.values()) >= 0.85, shares
+    assert np.mean(list(shares.values())) >= 0.93
+    assert np.median(widths) <= widest
+    assert (max(widths) == math.inf) == (name == "rare words")
+
+
+def test_a_sharpness_that_draw_and_pool_find_too_low_is_moved_by_the_error_of_the_draw():
+    found, true = sharpness_and_blocks("trained", drawn_with_adam("trained", 3))["sharpness"]
+    assert found.data_std_error is not None
+    assert found.low < true < found.high < 1.3 * true and found.high - 1.96 * found.data_std_error < true
+
+
+def test_a_sharpness_has_no_upper_end_where_the_sample_lacks_words_that_adam_has_not_seen():
+    found, true = sharpness_and_blocks("rare words", drawn_with_adam("rare words", 0))["sharpness"]
+    assert found.low < true / 1000 and str(found).startswith("at least") and not found.converged
+
+
+def test_traces_of_blocks_sum_to_the_trace():
+    measurement = found(1)
+    of_blocks = [block.trace for block in measurement.blocks.values()]
+    assert len(of_blocks) == 2
+    assert sum(trace.value for trace in of_blocks) == pytest.approx(measurement.hessian.trace.value, rel=1e-9)
+
+
 @pytest.mark.parametrize(("number", "least"), [(2, 1), pytest.param(40, 33, marks=pytest.mark.slow)])
 def test_a_part_of_the_set_as_pool_has_an_error_of_its_own(number: int, least: int):
     held = dict.fromkeys(truth(), 0)
@@ -296,9 +416,11 @@ def test_a_part_of_the_set_as_pool_has_an_error_of_its_own(number: int, least: i
 
 @pytest.mark.parametrize("preconditions", [False, True])
 def test_no_more_products_than_are_asked_for(preconditions: bool):
+    """Of blocks with their eigenvalues, too."""
     model = copy.deepcopy(problem()[0])
     optimizer = torch.optim.Adam(model.parameters()) if preconditions else None
-    config = replace(CONFIG, max_hvps=16, trace_tolerance=1e-6, eigen_tolerance=1e-6)
+    options = {"trace_tolerance": 1e-6, "eigen_tolerance": 1e-6, "block_eigenvalues": preconditions}
+    config = replace(CONFIG, max_hvps=16, **options)
     found = measure(model, None, config, dataset=loader(), optimizer=optimizer)
     assert 12 <= found.hvps <= 16 and math.isfinite(found.hessian.trace.high - found.hessian.trace.low)
     assert (found.optimizer_stability is not None) == preconditions

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from hf_optimizability.measurement.results import MeasurementFailure
+from hf_optimizability.measurement.results import MeasurementFailure, PopulationMeasurement
 from hf_optimizability.number_format import format_estimate, format_number, format_share
 from hf_optimizability.reasons import Reason
 from hf_optimizability.report import OptimizabilityReport
@@ -96,6 +96,15 @@ class TestMarkdown:
         assert float(blocks[-1][3]) == pytest.approx(head.grad_norm / head.weight_norm, rel=5e-3)
         assert [row[0] for row in measurements[1:]] == ["0", "100", "200", "300"]
         assert {len(row) for row in measurements} == {9}
+
+    def test_says_which_numbers_are_those_of_the_whole_training_set(self):
+        report = make_report(1)
+        [measured] = report.measurements
+        loss = make_estimate(0.2, 0.01)
+        population = PopulationMeasurement(1600, 1600, 64, 3, loss, loss, (0.1, 0.2, 0.3), (7,))
+        report.measurements = [dataclasses.replace(measured, population=population)]
+        others = "Critical learning rate, … by the quadratic model: of the 64 examples measured."
+        assert f"Of the training loss over all 1,600 examples. {others}" in to_markdown(report)
 
     def test_steps_and_spectrum_are_given_with_their_errors(self):
         report = make_report(2)
