@@ -12,7 +12,7 @@ from ..log_keys import PREFIX
 from ..number_format import format_number, format_percent, format_share
 from ..report_data.data import ReportData
 from .evidence import final_measurement, is_finite
-from .learning_rate import against_raising
+from .learning_rate import against_raising, learning_rate_far_below_limit
 from .loss_curve import (
     SMOOTHING_WINDOW,
     UNDERFIT_SHARE,
@@ -26,7 +26,7 @@ from .loss_curve import (
     start_of,
 )
 from .outcome import Finding, Fine, NotChecked, Outcome
-from .progress import underfitting
+from .progress import not_converged, underfitting
 
 
 ABOVE_CHANCE = 1.1
@@ -127,7 +127,7 @@ def no_better_than_chance(report: ReportData) -> Outcome:
     better = accuracy is not None and accuracy.low > accuracy.guess
     if not above and not guesses and (better or not at_chance):
         return Fine()
-    if not above and not guesses and isinstance(underfitting(report), Finding):
+    if not above and not guesses and (_slow(report) or isinstance(underfitting(report), Finding)):
         return Fine("Another finding explains it.")
     evidence = [measured_ends(first, last)]
     if chance is not None:
@@ -150,6 +150,8 @@ def _cure(report: ReportData, *, fell: bool) -> str:
         return "First make BatchNorm's statistics fit, then judge the model again."
     if instability(report):
         return "Start again with a lower learning rate or a longer warm-up: training was unstable."
+    if slow := _slow(report):
+        return slow.advice
     if fell:
         return (
             "Check that the labels of the evaluation set mean what those of the training set do. The model has learnt "
@@ -159,6 +161,12 @@ def _cure(report: ReportData, *, fell: bool) -> str:
     labels = "Check that the labels belong to the inputs and that nothing needed is frozen."
     against = against_raising(report)
     return f"{labels} Then train for more steps{'' if against else ', or at a higher learning rate'}."
+
+
+def _slow(report: ReportData) -> Finding | None:
+    """Return the finding that the model needs more steps, or larger ones."""
+    outcomes = (rule(report) for rule in (learning_rate_far_below_limit, not_converged))
+    return next((outcome for outcome in outcomes if isinstance(outcome, Finding)), None)
 
 
 def accuracy_at_end(report: ReportData) -> Accuracy | None:

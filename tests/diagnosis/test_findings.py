@@ -727,6 +727,14 @@ def test_the_cure_of_a_model_that_guesses_fits_its_cause():
     assert advice(guessing(0.85, 0.5)).startswith("Start again with a lower learning rate")
     assert advice(guessing(0.2, 0.5)).startswith("Check that the labels of the evaluation set")
     assert advice(guessing(0.7, 0.5)).startswith("Check that the labels belong to the inputs")
+    slow = levelled(at_rate(0.09), falling=True)  # far below its limit
+    slow.model = dataclasses.replace(slow.model, classes=2)
+    changed(-1, loss=0.69)(slow)
+    slow.log_history = [{"eval_loss": 0.69, "eval_accuracy": 0.6, "step": 300}]
+    slow.data = dataclasses.replace(slow.data, eval_examples=40)
+    assert "no_better_than_chance" not in names(slow) and "learning_rate_far_below_limit" in names(slow)
+    slow.log_history[0]["eval_accuracy"] = 0.2
+    assert advice(slow).startswith("Raise it by a factor 3")
     unfit = guessing(0.85, 0.5)
     unfit.model = dataclasses.replace(unfit.model, batch_norm=True)
     unfit.log_history += [{"loss": 0.2, "step": step} for step in range(10, 301, 10)]
