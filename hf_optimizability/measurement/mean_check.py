@@ -257,9 +257,14 @@ class _Halves:
 def moved_far(objective: Objective) -> AbstractContextManager[None]:
     """Move each parameter by `FAR` of its size, with random signs; one that is 0 by the size of a typical one."""
     generator = torch.Generator().manual_seed(0)
-    parameters = [parameter.detach() for parameter in objective.parameters]
-    signs = [2.0 * torch.randint(2, p.shape, generator=generator) - 1 for p in parameters]
-    sizes = [float(p.double().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
-    typical = sorted(filter(None, sizes))[sum(map(bool, sizes)) // 2] if any(sizes) else FAR
-    directions = [sign.to(p) for sign, p in zip(signs, parameters, strict=True)]
-    return displaced(objective.parameters, directions, [FAR * (size or typical) for size in sizes])
+    signs = [2.0 * torch.randint(2, p.shape, generator=generator) - 1 for p in objective.parameters]
+    directions = [sign.to(p.detach()) for sign, p in zip(signs, objective.parameters, strict=True)]
+    return displaced(objective.parameters, directions, [FAR * size for size in typical_sizes(objective)])
+
+
+def typical_sizes(objective: Objective) -> list[float]:
+    """Return the root mean square of each parameter; of one that is 0, the median of the others."""
+    sizes = [float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0 for p in objective.parameters]
+    others = sorted(filter(None, sizes))
+    typical = others[len(others) // 2] if others else FAR
+    return [size or typical for size in sizes]

@@ -61,15 +61,16 @@ def mean_loss_of(population: Population) -> Estimate:
 def gradient_norm(population: Population, slope_std_error: float) -> Estimate:
     """Return the norm of the training set's gradient, without what a pool that is a part of it adds.
 
-    The square of the pool's gradient G is too large by its variance V, which is itself known to about 10 %. The error
-    of `‖G‖² − V` is that of twice the slope along G.
+    The square of the pool's gradient G is too large by its variance V, which is known from the spread among batches.
+    The error of `‖G‖² − V` is that of twice the slope along G, and of V. Where V is larger, ‖g‖ may be 0, and is at
+    most what that error allows.
     """
     look = population.look
     norm, rounding = float(norm_of(look.gradient)), ROUNDING * look.gradient_scale
     square = norm**2 - population.gradient_variance
-    error = math.hypot(2 * norm * slope_std_error, population.gradient_variance / 10)
+    error = math.hypot(2 * norm * slope_std_error, population.gradient_variance * look.covariance_error)
     margin = NORMAL_QUANTILE * error
-    low, value, high = (math.sqrt(max(end, 0.0)) for end in (square - margin, square, square + margin))
+    low, value, high = (math.sqrt(max(end, 0.0)) for end in (square - margin, square, max(square, 0.0) + margin))
     low, high = max(low - rounding, 0.0), high + rounding
     std_error = error / (2 * value) if value else None
     return Estimate(value, low, high, METHOD, 0, low > 0 or high == 0, 0.0, data_std_error=std_error)
@@ -89,7 +90,7 @@ def noise_scale_of(population: Population, gradient_norm: Estimate) -> Estimate 
     if batches < MIN_PARTS:
         return None
     trace, norm = look.trace_covariance, gradient_norm
-    margin = student_quantile(batches - 1) * float(look.batch_squares.std(ddof=1)) * math.sqrt(batches) / (batches - 1)
+    margin = student_quantile(batches - 1) * look.covariance_error * trace
     if not trace:
         return Estimate(0.0, 0.0, 0.0, METHOD, 0, True)
     if not norm.value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..errors import MeasurementError
 from ..linalg.vectors import dot
 from ..objective.objective import Objective
 from ..objective.padding_rows import without_padding_rows
-from .mean_check import mean_loss, moved_far
+from .mean_check import mean_loss, moved_far, typical_sizes
 
 
 MAX_SLOPE_ERROR = 0.02
@@ -39,8 +40,11 @@ MAX_MISSING = 0.02
 """Norm of what a gradient lacks, relative to its own, as random directions estimate it. Truncation and rounding make
 up to 4e-3, kinks more, which do not settle."""
 
-MISSING_DIRECTIONS = 2
-"""How many random directions estimate that."""
+FARTHEST = 10.0
+"""How many times farther than by its size a small tensor may move: a loss is another one far away."""
+
+SURE = 8.0
+"""Times its rounding by which a slope is another one, where rounding is all that can be seen of the right one."""
 
 RANDOM_STEPS = (4e-3, 16e-3, 1e-3)
 """Steps along them, relative to the parameters, in this order."""
@@ -52,8 +56,9 @@ DIRECTIONS = 4
 def slope_errors(objective: Objective, point: Gradient) -> tuple[float | None, ...]:
     """Compare the gradient with differences of the loss, along it and along it with a random sign for each tensor.
 
-    What a gradient lacks may be nearly orthogonal to both. So the slopes along random signs are compared, too:
-    relative to what g·v comes to there, they differ by the norm of what is missing relative to ‖g‖, in mean square.
+    What a gradient lacks may be nearly orthogonal to both. So the slopes along random signs are compared, too, once in
+    steps by the size of each tensor and once in about equal ones: relative to what g·v comes to there, they differ by
+    the norm of what is missing relative to ‖g‖, in mean square.
 
     To be called inside `measuring` and in the precision of the measurement, by all ranks together. Takes eight forward
     passes over the probe set where all is well. Where the slopes differ, they are compared at a second point as well:
@@ -120,41 +125,46 @@ class _Slopes:
         if without:
             self._require_flat(without)
         missing = self._missing()
-        if missing is not None and missing > MAX_MISSING:
+        if missing > MAX_MISSING:
             raise MeasurementError("gradient_not_slope", difference=missing, parameters=self._culprits())
         return errors
 
-    def _missing(self) -> float | None:
-        """Return the norm of what the gradient lacks, relative to its own; `None` where differences can't tell."""
+    def _missing(self) -> float:
+        """Return the norm of what the gradient lacks, relative to its own, as far as differences can tell."""
         generator = torch.Generator().manual_seed(2)
         errors = []
-        for _ in range(MISSING_DIRECTIONS):
-            directions = self._random_signs(range(len(self._gradient)), generator)
+        for by_size in (True, False):
+            directions = self._random_signs(range(len(self._gradient)), generator, by_size=by_size)
             terms = [(g * d).flatten() for g, d in zip(self._gradient, directions, strict=True)]
             expected = math.fsum(dot(term, torch.ones_like(term), self._parameter_group) for term in terms)
             typical = math.sqrt(math.fsum(dot(term, term, self._parameter_group) for term in terms))
             errors.append(self._random_error(directions, expected, typical))
-        known = [error for error in errors if error is not None]
-        return math.sqrt(math.fsum(error**2 for error in known) / len(known)) if len(known) == len(errors) else None
+        return max(error or 0.0 for error in errors)
 
     def _random_error(self, directions: Sequence[Tensor], expected: float, typical: float) -> float | None:
-        """Return how far the slope along directions is from g·v, relative to what that comes to in the mean square."""
-        found: dict[float, float] = {}
+        """Return how far the slope along directions is from g·v, relative to what that comes to in the mean square.
+
+        `None` where the steps don't settle on another slope, or on a kink: one whose slope ahead and behind differ by
+        more, however short the step.
+        """
+        found: dict[float, tuple[float, float]] = {}
         for step in RANDOM_STEPS:
             ahead, behind = (self._loss_at([way * step] * len(directions), directions) for way in (1, -1))
             rounding = ROUNDING * max(4 * abs(ahead), 4 * abs(behind), 1) / (2 * step)
-            slope, turn = (ahead - behind) / (2 * step), (ahead + behind - 2 * self._loss) / step
-            if not math.isfinite(slope) or rounding > MAX_MISSING * typical:
+            error = (ahead - behind) / (2 * step) - expected
+            if not math.isfinite(error) or (rounding > MAX_MISSING * typical and abs(error) <= SURE * rounding):
                 continue
-            error = slope - expected
             if abs(error) <= MAX_MISSING * typical:
                 return abs(error) / typical
-            if abs(turn) <= abs(error):  # else it differs that much between ahead and behind: a kink
-                found[step] = error
-        errors = [found[step] for step in sorted(found)[:2]]
-        if len(errors) < 2 or abs(errors[0] - errors[1]) > abs(errors[0]) / 4:
+            found[step] = (error, (ahead + behind - 2 * self._loss) / step)
+        if len(found) < 2:
             return None
-        return abs(errors[0]) / typical
+        (short, long), ((error, turn), (other, turn_of_long)) = zip(*sorted(found.items())[:2], strict=True)
+        kink = (turn * long - turn_of_long * short) / (
+            long - short
+        )  # of a smooth loss, it is in proportion to the step
+        settled = abs(error - other) <= abs(error) / 4 and abs(kink) <= abs(error)
+        return abs(error) / (typical or abs(error)) if settled else None
 
     def _error(self, signs: Sequence[float]) -> float | None:
         """Return the error along one direction at the first step that agrees, or where the steps settle on another.
@@ -171,7 +181,7 @@ class _Slopes:
                 continue
             rounding = ROUNDING * max(4 * abs(ahead), 4 * abs(behind), 1) / scale
             slope, turn = (ahead - behind) / scale, 2 * (ahead + behind - 2 * self._loss) / scale
-            if not math.isfinite(slope) or rounding > SETTLED:
+            if not math.isfinite(slope) or (rounding > SETTLED and abs(slope - expected) <= SURE * rounding):
                 continue
             if abs(slope - expected) <= MAX_SLOPE_ERROR + rounding:
                 return min(abs(slope - expected), MAX_SLOPE_ERROR)
@@ -209,14 +219,16 @@ class _Slopes:
                 names = tuple(self._objective.names[index] for index in indices)
                 raise MeasurementError("gradient_zero_in_part", parameters=names)
 
-    def _random_signs(self, indices: Iterable[int], generator: torch.Generator) -> Sequence[Tensor]:
-        """Return random signs times the typical size of the parameters, in some tensors."""
+    def _random_signs(
+        self, indices: Iterable[int], generator: torch.Generator, *, by_size: bool = True
+    ) -> Sequence[Tensor]:
+        """Return random signs in some tensors, times the size of each, or about equal ones."""
         directions = [torch.zeros((), dtype=g.dtype).expand(g.shape) for g in self._gradient]
-        parameters = self._objective.parameters
+        sizes = typical_sizes(self._objective)
+        equal = [min(median(sizes), FARTHEST * size) for size in sizes]
         for index in indices:
             signs = 2.0 * torch.randint(2, self._gradient[index].shape, generator=generator) - 1
-            scale = float(parameters[index].detach().square().mean().sqrt()) or RELATIVE_CHANGE
-            directions[index] = (scale * signs).to(self._gradient[index])
+            directions[index] = ((sizes if by_size else equal)[index] * signs).to(self._gradient[index])
         return without_padding_rows(self._objective, directions)
 
     def _slope_along_signs(self, indices: Sequence[int], generator: torch.Generator) -> float | None:

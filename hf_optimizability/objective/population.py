@@ -91,6 +91,14 @@ class Look:
         spread = float(self.batch_squares.sum()) - self.items * square
         return max(spread, 0.0) / max(len(self.batch_squares) - 1, 1)
 
+    @property
+    def covariance_error(self) -> float:
+        """Standard error of `trace_covariance`, relative to it; 1 from a few batches, which don't tell."""
+        batches, trace = len(self.batch_squares), self.trace_covariance
+        if batches < 3 or not trace:
+            return 1.0
+        return float(self.batch_squares.std(ddof=1)) * math.sqrt(batches) / (batches - 1) / trace
+
 
 @dataclass(frozen=True, eq=False)
 class Population:

@@ -321,6 +321,43 @@ class TestSlopes:
             with pytest.raises(MeasurementError, match="not its slope"):
                 measure(net(seed), [rows()], CONFIG, loss_fn=loss_fn)
 
+    def test_a_part_that_is_detached_is_refused_where_the_rest_is_at_its_least(self):
+        """What is missing drowns in rounding if it is compared with the gradient, which is near 0."""
+        model, batch = nn.Linear(4, 1), {"x": rows(48)["x"].float()}
+        target = torch.sin(batch["x"][:, :1])
+        least = torch.linalg.lstsq(torch.cat([batch["x"], torch.ones(48, 1)], 1), target).solution[:, 0]
+        with torch.no_grad():
+            model.weight.copy_(least[None, :4])
+            model.bias.copy_(least[4:])
+
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            penalty = sum(p.square().sum() for p in model.parameters())
+            return F.mse_loss(model(batch["x"]), torch.sin(batch["x"][:, :1])) + 0.01 * penalty.detach()
+
+        with pytest.raises(MeasurementError, match="not its slope"):
+            measure(model, [batch], CONFIG, loss_fn=loss_fn)
+
+    @pytest.mark.parametrize("gain", [3.0, 30.0])
+    def test_a_part_that_is_detached_from_a_parameter_that_is_0_is_refused(self, gain: float):
+        class Shifted(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net, self.shift = net(), nn.Parameter(torch.zeros(8, dtype=torch.float64))
+
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            shift = torch.cat([model.shift[:4], model.shift[4:].detach()]).view(2, 4).sum(0)
+            return F.cross_entropy(model.net(batch["x"] + gain * shift), batch["y"])
+
+        with pytest.raises(MeasurementError, match="not its slope"):
+            measure(Shifted(), [rows()], CONFIG, loss_fn=loss_fn)
+
+    @pytest.mark.parametrize("scale", [1e-6, 1e6])
+    def test_scales_that_differ_are_not_refused(self, scale: float):
+        model = net()
+        with torch.no_grad():
+            model[2].weight *= scale
+        assert measure(model, [rows()], CONFIG, loss_fn=cross_entropy).self_check is not None
+
     def test_half_detached_is_refused(self):
         def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
             logits = model(batch["x"])
