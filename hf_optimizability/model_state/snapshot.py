@@ -7,6 +7,7 @@ import io
 import logging
 import random
 import sys
+from array import array
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, MutableSet
 from contextlib import contextmanager
@@ -301,6 +302,8 @@ def _state_of(value: Any) -> _State | _Array | None:
         return _State(value.getstate(), value.setstate)
     if isinstance(value, np.ndarray) and value.flags.writeable and value.nbytes < _LARGE_ARRAY:
         return _Array(value)
+    if isinstance(value, array) and len(value) * value.itemsize < _LARGE_ARRAY:
+        return _State(value[:], partial(value.__setitem__, slice(None)))
     return None
 
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import sysconfig
 import threading
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -146,6 +147,9 @@ class DataState:
             self._restores.append(restore)
         elif isinstance(value, (Tensor, np.ndarray)):
             self._save_array(value)
+        elif isinstance(value, (array, bytearray)):
+            if len(value) <= LARGE:
+                self._restores.append(partial(value.__setitem__, slice(None), value[:]))
         elif isinstance(value, io.IOBase):
             self._save_file(place, value)
         elif any(value is fork for fork in self._forks.values()):

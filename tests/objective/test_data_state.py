@@ -13,6 +13,7 @@ import random
 import socket
 import sqlite3
 import time
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -53,13 +54,14 @@ class Counting:
     """State in attributes, in containers, in a class, in slots, in arrays."""
 
     served: ClassVar[int] = 0
-    __slots__ = ("array", "cache", "count", "nested", "order", "recent", "tensor", "values")
+    __slots__ = ("array", "cache", "count", "flags", "nested", "numbers", "order", "recent", "tensor", "values")
 
     def __init__(self) -> None:
         Counting.served = 0
         self.count, self.values, self.recent = 0, [0], deque([1, 2, 3], maxlen=3)
         self.nested, self.order = {"deep": [{"count": 0}]}, OrderedDict.fromkeys("abc", 0)
         self.array, self.tensor, self.cache = np.zeros(2), torch.zeros(2), set()
+        self.flags, self.numbers = bytearray(1), array("i", [0])
 
     def __call__(self, index: int) -> float:
         Counting.served += 1
@@ -71,10 +73,13 @@ class Counting:
         self.array += 1
         self.tensor.add_(1)
         self.cache.add(index)
+        self.flags[0] += 1
+        self.numbers.append(1)
         order = sum(place * ord(name) for place, name in enumerate(self.order))
         return (
             Counting.served + self.count + len(self.values) + sum(self.recent) + order + len(self.cache)
             + self.nested["deep"][0]["count"] + self.array.sum() + float(self.tensor.sum())
+            + self.flags[0] + len(self.numbers)
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter, OrderedDict, UserDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -199,6 +200,11 @@ def _array(model: nn.Module, hidden: Tensor) -> float:
     return 0.1 * float(model.state[0])
 
 
+def _python_array(model: nn.Module, hidden: Tensor) -> float:
+    model.state[0] += 1
+    return 0.1 * model.state[0]
+
+
 def _tracked(model: nn.Module, hidden: Tensor) -> float:
     model.state[0].calls += 1
     model.state[0].history.append(model.state[0].calls)
@@ -229,6 +235,7 @@ KINDS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module, Tensor],
     "tensor attribute": (lambda m: torch.zeros(()), lambda m, h: 0.1 * m.state.add_(1).clone()),
     "tensor in a tuple in a list": (lambda m: [(torch.zeros(()),)], lambda m, h: 0.1 * m.state[0][0].add_(1).clone()),
     "array": (lambda m: np.zeros(2), _array),
+    "array of Python": (lambda m: array("d", [0.0, 0.0]), _python_array),
     "number": (lambda m: 0, lambda m, h: _add(m, "state")),
     "list": (lambda m: [], _append),
     "deque": (lambda m: deque([0.5], maxlen=3), _append),
