@@ -106,7 +106,9 @@ class Diagnosis:
         [counted] = self._unchecked()
         shown = "; ".join(reason for reason, _ in reasons[:2])
         rest = f"; and {len(reasons) - 2} more reasons" if len(reasons) > 3 else "; and one more" * (len(reasons) == 3)
-        sentence = f"No problem and no warning, but {counted}: {shown}{rest}."
+        nothing = len(self.not_checked) == len(self.outcomes)
+        head = "No rule could be checked" if nothing else f"No problem and no warning, but {counted}"
+        sentence = f"{head}: {shown}{rest}."
         todo = next((remedies[reason] for reason, _ in reasons if remedies[reason]), "")
         return Verdict("not_checked", sentence, todo, notes)
 

@@ -80,6 +80,8 @@ def with_report(card: str, report: OptimizabilityReport, *, name: str, files: Co
         <!-- optimizability:start -->
         ## Optimizability
         <BLANKLINE>
+        **No rule could be checked: nothing was measured; ...** Measure it; where that failed, ...
+        <BLANKLINE>
         Nothing was measured of org/name.
         <!-- optimizability:end -->
         <BLANKLINE>

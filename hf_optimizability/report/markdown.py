@@ -94,7 +94,7 @@ def card_section(report: ReportData, *, files: Collection[str] = ()) -> str:
         >>> print(card_section(report, files=["report.json"]))
         ## Optimizability
         <BLANKLINE>
-        **No problem and no warning, but ... rules could not be checked: ...
+        **No rule could be checked: ...
         <BLANKLINE>
         Nothing was measured of org/name on fill-mask.
         <BLANKLINE>
@@ -127,7 +127,7 @@ def to_summary(report: ReportData) -> str:
         >>> from hf_optimizability.report_data.provenance import ModelInfo, TaskInfo
         >>> print(to_summary(ReportData(model=ModelInfo(id="org/name"), task=TaskInfo(task="fill-mask"))))
         Optimizability  org/name on fill-mask
-        Verdict         No problem and no warning, but ... rules could not be checked: nothing was measured; ...
+        Verdict         No rule could be checked: nothing was measured; ...
         Cost            nothing was measured
     """
     diagnosis = diagnose(report)
