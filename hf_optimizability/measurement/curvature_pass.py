@@ -176,11 +176,6 @@ def estimate_curvature(
     if step is not None and preconditions:
         sharpness, sharpest = _preconditioned_sharpness(engine, objective, config, step, max_hvps=allocation.sharpness)
     if found is not None:
-        if by_block is not None:
-            places = block_segments(objective, blocks.values())
-            by_block = blocks_of_the_whole_set(
-                by_block, ends, objective, list(blocks.values()), places, seed=config.probe_seed + 1
-            )
         if step is not None and sharpest is not None:
             direction = sharpest_direction(
                 sharpest,
@@ -194,6 +189,16 @@ def estimate_curvature(
             spectrum, sharpness, objective, found, trace_tolerance=config.budget.trace_tolerance
         )
         spectrum, sharpness, along_gradient = whole.spectrum, whole.sharpness, whole.along_gradient
+        if by_block is not None:
+            by_block = blocks_of_the_whole_set(
+                by_block,
+                ends,
+                objective,
+                list(blocks.values()),
+                block_segments(objective, blocks.values()),
+                seed=config.probe_seed + 1,
+                pool_error=whole.pool_error,
+            )
     if step is not None and not preconditions:
         sharpness = spectrum.estimates.lambda_max
     # Vectors as long as the parameters are released here, except for those that the landscape needs.

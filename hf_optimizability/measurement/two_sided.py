@@ -164,11 +164,14 @@ class WholeSet:
         spectrum: Its extreme eigenvalues and traces; the rest is that of the sample.
         sharpness: λ_max(P^-½HP^-½); `None` without a direction for it.
         along_gradient: The loss along its gradient.
+        pool_error: Standard error of a pool that is a part of it, of the curvature along the Ritz vector of λ_max,
+            relative to that.
     """
 
     spectrum: SpectrumAndTrace
     sharpness: Estimate | None
     along_gradient: AlongGradient
+    pool_error: float
 
 
 def about_the_whole_set(
@@ -205,6 +208,7 @@ def about_the_whole_set(
         replace(spectrum, estimates=estimates, segments=tuple(segments)),
         None if sharpness is None else between(sharpness, along[-1], largest=True),
         AlongGradient(along_gradient.whole, population.pool_std_error(parts[0].slope)),
+        _of_the_pool(population, parts[1].gauss_newton),
     )
 
 
@@ -268,6 +272,7 @@ def blocks_of_the_whole_set(
     segments: Segments,
     *,
     seed: int,
+    pool_error: float,
 ) -> tuple[Spectrum, ...]:
     """Return the extreme eigenvalues of a sample's blocks as estimates of those of the whole set.
 
@@ -281,16 +286,15 @@ def blocks_of_the_whole_set(
         blocks: Indices of each block's parameters.
         segments: The places of their entries.
         seed: Seed of the other sample; another one than that of the first.
+        pool_error: That of `WholeSet`, which a block's eigenvalues are taken to have as well.
     """
     other = drawn_again(objective, seed=seed)
-    population, design = other.population, Design.of(other)
-    assert population is not None
-    of_the_pool = _of_the_pool(population)
+    design = Design.of(other)
     _, forms, _ = BlockDiagonalHessian(other, blocks).matmat_per_batch(torch.stack(list(vectors), dim=1), segments)
 
     def along(values: Array) -> Along:
         mean = design.mean(values)
-        error = math.hypot(design.std_error(values), of_the_pool * abs(mean))
+        error = math.hypot(design.std_error(values), pool_error * abs(mean))
         return Along(mean, error, error, design.freedom, design.freedom)
 
     return tuple(
@@ -320,7 +324,7 @@ def _traces(spectrum: SpectrumAndTrace, population: Population, design: Design, 
     bends = of_bends.reliability * look.bends
     left = noisy_variance(look.size_probes + (1 - of_bends.reliability) * look.bend_probes, chances).signal
     by_design = math.sqrt(left + of_bends.reliability**2 * of_bends.noise) / look.items
-    by_batch, of_the_pool = design.by_batch(bends), _of_the_pool(population)
+    by_batch, of_the_pool = design.by_batch(bends), _of_the_pool(population, look.sizes + look.bends)
     shift = population.mean(bends) - design.mean(by_batch)
     rests = np.abs([design.mean(column) for column in spectrum.parts.probed().T])
     shares = rests / (rests.sum() or 1.0)
@@ -336,7 +340,6 @@ def _traces(spectrum: SpectrumAndTrace, population: Population, design: Design, 
     return [total, *map(moved, segments, shares.tolist(), means.T)]
 
 
-def _of_the_pool(population: Population) -> float:
-    """Return how far the pool's trace may be from that of the data set, relative to it."""
-    known = population.look.sizes + population.look.bends
-    return population.pool_std_error(known) / (abs(population.mean(known)) or 1.0)
+def _of_the_pool(population: Population, values: Array) -> float:
+    """Return how far the mean of values over the pool may be from that over the data set, relative to it."""
+    return population.pool_std_error(values) / (abs(population.mean(values)) or 1.0)

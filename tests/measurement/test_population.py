@@ -395,6 +395,12 @@ def test_a_sharpness_has_no_upper_end_where_the_sample_lacks_words_that_adam_has
     assert found.low < true / 1000 and str(found).startswith("at least") and not found.converged
 
 
+def test_eigenvalues_of_blocks_have_the_error_of_a_pool_that_is_a_part_of_the_set():
+    measurement = drawn_with_adam("trained", 0, pool_examples=80, probe_examples=80)
+    for block in measurement.blocks.values():
+        assert block.lambda_max is not None and block.lambda_max.data_std_error > 0.1 * block.lambda_max.value
+
+
 def test_traces_of_blocks_sum_to_the_trace():
     measurement = found(1)
     of_blocks = [block.trace for block in measurement.blocks.values()]
