@@ -159,12 +159,10 @@ class _Slopes:
             found[step] = (error, (ahead + behind - 2 * self._loss) / step)
         if len(found) < 2:
             return None
-        (short, long), ((error, turn), (other, turn_of_long)) = zip(*sorted(found.items())[:2], strict=True)
-        kink = (turn * long - turn_of_long * short) / (
-            long - short
-        )  # of a smooth loss, it is in proportion to the step
-        settled = abs(error - other) <= abs(error) / 4 and abs(kink) <= abs(error)
-        return abs(error) / (typical or abs(error)) if settled else None
+        (error, turn), (other, turn_of_longer), *farther = (found[step] for step in sorted(found))
+        settled = abs(error - other) <= abs(error) / 10 and all(abs(error - e) <= abs(error) / 4 for e, _ in farther)
+        smooth = abs(turn) <= max(abs(turn_of_longer) / 2, abs(error) / 10)  # its turn is in proportion to the step
+        return abs(error) / (typical or abs(error)) if settled and smooth else None
 
     def _error(self, signs: Sequence[float]) -> float | None:
         """Return the error along one direction at the first step that agrees, or where the steps settle on another.

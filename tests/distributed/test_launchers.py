@@ -33,6 +33,7 @@ ARGUMENTS = {
     "probe_examples": 6,
     "probe_batch_size": 2,
     "max_hvps": 16,
+    "pool_examples": 0,
     "use_cpu": True,
     "disable_tqdm": True,
 }
